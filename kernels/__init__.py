@@ -1,0 +1,8 @@
+"""The token ops of the domain ``tokopt``: each has a PyTorch reference and an ONNX form.
+
+Importing this package (it needs torch) registers them as ``torch.ops.tokopt.*``.
+"""
+
+from tokopt.kernels.registry import OPS, onnx_translations, ops
+
+__all__ = ["OPS", "onnx_translations", "ops"]

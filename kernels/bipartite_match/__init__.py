@@ -1,0 +1,1 @@
+"""tokopt::bipartite_match."""

@@ -1,0 +1,1 @@
+"""tokopt::energy_match."""

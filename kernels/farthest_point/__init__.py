@@ -1,0 +1,1 @@
+"""tokopt::farthest_point."""

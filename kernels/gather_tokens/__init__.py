@@ -1,0 +1,1 @@
+"""tokopt::gather_tokens."""

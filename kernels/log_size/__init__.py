@@ -1,0 +1,1 @@
+"""tokopt::log_size."""

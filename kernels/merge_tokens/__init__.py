@@ -1,0 +1,1 @@
+"""tokopt::merge_tokens."""

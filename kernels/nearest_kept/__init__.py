@@ -1,0 +1,1 @@
+"""tokopt::nearest_kept."""

@@ -1,0 +1,1 @@
+"""tokopt::source_map."""

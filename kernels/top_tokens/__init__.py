@@ -1,0 +1,1 @@
+"""tokopt::top_tokens."""
