@@ -1,0 +1,71 @@
+"""tokopt: a compiler that makes transformer models do less work per token.
+
+>>> import tokopt                                                    # doctest: +SKIP
+>>> bundle = tokopt.capture(model, (images,))                        # doctest: +SKIP
+>>> merged = tokopt.optimize(bundle, "tome{r=16}")                   # doctest: +SKIP
+>>> tokopt.export(merged, "vit.tokopt", target="onnx")               # doctest: +SKIP
+
+Public names are imported on first use, so ``import tokopt`` is fast and needs no torch.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from tokopt.artifact import export, open_bundle, verify
+    from tokopt.bundle import AppliedPass, AxisRange, Bundle, Program, State, TensorSpec
+    from tokopt.capture import capture
+    from tokopt.errors import TokoptError
+    from tokopt.pipeline import Context, Pass, PassResult, Pipeline, optimize, parse
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "capture": "tokopt.capture",
+    "optimize": "tokopt.pipeline",
+    "parse": "tokopt.pipeline",
+    "Pipeline": "tokopt.pipeline",
+    "Pass": "tokopt.pipeline",
+    "PassResult": "tokopt.pipeline",
+    "Context": "tokopt.pipeline",
+    "export": "tokopt.artifact",
+    "open_bundle": "tokopt.artifact",
+    "verify": "tokopt.artifact",
+    "AppliedPass": "tokopt.bundle",
+    "AxisRange": "tokopt.bundle",
+    "Bundle": "tokopt.bundle",
+    "Program": "tokopt.bundle",
+    "State": "tokopt.bundle",
+    "TensorSpec": "tokopt.bundle",
+    "TokoptError": "tokopt.errors",
+}
+
+__all__ = [
+    "AppliedPass",
+    "AxisRange",
+    "Bundle",
+    "Context",
+    "Pass",
+    "PassResult",
+    "Pipeline",
+    "Program",
+    "State",
+    "TensorSpec",
+    "TokoptError",
+    "capture",
+    "export",
+    "open_bundle",
+    "optimize",
+    "parse",
+    "verify",
+]
+
+
+def __getattr__(name: str) -> object:
+    if name in _HOME:
+        return getattr(import_module(_HOME[name]), name)
+    raise AttributeError(f"module 'tokopt' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

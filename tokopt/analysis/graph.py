@@ -1,0 +1,134 @@
+"""Small questions about FX nodes that every analysis asks."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch.fx import Graph, GraphModule, Node
+
+from tokopt.bundle import Program
+
+aten = torch.ops.aten
+
+SDPA = aten.scaled_dot_product_attention.default
+
+
+def program_module(program: Program) -> GraphModule:
+    """A fresh unlifted GraphModule of ``program``: parameters are attributes, every node has ``meta["val"]``."""
+    module = program.exported.module(check_guards=False)
+    assert isinstance(module, GraphModule)
+    return module
+
+
+def is_call(node: object, *targets: object) -> bool:
+    """Whether ``node`` calls one of ``targets`` (OpOverload, or OpOverloadPacket for all its overloads)."""
+    if not isinstance(node, Node) or node.op != "call_function":
+        return False
+    return node.target in targets or getattr(node.target, "overloadpacket", None) in targets
+
+
+def tensor_inputs(node: Node) -> list[Node]:
+    """The tensor operands of ``node``, in order, lists flattened."""
+    return [operand for operand in node.all_input_nodes if is_tensor(operand)]
+
+
+def is_tensor(node: object) -> bool:
+    """Whether the node's value is a tensor."""
+    return isinstance(node, Node) and isinstance(node.meta.get("val"), torch.Tensor)
+
+
+def size_hint(size: int | torch.SymInt) -> int:
+    """The size under the example inputs: exact for an int, the traced hint for a symbol."""
+    if isinstance(size, int):
+        return size
+    hint = size.node.hint
+    return int(hint) if hint is not None else int(size.node.shape_env.size_hint(size.node.expr))
+
+
+def sizes(node: Node) -> tuple[int, ...]:
+    """The node's shape under the example inputs."""
+    return tuple(size_hint(s) for s in node.meta["val"].shape)
+
+
+def same_size(a: int | torch.SymInt, b: int | torch.SymInt) -> bool:
+    """Whether two sizes are the same expression (no guard is added)."""
+    return str(a) == str(b)
+
+
+def reaches(start: Node) -> set[Node]:
+    """All nodes downstream of ``start`` by value, without it; sizes carry no value."""
+    return _closure([start], lambda n: n.users)
+
+
+def ancestors(node: Node) -> set[Node]:
+    """All nodes upstream of ``node`` by value, without it."""
+    return _closure([node], lambda n: n.all_input_nodes)
+
+
+def _closure(start: list[Node], step) -> set[Node]:  # noqa: ANN001
+    seen: set[Node] = set()
+    stack = list(start)
+    while stack:
+        for following in step(stack.pop()):
+            if following not in seen and not is_call(following, aten.sym_size):
+                seen.add(following)
+                stack.append(following)
+    return seen
+
+
+def value_users(node: Node) -> list[Node]:
+    """Users of the node's value: everything but ``sym_size``."""
+    return [user for user in node.users if not is_call(user, aten.sym_size)]
+
+
+def attention_nodes(graph: Graph) -> list[Node]:
+    """Every scaled-dot-product attention of the graph, in execution order."""
+    return [node for node in graph.nodes if is_call(node, SDPA)]
+
+
+def argument(node: Node, position: int, name: str, default: object = None) -> object:
+    """A call's argument, however it was passed."""
+    if len(node.args) > position:
+        return node.args[position]
+    return node.kwargs.get(name, default)
+
+
+def module_path(node: Node) -> str:
+    """The dotted path, in the user's model, of the module whose code made this node."""
+    stack = node.meta.get("nn_module_stack") or {}
+    for path, _ in reversed(list(stack.values())):
+        path = re.sub(r"^(model)(\.|$)", "", path)
+        if path:
+            return re.sub(r"@\d+$", "", path)
+    return ""
+
+
+def source_line(node: Node) -> str:
+    """``file:line`` of the innermost frame of the user's code that made this node."""
+    frames = re.findall(r'File "([^"]+)", line (\d+)', node.meta.get("stack_trace") or "")
+    return f"{frames[-1][0].rsplit('/', 1)[-1]}:{frames[-1][1]}" if frames else ""
+
+
+def describe(node: Node) -> str:
+    """How an error names a node: the op, its module path and source line."""
+    name = str(node.target).removeprefix("aten.")
+    where = module_path(node)
+    line = source_line(node)
+    return name + (f" at {where}" if where else "") + (f" ({line})" if line else "")
+
+
+def common_prefix(paths: Iterable[str]) -> str:
+    """The longest common dotted prefix of module paths.
+
+    >>> common_prefix(["layers.0.attention", "layers.0.mlp"])
+    'layers.0'
+    """
+    split: Sequence[Sequence[str]] = [path.split(".") for path in paths]
+    common = []
+    for parts in zip(*split, strict=False):
+        if len(set(parts)) > 1:
+            break
+        common.append(parts[0])
+    return ".".join(common)

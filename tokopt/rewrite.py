@@ -1,0 +1,116 @@
+"""The edit loop that every pass is made of: open a Program, edit its graph, export it again.
+
+An edit inserts calls to plain Python functions written in ordinary PyTorch; exporting again traces them and
+derives every shape and the signature anew. The graph is traced through ``torch.fx.Interpreter`` with node
+metadata preserved, so module paths and source lines of the user's model survive every pass.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from dataclasses import replace
+
+import torch
+import torch.fx.traceback
+from torch.fx import GraphModule, Node
+
+from tokopt.bundle import AxisRange, Program, TensorSpec
+
+DynamicShapes = tuple[tuple[dict[int, object] | None, ...]]
+
+
+class _Retrace(torch.nn.Module):
+    """Runs an edited graph under tracing; its parameters keep the names they had."""
+
+    def __init__(self, module: GraphModule) -> None:
+        super().__init__()
+        # Not a sub-module, or every re-export would put one more prefix before each parameter's name.
+        self.__dict__["_traced"] = module
+        for name, child in module.named_children():
+            self.add_module(name, child)
+        for name, parameter in module.named_parameters(recurse=False):
+            self.register_parameter(name, parameter)
+        for name, buffer in module.named_buffers(recurse=False):
+            self.register_buffer(name, buffer)
+
+    def forward(self, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        with torch.fx.traceback.preserve_node_meta():
+            return torch.fx.Interpreter(self.__dict__["_traced"]).run(*tensors)
+
+
+def export_flat(
+    module: torch.nn.Module, example: tuple[torch.Tensor, ...], shapes: DynamicShapes
+) -> torch.export.ExportedProgram:
+    """``torch.export`` of a module that takes positional tensors and returns a tuple of tensors."""
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("ignore")
+        return torch.export.export(module, example, dynamic_shapes=shapes, strict=False)
+
+
+def dynamic_shapes(inputs: tuple[TensorSpec, ...], ranges: dict[str, AxisRange]) -> DynamicShapes:
+    """The ``dynamic_shapes`` argument of ``torch.export`` for inputs with named axes."""
+    dims = {name: torch.export.Dim(name, min=r.min, max=r.max) for name, r in ranges.items()}
+    return (
+        tuple(
+            {i: dims[axis] for i, axis in enumerate(spec.axes) if isinstance(axis, str)} or None
+            for spec in inputs
+        ),
+    )
+
+
+def reexport(program: Program, module: GraphModule) -> Program:
+    """The Program of an edited graph, with the same inputs; output axes are derived anew."""
+    module.graph.eliminate_dead_code()
+    module.graph.lint()
+    exported = export_flat(
+        _Retrace(module), program.example, dynamic_shapes(program.inputs, dict(program.ranges))
+    )
+    return replace(program, exported=exported, outputs=output_specs(exported, program))
+
+
+def output_specs(exported: torch.export.ExportedProgram, program: Program) -> tuple[TensorSpec, ...]:
+    """Output specs with axes read off the exported graph; a symbol is spelled by the input axis it came from."""
+    names = axis_names(exported, program.inputs)
+    outputs = exported.graph.output_node().args[0]
+    assert isinstance(outputs, (tuple, list))
+    specs = []
+    for spec, node in zip(program.outputs, outputs, strict=True):
+        assert isinstance(node, Node)
+        value = node.meta["val"]
+        axes = tuple(size if isinstance(size, int) else _spell(size, names) for size in value.shape)
+        specs.append(replace(spec, axes=axes, dtype=dtype_name(value.dtype)))
+    return tuple(specs)
+
+
+def axis_names(exported: torch.export.ExportedProgram, inputs: tuple[TensorSpec, ...]) -> dict[str, str]:
+    """Symbol (``"s77"``) -> the named axis of an input that it stands for."""
+    user_inputs = set(exported.graph_signature.user_inputs)
+    nodes = [n for n in exported.graph.nodes if n.op == "placeholder" and n.name in user_inputs]
+    names: dict[str, str] = {}
+    for node, spec in zip(nodes, inputs, strict=True):
+        for size, axis in zip(node.meta["val"].shape, spec.axes, strict=True):
+            if isinstance(axis, str) and not isinstance(size, int):
+                names[str(size)] = axis
+    return names
+
+
+def _spell(size: torch.SymInt, names: dict[str, str]) -> str:
+    text = str(size)
+    for symbol, axis in names.items():
+        text = text.replace(symbol, axis)
+    return text
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """``torch.float32`` -> ``"float32"``."""
+    return str(dtype).removeprefix("torch.")
+
+
+def call(graph: torch.fx.Graph, function: Callable, *args: object, like: Node, **kwargs: object) -> Node:
+    """Insert a call of a plain function at the graph's insertion point, attributed to ``like``'s module."""
+    node = graph.call_function(function, args, kwargs)  # type: ignore[arg-type]
+    for key in ("nn_module_stack", "stack_trace"):
+        if key in like.meta:
+            node.meta[key] = like.meta[key]
+    return node
