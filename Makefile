@@ -1,0 +1,37 @@
+# `make demo` and `make test` do all set-up on a fresh machine; `make help` lists the rest.
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+WORKERS ?= 2
+
+export HF_HUB_OFFLINE := 1
+
+.PHONY: demo test lint bench help clean
+
+demo: $(VENV)/.installed  ## merge the tokens of a real DINOv2 on real photographs, time it, draw it
+	$(BIN)/python examples/vision.py
+
+test: lint  ## everything that CI checks
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS)
+
+lint: $(VENV)/.installed  ## ruff and pyright
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+
+bench: $(VENV)/.installed  ## the measured tables of benchmarks/results
+	$(BIN)/python -m benchmarks.vision
+
+# Torch first and pinned: a dependency resolved before it could pull another build of several gigabytes.
+$(VENV)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch==2.13.0
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[all]'
+	touch $@
+
+clean:  ## remove the virtual environment
+	rm -rf $(VENV)
+
+help:
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/'
