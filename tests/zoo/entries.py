@@ -54,10 +54,10 @@ class Entry:
     ``build()`` gives the seeded model in eval mode without gradients, ``inputs(batch)`` its named example
     tensors. ``dynamic`` names the axes of every input (None: static), as ``tokopt.capture`` takes them.
     ``tokens`` is the length of the token axis inside the blocks for ``inputs``, ``prefix`` the number of
-    leading special tokens (class, registers) among them, ``layers`` the number of self-attention blocks.
-    ``per_token`` names outputs with a token axis; ``mask`` the input that marks padding; ``rope`` and
-    ``bias`` tell of per-token side tensors; ``pooling`` of an attention pooling head. ``needs`` is a package
-    that must be importable.
+    leading tokens that the model adds (class, registers) or an output singles out, ``layers`` the number of
+    self-attention blocks. ``per_token`` names outputs with a token axis; ``mask`` the input that marks
+    padding; ``rope`` and ``bias`` tell of per-token side tensors; ``pooling`` of an attention pooling head.
+    ``needs`` is a package that must be importable.
     """
 
     name: str
@@ -234,7 +234,7 @@ def image_entry(name: str, build: Callable[[], nn.Module], size: int, tokens: in
 
 
 def text_entry(name: str, build: Callable[[], nn.Module], **facts: Any) -> Entry:
-    facts = {"style": "post", "prefix": 1, "mask": "attention_mask", **facts}
+    facts = {"style": "post", "mask": "attention_mask", **facts}
     return Entry(name, build, text, TEXT_AXES, TOKENS, **facts)
 
 
@@ -329,9 +329,14 @@ _ENTRIES = (
         per_token=HIDDEN_STATE,
         bias=True,
     ),
-    text_entry("bert", hugging_face("BertModel", "BertConfig", **BERT_SIZES), per_token=HIDDEN_STATE),
     text_entry(
-        "roberta", hugging_face("RobertaModel", "RobertaConfig", **BERT_SIZES), per_token=HIDDEN_STATE
+        "bert", hugging_face("BertModel", "BertConfig", **BERT_SIZES), prefix=1, per_token=HIDDEN_STATE
+    ),
+    text_entry(
+        "roberta",
+        hugging_face("RobertaModel", "RobertaConfig", **BERT_SIZES),
+        prefix=1,
+        per_token=HIDDEN_STATE,
     ),
     text_entry(
         "distilbert",
