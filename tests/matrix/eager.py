@@ -2,8 +2,8 @@
 
 :func:`run_eager` runs a zoo model with its blocks replaced by copies that say where the reduction happens,
 and with ``scaled_dot_product_attention`` replaced by one that keeps the keys and attention weights, gathers
-masks by the tokens that are left, and adds ``log(size)`` to the logits. Selection is written with Python loops
-over tokens, in float64, from the formulas of the papers.
+masks by the tokens that are left, and adds ``log(size)`` to the logits. Selection is written with Python
+loops over tokens, in float64, from the formulas of the papers.
 """
 
 from __future__ import annotations
