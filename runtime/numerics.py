@@ -1,0 +1,49 @@
+"""How far an output is from what it should be: the normalised mean squared error (NMSE)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+_LIMITS = {"float64": 1e-14, "float32": 1e-7, "float16": 1e-4, "bfloat16": 1e-3}
+"""Largest NMSE per dtype: about the square of 50 to 3000 units in the last place, relative to the signal."""
+
+
+@dataclass(frozen=True)
+class OutputCheck:
+    """One compared output: its NMSE, the limit, and whether it holds."""
+
+    name: str
+    nmse: float
+    limit: float
+
+    @property
+    def ok(self) -> bool:
+        """Whether the output is as close as its dtype allows; false for NaN."""
+        return self.nmse <= self.limit
+
+
+def nmse(expected: np.ndarray, actual: np.ndarray) -> float:
+    """``sum((actual - expected)²) / sum(expected²)`` in float64.
+
+    Infinite when shapes or dtypes differ, or when the non-finite elements are not the same ones; those that
+    are equal (``-inf`` in masked logits) do not count.
+    """
+    if expected.shape != actual.shape or expected.dtype != actual.dtype:
+        return float("inf")
+    a, b = expected.astype(np.float64), actual.astype(np.float64)
+    finite = np.isfinite(a)
+    if not np.array_equal(a[~finite], b[~finite], equal_nan=True) or not np.isfinite(b[finite]).all():
+        return float("inf")
+    error = float(np.square(b[finite] - a[finite]).sum())
+    return error / max(float(np.square(a[finite]).sum()), np.finfo(np.float64).tiny) if error else 0.0
+
+
+def check_output(
+    name: str, expected: np.ndarray, actual: np.ndarray, limit: float | None = None
+) -> OutputCheck:
+    """Compare one output with the limit of its dtype (integers and booleans: equality)."""
+    return OutputCheck(
+        name, nmse(expected, actual), _LIMITS.get(str(expected.dtype), 0.0) if limit is None else limit
+    )

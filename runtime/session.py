@@ -1,0 +1,286 @@
+"""Run the program of an encoder artifact on ONNX Runtime, with every input checked first."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime
+import safetensors
+import safetensors.numpy
+
+from tokopt.errors import ArtifactError, InputError, MissingDependencyError, TokoptError
+from tokopt.runtime.manifest import Manifest, ProgramEntry, Tensor, file_fault, file_path, read_manifest
+from tokopt.runtime.numerics import OutputCheck, check_output
+
+Provider = str | tuple[str, Mapping[str, object]]
+"""The name of an ONNX Runtime execution provider, alone or with its options."""
+
+_CPU = "CPUExecutionProvider"
+
+
+def load(
+    path: str | Path,
+    *,
+    providers: Sequence[Provider] | None = None,
+    threads: int | None = None,
+    verify: bool = True,
+) -> Model:
+    """Load an artifact directory written by ``tokopt.export(..., target="onnx")``.
+
+    ``providers`` are ONNX Runtime execution providers in order of preference, by default the CPU alone;
+    ``threads`` bounds the threads of one operator (default: all cores). ``verify=False`` skips the SHA-256 of
+    every file, not the checks of the manifest.
+
+    Raises ArtifactError when the artifact is damaged, foreign, newer or reaches outside its folder,
+    InputError for an unknown provider or thread count, MissingDependencyError for a provider that is not
+    installed.
+    """
+    folder = Path(path)
+    manifest = read_manifest(folder)
+    program = manifest.programs.get("forward")
+    if program is None or manifest.states:
+        raise ArtifactError(f"{folder} is a {manifest.task} artifact with state; load runs encoders only")
+    if "onnx" not in program.files:
+        raise ArtifactError(
+            f"{folder} holds no ONNX program, only {', '.join(program.files)}; open it with "
+            "tokopt.open_bundle, or export the bundle with target='onnx'"
+        )
+    for name, entry in manifest.files.items() if verify else ():
+        if fault := file_fault(folder, name, entry):
+            raise ArtifactError(fault)
+    return Model(
+        folder, manifest, program, _session(file_path(folder, program.files["onnx"]), providers, threads)
+    )
+
+
+class Model:
+    """A loaded encoder: call it with numpy arrays.
+
+    ``model(images)`` takes the inputs in the order of ``signature.inputs``, ``model(input_ids=..., ...)`` by
+    name. One output is returned as an array, several as :class:`Outputs`.
+    """
+
+    def __init__(
+        self, path: Path, manifest: Manifest, program: ProgramEntry, session: onnxruntime.InferenceSession
+    ) -> None:
+        self.path, self.manifest, self.signature, self.session = path, manifest, program, session
+        self._outputs = [tensor.name for tensor in program.outputs]
+        self._dtypes = [np.dtype(tensor.dtype) for tensor in program.inputs]
+
+    def __call__(self, *arrays: Any, **named: Any) -> np.ndarray | Outputs:
+        """Run the program.
+
+        Raises InputError, before anything runs, for a wrong name, count, dtype, rank or size, for a named
+        axis that differs between inputs or leaves its range, for an empty axis, and for NaN or infinity.
+        Raises TokoptError when ONNX Runtime fails on inputs that fit the signature (a token id outside the
+        vocabulary, for example).
+        """
+        values = self.run(*arrays, **named)
+        return next(iter(values.values())) if len(values) == 1 else values
+
+    def run(self, *arrays: Any, **named: Any) -> Outputs:
+        """As calling the model, but always by output name."""
+        feed = self._bind(arrays, named)
+        self._check(feed)
+        try:
+            values = self.session.run(self._outputs, feed)
+        except Exception as error:  # ONNX Runtime raises several unrelated classes
+            reason = " ".join(str(error).split())
+            raise TokoptError(f"ONNX Runtime failed in {self.path} on inputs that fit: {reason}") from error
+        return Outputs(zip(self._outputs, values, strict=True))
+
+    def selftest(self) -> tuple[OutputCheck, ...]:
+        """Run the inputs stored in the artifact and compare every output with the one stored."""
+        tensors = read_selftest(self.path, self.manifest, "forward")
+        outputs = self.run(**tensors[0])
+        return tuple(check_output(name, value, outputs[name]) for name, value in tensors[1].items())
+
+    def __repr__(self) -> str:
+        sides = [", ".join(map(_spell, side)) for side in (self.signature.inputs, self.signature.outputs)]
+        return f"<Model {self.path.name}: {sides[0]} -> {sides[1]}>"
+
+    def _bind(self, arrays: tuple[Any, ...], named: dict[str, Any]) -> dict[str, np.ndarray]:
+        names = [tensor.name for tensor in self.signature.inputs]
+        if len(arrays) > len(names):
+            raise InputError(
+                f"{len(arrays)} inputs were given, the program takes {len(names)}: {', '.join(names)}"
+            )
+        feed = dict(zip(names, arrays, strict=False))
+        for name, value in named.items():
+            if name not in names:
+                raise InputError(f"there is no input {name!r}; the program takes {', '.join(names)}")
+            if name in feed:
+                raise InputError(f"input {name!r} was given twice, by position and by name; give it once")
+            feed[name] = value
+        for tensor in self.signature.inputs:
+            if tensor.name not in feed:
+                raise InputError(f"input {tensor.name!r} is missing; give {_spell(tensor)}")
+            feed[tensor.name] = _as_array(feed[tensor.name], tensor)
+        return feed
+
+    def _check(self, feed: dict[str, np.ndarray]) -> None:
+        seen: dict[str, tuple[int, str]] = {}
+        for tensor, dtype in zip(self.signature.inputs, self._dtypes, strict=True):
+            array = feed[tensor.name]
+            if array.dtype != dtype:
+                raise InputError(
+                    f"input {tensor.name!r} is {array.dtype}, the program takes {dtype}; convert it with "
+                    f".astype({tensor.dtype!r})"
+                )
+            _check_shape(tensor, array.shape)
+            for axis, size in zip(tensor.axes, array.shape, strict=True):
+                if isinstance(axis, str):
+                    self._check_axis(tensor.name, axis, size, seen)
+            if dtype.kind == "f" and not _is_finite(array):
+                raise InputError(
+                    f"input {tensor.name!r} holds NaN or infinity; clean it, for example with "
+                    "numpy.nan_to_num"
+                )
+
+    def _check_axis(self, name: str, axis: str, size: int, seen: dict[str, tuple[int, str]]) -> None:
+        bounds = self.signature.ranges[axis]
+        if size < max(bounds.min, 1) or (bounds.max is not None and size > bounds.max):
+            most = "" if bounds.max is None else f" and at most {bounds.max}"
+            raise InputError(
+                f"axis {axis!r} of input {name!r} has size {size}, it must be at least "
+                f"{max(bounds.min, 1)}{most}"
+            )
+        first, where = seen.setdefault(axis, (size, name))
+        if first != size:
+            raise InputError(
+                f"axis {axis!r} has size {size} in input {name!r} but {first} in {where!r}; make them equal"
+            )
+
+
+class Outputs(Mapping[str, np.ndarray]):
+    """The outputs of one call by name: ``outputs["pooled"]`` or ``outputs.pooled``."""
+
+    def __init__(self, items: Any) -> None:
+        self._values: dict[str, np.ndarray] = dict(items)
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        return self._values[name]
+
+    def __getattr__(self, name: str) -> np.ndarray:
+        if name != "_values" and name in self._values:
+            return self._values[name]
+        raise AttributeError(
+            f"there is no output {name!r}; there are {', '.join(self.__dict__.get('_values', ()))}"
+        )
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._values)
+
+    def __len__(self) -> int:
+        return len(self._values)
+
+    def __dir__(self) -> list[str]:
+        return [*super().__dir__(), *self._values]
+
+    def __repr__(self) -> str:
+        return "Outputs(" + ", ".join(f"{k}={v.dtype}{list(v.shape)}" for k, v in self.items()) + ")"
+
+
+def read_selftest(
+    folder: Path, manifest: Manifest, program: str
+) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+    """The stored inputs and expected outputs of a program; raises ArtifactError."""
+    if manifest.selftest is None:
+        raise ArtifactError(f"{folder} has no self-test; export the artifact again")
+    path = file_path(folder, manifest.selftest)
+    entry = manifest.programs[program]
+    try:
+        tensors = safetensors.numpy.load_file(path)
+        return (
+            {tensor.name: tensors[f"{program}/inputs/{tensor.name}"] for tensor in entry.inputs},
+            {tensor.name: tensors[f"{program}/outputs/{tensor.name}"] for tensor in entry.outputs},
+        )
+    except (safetensors.SafetensorError, KeyError, ValueError, OSError) as error:
+        raise ArtifactError(f"{path} is damaged ({error}); copy or export the artifact again") from error
+
+
+def _session(
+    path: Path, providers: Sequence[Provider] | None, threads: int | None
+) -> onnxruntime.InferenceSession:
+    names, options = _providers(providers)
+    settings = onnxruntime.SessionOptions()
+    settings.log_severity_level = 3  # errors only: what matters is raised
+    if threads is not None:
+        if isinstance(threads, bool) or not isinstance(threads, int) or threads < 1:
+            raise InputError(f"threads is {threads!r}, it must be a positive integer, or None for all cores")
+        settings.intra_op_num_threads = threads
+    try:
+        session = onnxruntime.InferenceSession(path, settings, providers=names, provider_options=options)
+    except Exception as error:  # ONNX Runtime raises several unrelated classes
+        reason = " ".join(str(error).split())
+        raise ArtifactError(f"ONNX Runtime {onnxruntime.__version__} cannot load {path}: {reason}") from error
+    if names[0] not in session.get_providers():
+        raise MissingDependencyError(
+            f"{names[0]} could not start and ONNX Runtime fell back to {', '.join(session.get_providers())}; "
+            f"check its driver and libraries, or pass providers=[{_CPU!r}]"
+        )
+    return session
+
+
+def _providers(providers: Sequence[Provider] | None) -> tuple[list[str], list[dict[str, object]]]:
+    """Names and options, each name proved to be available."""
+    chosen = [_CPU] if providers is None else [providers] if isinstance(providers, str) else list(providers)
+    pairs = [(item, {}) if isinstance(item, str) else (item[0], dict(item[1])) for item in chosen]
+    available = onnxruntime.get_available_providers()
+    if not pairs:
+        raise InputError(f"providers is empty; choose among {', '.join(available)}")
+    for name, _ in pairs:
+        if name in available:
+            continue
+        if name in onnxruntime.get_all_providers():
+            raise MissingDependencyError(
+                f"{name} is not part of the installed ONNX Runtime, which has {', '.join(available)}; for "
+                "NVIDIA GPUs install tokopt[gpu]"
+            )
+        raise InputError(
+            f"{name!r} is no execution provider of ONNX Runtime; there are {', '.join(available)}, and more "
+            "with tokopt[gpu]"
+        )
+    return [name for name, _ in pairs], [options for _, options in pairs]
+
+
+def _as_array(value: Any, tensor: Tensor) -> np.ndarray:
+    try:
+        return np.ascontiguousarray(value) if np.ndim(value) else np.asarray(value)
+    except Exception as error:  # whatever a foreign __array__ raises
+        raise InputError(
+            f"input {tensor.name!r} is a {type(value).__name__} that numpy cannot read; give {_spell(tensor)}"
+        ) from error
+
+
+def _check_shape(tensor: Tensor, shape: tuple[int, ...]) -> None:
+    if len(shape) != len(tensor.axes):
+        raise InputError(
+            f"input {tensor.name!r} has {len(shape)} axes (shape {list(shape)}), the program takes "
+            f"{_spell(tensor)}"
+        )
+    for i, (axis, size) in enumerate(zip(tensor.axes, shape, strict=True)):
+        if isinstance(axis, int) and axis != size:
+            raise InputError(
+                f"axis {i} of input {tensor.name!r} has size {size} (shape {list(shape)}), the program takes "
+                f"{_spell(tensor)}"
+            )
+
+
+def _is_finite(array: np.ndarray) -> bool:
+    """Whether every element is finite.
+
+    One pass without a temporary: NaN and infinity survive a sum. A sum may also overflow by itself, so only
+    the exact test may say no.
+    """
+    with np.errstate(over="ignore", invalid="ignore"):
+        total = array.sum(dtype=np.float32 if array.dtype == np.float16 else None)
+    return bool(np.isfinite(total)) or bool(np.isfinite(array).all())
+
+
+def _spell(tensor: Tensor) -> str:
+    """``images: float32[batch, 3, 224, 224]``."""
+    return f"{tensor.name}: {tensor.dtype}[{', '.join(map(str, tensor.axes))}]"
