@@ -3,10 +3,17 @@
 A new op is a folder ``kernels/<op>/`` and one line in :data:`OPS`.
 """
 
+from __future__ import annotations
+
 from collections.abc import Callable
 from importlib import import_module
+from types import ModuleType
+from typing import TYPE_CHECKING
 
 import torch
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
 
 OPS = (
     "bipartite_match",
@@ -36,7 +43,32 @@ ops = torch.ops.tokopt
 
 
 def onnx_translations() -> dict[Callable, Callable]:
-    """The ONNX form of every op, for ``torch.onnx.export(custom_translation_table=...)``."""
-    return {
-        getattr(ops, name).default: import_module(f"tokopt.kernels.{name}.onnx").translation for name in OPS
-    }
+    """How to write every op as ONNX nodes, for ``torch.onnx.export(custom_translation_table=...)``.
+
+    The exported model has nodes of the domain ``tokopt`` and no bodies for them yet: see
+    :func:`attach_functions`.
+    """
+    return {getattr(ops, name).default: _onnx_form(name).translation for name in OPS}
+
+
+def attach_functions(model: ir.Model) -> None:
+    """Add to an ONNX ``model``, in place, the bodies of the ``tokopt`` functions that it calls.
+
+    The bodies are standard ops of opset 23, so that any ONNX runtime of that opset executes the model.
+
+    >>> program = torch.onnx.export(
+    ...     exported, opset_version=23, custom_translation_table=onnx_translations()
+    ... )  # doctest: +SKIP
+    >>> attach_functions(program.model)  # doctest: +SKIP
+    """
+    from onnx_ir.serde import deserialize_function
+
+    called = {node.op_type for node in model.graph.all_nodes() if node.domain == "tokopt"}
+    for function in (function for name in OPS for function in _onnx_form(name).FUNCTIONS):
+        if function.name in called:
+            body = deserialize_function(function.to_function_proto())
+            model.functions[body.identifier()] = body
+
+
+def _onnx_form(name: str) -> ModuleType:
+    return import_module(f"tokopt.kernels.{name}.onnx")

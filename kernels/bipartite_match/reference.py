@@ -12,8 +12,9 @@ def bipartite_match(metric: Tensor, size: Tensor, r: int, prefix: int) -> tuple[
     The tokens from ``prefix`` on are split by the parity of their index: even ones form A, odd ones B. Each
     a in A has one edge, to ``argmax_b cos(a, b)``; the ``r`` edges of highest cosine merge a into b.
 
-    Padding (``size`` 0): a padding a scores +inf, so it goes first and costs nothing; padding pairs with
-    padding and real with real as long as B has such a token. Ties go to the lowest index.
+    Padding (``size`` 0): a padding a scores +inf, so it goes first and costs nothing; it joins the first
+    padding b, or the first b if there is none, which it leaves unchanged. A real a joins a padding b only if
+    B has no real token. Ties go to the lowest index.
 
     Args:
         metric: [batch, tokens, channels], any float dtype; compared in float32. ToMe takes the attention keys
@@ -35,8 +36,8 @@ def bipartite_match(metric: Tensor, size: Tensor, r: int, prefix: int) -> tuple[
     vector, padding = unit(metric), size == 0
     a, b = vector[:, first_a::2], vector[:, first_b::2]
     padding_a, padding_b = padding[:, first_a::2], padding[:, first_b::2]
-    score = a @ b.mT - MISMATCH * (padding_a[:, :, None] != padding_b[:, None, :])
-    best, partner = score.max(dim=-1)
+    best, partner = (a @ b.mT - MISMATCH * padding_b[:, None, :]).max(dim=-1)
+    partner = torch.where(padding_a, padding_b.int().argmax(dim=-1, keepdim=True), partner)
     order = ranked(best.masked_fill(padding_a, torch.inf))
     merged, rest = order[:, :r], order[:, r:].sort(dim=-1).values
     keep = [leading(metric, prefix), first_a + 2 * rest, first_b + 2 * leading(metric, b.shape[1])]

@@ -1,0 +1,42 @@
+"""The ONNX form of tokopt::energy_match."""
+
+from tokopt.kernels.opset import FLOAT, INFINITY, INT64, LAST, TOKOPT, TensorType, node, op, script
+from tokopt.kernels.shared import MISMATCH, TINY
+
+
+@script(TOKOPT, default_opset=op)
+def energy_match(
+    metric: TensorType, size: FLOAT, r: INT64, prefix: int, margin: float
+) -> tuple[INT64, INT64, INT64]:
+    """See :func:`tokopt.kernels.energy_match.reference.energy_match`."""
+    start = op.Reshape(op.Constant(value_int=prefix), [1])
+    x = op.Cast(op.Slice(metric, start, LAST, [1]), to=FLOAT.dtype)
+    unit = x / op.Max(op.ReduceL2(x, [-1], keepdims=1), TINY)
+    real = op.Greater(op.Slice(size, start, LAST, [1]), 0.0)
+    one = op.Cast(real, to=FLOAT.dtype)
+    weight = one / op.Max(op.ReduceSum(one, [-1], keepdims=1), 1.0)
+    near = op.Elu(op.MatMul(unit, op.Transpose(unit, perm=[0, 2, 1])) - margin)
+    energy = op.Squeeze(op.MatMul(near, op.Unsqueeze(weight, [2])), [2])
+    count = op.Shape(energy, start=1, end=2)
+    _, order = op.TopK(op.Where(real, energy, INFINITY), count, axis=-1, largest=1, sorted=1)
+    removed = op.Reshape(r, [1])
+    cut = removed * 2
+    a = op.Slice(order, [0], cut, [1], [2])
+    b = op.Slice(order, [1], cut, [1], [2])
+    rest, _ = op.TopK(op.Slice(order, cut, LAST, [1]), count - cut, axis=-1, largest=0, sorted=1)
+    # One b stays in the comparison when r is 0: ArgMax needs something to choose from.
+    candidates = op.Slice(order, [1], op.Max(cut, [2]), [1], [2])
+    unit_a = op.GatherND(unit, op.Unsqueeze(a, [2]), batch_dims=1)
+    unit_b = op.GatherND(unit, op.Unsqueeze(candidates, [2]), batch_dims=1)
+    one_a = op.Unsqueeze(op.GatherElements(one, a, axis=1), [2])
+    one_b = op.Unsqueeze(op.GatherElements(one, candidates, axis=1), [1])
+    score = op.MatMul(unit_a, op.Transpose(unit_b, perm=[0, 2, 1])) - op.Abs(one_a - one_b) * MISMATCH
+    protected = op.Expand(op.Range(0, prefix, 1), op.Concat(op.Shape(size, start=0, end=1), start, axis=0))
+    keep = op.Concat(protected, rest + start, b + start, axis=1)
+    drop = a + start
+    dest = op.ArgMax(score, axis=-1, keepdims=0) + (start + count - cut)
+    return keep, drop, dest
+
+
+FUNCTIONS = (energy_match,)
+translation = node(energy_match)

@@ -1,0 +1,68 @@
+"""What the ONNX forms share: the domain they define and the standard opset they are written in.
+
+``torch.onnx.export`` inlines every model-local function while it converts opset versions. So its translation
+table gets bare nodes of the domain (:func:`node`), and the bodies are attached to the finished model
+(:func:`tokopt.kernels.attach_functions`).
+
+The annotations of a scripted function say what is an input (a tensor type; ``r`` is one, since it may be
+computed from a dynamic shape), what is an attribute (``int``, ``float``), and how many outputs there are.
+"""
+
+from collections.abc import Callable
+from functools import wraps
+from inspect import signature
+from typing import get_args, get_type_hints
+
+from onnx.defs import OpSchema
+from onnxscript import BOOL, FLOAT, INT64, OnnxFunction, script, values
+from onnxscript.onnx_opset import opset23 as op
+from onnxscript.onnx_types import TensorType
+
+__all__ = ["BOOL", "FLOAT", "INFINITY", "INT64", "LAST", "TOKOPT", "TensorType", "node", "op", "script"]
+
+TOKOPT = values.Opset("tokopt", 1)
+"""The domain of the model-local functions."""
+
+INFINITY = float("inf")
+
+LAST = [2**63 - 1]
+"""The end of a slice that runs to the end of its axis."""
+
+_TENSORS = {FLOAT: "tensor(float)", INT64: "tensor(int64)"}
+_ATTRIBUTES = {int: OpSchema.AttrType.INT, float: OpSchema.AttrType.FLOAT}
+_ANY = ["tensor(float16)", "tensor(bfloat16)", "tensor(float)", "tensor(double)", "tensor(bool)"]
+_ANY += [f"tensor({sign}int{bits})" for sign in ("", "u") for bits in (8, 16, 32, 64)]
+
+
+def node(function: OnnxFunction) -> Callable:
+    """A translation that records a bare call of ``function``: a node of its name, without its body."""
+    hints = get_type_hints(function.function)
+    returned = hints.pop("return")
+    schema = OpSchema(
+        function.name,
+        TOKOPT.domain,
+        TOKOPT.version,
+        inputs=[
+            OpSchema.FormalParameter(name, _TENSORS.get(kind, "T"))
+            for name, kind in hints.items()
+            if kind not in _ATTRIBUTES
+        ],
+        outputs=[
+            OpSchema.FormalParameter(f"output_{position}", _TENSORS.get(kind, "T"))
+            for position, kind in enumerate(get_args(returned) or (returned,))
+        ],
+        type_constraints=[("T", _ANY, "any tensor")],
+        attributes=[
+            OpSchema.Attribute(name, _ATTRIBUTES[kind], required=True)
+            for name, kind in hints.items()
+            if kind in _ATTRIBUTES
+        ],
+    )
+    call = values.Op(TOKOPT, function.name, schema)
+
+    @wraps(function.function)
+    def record(*args, **kwargs):
+        # By name: a schema keeps its attributes in alphabetical order.
+        return call(**signature(record).bind(*args, **kwargs).arguments)
+
+    return record
