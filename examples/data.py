@@ -234,7 +234,7 @@ def photograph_views(size: int) -> NDArray[np.float32]:
 
 
 def fashion_mnist(split: str, count: int) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
-    """The first ``count`` images [count, 28, 28] and labels of Fashion-MNIST, split ``"train"`` or ``"test"``.
+    """The first ``count`` images [count, 28, 28] and labels of Fashion-MNIST's ``train`` or ``test`` split.
 
     The files come with the Debian package ``dataset-fashion-mnist``, or lie in the folder that the
     environment variable ``TOKOPT_FASHION_MNIST`` names.
