@@ -1,0 +1,355 @@
+"""Artifacts: a bundle as a directory that a program without tokopt, or without torch, can run.
+
+``vit.tokopt/`` holds ``manifest.json``, one file per program (``forward.onnx`` or ``forward.pt2``), the
+weights (``weights.data``), ``selftest.safetensors`` and, for text models, ``tokenizer.json``. It is written
+under a temporary name beside its place and renamed when it is complete and checked.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tokopt.bundle import AppliedPass, AxisRange, Bundle, Program, State, TensorSpec
+from tokopt.errors import ArtifactError, TokoptError
+from tokopt.runtime.manifest import (
+    MANIFEST,
+    SELFTEST,
+    FileEntry,
+    Manifest,
+    PassEntry,
+    ProgramEntry,
+    Range,
+    StateEntry,
+    Tensor,
+    describe_file,
+    file_fault,
+    file_path,
+    read_manifest,
+)
+from tokopt.runtime.numerics import OutputCheck, check_output
+from tokopt.runtime.session import load
+
+if TYPE_CHECKING:
+    import torch
+
+TARGETS = ("onnx", "torch")
+_TOKENIZER = "tokenizer.json"
+_SUFFIX = {"onnx": "onnx", "torch": "pt2"}
+
+
+def export(
+    bundle: Bundle,
+    path: str | Path,
+    target: str = "onnx",
+    *,
+    overwrite: bool = False,
+    check: bool = True,
+    tolerance: float | None = None,
+    progress: Callable[[str], None] | None = None,
+) -> Path:
+    """Write ``bundle`` as an artifact directory at ``path`` and return that path.
+
+    ``target="onnx"`` lowers every program to ONNX for :func:`tokopt.runtime.load`; ``check`` compares the
+    result with the exported program first, with ``tolerance`` in place of the largest NMSE that a dtype
+    allows. ``target="torch"`` keeps the programs as ``.pt2`` files for :func:`open_bundle`. ``overwrite``
+    replaces an artifact that is already there. ``progress`` is called with a line per step.
+
+    Raises LoweringError when a program cannot be lowered or does not compute the same, ArtifactError when
+    ``path`` is taken or its parent is missing. Nothing is left behind when it fails.
+    """
+    if target not in TARGETS:
+        raise ArtifactError(f"there is no target {target!r}; choose among {', '.join(TARGETS)}")
+    say = progress or (lambda line: None)
+    path = Path(path)
+    _check_place(path, overwrite)
+    with _replacing(path.absolute()) as folder:
+        metadata = {"tokopt.pipeline": bundle.pipeline, "tokopt.semantics": bundle.semantics}
+        files = _write_programs(bundle, folder, target, metadata, say, check=check, tolerance=tolerance)
+        say("writing the self-test")
+        _write_selftest(bundle, folder)
+        if bundle.tokenizer is not None:
+            (folder / _TOKENIZER).write_text(bundle.tokenizer, encoding="utf-8")
+        entries = {item.name: describe_file(item) for item in sorted(folder.iterdir())}
+        (folder / MANIFEST).write_text(_manifest(bundle, files, entries).to_json(), encoding="utf-8")
+        read_manifest(folder)  # what is written can be read: names from the model are checked here
+    return path
+
+
+def open_bundle(path: str | Path) -> Bundle:
+    """Load the bundle of a ``target="torch"`` artifact, or capture a ``.pt2`` file of ``torch.export``.
+
+    Every file's SHA-256 is checked first. Raises ArtifactError when the artifact is damaged, foreign, newer,
+    or was exported for another target.
+    """
+    path = Path(path)
+    if path.is_file() and path.suffix == ".pt2":
+        from tokopt.frontend import capture
+
+        return capture(path)
+    manifest = read_manifest(path)
+    for name, entry in manifest.files.items():
+        if fault := file_fault(path, name, entry):
+            raise ArtifactError(fault)
+    programs = {name: _load_program(path, manifest, name) for name in manifest.programs}
+    tokenizer = manifest.tokenizer and file_path(path, manifest.tokenizer).read_text(encoding="utf-8")
+    bundle = Bundle(
+        programs,
+        task=manifest.task,  # type: ignore[arg-type]  # the manifest's reader has proved it
+        states=tuple(State(**vars(state)) for state in manifest.states),
+        history=tuple(AppliedPass(**vars(step)) for step in manifest.passes),
+        tokenizer=tokenizer,
+        generation=manifest.generation,
+    )
+    from tokopt.analysis.verifier import verify_bundle
+
+    try:
+        verify_bundle(bundle)
+    except TokoptError as error:
+        raise ArtifactError(f"{path} disagrees with its manifest: {error}; export it again") from error
+    return bundle
+
+
+@dataclass(frozen=True)
+class VerifyReport:
+    """What :func:`verify` found: faults of files, and the self-test's NMSE per output of every program."""
+
+    path: str
+    pipeline: str
+    semantics: str
+    files: int
+    faults: tuple[str, ...]
+    outputs: Mapping[str, tuple[OutputCheck, ...]]
+
+    @property
+    def ok(self) -> bool:
+        """No fault, and every output as close as its dtype allows."""
+        return not self.faults and all(check.ok for checks in self.outputs.values() for check in checks)
+
+    def as_dict(self) -> dict[str, Any]:
+        """A JSON-ready form."""
+        checks = {
+            name: [{**asdict(check), "ok": check.ok} for check in found]
+            for name, found in self.outputs.items()
+        }
+        return {**asdict(self), "outputs": checks, "ok": self.ok}
+
+
+def verify(path: str | Path) -> VerifyReport:
+    """Check every file's size and SHA-256, then run the self-test.
+
+    An ONNX artifact is run by the runtime, without torch; a torch artifact by torch. Raises ArtifactError
+    when there is no readable manifest; everything found after that is in the report.
+    """
+    path = Path(path)
+    manifest = read_manifest(path)
+    faults = [
+        fault
+        for name, entry in manifest.files.items()
+        if (fault := file_fault(path, name, entry)) is not None
+    ]
+    outputs: dict[str, tuple[OutputCheck, ...]] = {}
+    if not faults:
+        try:
+            outputs = _selftest(path, manifest)
+        except TokoptError as error:
+            faults = [str(error)]
+    return VerifyReport(
+        str(path), manifest.pipeline, manifest.semantics, len(manifest.files), tuple(faults), outputs
+    )
+
+
+def _selftest(path: Path, manifest: Manifest) -> dict[str, tuple[OutputCheck, ...]]:
+    if all("onnx" in entry.files for entry in manifest.programs.values()):
+        return {"forward": load(path, verify=False).selftest()}
+    bundle = open_bundle(path)
+    return {name: _selftest_torch(path, manifest, name, p) for name, p in bundle.programs.items()}
+
+
+def _selftest_torch(path: Path, manifest: Manifest, name: str, program: Program) -> tuple[OutputCheck, ...]:
+    expected = _read_tensors(path, manifest, name, "outputs")
+    actual = program(*program.example)
+    return tuple(
+        check_output(spec.name, _as_numpy(want), _as_numpy(got))
+        for spec, want, got in zip(program.outputs, expected, actual, strict=True)
+    )
+
+
+def _as_numpy(tensor: torch.Tensor) -> Any:
+    import torch
+
+    return (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).numpy(force=True)
+
+
+def _check_place(path: Path, overwrite: bool) -> None:
+    if not path.parent.is_dir():
+        raise ArtifactError(f"the folder {path.parent} does not exist; create it first")
+    if not os.path.lexists(path):
+        return
+    if not overwrite:
+        raise ArtifactError(f"{path} exists already; pass overwrite=True or choose another path")
+    if path.is_symlink() or not (path / MANIFEST).is_file():
+        raise ArtifactError(f"{path} is no tokopt artifact and will not be overwritten; choose another path")
+
+
+@contextmanager
+def _replacing(path: Path) -> Iterator[Path]:
+    """A new folder beside ``path`` that takes its name at the end, or disappears on any failure."""
+    token = secrets.token_hex(4)
+    folder = path.with_name(f".{path.name}.{token}.tmp")
+    try:
+        folder.mkdir()
+    except OSError as error:
+        raise ArtifactError(f"{path.parent} cannot be written to ({error}); choose another path") from error
+    try:
+        yield folder
+        _rename(folder, path, path.with_name(f".{path.name}.{token}.old"))
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _rename(folder: Path, path: Path, aside: Path) -> None:
+    """Put ``folder`` in the place of ``path``; what was there stays until the new one is in place."""
+    try:
+        if not path.exists():
+            folder.rename(path)
+            return
+        path.rename(aside)
+        try:
+            folder.rename(path)
+        except BaseException:
+            aside.rename(path)
+            raise
+    except OSError as error:
+        raise ArtifactError(
+            f"the artifact cannot be moved to {path} ({error}); choose another path"
+        ) from error
+    shutil.rmtree(aside, ignore_errors=True)
+
+
+def _write_programs(
+    bundle: Bundle,
+    folder: Path,
+    target: str,
+    metadata: Mapping[str, str],
+    say: Callable[[str], None],
+    *,
+    check: bool,
+    tolerance: float | None,
+) -> dict[str, str]:
+    """Write every program in the form of ``target``; return the file of each."""
+    files = {name: f"{name}.{_SUFFIX[target]}" for name in bundle.programs}
+    if target == "torch":
+        import torch
+
+        for name, program in bundle.programs.items():
+            say(f"saving {files[name]}")
+            torch.export.save(program.exported, folder / files[name])
+        return files
+
+    from tokopt.lower.onnx import WeightFile, lower
+
+    weights = WeightFile(folder)
+    for name, program in bundle.programs.items():
+        say(f"lowering {name} to ONNX" + (" and comparing" if check else ""))
+        lower(program, folder, name, weights=weights, metadata=metadata, check=check, tolerance=tolerance)
+    return files
+
+
+def _write_selftest(bundle: Bundle, folder: Path) -> None:
+    """The example inputs of every program and what the exported program makes of them."""
+    from safetensors.torch import save
+
+    tensors: dict[str, torch.Tensor] = {}
+    for name, program in bundle.programs.items():
+        sides = (
+            ("inputs", program.inputs, program.example),
+            ("outputs", program.outputs, program(*program.example)),
+        )
+        for side, specs, values in sides:
+            for spec, value in zip(specs, values, strict=True):
+                tensors[f"{name}/{side}/{spec.name}"] = value.detach().clone().contiguous()
+    (folder / SELFTEST).write_bytes(save(tensors))
+
+
+def _read_tensors(path: Path, manifest: Manifest, program: str, side: str) -> tuple[torch.Tensor, ...]:
+    from safetensors import SafetensorError, safe_open
+
+    if manifest.selftest is None:
+        raise ArtifactError(f"{path} has no self-test, which holds the example inputs; export it again")
+    specs = getattr(manifest.programs[program], side)
+    try:
+        with safe_open(file_path(path, manifest.selftest), framework="pt") as tensors:
+            return tuple(tensors.get_tensor(f"{program}/{side}/{spec.name}") for spec in specs)
+    except (SafetensorError, OSError, ValueError) as error:
+        raise ArtifactError(f"{path / SELFTEST} is damaged ({error}); export the artifact again") from error
+
+
+def _load_program(path: Path, manifest: Manifest, name: str) -> Program:
+    entry = manifest.programs[name]
+    if "torch" not in entry.files:
+        raise ArtifactError(
+            f"{path} was exported for {', '.join(entry.files)}, which cannot become a bundle again; export "
+            "the bundle with target='torch' too"
+        )
+    import torch
+
+    import tokopt.kernels  # noqa: F401  # registers the ops that the program may call
+
+    file = file_path(path, entry.files["torch"])
+    try:
+        exported = torch.export.load(file)
+    except Exception as error:  # whatever the archive's reader raises
+        raise ArtifactError(
+            f"{file} cannot be loaded by torch {torch.__version__} ({type(error).__name__}: {error}); it was "
+            f"saved by torch {manifest.versions.get('torch', '?')}"
+        ) from error
+    return Program(
+        exported,
+        tuple(TensorSpec(**vars(tensor)) for tensor in entry.inputs),
+        tuple(TensorSpec(**vars(tensor)) for tensor in entry.outputs),
+        {axis: AxisRange(**vars(bounds)) for axis, bounds in entry.ranges.items()},
+        _read_tensors(path, manifest, name, "inputs"),
+    )
+
+
+def _manifest(bundle: Bundle, files: Mapping[str, str], entries: Mapping[str, FileEntry]) -> Manifest:
+    form = {suffix: target for target, suffix in _SUFFIX.items()}
+    return Manifest(
+        programs={
+            name: ProgramEntry(
+                tuple(Tensor(**vars(spec)) for spec in program.inputs),
+                tuple(Tensor(**vars(spec)) for spec in program.outputs),
+                {axis: Range(**vars(bounds)) for axis, bounds in program.ranges.items()},
+                {form[files[name].rsplit(".", 1)[1]]: files[name]},
+            )
+            for name, program in bundle.programs.items()
+        },
+        files=entries,
+        task=bundle.task,
+        semantics=bundle.semantics,
+        pipeline=bundle.pipeline,
+        passes=tuple(PassEntry(**vars(step)) for step in bundle.history),
+        states=tuple(StateEntry(**vars(state)) for state in bundle.states),
+        generation=bundle.generation,
+        tokenizer=None if bundle.tokenizer is None else _TOKENIZER,
+        selftest=SELFTEST,
+        versions=_versions(),
+    )
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for package in ("tokopt", "torch", "onnx", "onnxscript", "onnxruntime"):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found

@@ -1,0 +1,106 @@
+"""Does a lowered program compute what the exported program computes? Compared by NMSE per output."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import onnxruntime
+import torch
+
+from tokopt.bundle import Program
+from tokopt.errors import LoweringError
+from tokopt.runtime.numerics import check_output
+
+Example = tuple[torch.Tensor, ...]
+
+
+def check_parity(program: Program, path: Path, name: str, *, tolerance: float | None = None) -> None:
+    """Compare the ONNX file at ``path`` with ``program`` on the example and other sizes of its named axes.
+
+    ``tolerance`` replaces the largest NMSE that the dtype of an output allows. Raises LoweringError naming
+    the output, its NMSE and the sizes.
+    """
+    session = _session(path, name)
+    exported = program.exported.module(check_guards=False)
+    for sizes, inputs in resized_examples(program):
+        try:
+            with torch.no_grad():
+                expected = exported(*inputs)
+        except Exception:
+            if inputs is program.example:
+                raise
+            continue  # the exported program refuses these sizes, so nothing is promised for them
+        actual = _run(session, program, inputs, f"program {name!r}{sizes}")
+        for spec, want, got in zip(program.outputs, expected, actual, strict=True):
+            check = check_output(spec.name, want.numpy(force=True), got, tolerance)
+            if not check.ok:
+                raise LoweringError(
+                    f"output {spec.name!r} of program {name!r}{sizes} differs between ONNX Runtime and the "
+                    f"exported program: NMSE {check.nmse:.2g}, at most {check.limit:.2g} is allowed; if the "
+                    "program compares nearly equal tokens, give capture other example inputs, else report "
+                    "it, or pass check=False"
+                )
+
+
+def resized_examples(program: Program) -> Iterator[tuple[str, Example]]:
+    """The example, then copies in which one named axis has its smallest size, or one less (or more).
+
+    Each comes with its sizes in words.
+    """
+    sizes = {
+        axis: size
+        for spec, tensor in zip(program.inputs, program.example, strict=True)
+        for axis, size in zip(spec.axes, tensor.shape, strict=True)
+        if isinstance(axis, str)
+    }
+    yield _words(sizes), program.example
+    for axis, old in sizes.items():
+        bounds = program.ranges[axis]
+        low, high = max(bounds.min, 1), old + 1 if bounds.max is None else bounds.max
+        near = old - 1 if old > low else old + 1
+        for size in sorted({low, near} - {old}):
+            if size <= high:
+                yield _words({**sizes, axis: size}), _resized(program, axis, size)
+
+
+def _resized(program: Program, axis: str, size: int) -> Example:
+    """The example with ``axis`` cut to ``size``, or grown by starting again."""
+    result = []
+    for spec, tensor in zip(program.inputs, program.example, strict=True):
+        for i, name in enumerate(spec.axes):
+            if name == axis:
+                tensor = tensor.index_select(i, torch.arange(size) % tensor.shape[i])
+        result.append(tensor)
+    return tuple(result)
+
+
+def _words(sizes: dict[str, int]) -> str:
+    return " (" + ", ".join(f"{axis} {size}" for axis, size in sizes.items()) + ")" if sizes else ""
+
+
+def _session(path: Path, name: str) -> onnxruntime.InferenceSession:
+    settings = onnxruntime.SessionOptions()
+    settings.log_severity_level = 4  # what fails is raised
+    settings.add_session_config_entry("session.intra_op.allow_spinning", "0")  # torch uses the same cores
+    try:
+        return onnxruntime.InferenceSession(path, settings, providers=["CPUExecutionProvider"])
+    except Exception as error:  # ONNX Runtime raises several unrelated classes
+        raise LoweringError(
+            f"ONNX Runtime cannot load program {name!r}: {_line(error)}; report it"
+        ) from error
+
+
+def _run(
+    session: onnxruntime.InferenceSession, program: Program, inputs: Example, where: str
+) -> list[np.ndarray]:
+    feed = {spec.name: tensor.numpy(force=True) for spec, tensor in zip(program.inputs, inputs, strict=True)}
+    try:
+        return [np.asarray(value) for value in session.run([spec.name for spec in program.outputs], feed)]
+    except Exception as error:  # ONNX Runtime raises several unrelated classes
+        raise LoweringError(f"ONNX Runtime fails on {where}: {_line(error)}; report it") from error
+
+
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split())
