@@ -31,7 +31,8 @@ class Plan:
     """What becomes of the tokens of one row: ``groups`` in the new order, each a list of old indices.
 
     The first index of a group is its representative: side tensors (masks, positions) follow it. ``dropped``
-    tokens are in no group. ``weights`` replaces the size-weighted mean of a group by a plain weighted sum.
+    tokens are in no group. ``weights`` replaces the size-weighted mean of a group by a plain weighted sum,
+    which counts as one token.
     """
 
     groups: list[list[int]]
@@ -132,6 +133,18 @@ def kcenter(features: Tensor, size: Tensor, r: int, prefix: int, **_: Any) -> Pl
     return diverse(features, size, r, prefix, lambda a, b: float((a - b).norm()), "central")
 
 
+def slot_noise(tokens: int, seed: int) -> Tensor:
+    """[tokens] float64: the pseudo-random numbers of the slots, by which ``random`` chooses."""
+
+    def hashed(value: int) -> float:
+        for multiplier in (48_271, 69_621, 16_807):
+            value = value * multiplier % 1_048_573
+            value = (value * value + 12_345) % 1_048_573
+        return float(value)
+
+    return torch.tensor([hashed(slot + 1009 * seed + 1) for slot in range(tokens)], dtype=torch.float64)
+
+
 def random(size: Tensor, r: int, prefix: int, noise: Tensor, **_: Any) -> Plan:
     """Keep the tokens of highest noise."""
     return by_score(noise, size, r, prefix)
@@ -222,14 +235,14 @@ class Reduction:
             return x
         metric = self.keys.mean(dim=1).double()
         score = self.weights.mean(dim=1)[:, 0].double()
-        noise = self.options["noise"](self.layer - 1, *self.size.shape) if self.method == "random" else score
+        noise = slot_noise(x.shape[1], self.options.get("seed", 0)).expand_as(score)
+        margin = self.options.get("margin", 0.75) * (1 - (self.layer - 1) / len(self.r))
         rows = []
         for b, size in enumerate(self.size):
             order = self.real_first(size)
             tensors = {"metric": metric, "score": score, "noise": noise, "features": x.double()}
             facts = {name: value[b][order] for name, value in tensors.items()}
-            margin = {"margin": self.options["margin"][self.layer - 1]} if self.method == "pitome" else {}
-            plan = METHODS[self.method](size=size[order], r=r, prefix=self.prefix, **facts, **margin)
+            plan = METHODS[self.method](size=size[order], r=r, prefix=self.prefix, margin=margin, **facts)
             rows.append(self.apply(b, x[b], order, facts["metric"], plan))
         merged, sizes, kept, sources = (torch.stack(part) for part in zip(*rows, strict=True))
         self.size, self.kept = sizes, kept
@@ -256,7 +269,7 @@ class Reduction:
             size = self.size[row, members]
             weight = torch.tensor(plan.weights[slot]) if slot in plan.weights else size / size.sum()
             tokens.append((weight.nan_to_num(0.0)[:, None] * x[members]).sum(dim=0))
-            sizes.append(size.sum())
+            sizes.append(size[0] if slot in plan.weights else size.sum())
             kept.append(self.kept[row, members[0]])
         for old in plan.dropped:
             slots = range(self.prefix, len(plan.groups))
@@ -456,9 +469,8 @@ def run_eager(
     """The outputs of zoo model ``name``, in the model's own structure, with tokens reduced by ``method``.
 
     ``r`` gives the tokens removed in each block. ``options``: ``prefix`` (protected leading tokens; the
-    entry's by default), ``proportional`` (default True), ``margin`` (pitome: one per block), ``noise``
-    (random: ``noise(block, batch, tokens) -> [batch, tokens]``). Raises KeyError for a model with blocks
-    that have no restatement.
+    entry's by default), ``proportional`` (default True), ``margin`` (pitome: in the first block, 0.75),
+    ``seed`` (random: 0). Raises KeyError for a model with blocks that have no restatement.
     """
     entry = ZOO[name]
     assert len(r) == entry.layers

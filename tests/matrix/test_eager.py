@@ -12,15 +12,6 @@ from tests.zoo import ZOO, Entry
 REDUCIBLE = [entry for entry in ZOO.values() if entry.style != "windows"]
 
 
-def options(entry: Entry) -> dict[str, object]:
-    return {
-        "margin": [0.75 * (1 - layer / entry.layers) for layer in range(entry.layers)],
-        "noise": lambda layer, batch, tokens: torch.rand(
-            batch, tokens, generator=torch.Generator().manual_seed(layer)
-        ),
-    }
-
-
 def real(entry: Entry, inputs: dict[str, torch.Tensor], value: torch.Tensor) -> torch.Tensor:
     """``value`` without what stands at padding."""
     per_token = entry.mask and value.ndim == 3
@@ -52,8 +43,8 @@ def test_removing_nothing_is_the_model(entry: Entry) -> None:
 def test_every_method_runs_on_every_model_and_changes_it(entry: Entry, method: str) -> None:
     model, inputs = entry.build(), entry.inputs(batch=2)
     r = [6, 0, 3] + [0] * (entry.layers - 3)
-    expected = tree_leaves(run_eager(entry.name, model, inputs, method, [0] * entry.layers, options(entry)))
-    actual = tree_leaves(run_eager(entry.name, model, inputs, method, r, options(entry)))
+    expected = tree_leaves(run_eager(entry.name, model, inputs, method, [0] * entry.layers))
+    actual = tree_leaves(run_eager(entry.name, model, inputs, method, r))
     for value, computed in zip(expected, actual, strict=True):
         assert value.shape == computed.shape
         assert real(entry, inputs, computed).isfinite().all()
@@ -65,7 +56,7 @@ def test_merging_conserves_sizes_and_the_weighted_sum(method: str) -> None:
     generator = torch.Generator().manual_seed(0)
     mask = torch.ones(3, 23)
     mask[1, 15:] = 0
-    reduce = Reduction(mask, method, [7, 5], {"prefix": 2, "margin": [0.5, 0.3]})
+    reduce = Reduction(mask, method, [7, 5], {"prefix": 2, "margin": 0.5})
     x = torch.randn(3, 23, 6, generator=generator)
     total = (x * mask[..., None]).sum(dim=1)
     for _ in range(2):
@@ -106,7 +97,7 @@ def test_padding_goes_first_and_costs_nothing(method: str) -> None:
     model, inputs = entry.build(), entry.inputs(batch=2)
     expected = model(**inputs).last_hidden_state
     r = [4, 0, 2]
-    actual = run_eager("bert", model, inputs, method, r, options(entry)).last_hidden_state
+    actual = run_eager("bert", model, inputs, method, r).last_hidden_state
     length = int(inputs["attention_mask"][1].sum())
     torch.testing.assert_close(actual[1, :length], expected[1, :length], atol=1e-5, rtol=1e-5)
     assert not torch.allclose(actual[0], expected[0], atol=1e-3)
