@@ -1,0 +1,53 @@
+"""The table of ``tokopt inspect``: one row per attention, with the cost of the block around it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from tokopt.analysis.blocks import Block, find_blocks
+from tokopt.analysis.cost import node_flops
+from tokopt.analysis.graph import is_tensor, module_path, program_module
+from tokopt.bundle import Program
+
+
+@dataclass(frozen=True)
+class BlockRow:
+    """One attention: ``index`` counts the blocks that passes can reduce tokens in, None for the others.
+
+    ``flops`` is the cost of the layer that holds the attention (the module path up to its last number), under
+    the example inputs. ``note`` is the norm style, or the reason why the site is not a block.
+    """
+
+    index: int | None
+    path: str
+    kind: str
+    tokens: int
+    heads: int
+    flops: int
+    note: str
+
+
+def describe_blocks(program: Program) -> list[BlockRow]:
+    """A row per attention of ``program``, in execution order."""
+    graph = program_module(program).graph
+    costs = [(module_path(n), node_flops(n)) for n in graph.nodes if n.op == "call_function" and is_tensor(n)]
+    rows = []
+    for found in find_blocks(graph):
+        site = found.site
+        layer = _layer(site.path)
+        flops = sum(flops for path, flops in costs if path == layer or path.startswith(layer + "."))
+        note = found.style if isinstance(found, Block) else found.reason
+        index = found.index if isinstance(found, Block) else None
+        rows.append(BlockRow(index, site.path, site.kind, site.tokens, site.heads, flops, note))
+    return rows
+
+
+def _layer(path: str) -> str:
+    """The path of the layer: up to and with the last number.
+
+    >>> _layer("encoder.layer.3.attention.attention")
+    'encoder.layer.3'
+    """
+    parts = path.split(".")
+    numbers = [i for i, part in enumerate(parts) if part.isdigit()]
+    return ".".join(parts[: numbers[-1] + 1] if numbers else parts)

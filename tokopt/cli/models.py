@@ -1,0 +1,191 @@
+"""How a model is named on the command line, and the example inputs that it is captured with.
+
+A name is the folder of a Hugging Face model, a ``.pt2`` file, an artifact directory, or ``module:factory``.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tokopt.errors import CaptureError, InputError, MissingDependencyError
+
+if TYPE_CHECKING:
+    from tokopt.bundle import AxisRange, Bundle
+
+
+@dataclass(frozen=True)
+class ExampleOptions:
+    """How to make example inputs: sizes that the user gave, None where the model's files decide."""
+
+    image_size: int | None = None
+    tokens: int | None = None
+    shapes: tuple[tuple[int, ...], ...] = ()
+    model_class: str | None = None
+
+
+@dataclass(frozen=True)
+class _Model:
+    """The arguments of ``tokopt.capture``."""
+
+    model: Any
+    args: tuple[Any, ...] = ()
+    kwargs: Mapping[str, Any] = field(default_factory=dict)
+    dynamic: Mapping[str, Any] | None = None
+    ranges: Mapping[str, AxisRange] | None = None
+    tokenizer: str | None = None
+
+
+def read_bundle(name: str, options: ExampleOptions | None = None) -> Bundle:
+    """The bundle of an artifact, or a freshly captured one.
+
+    Raises InputError when nothing has that name, CaptureError when it cannot be captured, ArtifactError when
+    the artifact cannot be opened.
+    """
+    import tokopt
+
+    options = options or ExampleOptions()
+    path = Path(name)
+    if (path / "manifest.json").is_file():
+        return tokopt.open_bundle(path)
+    if path.suffix == ".pt2" and path.is_file():
+        return tokopt.capture(path)
+    if (path / "config.json").is_file():
+        found = _hugging_face(path, options)
+    elif ":" in name and not path.exists():
+        found = _from_factory(name, options)
+    else:
+        raise InputError(
+            f"{name!r} names no model; give the folder of a Hugging Face model, a .pt2 file, an artifact, "
+            "or module:factory"
+        )
+    return tokopt.capture(
+        found.model,
+        found.args,
+        found.kwargs,
+        dynamic=found.dynamic,
+        ranges=found.ranges,
+        tokenizer=found.tokenizer,
+    )
+
+
+def require(package: str, extra: str) -> None:
+    """Raise MissingDependencyError, naming the extra, when a package is not installed."""
+    if find_spec(package) is None:
+        raise MissingDependencyError(
+            f"{package} is not installed; install it with: pip install 'tokopt[{extra}]'"
+        )
+
+
+def _from_factory(name: str, options: ExampleOptions) -> _Model:
+    """Call ``module:factory``: it returns a module, or (module, args), or (module, args, dynamic)."""
+    module_name, _, attribute = name.partition(":")
+    sys.path.insert(0, "")  # as `python -m` does: the user's module lies in the current folder
+    try:
+        target: Any = import_module(module_name)
+        for part in attribute.split("."):
+            target = getattr(target, part)
+        made = target()
+    except Exception as error:
+        raise CaptureError(f"{name}: {type(error).__name__}: {error}; see it with --traceback") from error
+    finally:
+        sys.path.remove("")
+    parts = list(made) if isinstance(made, tuple) else [made]
+    if not 1 <= len(parts) <= 3:
+        raise CaptureError(
+            f"{name} returned {len(parts)} values; return module, (module, args) or (module, args, dynamic)"
+        )
+    model, args, dynamic = parts + [None] * (3 - len(parts))
+    if isinstance(args, Mapping):
+        return _Model(model, kwargs=args, dynamic=dynamic)
+    if args is None:
+        args = _random(options.shapes)
+    args = args if isinstance(args, tuple) else (args,)
+    if not args:
+        raise InputError(
+            f"{name} returned no example inputs; return (module, args), or give --shape 2,3,224,224"
+        )
+    return _Model(model, args, dynamic=dynamic)
+
+
+def _random(shapes: tuple[tuple[int, ...], ...]) -> tuple[Any, ...]:
+    import torch
+
+    generator = torch.Generator().manual_seed(0)
+    return tuple(torch.randn(shape, generator=generator) for shape in shapes)
+
+
+def _hugging_face(folder: Path, options: ExampleOptions) -> _Model:
+    require("transformers", "hf")
+    import transformers
+
+    cls = getattr(transformers, options.model_class or "AutoModel", None)
+    if cls is None:
+        raise InputError(
+            f"transformers has no class {options.model_class!r}; name one such as CLIPVisionModel"
+        )
+    try:
+        model = cls.from_pretrained(folder, local_files_only=True)
+    except Exception as error:
+        raise CaptureError(
+            f"{folder} cannot be loaded by transformers: {' '.join(str(error).split())}"
+        ) from error
+    config, wanted = model.config, model.main_input_name
+    if config.is_encoder_decoder or (hasattr(config, "vision_config") and hasattr(config, "text_config")):
+        raise CaptureError(
+            f"{folder} holds several models in one ({type(model).__name__}); capture one of them with "
+            "--class (for example CLIPVisionModel), or write a module:factory that returns it"
+        )
+    if wanted == "pixel_values":
+        return _Model(model, kwargs={wanted: _image_example(folder, config, options)})
+    if wanted == "input_ids":
+        return _text_model(folder, model, options)
+    raise CaptureError(
+        f"{folder} takes {wanted}; write a module:factory that returns (model, example inputs)"
+    )
+
+
+def _image_example(folder: Path, config: Any, options: ExampleOptions) -> Any:
+    """Random pixels [2, channels, height, width] of the size that the image processor makes."""
+    size = options.image_size or _processor_size(folder) or getattr(config, "image_size", None)
+    if size is None:
+        raise InputError(f"{folder} does not say its image size; give --image-size")
+    height, width = (size, size) if isinstance(size, int) else size
+    return _random(((2, getattr(config, "num_channels", 3), height, width),))[0]
+
+
+def _processor_size(folder: Path) -> tuple[int, int] | None:
+    path = folder / "preprocessor_config.json"
+    settings = json.loads(path.read_text()) if path.is_file() else {}
+    for key in ("crop_size", "size") if settings.get("do_center_crop", True) else ("size",):
+        size = settings.get(key)
+        if isinstance(size, int):
+            return size, size
+        if isinstance(size, dict) and "height" in size and "width" in size:
+            return size["height"], size["width"]
+    return None
+
+
+def _text_model(folder: Path, model: Any, options: ExampleOptions) -> _Model:
+    import torch
+
+    from tokopt.bundle import AxisRange
+
+    longest = getattr(model.config, "max_position_embeddings", None)
+    count = options.tokens or min(32, longest or 32)
+    ids = torch.randint(0, model.config.vocab_size, (2, count), generator=torch.Generator().manual_seed(0))
+    axes = ("batch", "tokens")
+    tokenizer = folder / "tokenizer.json"
+    return _Model(
+        model,
+        kwargs={"input_ids": ids, "attention_mask": torch.ones_like(ids)},
+        dynamic={"input_ids": axes, "attention_mask": axes},
+        ranges={"tokens": AxisRange(2, longest)},
+        tokenizer=tokenizer.read_text() if tokenizer.is_file() else None,
+    )

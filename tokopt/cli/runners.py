@@ -1,0 +1,136 @@
+"""Run and time artifacts of either target: ONNX Runtime for ``onnx``, torch for ``torch``."""
+
+from __future__ import annotations
+
+import multiprocessing
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from pathlib import Path
+
+import numpy as np
+
+from tokopt.errors import ArtifactError, InputError, TokoptError
+from tokopt.runtime import load
+from tokopt.runtime.manifest import Manifest, ProgramEntry, read_manifest
+from tokopt.runtime.session import read_selftest
+
+Feed = dict[str, np.ndarray]
+
+
+@dataclass(frozen=True)
+class Runner:
+    """An opened artifact: its manifest, and a function from named inputs to named outputs."""
+
+    folder: Path
+    manifest: Manifest
+    run: Callable[[Feed], Mapping[str, np.ndarray]]
+
+    @property
+    def program(self) -> ProgramEntry:
+        """The signature of ``forward``."""
+        return self.manifest.programs["forward"]
+
+    def example(self, batch: int | None = None) -> Feed:
+        """The inputs of the artifact's self-test, repeated or cut along the axis ``batch``."""
+        stored = read_selftest(self.folder, self.manifest, "forward")[0]
+        if batch is None:
+            return stored
+        axes = {tensor.name: tensor.axes for tensor in self.program.inputs}
+        if batch < 1 or not any("batch" in a for a in axes.values()):
+            raise InputError(f"{self.folder} cannot run a batch of {batch}; leave --batch out")
+        for name, array in stored.items():
+            if "batch" in axes[name]:
+                axis = axes[name].index("batch")
+                stored[name] = np.take(array, np.arange(batch) % array.shape[axis], axis)
+        return stored
+
+
+def open_runner(path: str | Path, threads: int | None = None) -> Runner:
+    """Open an artifact; raises ArtifactError."""
+    folder = Path(path)
+    manifest = read_manifest(folder)
+    if "forward" not in manifest.programs:
+        raise ArtifactError(f"{folder} is a {manifest.task} artifact without the program 'forward'")
+    if "onnx" in manifest.programs["forward"].files:
+        model = load(folder, threads=threads)
+        return Runner(folder, manifest, lambda feed: model.run(**feed))
+    import torch
+
+    import tokopt
+
+    if threads is not None:
+        torch.set_num_threads(threads)
+    program = tokopt.open_bundle(folder).forward
+    module = program.exported.module(check_guards=False)
+    inputs, outputs = [spec.name for spec in program.inputs], [spec.name for spec in program.outputs]
+
+    @torch.no_grad()
+    def run(feed: Feed) -> Mapping[str, np.ndarray]:
+        if missing := [name for name in inputs if name not in feed]:
+            raise InputError(f"input {missing[0]!r} is missing; the program takes {', '.join(inputs)}")
+        values = module(*(torch.from_numpy(feed[name]) for name in inputs))
+        return dict(zip(outputs, (value.numpy() for value in values), strict=True))
+
+    return Runner(folder, manifest, run)
+
+
+def interleaved_times(
+    paths: Sequence[str], rounds: int, batch: int | None, threads: int | None
+) -> Iterator[tuple[float, ...]]:
+    """Yield, per round, the seconds that one call of each artifact took.
+
+    Every artifact runs in a process of its own, so that the thread pools of two engines do not disturb each
+    other; within a round they take turns, and the order is reversed every other round, so that a machine that
+    slows down slows all of them.
+    """
+    context = multiprocessing.get_context("spawn")
+    with ExitStack() as stack:
+        workers: list[Connection] = []
+        for path in paths:
+            here, there = context.Pipe()
+            process = context.Process(target=_worker, args=(there, path, batch, threads), daemon=True)
+            process.start()
+            there.close()
+            stack.callback(process.join, 10)
+            stack.enter_context(here)  # closed first, which ends the worker
+            _answer(here, path)
+            workers.append(here)
+        for number in range(rounds):
+            order = range(len(paths)) if number % 2 == 0 else reversed(range(len(paths)))
+            seconds = [0.0] * len(paths)
+            for index in order:
+                workers[index].send("run")
+                seconds[index] = _answer(workers[index], paths[index])
+            yield tuple(seconds)
+
+
+def _answer(worker: Connection, path: str) -> float:
+    try:
+        answer = worker.recv()
+    except EOFError as error:
+        raise TokoptError(f"the process that ran {path} ended without an answer (out of memory?)") from error
+    if isinstance(answer, str):
+        raise TokoptError(answer)
+    return answer
+
+
+def _worker(pipe: Connection, path: str, batch: int | None, threads: int | None) -> None:
+    try:
+        runner = open_runner(path, threads)
+        feed = runner.example(batch)
+        runner.run(feed)  # the first call allocates
+        pipe.send(0.0)
+        while True:
+            pipe.recv()
+            start = time.perf_counter()
+            runner.run(feed)
+            pipe.send(time.perf_counter() - start)
+    except (EOFError, BrokenPipeError, KeyboardInterrupt):
+        return
+    except Exception as error:
+        pipe.send(
+            str(error) if isinstance(error, TokoptError) else f"{path}: {type(error).__name__}: {error}"
+        )

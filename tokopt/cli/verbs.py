@@ -1,0 +1,235 @@
+"""One function per verb of the ``tokopt`` command: do the work, show it, return the exit code."""
+
+from __future__ import annotations
+
+import dataclasses
+import statistics
+from argparse import Namespace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from tokopt.cli.models import ExampleOptions, read_bundle
+from tokopt.cli.screen import Screen, si
+from tokopt.errors import InputError
+
+if TYPE_CHECKING:
+    from tokopt.pipeline import Report
+
+OK, FAILED = 0, 1
+
+
+def capture(args: Namespace, screen: Screen) -> int:
+    """MODEL -> an artifact of target torch."""
+    import tokopt
+
+    options = ExampleOptions(args.image_size, args.tokens, tuple(args.shape), args.model_class)
+    with screen.step(f"Capturing {args.model}"):
+        bundle = read_bundle(args.model, options)
+        path = tokopt.export(bundle, args.output, target="torch")
+    program = bundle.forward
+    screen.line(f"{path}: {_spell(program.inputs)} -> {_spell(program.outputs)}")
+    screen.finish({"artifact": path, "inputs": _specs(program.inputs), "outputs": _specs(program.outputs)})
+    return OK
+
+
+def optimize(args: Namespace, screen: Screen) -> int:
+    """Run a pipeline and save the result as an artifact of target torch."""
+    import tokopt
+    from tokopt.pipeline import Context, as_pipeline
+
+    pipeline = as_pipeline(args.pipeline)
+    context = Context(strict=args.strict, reproducers=args.reproducers)
+    with screen.step(f"Optimising {args.artifact} with {pipeline}"):
+        bundle, report = pipeline.run(read_bundle(args.artifact), context)
+        path = tokopt.export(bundle, args.output, target="torch")
+    _show_report(report, screen)
+    screen.line(f"{path}: {bundle.pipeline} ({bundle.semantics})")
+    screen.finish({"artifact": path, "semantics": bundle.semantics, "passes": report.as_dict()["records"]})
+    return OK
+
+
+def export(args: Namespace, screen: Screen) -> int:
+    """Lower a bundle to its deployable form."""
+    import tokopt
+
+    with screen.step(f"Exporting {args.artifact} to {args.target}"):
+        path = tokopt.export(read_bundle(args.artifact), args.output, target=args.target)
+    size = sum(file.stat().st_size for file in Path(path).iterdir())
+    screen.line(f"{path}: {args.target}, {si(size)}B, checked against the captured program")
+    screen.finish({"artifact": path, "target": args.target, "bytes": size})
+    return OK
+
+
+def inspect(args: Namespace, screen: Screen) -> int:
+    """Blocks of a program, or the manifest of an artifact that only holds ONNX."""
+    from tokopt.runtime.manifest import read_manifest
+
+    folder = Path(args.artifact)
+    if (folder / "manifest.json").is_file():
+        manifest = read_manifest(folder)
+        if all("torch" not in entry.files for entry in manifest.programs.values()):
+            return _inspect_manifest(manifest, screen)
+    with screen.step(f"Reading {args.artifact}"):
+        bundle = read_bundle(args.artifact)
+        from tokopt.analysis.cost import program_cost
+        from tokopt.cli.blocks import describe_blocks
+
+        program = bundle.forward
+        blocks, cost = describe_blocks(program), program_cost(program)
+    screen.line(f"{_spell(program.inputs)} -> {_spell(program.outputs)}")
+    screen.line(f"passes: {bundle.pipeline or 'none'} ({bundle.semantics})")
+    screen.line()
+    headers = ("block", "attention", "kind", "tokens", "heads", "FLOPs", "note")
+    rows = [(b.index, b.path, b.kind, b.tokens, b.heads, si(b.flops), b.note) for b in blocks]
+    screen.table(headers, rows)
+    screen.line(
+        f"{si(cost.flops)}FLOPs, {si(cost.parameters)}parameters, {cost.nodes} nodes, "
+        f"at the example's batch of {program.example[0].shape[0]}"
+    )
+    blocks_data = [dataclasses.asdict(block) for block in blocks]
+    screen.finish(
+        {"pipeline": bundle.pipeline, "semantics": bundle.semantics, "blocks": blocks_data}
+        | {
+            "cost": dataclasses.asdict(cost),
+            "inputs": _specs(program.inputs),
+            "outputs": _specs(program.outputs),
+        }
+    )
+    return OK
+
+
+def _inspect_manifest(manifest, screen: Screen) -> int:
+    for name, program in manifest.programs.items():
+        screen.line(f"{name}: {_spell(program.inputs)} -> {_spell(program.outputs)}")
+    screen.line(f"passes: {manifest.pipeline or 'none'} ({manifest.semantics})")
+    screen.line("made with " + ", ".join(f"{k} {v}" for k, v in manifest.versions.items()))
+    screen.line()
+    for step in manifest.passes:
+        screen.line(f"{step.text}: {step.matches} sites changed, {step.semantics}")
+        for note in step.notes:
+            screen.line(f"  {note}")
+    screen.table(("file", "bytes", "sha256"), [(n, f.size, f.sha256[:16]) for n, f in manifest.files.items()])
+    screen.finish(dataclasses.asdict(manifest))
+    return OK
+
+
+def run(args: Namespace, screen: Screen) -> int:
+    """Run an artifact on files, or on its own example."""
+    import numpy as np
+
+    from tokopt.cli.inputs import read_inputs
+    from tokopt.cli.runners import open_runner
+
+    runner = open_runner(args.artifact, args.threads)
+    feed = read_inputs(args.inputs, runner.program, args.mean, args.std) if args.inputs else runner.example()
+    outputs = {name: np.asarray(value) for name, value in runner.run(feed).items()}
+    if args.output is not None:
+        _save(args.output, outputs)
+    rows = [
+        (n, str(v.dtype), str(list(v.shape)), float(v.mean()), float(v.std())) for n, v in outputs.items()
+    ]
+    screen.table(("output", "dtype", "shape", "mean", "std"), rows)
+    if args.output is not None:
+        screen.line(f"saved to {args.output}")
+    keys = ("name", "dtype", "shape", "mean", "std")
+    screen.finish({"outputs": [dict(zip(keys, row, strict=True)) for row in rows], "saved": args.output})
+    return OK
+
+
+def _save(path: Path, outputs: dict) -> None:
+    """One output as ``.npy``, any number as ``.npz``; the file is written whole or not at all."""
+    import numpy as np
+
+    if path.suffix not in (".npy", ".npz"):
+        raise InputError(f"{path} must end in .npy (one output) or .npz")
+    if path.suffix == ".npy" and len(outputs) > 1:
+        raise InputError(f"the program has {len(outputs)} outputs ({', '.join(outputs)}); save them as .npz")
+    partial = path.with_name(f".{path.name}.partial")
+    with partial.open("wb") as stream:
+        if path.suffix == ".npy":
+            np.save(stream, next(iter(outputs.values())))
+        else:
+            np.savez(stream, **outputs)
+    partial.replace(path)
+
+
+def bench(args: Namespace, screen: Screen) -> int:
+    """Time artifacts against each other, in turns."""
+    from tokopt.cli.runners import interleaved_times
+
+    with screen.step(f"Timing {len(args.artifacts)} artifacts, {args.rounds} rounds"):
+        rounds = list(interleaved_times(args.artifacts, args.rounds, args.batch, args.threads))
+    results = []
+    for index, path in enumerate(args.artifacts):
+        seconds = [r[index] for r in rounds]
+        results.append(
+            {
+                "artifact": path,
+                "min_ms": 1e3 * min(seconds),
+                "median_ms": 1e3 * statistics.median(seconds),
+                "speedup": statistics.median(r[0] / r[index] for r in rounds),
+            }
+        )
+    rows = [(r["artifact"], r["min_ms"], r["median_ms"], f"{r['speedup']:.2f}x") for r in results]
+    screen.table(("artifact", "min ms", "median ms", "speed-up"), rows)
+    if len(results) > 1:
+        screen.line("Speed-up: the median, over rounds, of the first artifact's time by this one's.")
+    screen.finish({"rounds": args.rounds, "batch": args.batch, "threads": args.threads, "results": results})
+    return OK
+
+
+def passes(args: Namespace, screen: Screen) -> int:
+    """List the passes and their options."""
+    from tokopt.passes import PASSES, load_pass
+    from tokopt.pipeline import format_value
+
+    listed = []
+    for name in PASSES:
+        cls = load_pass(name)
+        options = {f.name: format_value(f.default) for f in dataclasses.fields(cls)}
+        summary = (cls.__doc__ or "").strip().split("\n\n")[0]
+        listed.append(
+            {
+                "name": name,
+                "semantics": cls.semantics,
+                "options": options,
+                "summary": " ".join(summary.split()),
+            }
+        )
+    rows = [
+        (p["name"], p["semantics"], " ".join(f"{k}={v}" for k, v in p["options"].items()), p["summary"])
+        for p in listed
+    ]
+    screen.table(("pass", "semantics", "options and their defaults", ""), rows)
+    screen.finish(listed)
+    return OK
+
+
+def _show_report(report: Report, screen: Screen) -> None:
+    headers = ("pass", "sites", "tokens at the end", "FLOPs", "bytes", "nodes", "seconds")
+    rows = []
+    for r in report.records:
+        before, after = r.before, r.after
+        rows.append(
+            (
+                r.text,
+                r.matches,
+                f"{before.tokens[-1]} -> {after.tokens[-1]}" if before.tokens else "",
+                f"{si(before.flops)} -> {si(after.flops)}",
+                f"{si(before.bytes)} -> {si(after.bytes)}",
+                f"{before.nodes} -> {after.nodes}",
+                round(r.seconds, 1),
+            )
+        )
+    screen.table(headers, rows)
+    for record in report.records:
+        for note in (*record.notes, *map(str, record.refusals)):
+            screen.line(f"{record.text}: {note}")
+
+
+def _spell(specs) -> str:
+    return ", ".join(f"{s.name}: {s.dtype}[{', '.join(map(str, s.axes))}]" for s in specs)
+
+
+def _specs(specs) -> list[dict]:
+    return [dataclasses.asdict(spec) for spec in specs]
