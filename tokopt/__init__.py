@@ -14,14 +14,14 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from tokopt.artifact import export, open_bundle, verify
     from tokopt.bundle import AppliedPass, AxisRange, Bundle, Program, State, TensorSpec
-    from tokopt.capture import capture
+    from tokopt.frontend import capture
     from tokopt.errors import TokoptError
     from tokopt.pipeline import Context, Pass, PassResult, Pipeline, optimize, parse
 
 __version__ = "0.1.0"
 
 _HOME = {
-    "capture": "tokopt.capture",
+    "capture": "tokopt.frontend",
     "optimize": "tokopt.pipeline",
     "parse": "tokopt.pipeline",
     "Pipeline": "tokopt.pipeline",

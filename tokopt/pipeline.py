@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 import re
 import time
 from collections.abc import Callable, Sequence
@@ -217,6 +218,7 @@ def as_pipeline(passes: str | Pipeline | Sequence[Pass]) -> Pipeline:
 _NAME = re.compile(r"[A-Za-z_][\w.-]*")
 _NUMBER = re.compile(r"[-+]?(\d+(\.\d*)?|\.\d+)([eE][-+]?\d+)?")
 _WORDS = {"true": True, "false": False, "none": None}
+_DEEPEST_LIST = 8
 
 Value = None | bool | int | float | str | tuple
 
@@ -270,18 +272,23 @@ class _Reader:
             raise self.fail(what)
         return name
 
-    def value(self) -> Value:
+    def value(self, depth: int = 0) -> Value:
         if self.take("["):
+            if depth == _DEEPEST_LIST:
+                raise self.fail(f"at most {_DEEPEST_LIST} nested lists")
             items: list[Value] = []
             while not self.take("]"):
                 if items and not self.take(","):
                     raise self.fail("',' or ']'")
-                items.append(self.value())
+                items.append(self.value(depth + 1))
             return tuple(items)
         if self.take('"'):
             return self.quoted()
         if number := self.match(_NUMBER):
-            return float(number) if re.search(r"[.eE]", number) else int(number)
+            value = float(number)
+            if not math.isfinite(value):
+                raise self.fail("a number of ordinary size")
+            return value if re.search(r"[.eE]", number) else int(number)
         word = self.name("a value")
         return _WORDS.get(word, word)
 

@@ -15,6 +15,7 @@ import torch
 import torch.fx.traceback
 from torch.fx import GraphModule, Node
 
+from tokopt.analysis.graph import aten, is_call
 from tokopt.bundle import AxisRange, Program, TensorSpec
 
 DynamicShapes = tuple[tuple[dict[int, object] | None, ...]]
@@ -61,6 +62,9 @@ def dynamic_shapes(inputs: tuple[TensorSpec, ...], ranges: dict[str, AxisRange])
 
 def reexport(program: Program, module: GraphModule) -> Program:
     """The Program of an edited graph, with the same inputs; output axes are derived anew."""
+    for node in list(module.graph.nodes):
+        if is_call(node, aten._assert_tensor_metadata):  # what it asserts of dtypes, export derives anew
+            module.graph.erase_node(node)
     module.graph.eliminate_dead_code()
     module.graph.lint()
     exported = export_flat(

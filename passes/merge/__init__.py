@@ -1,0 +1,1 @@
+"""Token merging: removed tokens are averaged into the ones that stay."""

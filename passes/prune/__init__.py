@@ -1,0 +1,1 @@
+"""Token pruning: removed tokens are dropped."""

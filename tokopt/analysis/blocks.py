@@ -66,10 +66,14 @@ class Site:
 
 @dataclass(frozen=True)
 class Block:
-    """A self-attention site and its residual add; ``token_axis`` is the add's token axis."""
+    """A self-attention site, the residual stream before it and the add after it.
+
+    ``token_axis`` is the token axis of both; ``path`` the module that holds the block.
+    """
 
     index: int
     site: Site
+    stream: Node
     residual: Node
     token_axis: int
     style: Style
@@ -150,8 +154,9 @@ def _block(site: Site, index: int) -> Block | NoBlock:
     axis = _token_axis(add, site)
     if axis is None:
         return NoBlock(site, "the residual stream has no single axis of the attention's token count")
-    add, parallel = _past_parallel_branch(add, site)
-    return Block(index, site, add, axis, "parallel" if parallel else _style(site, add))
+    stream = next(n for n in tensor_inputs(add) if n in ancestors(site.node))
+    end, parallel = _past_parallel_branch(add, site)
+    return Block(index, site, stream, end, axis, "parallel" if parallel else _style(site, stream))
 
 
 def _residual_add(site: Site) -> Node | str:
@@ -207,6 +212,6 @@ def _past_parallel_branch(add: Node, site: Site) -> tuple[Node, bool]:
         add, parallel = users[0], True
 
 
-def _style(site: Site, add: Node) -> Style:
-    """Post-norm when the residual operand is itself what the projections read."""
-    return "post-norm" if {_unwrap(n) for n in tensor_inputs(add)} & _projected_from(site.query) else "pre-norm"
+def _style(site: Site, stream: Node) -> Style:
+    """Post-norm when the projections read the residual stream itself."""
+    return "post-norm" if _unwrap(stream) in _projected_from(site.query) else "pre-norm"

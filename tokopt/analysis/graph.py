@@ -30,13 +30,19 @@ def is_call(node: object, *targets: object) -> bool:
 
 
 def tensor_inputs(node: Node) -> list[Node]:
-    """The tensor operands of ``node``, in order, lists flattened."""
-    return [operand for operand in node.all_input_nodes if is_tensor(operand)]
+    """The operands of ``node`` that are tensors or tuples of tensors, in order, lists flattened."""
+    return [operand for operand in node.all_input_nodes if is_tensor(operand) or is_tensor_list(operand)]
 
 
 def is_tensor(node: object) -> bool:
     """Whether the node's value is a tensor."""
     return isinstance(node, Node) and isinstance(node.meta.get("val"), torch.Tensor)
+
+
+def is_tensor_list(node: Node) -> bool:
+    """Whether the node's value is a list of tensors (``split``, ``unbind``)."""
+    value = node.meta.get("val")
+    return isinstance(value, (tuple, list)) and any(isinstance(v, torch.Tensor) for v in value)
 
 
 def size_hint(size: int | torch.SymInt) -> int:

@@ -88,13 +88,14 @@ def lower(
     """
     _check_dtypes(program, name)
     model = _export(program, name)
-    tokopt.kernels.attach_functions(model)
     model.producer_name, model.producer_version = "tokopt", __version__
     model.metadata_props.update(metadata or {})
     model.graph.name = name
     _name_axes(model, program)
     expand_masks(model)
     _simplify(model)
+    # Only now: shape inference inside a body, where inputs have no shape, gets the rank of Max wrong.
+    tokopt.kernels.attach_functions(model)
     weights = weights or WeightFile(directory)
     for value in model.graph.initializers.values():
         if value.const_value is not None and value.const_value.nbytes > 1024:
@@ -152,7 +153,7 @@ def _check_dtypes(program: Program, name: str) -> None:
 
 def _export(program: Program, name: str) -> ir.Model:
     try:
-        with _quiet():
+        with _quiet(), torch.no_grad():  # with gradients, attention is traced in another layout
             exported = torch.onnx.export(
                 program.exported,
                 dynamo=True,

@@ -1,4 +1,7 @@
-"""Capture: an ``nn.Module``, an ExportedProgram or a ``.pt2`` file becomes a normalised Bundle."""
+"""The front end: an ``nn.Module``, an ExportedProgram or a ``.pt2`` file becomes a normalised Bundle.
+
+Not named ``capture.py``: a module ``tokopt.capture`` would hide the function ``tokopt.capture`` once imported.
+"""
 
 from __future__ import annotations
 
@@ -83,7 +86,7 @@ def capture(
         used = {axis: AxisRange() for spec in inputs for axis in spec.axes if isinstance(axis, str)}
         bounds = {**used, **{k: v for k, v in (ranges or {}).items() if k in used}}
         outputs = _output_names(flat, example)
-        exported = _export(flat, example, inputs, bounds)
+        exported, bounds = _export(flat, example, inputs, bounds)
     blank = tuple(TensorSpec(name, "float32", (), "output") for name in outputs)
     program = Program(exported, inputs, blank, bounds, example)
     program = Program(exported, inputs, output_specs(exported, program), bounds, example)
@@ -94,9 +97,8 @@ def _as_module(model: Any, args: tuple, kwargs: dict) -> tuple[torch.nn.Module, 
     if isinstance(model, (str, Path)):
         if not Path(model).is_file():
             raise CaptureError(f"no such file: {model}; capture takes a module, an ExportedProgram or a .pt2 file")
-        import tokopt.kernels
+        import tokopt.kernels  # registers the custom ops that the file may call
 
-        tokopt.kernels.register()
         try:
             model = torch.export.load(model)
         except Exception as error:
@@ -219,13 +221,31 @@ def _grow_example(
     return tuple(grown)
 
 
+Ranges = dict[str, AxisRange]
+
+
 def _export(
-    flat: _Flat, example: tuple[torch.Tensor, ...], inputs: tuple[TensorSpec, ...], ranges: dict[str, AxisRange]
-) -> torch.export.ExportedProgram:
+    flat: _Flat, example: tuple[torch.Tensor, ...], inputs: tuple[TensorSpec, ...], ranges: Ranges
+) -> tuple[torch.export.ExportedProgram, Ranges]:
+    """Export, taking over the bounds that the model itself sets (a table of 512 positions, say)."""
     try:
-        return export_flat(flat, example, dynamic_shapes(inputs, ranges))
+        return export_flat(flat, example, dynamic_shapes(inputs, ranges)), ranges
     except Exception as error:
-        raise CaptureError(_explain(error, flat.model, inputs)) from error
+        tighter = _suggested_ranges(str(error), ranges)
+        if tighter == ranges:
+            raise CaptureError(_explain(error, flat.model, inputs)) from error
+    return _export(flat, example, inputs, tighter)
+
+
+def _suggested_ranges(text: str, ranges: Ranges) -> Ranges:
+    """The bounds in the "Suggested fixes" of ``torch.export``, within those already known."""
+    tighter = dict(ranges)
+    for axis, known in ranges.items():
+        found = re.search(rf"\b{axis}\s*=\s*Dim\('{axis}'((?:, (?:min|max)=\d+)+)\)", text)
+        bounds = dict(re.findall(r"(min|max)=(\d+)", found[1])) if found else {}
+        low, high = max(int(bounds.get("min", 1)), known.min), int(bounds.get("max", known.max or 0)) or None
+        tighter[axis] = AxisRange(low, min(high, known.max) if high and known.max else high)
+    return tighter
 
 
 def _explain(error: Exception, model: torch.nn.Module, inputs: tuple[TensorSpec, ...]) -> str:
@@ -241,8 +261,6 @@ def _explain(error: Exception, model: torch.nn.Module, inputs: tuple[TensorSpec,
                 f"{name} fixes axis {axis!r} to {found[1]}{where}; leave {axis!r} out of dynamic, or make the model "
                 "independent of that size"
             )
-        if found := re.search(rf"\b{axis}\s*=\s*Dim\(.*?((?:min|max)=\d+.*?)\)", text):
-            return f"{name} restricts axis {axis!r} to {found[1]}{where}; pass ranges={{{axis!r}: AxisRange(...)}}"
     for axis in axes:
         if f"({axis})" in text or f"'{axis}'" in text:
             first = text.strip().splitlines()[0]
