@@ -1,0 +1,1 @@
+"""Measured comparisons, one command each; tables and JSON go to ``benchmarks/results``."""

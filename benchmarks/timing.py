@@ -1,0 +1,177 @@
+"""Timing engines against each other: one process each, in turns, and a control that rejects bad rounds.
+
+Every engine lives in its own process and computes only when it is asked to. A round gives each engine one
+turn of a few calls, and the control (the first engine) a second turn at the end. When the two turns of the
+control disagree, something else used the machine, and the round is thrown away.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+Kind = Literal["session", "runtime"]
+DRIFT = 0.08
+"""A round counts when the control's two turns differ by less than this."""
+
+
+@dataclass(frozen=True)
+class Engine:
+    """What to time: ``"session"`` is a bare ``onnxruntime.InferenceSession``, ``"runtime"`` is tokopt's."""
+
+    name: str
+    kind: Kind
+    artifact: Path
+    batch: int
+    size: int
+    threads: int
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds per call, and the ratios ``control / engine`` over the rounds that counted (> 1: faster)."""
+
+    name: str
+    minimum: float
+    median: float
+    ratio_minimum: float
+    ratio_median: float
+    ratio_quartiles: tuple[float, float]
+    rounds: int
+    rejected: int
+
+
+class Disturbed(RuntimeError):
+    """Too few rounds were free of drift to report a number."""
+
+
+class Worker:
+    """An engine in its own process."""
+
+    def __init__(self, engine: Engine) -> None:
+        self.engine = engine
+        command = [
+            sys.executable,
+            "-m",
+            "benchmarks.timing",
+            json.dumps({**vars(engine), "artifact": str(engine.artifact)}),
+        ]
+        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        self.calls = 1
+        warm = self._ask(3)
+        self.calls = max(1, min(50, round(0.4 / min(warm))))
+
+    def turn(self) -> list[float]:
+        """Seconds of each call of one turn; a first call, not counted, brings the caches back."""
+        return self._ask(self.calls + 1)[1:]
+
+    def _ask(self, calls: int) -> list[float]:
+        assert self.process.stdin and self.process.stdout
+        self.process.stdin.write(f"{calls}\n")
+        self.process.stdin.flush()
+        line = self.process.stdout.readline()
+        if not line:
+            raise RuntimeError(f"the engine {self.engine.name} ended with status {self.process.wait()}")
+        return json.loads(line)
+
+    def close(self) -> None:
+        assert self.process.stdin
+        self.process.stdin.close()
+        self.process.wait(timeout=30)
+
+
+def compare(engines: Sequence[Engine], rounds: int) -> list[Timing]:
+    """Time every engine against the first; raises Disturbed when most of the rounds drifted."""
+    times: list[list[list[float]]] = [[] for _ in engines]
+    rejected = 0
+    with ExitStack() as stack:
+        workers = []
+        for engine in engines:
+            workers.append(Worker(engine))
+            stack.callback(workers[-1].close)
+        while len(times[0]) < rounds:
+            turns = [worker.turn() for worker in workers]
+            again = workers[0].turn()
+            if abs(statistics.median(again) / statistics.median(turns[0]) - 1) > DRIFT:
+                rejected += 1
+                if rejected > 2 * rounds:
+                    raise Disturbed(
+                        f"{rejected} of {rejected + len(times[0])} rounds drifted by more than {DRIFT:.0%}; "
+                        "run the benchmark on an idle machine"
+                    )
+                time.sleep(1.0)
+                continue
+            turns[0] += again
+            for series, turn in zip(times, turns, strict=True):
+                series.append(turn)
+    return [_timing(e.name, times[0], series, rejected) for e, series in zip(engines, times, strict=True)]
+
+
+def _timing(name: str, control: list[list[float]], series: list[list[float]], rejected: int) -> Timing:
+    medians = [statistics.median(turn) for turn in series]
+    fastest = min(min(turn) for turn in series)
+    ratios = [statistics.median(c) / m for c, m in zip(control, medians, strict=True)]
+    low, high = np.quantile(ratios, [0.25, 0.75])
+    return Timing(
+        name,
+        fastest,
+        statistics.median(medians),
+        min(min(turn) for turn in control) / fastest,
+        statistics.median(ratios),
+        (float(low), float(high)),
+        len(series),
+        rejected,
+    )
+
+
+def open_session(artifact: Path, threads: int) -> Any:
+    """A bare ONNX Runtime session on an artifact's file."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.inter_op_num_threads = 1
+    path = artifact / "forward.onnx"
+    return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+
+
+def _serve(engine: Engine) -> None:
+    """Answer every count on stdin with that many timings, as one JSON line."""
+    shape = (engine.batch, 3, engine.size, engine.size)
+    images = np.random.default_rng(0).standard_normal(shape).astype(np.float32)
+    if engine.kind == "runtime":
+        from tokopt.runtime import load
+
+        model = load(engine.artifact, threads=engine.threads)
+
+        def call() -> object:
+            return model(images)
+    else:
+        session = open_session(engine.artifact, engine.threads)
+        feed = {session.get_inputs()[0].name: images}
+
+        def call() -> object:
+            return session.run(None, feed)
+
+    for line in sys.stdin:
+        times = []
+        for _ in range(int(line)):
+            start = time.perf_counter()
+            call()
+            times.append(time.perf_counter() - start)
+        print(json.dumps(times), flush=True)
+
+
+if __name__ == "__main__":
+    given = json.loads(sys.argv[1])
+    _serve(Engine(**{**given, "artifact": Path(given["artifact"])}))
