@@ -36,7 +36,6 @@ def normalize(program: Program) -> Program:
     Raises CaptureError when the rewritten graph does not reproduce the model on the example inputs.
     """
     module = program_module(program)
-    module.graph.eliminate_dead_code()
     if not _fuse_softmax_chains(module) | _drop_empty_masks(module, program):
         return program
     normalized = reexport(program, module)

@@ -41,12 +41,18 @@ class _Retrace(torch.nn.Module):
 
 
 def export_flat(
-    module: torch.nn.Module, example: tuple[torch.Tensor, ...], shapes: DynamicShapes
+    module: torch.nn.Module, example: tuple[torch.Tensor, ...], shapes: DynamicShapes, *, deferred: bool = False
 ) -> torch.export.ExportedProgram:
     """``torch.export`` of a module that takes positional tensors and returns a tuple of tensors."""
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")
-        return torch.export.export(module, example, dynamic_shapes=shapes, strict=False)
+        return torch.export.export(
+            module,
+            example,
+            dynamic_shapes=shapes,
+            strict=False,
+            prefer_deferred_runtime_asserts_over_guards=deferred,
+        )
 
 
 def dynamic_shapes(inputs: tuple[TensorSpec, ...], ranges: dict[str, AxisRange]) -> DynamicShapes:
@@ -67,9 +73,8 @@ def reexport(program: Program, module: GraphModule) -> Program:
             module.graph.erase_node(node)
     module.graph.eliminate_dead_code()
     module.graph.lint()
-    exported = export_flat(
-        _Retrace(module), program.example, dynamic_shapes(program.inputs, dict(program.ranges))
-    )
+    shapes = dynamic_shapes(program.inputs, dict(program.ranges))
+    exported = export_flat(_Retrace(module), program.example, shapes, deferred=True)
     return replace(program, exported=exported, outputs=output_specs(exported, program))
 
 

@@ -16,9 +16,13 @@ SDPA = aten.scaled_dot_product_attention.default
 
 
 def program_module(program: Program) -> GraphModule:
-    """A fresh unlifted GraphModule of ``program``: parameters are attributes, every node has ``meta["val"]``."""
+    """A fresh unlifted GraphModule of ``program``, without dead code.
+
+    Parameters are attributes and every node has ``meta["val"]``.
+    """
     module = program.exported.module(check_guards=False)
     assert isinstance(module, GraphModule)
+    module.graph.eliminate_dead_code()
     return module
 
 

@@ -1,0 +1,109 @@
+"""The matrix: every pass on every architecture equals the eager reference, or refuses with the named reason.
+
+A new pass joins by one line in :data:`PASSES`, a new architecture by one entry of the zoo.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+
+import pytest
+import torch
+from torch.utils._pytree import tree_leaves
+
+import tokopt
+from tests.matrix.eager import run_eager
+from tests.zoo import ZOO, Entry
+from tokopt.bundle import Bundle
+from tokopt.errors import PassRefused
+
+SCHEDULE = (4, 0, 3)
+"""Tokens removed per block: an uneven list with a block left alone."""
+
+PASSES: dict[str, tuple[str, dict[str, object]]] = {
+    "tome": ("tome{r=[4,0,3]}", {}),
+    "pitome": ("pitome{r=[4,0,3] margin=0.5}", {"margin": 0.5}),
+    "evit_fused": ("evit{r=[4,0,3]}", {}),
+    "evit": ("evit{r=[4,0,3] fuse=false}", {}),
+    "divprune": ("divprune{r=[4,0,3]}", {}),
+    "kcenter": ("kcenter{r=[4,0,3]}", {}),
+    "random": ("random{r=[4,0,3] seed=3}", {"seed": 3}),
+}
+"""Eager method -> the pass's text and the reference's options."""
+
+NO_CLASS_TOKEN = "attention of a class token, and this model protects none"
+FUSED_DYNAMIC = "the fused token needs a fixed number of tokens"
+WINDOWS = r"split into groups \(windows or a grid\)|no single axis"
+
+
+def refusal(entry: Entry, method: str, prefix: int) -> str | None:
+    """Why this pair must be refused, or None when it must work."""
+    if entry.style == "windows":
+        return WINDOWS
+    if method.startswith("evit") and prefix == 0:
+        return NO_CLASS_TOKEN
+    if method == "evit_fused" and "tokens" in entry.dynamic[next(iter(entry.dynamic))]:
+        return FUSED_DYNAMIC
+    return None
+
+
+@cache
+def captured(name: str) -> Bundle:
+    entry = ZOO[name]
+    if not entry.available:
+        pytest.skip(f"{entry.needs} is not installed")
+    return tokopt.capture(entry.build(), (), entry.inputs(), dynamic=entry.dynamic)
+
+
+def text_for(method: str, entry: Entry) -> str:
+    """The pass's text, its list of counts extended to the model's depth."""
+    text, _ = PASSES[method]
+    counts = ",".join(map(str, [*SCHEDULE, *[0] * (entry.layers - len(SCHEDULE))]))
+    return text.replace("[4,0,3]", f"[{counts}]")
+
+
+def assert_close(entry: Entry, inputs: dict[str, torch.Tensor], got: torch.Tensor, wanted: torch.Tensor) -> None:
+    """Normalised mean squared error below 1e-9; what stands at padding means nothing."""
+    if entry.mask and wanted.dim() == 3:
+        real = inputs[entry.mask].bool()
+        got, wanted = got[real], wanted[real]
+    assert got.shape == wanted.shape
+    error = ((got.double() - wanted.double()) ** 2).mean() / (wanted.double() ** 2).mean().clamp_min(1e-30)
+    assert error < 1e-9, f"NMSE {error:.2e}"
+
+
+@pytest.mark.parametrize("name", list(ZOO))
+@pytest.mark.parametrize("method", list(PASSES))
+def test_pass_equals_eager_reference_or_refuses(method: str, name: str) -> None:
+    entry, bundle = ZOO[name], captured(name)
+    text = text_for(method, entry)
+    reason = refusal(entry, method, entry.prefix)
+    if reason is not None:
+        with pytest.raises(PassRefused, match=reason):
+            tokopt.optimize(bundle, text, strict=True)
+        untouched = tokopt.optimize(bundle, text)
+        assert untouched.forward is bundle.forward and untouched.history[-1].matches == 0
+        return
+    reduced = tokopt.optimize(bundle, text, strict=True)
+    assert reduced.history[-1].matches == sum(r > 0 for r in SCHEDULE)
+    inputs = entry.inputs()
+    options = {"prefix": entry.prefix, **PASSES[method][1]}
+    counts = [*SCHEDULE, *[0] * (entry.layers - len(SCHEDULE))]
+    with torch.no_grad():
+        wanted = tree_leaves(run_eager(name, entry.build(), inputs, method, counts, options))
+    for got, expected in zip(reduced(*inputs.values()), wanted, strict=True):
+        assert_close(entry, inputs, got, expected)
+
+
+@pytest.mark.parametrize("name", ["vit", "bert"])
+@pytest.mark.parametrize("batch", [1, 3])
+def test_a_batch_is_its_rows(name: str, batch: int) -> None:
+    """Dynamic batch: every row's result is what it would be alone."""
+    entry, bundle = ZOO[name], captured(name)
+    reduced = tokopt.optimize(bundle, text_for("tome", entry), strict=True)
+    inputs = entry.inputs(batch=batch)
+    together = reduced(*inputs.values())
+    for row in range(batch):
+        alone = reduced(*(t[row : row + 1] for t in inputs.values()))
+        for whole, single in zip(together, alone, strict=True):
+            torch.testing.assert_close(whole[row : row + 1], single, atol=2e-5, rtol=1e-4)
