@@ -70,8 +70,8 @@ class Model:
         self._outputs = [tensor.name for tensor in program.outputs]
         self._dtypes = [np.dtype(tensor.dtype) for tensor in program.inputs]
 
-    def __call__(self, *arrays: Any, **named: Any) -> np.ndarray | Outputs:
-        """Run the program.
+    def __call__(self, *arrays: Any, **named: Any) -> Any:
+        """Run the program; returns an array, or :class:`Outputs` when there are several.
 
         Raises InputError, before anything runs, for a wrong name, count, dtype, rank or size, for a named
         axis that differs between inputs or leaves its range, for an empty axis, and for NaN or infinity.
