@@ -11,17 +11,20 @@ computed from a dynamic shape), what is an attribute (``int``, ``float``), and h
 from collections.abc import Callable
 from functools import wraps
 from inspect import signature
-from typing import get_args, get_type_hints
+from typing import Any, get_args, get_type_hints
 
 from onnx.defs import OpSchema
 from onnxscript import BOOL, FLOAT, INT64, OnnxFunction, script, values
-from onnxscript.onnx_opset import opset23 as op
+from onnxscript.onnx_opset import opset23
 from onnxscript.onnx_types import TensorType
 
 __all__ = ["BOOL", "FLOAT", "INFINITY", "INT64", "LAST", "TOKOPT", "TensorType", "node", "op", "script"]
 
 TOKOPT = values.Opset("tokopt", 1)
 """The domain of the model-local functions."""
+
+op: Any = opset23
+"""The standard ops; untyped, since a scripted function mixes tensors with Python numbers that it promotes."""
 
 INFINITY = float("inf")
 

@@ -1,0 +1,199 @@
+"""The table of op cases, random inputs for them, and every form of each op behind one call.
+
+A new op joins the shared tests by one line in :data:`CASES` and one function in ``naive.py``.
+"""
+
+import inspect
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import cache
+
+import numpy as np
+import onnx
+import onnxruntime
+import torch
+from torch import Tensor
+
+from tests.kernels import naive
+from tokopt.kernels import attach_functions, onnx_translations, ops
+
+Arrays = tuple[np.ndarray, ...]
+
+
+@dataclass(frozen=True, eq=False)  # compared and cached by identity
+class Case:
+    """One op with its static arguments.
+
+    ``most`` is the largest r, given the number of unprotected tokens; ``inputs`` replaces random inputs.
+    """
+
+    op: str
+    static: Mapping[str, object] = field(default_factory=dict)
+    most: Callable[[int], int] = lambda free: free // 2
+    inputs: Mapping[str, Callable[[dict], Tensor]] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        return "-".join([self.op, *(f"{name}={value}" for name, value in self.static.items())])
+
+    @property
+    def arguments(self) -> list[str]:
+        """The op's argument names in order, from its schema."""
+        return [argument.name for argument in getattr(ops, self.op).default._schema.arguments]
+
+    @property
+    def prefix(self) -> int:
+        prefix = self.static.get("prefix", 1)
+        assert isinstance(prefix, int)
+        return prefix
+
+
+def side(*shape: str | int, dtype: torch.dtype = torch.float32) -> dict[str, Callable[[dict], Tensor]]:
+    """A per-token side tensor whose shape is given by axis names, as the ``x`` of gather_tokens."""
+
+    def make(world: dict) -> Tensor:
+        named: dict[str, int] = {"batch": world["size"].shape[0], "tokens": world["size"].shape[1]}
+        sizes = [named[axis] if isinstance(axis, str) else axis for axis in shape]
+        return (100 * torch.rand(*sizes, generator=world["generator"])).to(dtype)
+
+    return {"x": make}
+
+
+CASES = (
+    Case("bipartite_match", {"prefix": 0}),
+    Case("bipartite_match", {"prefix": 1}),
+    Case("bipartite_match", {"prefix": 5}),
+    Case("energy_match", {"prefix": 0, "margin": 0.5}),
+    Case("energy_match", {"prefix": 1, "margin": -0.25}),
+    Case("farthest_point", {"prefix": 0, "method": "divprune"}, most=lambda free: free - 1),
+    Case("farthest_point", {"prefix": 1, "method": "kcenter"}, most=lambda free: free - 1),
+    Case("top_tokens", {"prefix": 0}, most=lambda free: free),
+    Case("top_tokens", {"prefix": 1}, most=lambda free: free),
+    Case("nearest_kept", {"prefix": 1}),
+    Case("merge_tokens"),
+    Case("source_map"),
+    Case("log_size"),
+    Case("gather_tokens", {"dim": 1}),
+    Case("gather_tokens", {"dim": 1}, inputs=side(1, "tokens", 4)),
+    Case("gather_tokens", {"dim": 2}, inputs=side(1, 3, "tokens", 4, dtype=torch.int64)),
+    Case("gather_tokens", {"dim": 3}, inputs=side("batch", 2, 3, "tokens", dtype=torch.bool)),
+)
+
+
+def world(case: Case, batch: int, tokens: int, r: int, seed: int, padding: int = 0) -> dict:
+    """Random arguments for ``case``, with ``padding`` tokens of size 0 at random places of each row."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def shuffled(count: int) -> Tensor:
+        return torch.stack([torch.randperm(count, generator=generator) for _ in range(batch)])
+
+    prefix = case.prefix
+    size = torch.randint(1, 5, (batch, tokens), generator=generator).float()
+    size[:, prefix:].scatter_(1, shuffled(tokens - prefix)[:, :padding], 0.0)
+    order = torch.cat([torch.arange(prefix).expand(batch, prefix), prefix + shuffled(tokens - prefix)], dim=1)
+    result = {
+        "generator": generator,
+        "metric": torch.randn(batch, tokens, 8, generator=generator) + 0.5,
+        "size": size,
+        "score": torch.randn(batch, tokens, generator=generator),
+        "x": torch.randn(batch, tokens, 6, generator=generator),
+        "r": r,
+        "keep": order[:, : tokens - r].contiguous(),
+        "drop": order[:, tokens - r :].contiguous(),
+        "dest": torch.randint(prefix, max(tokens - r, prefix + 1), (batch, r), generator=generator),
+        "index": order[:, : tokens - r].contiguous(),
+        **case.static,
+    }
+    result |= {name: make(result) for name, make in case.inputs.items()}
+    return {name: result[name] for name in case.arguments}
+
+
+def arrays(outputs: Tensor | tuple[Tensor, ...]) -> Arrays:
+    outputs = outputs if isinstance(outputs, tuple | list) else (outputs,)
+    return tuple(output.numpy() for output in outputs)
+
+
+def expected(case: Case, arguments: dict) -> Arrays:
+    """The naive float64 result."""
+    function = getattr(naive, case.op)
+    assert list(inspect.signature(function).parameters) == case.arguments
+    result = function(*(a.numpy() if isinstance(a, Tensor) else a for a in arguments.values()))
+    return result if isinstance(result, tuple) else (result,)
+
+
+class Call(torch.nn.Module):
+    """The op on tensors only: r is the length of the last input, so that it is dynamic."""
+
+    def __init__(self, case: Case) -> None:
+        super().__init__()
+        self.case = case
+
+    def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
+        left = list(tensors)
+        given = {**self.case.static}
+        for name in self.case.arguments:
+            if name not in given:
+                given[name] = left[-1].shape[0] if name == "r" else left.pop(0)
+        outputs = getattr(ops, self.case.op)(*(given[name] for name in self.case.arguments))
+        return outputs if isinstance(outputs, tuple) else (outputs,)
+
+
+def tensors(arguments: dict) -> tuple[Tensor, ...]:
+    """The inputs of :class:`Call`."""
+    blank = [torch.zeros(arguments["r"])] if "r" in arguments else []
+    return (*(a for a in arguments.values() if isinstance(a, Tensor)), *blank)
+
+
+@cache
+def exported(case: Case) -> torch.export.ExportedProgram:
+    """The case as a program in which batch, tokens and r are dynamic."""
+    auto = torch.export.Dim.AUTO
+    inputs = tensors(world(case, batch=3, tokens=14, r=4, seed=0))
+    shapes = tuple(dict.fromkeys(range(tensor.ndim), auto) for tensor in inputs)
+    return torch.export.export(Call(case), inputs, dynamic_shapes=(shapes,), strict=False)
+
+
+@cache
+def program_form(case: Case) -> torch.nn.Module:
+    return exported(case).module(check_guards=False)
+
+
+@cache
+def onnx_form(case: Case) -> onnx.ModelProto:
+    return to_onnx(exported(case))
+
+
+def to_onnx(program: torch.export.ExportedProgram) -> onnx.ModelProto:
+    logging.getLogger("torch.onnx").setLevel(logging.ERROR)
+    result = torch.onnx.export(
+        program, dynamo=True, opset_version=23, custom_translation_table=onnx_translations(), verbose=False
+    )
+    assert result is not None
+    attach_functions(result.model)
+    return result.model_proto
+
+
+@cache
+def session(case: Case) -> onnxruntime.InferenceSession:
+    return bare_session(onnx_form(case))
+
+
+def bare_session(model: onnx.ModelProto) -> onnxruntime.InferenceSession:
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = 1
+    return onnxruntime.InferenceSession(
+        model.SerializeToString(), options, providers=["CPUExecutionProvider"]
+    )
+
+
+def run_session(bare: onnxruntime.InferenceSession, inputs: tuple[Tensor, ...]) -> Arrays:
+    names = [given.name for given in bare.get_inputs()]
+    outputs = bare.run(None, dict(zip(names, (t.numpy() for t in inputs), strict=True)))
+    return tuple(np.asarray(output) for output in outputs)
+
+
+FORMS: dict[str, Callable[[Case, dict], Arrays]] = {
+    "reference": lambda case, arguments: arrays(getattr(ops, case.op)(*arguments.values())),
+    "program": lambda case, arguments: arrays(program_form(case)(*tensors(arguments))),
+    "onnx": lambda case, arguments: run_session(session(case), tensors(arguments)),
+}

@@ -1,0 +1,152 @@
+"""The token ops once more: float64, one loop per sentence of the method, nothing shared with the package.
+
+Every function takes and returns numpy arrays with a leading batch axis; ties go to the lowest index, because
+``sorted`` is stable and ``max`` returns the first of equals.
+"""
+
+from collections.abc import Callable
+
+import numpy as np
+
+Arrays = tuple[np.ndarray, ...]
+
+
+def cosine(x: np.ndarray, y: np.ndarray) -> float:
+    length = np.linalg.norm(x) * np.linalg.norm(y)
+    return float(x @ y / length) if length else 0.0
+
+
+def per_row(rows: int, function: Callable[[int], tuple]) -> Arrays:
+    """Stack the outputs of ``function(row)`` for every batch row."""
+    outputs = [function(row) for row in range(rows)]
+    return tuple(np.array(column) for column in zip(*outputs, strict=True))
+
+
+def indices(outputs: Arrays) -> Arrays:
+    return tuple(output.astype(np.int64) for output in outputs)
+
+
+def bipartite_match(metric: np.ndarray, size: np.ndarray, r: int, prefix: int) -> Arrays:
+    def one(row: int) -> tuple:
+        x, empty = metric[row].astype(np.float64), size[row] == 0
+        even = [i for i in range(prefix, len(x)) if i % 2 == 0]
+        odd = [i for i in range(prefix, len(x)) if i % 2 == 1]
+        score, partner = {}, {}
+        for a in even:
+            if empty[a]:
+                score[a], partner[a] = np.inf, next((b for b in odd if empty[b]), odd[0])
+            else:
+                candidates = [b for b in odd if not empty[b]] or odd
+                partner[a] = max(candidates, key=lambda b, a=a: cosine(x[a], x[b]))
+                score[a] = cosine(x[a], x[partner[a]])
+        drop = sorted(even, key=lambda a: -score[a])[:r]
+        keep = [*range(prefix), *(a for a in even if a not in drop), *odd]
+        return keep, drop, [keep.index(partner[a]) for a in drop]
+
+    return indices(per_row(len(metric), one))
+
+
+def energy_match(metric: np.ndarray, size: np.ndarray, r: int, prefix: int, margin: float) -> Arrays:
+    def one(row: int) -> tuple:
+        x, empty = metric[row].astype(np.float64), size[row] == 0
+        free = list(range(prefix, len(x)))
+        real = [i for i in free if not empty[i]]
+
+        def energy(i: int) -> float:
+            if empty[i]:
+                return np.inf
+            shifted = [cosine(x[i], x[j]) - margin for j in real]
+            return float(np.mean([s if s > 0 else np.expm1(s) for s in shifted]))
+
+        order = sorted(free, key=lambda i: -energy(i))
+        drop, other, rest = order[0 : 2 * r : 2], order[1 : 2 * r : 2], sorted(order[2 * r :])
+        keep = [*range(prefix), *rest, *other]
+
+        def partner(a: int) -> int:
+            alike = [b for b in other if empty[b] == empty[a]] or other
+            return max(alike, key=lambda b: cosine(x[a], x[b]))
+
+        return keep, drop, [keep.index(partner(a)) for a in drop]
+
+    return indices(per_row(len(metric), one))
+
+
+def farthest_point(metric: np.ndarray, size: np.ndarray, r: int, prefix: int, method: str) -> Arrays:
+    def one(row: int) -> tuple:
+        x, empty = metric[row].astype(np.float64), size[row] == 0
+        free = list(range(prefix, len(x)))
+        real = [i for i in free if not empty[i]]
+
+        def distance(i: int, j: int) -> float:
+            return 1 - cosine(x[i], x[j]) if method == "divprune" else float(np.linalg.norm(x[i] - x[j]))
+
+        if not real:
+            chosen = [free[0]]
+        elif method == "divprune":
+            chosen = [max(real, key=lambda i: min((distance(i, j) for j in real if j != i), default=np.inf))]
+        else:
+            mean = np.mean(x[real], axis=0)
+            chosen = [min(real, key=lambda i: float(np.linalg.norm(x[i] - mean)))]
+        while len(chosen) < len(free) - r:
+            left = [i for i in real if i not in chosen]
+            if left:
+                chosen.append(max(left, key=lambda i: min(distance(i, j) for j in chosen)))
+            else:
+                chosen.append(next(i for i in free if i not in chosen))
+        keep = [*range(prefix), *sorted(chosen)]
+        return keep, [i for i in free if i not in chosen]
+
+    return indices(per_row(len(metric), one))
+
+
+def top_tokens(score: np.ndarray, r: int, prefix: int) -> Arrays:
+    def one(row: int) -> tuple:
+        order = sorted(range(prefix, score.shape[1]), key=lambda i: -score[row, i])
+        count = len(order) - r
+        return [*range(prefix), *order[:count]], order[count:]
+
+    return indices(per_row(len(score), one))
+
+
+def merge_tokens(
+    x: np.ndarray, size: np.ndarray, keep: np.ndarray, drop: np.ndarray, dest: np.ndarray
+) -> Arrays:
+    def one(row: int) -> tuple:
+        merged, sizes = [], []
+        for slot, kept in enumerate(keep[row]):
+            group = [kept, *(d for d, s in zip(drop[row], dest[row], strict=True) if s == slot)]
+            weight = [float(size[row, i]) for i in group]
+            total = sum(weight)
+            mean = sum(w * x[row, i].astype(np.float64) for w, i in zip(weight, group, strict=True))
+            merged.append(mean / total if total else 0 * mean)
+            sizes.append(total)
+        return merged, sizes
+
+    return per_row(len(x), one)
+
+
+def gather_tokens(x: np.ndarray, index: np.ndarray, dim: int) -> np.ndarray:
+    shared = len(x) == 1
+    return np.stack([np.take(x[0 if shared else row], index[row], axis=dim - 1) for row in range(len(index))])
+
+
+def nearest_kept(metric: np.ndarray, keep: np.ndarray, drop: np.ndarray, prefix: int) -> np.ndarray:
+    def one(row: int) -> tuple:
+        x, slots = metric[row].astype(np.float64), range(prefix, keep.shape[1])
+        return ([max(slots, key=lambda s: cosine(x[d], x[keep[row, s]])) for d in drop[row]],)
+
+    return indices(per_row(len(metric), one))[0]
+
+
+def source_map(keep: np.ndarray, drop: np.ndarray, dest: np.ndarray) -> np.ndarray:
+    def one(row: int) -> tuple:
+        slot = {old: new for new, old in enumerate(keep[row])}
+        slot |= dict(zip(drop[row], dest[row], strict=True))
+        return ([slot[old] for old in range(len(slot))],)
+
+    return indices(per_row(len(keep), one))[0]
+
+
+def log_size(size: np.ndarray) -> np.ndarray:
+    tiny = float(np.finfo(np.float32).tiny)
+    return np.log(np.maximum(size.astype(np.float64), tiny))[:, None, None, :]
