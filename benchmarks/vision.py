@@ -80,7 +80,9 @@ FULL = (
     ),
     Scale(518, every_block(MERGING, (48, 64, 80)) + three_blocks(METHODS, (0.7, 0.5)), (1, 8), 1000, 500),
 )
-QUICK = (Scale(224, every_block(MERGING, (16,)) + three_blocks(METHODS, (0.7,)), (1, 8), 200, 100),)
+QUICK = (
+    Scale(224, ("tome{r=16}", "random{r=16}", *three_blocks(("evit", "divprune"), (0.7,))), (1, 8), 200, 100),
+)
 
 
 # ---------------------------------------------------------------------------------------------- resuming
