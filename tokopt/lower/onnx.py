@@ -115,31 +115,42 @@ def expand_masks(model: ir.Model) -> None:
     """Give every attention mask real query and key axes, in place.
 
     ONNX lets a mask broadcast; ONNX Runtime's ``Attention`` lets it do so over batch and heads only and
-    rejects ``[batch, 1, 1, keys]``. Masks whose last two sizes are known to fit are left alone.
+    rejects ``[batch, 1, 1, keys]``. Masks whose last two sizes are known to fit are left alone; layers that
+    share a mask and the names of its sizes share the expanded one.
     """
+    expanded: dict[tuple[object, object, object], ir.Value] = {}
     for node in list(model.graph):
         if node.op_type != "Attention" or node.domain or len(node.inputs) < 4 or node.inputs[3] is None:
             continue
         query, key, mask = node.inputs[0], node.inputs[1], node.inputs[3]
         assert query is not None and key is not None
-        if _fits(mask, query, key):
+        rows, columns = _size(query, -2), _size(key, -2)
+        if None not in (rows, columns) and (_size(mask, -2), _size(mask, -1)) == (rows, columns):
             continue
-        # The shape has two sizes only: Expand broadcasts both ways, so batch and heads of the mask stay.
-        rows = ir.node("Shape", [query], attributes={"start": -2, "end": -1})
-        columns = ir.node("Shape", [key], attributes={"start": -2, "end": -1})
-        shape = ir.node("Concat", [rows.outputs[0], columns.outputs[0]], attributes={"axis": 0})
-        expand = ir.node("Expand", [mask, shape.outputs[0]])
-        model.graph.insert_before(node, [rows, columns, shape, expand])
-        node.replace_input_with(3, expand.outputs[0])
+        place = (mask, query if rows is None else rows, key if columns is None else columns)
+        if place not in expanded:
+            expanded[place] = _insert_expand(model.graph, node, query, key, mask)
+        node.replace_input_with(3, expanded[place])
 
 
-def _fits(mask: ir.Value, query: ir.Value, key: ir.Value) -> bool:
-    shapes = [value.shape for value in (mask, query, key)]
-    if any(shape is None or len(shape) < 2 for shape in shapes):
-        return False
-    sizes = [[getattr(dim, "value", dim) for dim in shape or ()] for shape in shapes]
-    wanted = [sizes[1][-2], sizes[2][-2]]
-    return None not in wanted and sizes[0][-2:] == wanted
+def _size(value: ir.Value, axis: int) -> int | str | None:
+    """The size of an axis as a number or a name; None when unknown."""
+    if value.shape is None or len(value.shape) < -axis:
+        return None
+    size = value.shape[axis]
+    return size if isinstance(size, int) else size.value
+
+
+def _insert_expand(
+    graph: ir.Graph, node: ir.Node, query: ir.Value, key: ir.Value, mask: ir.Value
+) -> ir.Value:
+    """``Expand(mask, [queries, keys])``: it broadcasts both ways, so batch and heads of the mask stay."""
+    rows = ir.node("Shape", [query], attributes={"start": -2, "end": -1})
+    columns = ir.node("Shape", [key], attributes={"start": -2, "end": -1})
+    shape = ir.node("Concat", [rows.outputs[0], columns.outputs[0]], attributes={"axis": 0})
+    expand = ir.node("Expand", [mask, shape.outputs[0]])
+    graph.insert_before(node, [rows, columns, shape, expand])
+    return expand.outputs[0]
 
 
 def _check_dtypes(program: Program, name: str) -> None:
