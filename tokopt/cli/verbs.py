@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import statistics
 from argparse import Namespace
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -113,6 +114,43 @@ def _inspect_manifest(manifest, screen: Screen) -> int:
     return OK
 
 
+def estimate(args: Namespace, screen: Screen) -> int:
+    """Run a pipeline in memory and predict what it saves; nothing is written."""
+    from tokopt.analysis.estimate import measure_machine, predict_seconds
+    from tokopt.pipeline import Context, as_pipeline
+
+    pipeline = as_pipeline(args.pipeline)
+    with screen.step(f"Estimating {pipeline}"):
+        bundle, machine = read_bundle(args.artifact), measure_machine()
+        seconds = [predict_seconds(bundle.forward, machine)]
+        watch = Context(observers=(lambda _, __, new: seconds.append(predict_seconds(new.forward, machine)),))
+        report = pipeline.run(bundle, watch)[1]
+    _show_report(report, screen)
+    speedups = [before / after for before, after in pairwise(seconds)]
+    for record, speedup in zip(report.records, speedups, strict=True):
+        screen.line(f"{record.text}: predicted speed-up {speedup:.2f}x")
+    total = seconds[0] / seconds[-1]
+    sizes = f"the example's sizes {[list(t.shape) for t in bundle.forward.example]}"
+    screen.line(f"{_verdict(total)} (roofline of this machine's CPU at {sizes}; tokopt bench measures)")
+    records = [
+        {**dataclasses.asdict(record), "predicted_speedup": speedup}
+        for record, speedup in zip(report.records, speedups, strict=True)
+    ]
+    screen.finish({"predicted_speedup": total, "pays": total >= _PAYS, "passes": records})
+    return OK
+
+
+_PAYS = 1.05
+
+
+def _verdict(speedup: float) -> str:
+    if speedup >= _PAYS:
+        return f"Predicted speed-up {speedup:.2f}x"
+    if speedup > 1 / _PAYS:
+        return f"No gain to expect: predicted {speedup:.2f}x, within the error of the prediction"
+    return f"This would be slower: predicted {speedup:.2f}x, matching costs more than the removed tokens"
+
+
 def run(args: Namespace, screen: Screen) -> int:
     """Run an artifact on files, or on its own example."""
     import numpy as np
@@ -151,6 +189,27 @@ def _save(path: Path, outputs: dict) -> None:
         else:
             np.savez(stream, **outputs)
     partial.replace(path)
+
+
+def verify(args: Namespace, screen: Screen) -> int:
+    """Check hashes and the self-test; exit 1 when anything is wrong."""
+    import tokopt
+
+    with screen.step(f"Verifying {args.artifact}"):
+        report = tokopt.verify(args.artifact)
+    for fault in report.faults:
+        screen.line(f"fault: {fault}")
+    rows = [
+        (program, check.name, check.nmse, check.limit, "ok" if check.ok else "differs")
+        for program, checks in report.outputs.items()
+        for check in checks
+    ]
+    screen.table(("program", "output", "NMSE", "at most", ""), rows)
+    screen.line(
+        f"{report.path}: {report.files} files, " + ("verified" if report.ok else "NOT as it was written")
+    )
+    screen.finish(report.as_dict())
+    return OK if report.ok else FAILED
 
 
 def bench(args: Namespace, screen: Screen) -> int:
