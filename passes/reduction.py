@@ -6,25 +6,28 @@ restoring per-token outputs, is here and in :mod:`tokopt.token_rewrite`.
 
 from __future__ import annotations
 
+import math
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from functools import partial
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal, TypeGuard
 
 import torch
 
 from tokopt.analysis.blocks import Block, NoBlock, find_blocks
-from tokopt.analysis.graph import ancestors, module_path, program_module, size_hint
-from tokopt.analysis.token_axis import TokenTrace, prefix_tokens, trace_tokens
-from tokopt.bundle import AxisRange, Bundle, Program
+from tokopt.analysis.graph import ancestors, program_module, size_hint
+from tokopt.analysis.token_axis import Seed, TokenTrace, prefix_tokens, trace_tokens
+from tokopt.bundle import AxisRange, Bundle, Program, Reductions
 from tokopt.errors import PassError, UnsupportedModelError
 from tokopt.kernels import ops
 from tokopt.pipeline import Context, Pass, PassResult, Refusal
 from tokopt.rewrite import axis_names, reexport
-from tokopt.token_rewrite import Assignment, TokenRewriter, Tokens, batch_size, padding_mask
+from tokopt.token_rewrite import Assignment, Reduction, TokenRewriter, Tokens, batch_size, padding_mask
 
-Size = int | torch.SymInt
+Size = Any
+"""A number of tokens: an int, or a ``torch.SymInt`` where the axis is dynamic."""
 
 
 @dataclass(frozen=True)
@@ -52,10 +55,11 @@ class TokenReduction(Pass):
     layers: tuple[int, ...] | None = None
     prefix: int | None = None
 
-    proportional: ClassVar[bool] = False
-    """Whether later attentions add ``log(size)``: true for merging."""
+    merges: ClassVar[bool] = False
+    """Whether removed tokens live on in others, so that later attentions must add ``log(size)``."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         _check_options(self)
 
     def reduce(self, tokens: Tokens, r: Size, prefix: int) -> Assignment:
@@ -77,38 +81,47 @@ class TokenReduction(Pass):
 
     def run(self, bundle: Bundle, context: Context) -> PassResult:
         """Reduce tokens in every block where that is provably legal; refuse the others with the reason."""
-        module = program_module(bundle.forward)
+        program = bundle.forward
+        done = program.reductions or Reductions(program, ())
+        module = program_module(done.base)
         sites = find_blocks(module.graph)
         if not sites:
-            raise UnsupportedModelError("the model has no attention that tokopt knows, so there are no tokens to reduce")
-        refusals = [_refusal(site) for site in sites if isinstance(site, NoBlock) and site.site.kind == "self"]
-        refusals += [_refusal(s) for s in sites if isinstance(s, NoBlock) and s.site.kind == "cross"]
-        blocks = [site for site in sites if isinstance(site, Block)]
-        chosen, impure = _pure_blocks(self._chosen(blocks), module.graph)
-        plan = _Plan.make(self, chosen, len(blocks))
-        plan, trace, impossible = plan.prove(module.graph)
-        refusals += impure + impossible
-        if plan.blocks and (objection := self.objection(plan.prefix(trace), plan.dynamic)):
-            return PassResult(bundle, 0, (), (*refusals, Refusal("the model", objection)))
-        if not plan.blocks:
+            raise UnsupportedModelError(
+                "the model has no attention that tokopt knows, so there are no tokens to reduce"
+            )
+        refusals = [Refusal(s.site.path or "the model", s.reason) for s in sites if _is_missed(s)]
+        blocks, impure = _pure_blocks([s for s in sites if isinstance(s, Block)], module.graph)
+        methods: tuple[TokenReduction, ...] = (*done.methods, self)
+        plan, trace, impossible = Plan.make(methods, blocks).prove(module.graph)
+        refusals += [*impure, *impossible]
+        matches = plan.reduced_blocks(len(done.methods))
+        if not matches:
             notes = () if refusals else ("nothing to remove",)
             return PassResult(bundle, 0, notes, tuple(refusals))
-        rewriter = TokenRewriter(module, batch_size(plan.blocks[0]), self.proportional)
-        rewriter.apply(plan.blocks, plan.reductions(trace), trace)
-        program, floor = bundle.forward, ()
-        if plan.dynamic:
-            program, floor = _raise_minimum(program, plan, trace)
-        restored = [program.outputs[i].name for i in rewriter.restored]
-        program = reexport(program, module)
-        notes = plan.notes(trace, restored) + floor
-        return PassResult(bundle.with_program("forward", program), len(plan.blocks), notes, tuple(refusals))
+        if objection := self.objection(plan.prefix(trace, self), plan.dynamic):
+            return PassResult(bundle, 0, (), (*refusals, Refusal("the model", objection)))
+        rewriter = TokenRewriter(module, batch_size(plan.steps[0].block))
+        rewriter.apply(plan.reductions(trace), trace)
+        base = _raise_minimum(done.base, plan, trace) if plan.dynamic else done.base
+        reduced = replace(reexport(base, module), reductions=Reductions(done.base, methods))
+        notes = [f"{plan.prefix(trace, self)} prefix tokens protected"]
+        if rewriter.restored:
+            names = ", ".join(base.outputs[i].name for i in rewriter.restored)
+            notes.append(f"restored to all tokens: {names}")
+        for axis, bounds in reduced.ranges.items():
+            if bounds.min > done.base.ranges[axis].min:
+                notes.append(f"inputs need {axis} >= {bounds.min}")
+        return PassResult(bundle.with_program("forward", reduced), matches, tuple(notes), tuple(refusals))
 
-    def _chosen(self, blocks: list[Block]) -> list[Block]:
+    def chosen(self, blocks: Sequence[Block]) -> Sequence[Block]:
+        """The blocks that ``layers`` names; PassError when there is no such block."""
         if self.layers is None:
             return blocks
         for layer in self.layers:
             if not -len(blocks) <= layer < len(blocks):
-                raise PassError(f"layers names block {layer}, but the model has {len(blocks)} blocks that could be reduced")
+                raise PassError(
+                    f"layers names block {layer}, but the model has {len(blocks)} blocks that could be reduced"
+                )
         wanted = {layer % len(blocks) for layer in self.layers}
         return [block for block in blocks if block.index in wanted]
 
@@ -118,7 +131,9 @@ def _check_options(options: TokenReduction) -> None:
     given = [n for n in ("r", "keep", "target") if getattr(options, n) is not None]
     if len(given) != 1:
         found = " and ".join(given) or "none"
-        raise PassError(f"{name} needs exactly one of r=, keep=, target= (found {found}); for example {name}{{r=8}}")
+        raise PassError(
+            f"{name} needs exactly one of r=, keep=, target= (found {found}); for example {name}{{r=8}}"
+        )
     counts = options.r if isinstance(options.r, tuple) else (options.r or 0,)
     if any(not isinstance(r, int) or isinstance(r, bool) or r < 0 for r in counts):
         raise PassError(f"{name}: r={options.r!r} must be a count of tokens, or a list of them")
@@ -134,8 +149,9 @@ def _check_options(options: TokenReduction) -> None:
         raise PassError(f"{name}: prefix={options.prefix} must not be negative")
 
 
-def _refusal(site: NoBlock) -> Refusal:
-    return Refusal(site.site.path or "the model", site.reason)
+def _is_missed(site: Block | NoBlock) -> TypeGuard[NoBlock]:
+    """Whether a user would expect a reduction here: pooling heads only read tokens."""
+    return isinstance(site, NoBlock) and site.site.kind != "pooling"
 
 
 def _pure_blocks(blocks: list[Block], graph: torch.fx.Graph) -> tuple[list[Block], list[Refusal]]:
@@ -143,7 +159,7 @@ def _pure_blocks(blocks: list[Block], graph: torch.fx.Graph) -> tuple[list[Block
     pure: list[Block] = []
     refusals: list[Refusal] = []
     for block in blocks:
-        trace = trace_tokens(graph, {block.stream: block.token_axis}, reduce=False)
+        trace = trace_tokens(graph, {block.stream: Seed(block.token_axis)}, reduce=False)
         whole = all(
             (label := trace.labels.get(node)) is not None
             and len(label.axes) == 1
@@ -154,146 +170,168 @@ def _pure_blocks(blocks: list[Block], graph: torch.fx.Graph) -> tuple[list[Block
         if whole:
             pure.append(block)
         else:
-            reason = str(trace.obstacles[0]) if trace.obstacles else "the attention does not see the stream's tokens"
+            reason = (
+                str(trace.obstacles[0])
+                if trace.obstacles
+                else "the attention does not see the stream's tokens"
+            )
             refusals.append(Refusal(f"block {block.index} ({block.site.path})", reason))
     return pure, refusals
 
 
-def _raise_minimum(program: Program, plan: _Plan, trace: TokenTrace) -> tuple[Program, tuple[str, ...]]:
-    """The program with the smallest size of its token axis raised to what the plan needs, and a note."""
-    symbol = str(plan.blocks[0].residual.meta["val"].shape[plan.blocks[0].token_axis])
-    axis = axis_names(program.exported, program.inputs).get(symbol)
-    if axis is None:
-        raise PassError(f"the number of tokens depends on the input's size ({symbol}); capture with a fixed input size")
-    known = program.ranges[axis]
-    lowest = max(known.min, plan.shortest(trace))
-    ranges = {**program.ranges, axis: AxisRange(lowest, known.max)}
-    return replace(program, ranges=ranges), (f"inputs need {axis} >= {lowest}",)
+@dataclass(frozen=True)
+class Step:
+    """One reduction to make, for the pass at place ``order`` among the reductions of the program.
+
+    ``removal`` is a count, or the fraction of unprotected tokens to keep.
+    """
+
+    order: int
+    method: TokenReduction
+    block: Block
+    removal: int | Fraction
+
+    @property
+    def empty(self) -> bool:
+        """Whether nothing would be removed."""
+        return self.removal == (1 if isinstance(self.removal, Fraction) else 0)
+
+    def count(self, tokens: int, prefix: int) -> int:
+        """Tokens removed from an input of ``tokens``; PassError when the block cannot spare them."""
+        r = _dropped(self.removal, tokens - prefix) if isinstance(self.removal, Fraction) else self.removal
+        most = max(self.method.most(tokens, prefix, padding_mask(self.block.site.mask) is not None), 0)
+        if r > most:
+            raise PassError(
+                f"r={r} is too large for block {self.block.index} ({self.block.site.path}), which has {tokens} "
+                f"tokens, {prefix} of them protected, and can lose at most {most}; remove fewer"
+            )
+        return r
 
 
 @dataclass(frozen=True)
-class _Plan:
-    """Which blocks, of ``depth`` in all, lose how many tokens.
+class Plan:
+    """Every reduction of a program, in block order; ``depth`` is the number of blocks of the model."""
 
-    ``removals`` is per block: a count, or a fraction to keep.
-    """
-
-    method: TokenReduction
-    blocks: tuple[Block, ...]
-    removals: tuple[int | Fraction, ...]
-    dynamic: bool
+    steps: tuple[Step, ...]
     depth: int
 
     @classmethod
-    def make(cls, method: TokenReduction, blocks: Sequence[Block], depth: int) -> _Plan:
-        if not blocks:
-            return cls(method, (), (), False, depth)
-        size = blocks[0].residual.meta["val"].shape[blocks[0].token_axis]
-        removals = _removals(method, len(blocks))
-        if method.target is not None and not isinstance(size, int):
-            raise PassError(f"{method.name}: target= needs a fixed number of tokens, and this model's is dynamic; use keep=")
-        return cls(method, tuple(blocks), removals, not isinstance(size, int), depth)
+    def make(cls, methods: Sequence[TokenReduction], blocks: Sequence[Block]) -> Plan:
+        """The plan of several reductions applied one after the other."""
+        steps = []
+        for order, method in enumerate(methods):
+            chosen = method.chosen(blocks)
+            removals = _removals(method, chosen)
+            steps += [Step(order, method, b, r) for b, r in zip(chosen, removals, strict=True)]
+        steps.sort(key=lambda step: step.block.index)  # stable: in one block, the earlier pass goes first
+        return cls(tuple(step for step in steps if not step.empty), len(blocks))
 
-    def prove(self, graph: torch.fx.Graph) -> tuple[_Plan, TokenTrace, list[Refusal]]:
-        """Drop blocks until the token axis can be followed from every remaining one to the outputs."""
-        plan, refusals = self._without_zeros(), []
-        while True:
-            trace = trace_tokens(graph, {b.residual: b.token_axis for b in plan.blocks})
-            if not trace.obstacles:
-                return plan._bounded(trace), trace, refusals
-            obstacle = trace.obstacles[0]
-            guilty = [b for b in plan.blocks if trace.labels.get(b.residual) and b.residual in ancestors(obstacle.node)]
-            guilty = guilty or list(plan.blocks)
-            refusals += [Refusal(f"block {b.index} ({b.site.path})", str(obstacle)) for b in guilty]
-            plan = plan._keep(lambda b, gone=tuple(guilty): b not in gone)
-
-    def _keep(self, wanted) -> _Plan:  # noqa: ANN001
-        pairs = [(b, r) for b, r in zip(self.blocks, self.removals, strict=True) if wanted(b)]
-        return _Plan(self.method, tuple(b for b, _ in pairs), tuple(r for _, r in pairs), self.dynamic, self.depth)
-
-    def _without_zeros(self) -> _Plan:
-        removed = dict(zip(self.blocks, self.removals, strict=True))
-        return self._keep(lambda b: removed[b] != (Fraction(1) if isinstance(removed[b], Fraction) else 0))
-
-    def prefix(self, trace: TokenTrace) -> int:
-        """Protected leading tokens: what the user says, else what the graph shows."""
-        found = prefix_tokens(self.blocks[0].stream) if self.blocks and self.blocks[0].token_axis == 1 else 0
-        if self.method.prefix is None:
-            return max(found, trace.fixed)
-        if self.method.prefix < trace.fixed:
-            raise PassError(
-                f"prefix={self.method.prefix} leaves a token unprotected that the model reads by its slot; "
-                f"use prefix={trace.fixed} or more"
-            )
-        return self.method.prefix
-
-    def _bounded(self, trace: TokenTrace) -> _Plan:
-        """Check that every block can spare its tokens; counts of a static axis become plain numbers."""
-        if not self.blocks:
-            return self
-        tokens = size_hint(self._axis)
-        counts = self._counts(tokens, self.prefix(trace))
-        return self if self.dynamic else replace(self, removals=counts)._without_zeros()
+    def reduced_blocks(self, order: int) -> int:
+        """In how many blocks the pass at place ``order`` removes tokens."""
+        return sum(step.order == order for step in self.steps)
 
     @property
-    def _axis(self) -> Size:
-        return self.blocks[0].residual.meta["val"].shape[self.blocks[0].token_axis]
+    def dynamic(self) -> bool:
+        """Whether the number of tokens is a symbol."""
+        return bool(self.steps) and not isinstance(_tokens(self.steps[0].block), int)
 
-    def _counts(self, tokens: int, prefix: int) -> tuple[int, ...]:
-        """What each block removes from an input of this many tokens; PassError when one cannot spare it."""
-        method = self.method
-        removals = self.removals if method.target is None else _even(method.target, tokens, len(self.blocks))
+    def prove(self, graph: torch.fx.Graph) -> tuple[Plan, TokenTrace, list[Refusal]]:
+        """Drop blocks until the token axis can be followed from every remaining one to the outputs."""
+        plan, refusals = self, []
+        while True:
+            trace = trace_tokens(graph, plan.seeds())
+            if not trace.obstacles:
+                return plan._checked(trace), trace, refusals
+            obstacle = trace.obstacles[0]
+            blocks = list(dict.fromkeys(step.block for step in plan.steps))
+            guilty = [b for b in blocks if b.residual in ancestors(obstacle.node)] or blocks
+            refusals += [Refusal(f"block {b.index} ({b.site.path})", str(obstacle)) for b in guilty]
+            plan = replace(plan, steps=tuple(s for s in plan.steps if s.block not in guilty))
+
+    def seeds(self) -> dict[torch.fx.Node, Seed]:
+        """Where tokens are removed, for the tracer."""
+        count = Counter(step.block.residual for step in self.steps)
+        return {s.block.residual: Seed(s.block.token_axis, count[s.block.residual]) for s in self.steps}
+
+    def prefix(self, trace: TokenTrace, method: TokenReduction) -> int:
+        """Protected leading tokens: what the user says, else what the graph shows."""
+        first = self.steps[0].block
+        found = prefix_tokens(first.stream) if first.token_axis == 1 else 0
+        if method.prefix is None:
+            return max(found, trace.fixed)
+        if method.prefix < trace.fixed:
+            raise PassError(
+                f"prefix={method.prefix} leaves a token unprotected that the model reads by its slot; "
+                f"use prefix={trace.fixed} or more"
+            )
+        return method.prefix
+
+    def _checked(self, trace: TokenTrace) -> Plan:
+        """The plan with plain counts where the number of tokens is fixed; PassError when it cannot be met."""
+        if not self.steps:
+            return self
+        counts = self.counts(size_hint(_tokens(self.steps[0].block)), trace)
+        if self.dynamic:
+            return self
+        steps = (replace(step, removal=r) for step, r in zip(self.steps, counts, strict=True))
+        return replace(self, steps=tuple(step for step in steps if not step.empty))
+
+    def counts(self, tokens: int, trace: TokenTrace) -> list[int]:
+        """Tokens that every step removes from an input of ``tokens``."""
         counts = []
-        for block, wanted in zip(self.blocks, removals, strict=True):
-            r = _dropped(wanted, tokens - prefix) if isinstance(wanted, Fraction) else wanted
-            most = max(method.most(tokens, prefix, padding_mask(block.site.mask) is not None), 0)
-            if r > most:
-                raise PassError(
-                    f"r={r} is too large for block {block.index} ({module_path(block.site.node)}), which has {tokens} "
-                    f"tokens, {prefix} of them protected, and can lose at most {most}; remove fewer"
-                )
-            counts.append(r)
-            tokens -= r
-        return tuple(counts)
+        for step in self.steps:
+            counts.append(step.count(tokens, self.prefix(trace, step.method)))
+            tokens -= counts[-1]
+        return counts
 
     def shortest(self, trace: TokenTrace) -> int:
         """The shortest input that this plan works on, for a dynamic axis.
 
         A symbolic count must also stay above 1, or ``torch.export`` would specialise on it.
         """
-        prefix, longest = self.prefix(trace), size_hint(self._axis)
-        least = 2 if any(isinstance(r, Fraction) for r in self.removals) else 1
-        shortest = longest
-        for tokens in range(longest, 1, -1):
+        symbolic = [isinstance(step.removal, Fraction) for step in self.steps]
+        shortest = size_hint(_tokens(self.steps[0].block))
+        for tokens in range(shortest, 1, -1):
             try:
-                if min(self._counts(tokens, prefix)) < least:
-                    break
+                counts = self.counts(tokens, trace)
             except PassError:
+                break
+            if any(r < 2 for r, is_symbol in zip(counts, symbolic, strict=True) if is_symbol):
                 break
             shortest = tokens
         return shortest
 
-    def reductions(self, trace: TokenTrace) -> list[partial]:
-        """One traced function per block."""
-        prefix = self.prefix(trace)
-        return [
-            partial(_reduce, self.method, removal, prefix, block.index / self.depth)
-            for block, removal in zip(self.blocks, self.removals, strict=True)
-        ]
-
-    def notes(self, trace: TokenTrace, restored: list[str]) -> tuple[str, ...]:
-        notes = [f"{self.prefix(trace)} prefix tokens protected"]
-        if restored:
-            notes.append(f"restored to all tokens: {', '.join(restored)}")
-        return tuple(notes)
+    def reductions(self, trace: TokenTrace) -> list[Reduction]:
+        """What to insert: one traced function per step."""
+        found = []
+        for step in self.steps:
+            prefix, depth = self.prefix(trace, step.method), step.block.index / self.depth
+            found.append(Reduction(step.block, partial(_reduce, step, prefix, depth), step.method.merges))
+        return found
 
 
-def _reduce(
-    method: TokenReduction, removal: int | Fraction, prefix: int, depth: float, tokens: Tokens
-) -> Assignment:
-    count = tokens.stream.shape[1]
+def _tokens(block: Block) -> Size:
+    return block.residual.meta["val"].shape[block.token_axis]
+
+
+def _raise_minimum(program: Program, plan: Plan, trace: TokenTrace) -> Program:
+    """The program with the smallest size of its token axis raised to what the plan needs."""
+    symbol = str(_tokens(plan.steps[0].block))
+    axis = axis_names(program.exported, program.inputs).get(symbol)
+    if axis is None:
+        raise PassError(
+            f"the number of tokens depends on the input's size ({symbol}); capture with a fixed input size"
+        )
+    known = program.ranges[axis]
+    lowest = max(known.min, plan.shortest(trace))
+    ranges = {**program.ranges, axis: AxisRange(lowest, known.max)}
+    return replace(program, ranges=ranges)
+
+
+def _reduce(step: Step, prefix: int, depth: float, tokens: Tokens) -> Assignment:
+    count, removal = tokens.stream.shape[1], step.removal
     r = _dropped(removal, count - prefix) if isinstance(removal, Fraction) else removal
-    return method.reduce(replace(tokens, depth=depth), r, prefix)
+    return step.method.reduce(replace(tokens, depth=depth), r, prefix)
 
 
 def _dropped(keep: Fraction, tokens: Size) -> Size:
@@ -301,25 +339,35 @@ def _dropped(keep: Fraction, tokens: Size) -> Size:
     return tokens - (tokens * keep.numerator + keep.denominator - 1) // keep.denominator
 
 
-def _removals(method: TokenReduction, blocks: int) -> tuple[int | Fraction, ...]:
+def _removals(method: TokenReduction, blocks: Sequence[Block]) -> tuple[int | Fraction, ...]:
+    """What the schedule removes in each of ``blocks``."""
+    count = len(blocks)
+    if not count:
+        return ()
     if method.keep is not None:
-        return (Fraction(method.keep).limit_denominator(10_000),) * blocks
+        return (Fraction(method.keep).limit_denominator(10_000),) * count
     if method.target is not None:
-        return (1,) * blocks  # fixed in _Plan._bounded, once the number of blocks is known
+        return _even(method, _tokens(blocks[0]), count)
     if isinstance(method.r, tuple):
-        if len(method.r) != blocks:
-            raise PassError(f"{method.name}: r lists {len(method.r)} counts for {blocks} blocks; give one per block")
+        if len(method.r) != count:
+            raise PassError(
+                f"{method.name}: r lists {len(method.r)} counts for {count} blocks; give one per block"
+            )
         return method.r
     assert isinstance(method.r, int)
-    if method.schedule == "constant" or blocks == 1:
-        return (method.r,) * blocks
-    return tuple(int(2 * method.r - 2 * method.r * i / (blocks - 1) + 0.5) for i in range(blocks))
+    if method.schedule == "constant" or count == 1:
+        return (method.r,) * count
+    return tuple(int(2 * method.r - 2 * method.r * i / (count - 1) + 0.5) for i in range(count))
 
 
-def _even(target: float | None, tokens: int, blocks: int) -> tuple[int, ...]:
+def _even(method: TokenReduction, tokens: Size, blocks: int) -> tuple[int, ...]:
     """Counts that leave ``target`` of the tokens after the last block, spread evenly, the larger ones first."""
-    assert target is not None
-    total = tokens - int(-(-tokens * Fraction(target).limit_denominator(10_000) // 1))
+    if not isinstance(tokens, int):
+        raise PassError(
+            f"{method.name}: target= needs a fixed number of tokens, and this model's is dynamic; use keep="
+        )
+    assert method.target is not None
+    total = tokens - math.ceil(tokens * Fraction(method.target).limit_denominator(10_000))
     return tuple(total // blocks + (i < total % blocks) for i in range(blocks))
 
 

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from tokopt.artifact import export, open_bundle, verify
     from tokopt.bundle import AppliedPass, AxisRange, Bundle, Program, State, TensorSpec
-    from tokopt.frontend import capture
     from tokopt.errors import TokoptError
+    from tokopt.frontend import capture
     from tokopt.pipeline import Context, Pass, PassResult, Pipeline, optimize, parse
 
 __version__ = "0.1.0"

@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     import torch
     from torch.export import ExportedProgram
 
+    from tokopt.passes.reduction import TokenReduction
+
 Axis = str | int
 """A named (dynamic) axis, or the size of a static one."""
 
@@ -24,7 +26,7 @@ Role = Literal["input", "tokens", "positions", "mask", "state", "output", "logit
 Semantics = Literal["exact", "lossless", "approximate"]
 """``exact``: equal within floating-point tolerance. ``lossless``: same output distribution. ``approximate``."""
 
-_STRENGTH: tuple[Semantics, ...] = ("exact", "lossless", "approximate")
+_STRENGTH: tuple[Semantics, ...] = ("exact", "lossless", "approximate")  # strongest first
 
 
 def weakest(classes: list[Semantics]) -> Semantics:
@@ -33,7 +35,7 @@ def weakest(classes: list[Semantics]) -> Semantics:
     >>> weakest(["exact", "approximate", "lossless"])
     'approximate'
     """
-    return max(classes, key=_STRENGTH.index, default="exact")
+    return max(classes, key=_STRENGTH.index) if classes else "exact"
 
 
 @dataclass(frozen=True)
@@ -74,7 +76,8 @@ class Program:
 
     ``exported`` takes ``len(inputs)`` positional tensors and returns a tuple of ``len(outputs)`` tensors.
     ``ranges`` gives the sizes of every named axis. ``example`` holds one tuple of inputs that fits, used for
-    re-export, numeric comparison and the artifact's self-test.
+    re-export, numeric comparison and the artifact's self-test. ``reductions`` lives in memory only: the program
+    before any token reduction and the passes since, so that a further reduction joins the same rewrite.
     """
 
     exported: ExportedProgram
@@ -82,6 +85,7 @@ class Program:
     outputs: tuple[TensorSpec, ...]
     ranges: Mapping[str, AxisRange]
     example: tuple[torch.Tensor, ...]
+    reductions: Reductions | None = field(default=None, compare=False, repr=False)
 
     def __call__(self, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """Run the exported graph on positional tensors, without gradients."""
@@ -89,6 +93,14 @@ class Program:
 
         with torch.no_grad():
             return self.exported.module(check_guards=False)(*tensors)
+
+
+@dataclass(frozen=True)
+class Reductions:
+    """A program before any token was removed, and the token reductions applied to it, in order."""
+
+    base: Program
+    methods: tuple[TokenReduction, ...]
 
 
 @dataclass(frozen=True)

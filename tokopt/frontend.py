@@ -1,6 +1,6 @@
 """The front end: an ``nn.Module``, an ExportedProgram or a ``.pt2`` file becomes a normalised Bundle.
 
-Not named ``capture.py``: a module ``tokopt.capture`` would hide the function ``tokopt.capture`` once imported.
+Not named ``capture.py``: once imported, a module ``tokopt.capture`` would hide the function of that name.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch.utils import _pytree as pytree
 from tokopt.bundle import AxisRange, Bundle, Program, TensorSpec
 from tokopt.errors import CaptureError, InputError
 from tokopt.normalize import normalize
-from tokopt.rewrite import dtype_name, dynamic_shapes, export_flat, output_specs
+from tokopt.rewrite import dtype_name, export_flat, output_specs
 
 Dynamic = Mapping[str, Sequence[str | None] | Mapping[int, str]]
 """Input name -> the name of each axis (None: static), or axis index -> name."""
@@ -45,7 +45,9 @@ class _Flat(torch.nn.Module):
         return self.model(*args, **kwargs)
 
     def forward(self, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        return tuple(leaf for leaf in pytree.tree_leaves(self.call(tensors)) if isinstance(leaf, torch.Tensor))
+        return tuple(
+            leaf for leaf in pytree.tree_leaves(self.call(tensors)) if isinstance(leaf, torch.Tensor)
+        )
 
 
 def capture(
@@ -60,20 +62,22 @@ def capture(
     """Capture a model on example inputs.
 
     ``model`` is a module, an ExportedProgram, or the path of a ``.pt2`` file (the last two bring their own
-    example inputs when ``args`` is empty). ``dynamic`` names the axes that may change, for example
-    ``{"input_ids": ("batch", "tokens"), "attention_mask": ("batch", "tokens")}``; without it, axis 0 of every
-    input is ``batch``; ``{}`` makes everything static. ``ranges`` bounds the named axes. ``tokenizer`` is the
-    text of a ``tokenizer.json`` that travels with the artifact.
+    example inputs when ``args`` is empty, and keep the dynamic axes they have). ``dynamic`` names the axes
+    that may change, for example ``{"ids": ("batch", "tokens"), "mask": ("batch", "tokens")}``; without it,
+    axis 0 of every input is ``batch``; ``{}`` makes everything static. ``ranges`` bounds the named axes.
+    ``tokenizer`` is the text of a ``tokenizer.json`` that travels with the artifact.
 
     The graph is normalised: masks that hide nothing are dropped and softmax chains become
     ``scaled_dot_product_attention``. Raises CaptureError when ``torch.export`` cannot trace the model or an
     axis cannot be dynamic, and InputError when the example does not fit ``dynamic``.
     """
-    module, args, kwargs = _as_module(model, args, dict(kwargs or {}))
+    module, args, kwargs, own = _as_module(model, args, dict(kwargs or {}))
     with _evaluation(module):
         leaves, spec = pytree.tree_flatten((args, kwargs))
         flat = _Flat(module, leaves, spec)
         names = _input_names(module, args, kwargs)
+        if dynamic is None and own is not None:
+            dynamic = dict(zip(names, own, strict=True))
         example = tuple(leaf.detach() for leaf in leaves if isinstance(leaf, torch.Tensor))
         if not example:
             raise CaptureError("capture needs example inputs; pass them as capture(model, (images,))")
@@ -86,18 +90,27 @@ def capture(
         used = {axis: AxisRange() for spec in inputs for axis in spec.axes if isinstance(axis, str)}
         bounds = {**used, **{k: v for k, v in (ranges or {}).items() if k in used}}
         outputs = _output_names(flat, example)
-        exported, bounds = _export(flat, example, inputs, bounds)
+        try:
+            exported, bounds = export_flat(flat, example, inputs, bounds)
+        except Exception as error:
+            raise CaptureError(_explain(error, module, inputs)) from error
     blank = tuple(TensorSpec(name, "float32", (), "output") for name in outputs)
     program = Program(exported, inputs, blank, bounds, example)
     program = Program(exported, inputs, output_specs(exported, program), bounds, example)
     return Bundle({"forward": normalize(program)}, tokenizer=tokenizer)
 
 
-def _as_module(model: Any, args: tuple, kwargs: dict) -> tuple[torch.nn.Module, tuple, dict]:
+def _as_module(
+    model: Any, args: tuple, kwargs: dict
+) -> tuple[torch.nn.Module, tuple, dict, list[dict[int, str]] | None]:
+    """The module, its example inputs, and the dynamic axes that an ExportedProgram brings."""
+    own = None
     if isinstance(model, (str, Path)):
         if not Path(model).is_file():
-            raise CaptureError(f"no such file: {model}; capture takes a module, an ExportedProgram or a .pt2 file")
-        import tokopt.kernels  # registers the custom ops that the file may call
+            raise CaptureError(
+                f"no such file: {model}; capture takes a module, an ExportedProgram or a .pt2 file"
+            )
+        import tokopt.kernels  # noqa: F401  # registers the ops that the file may call
 
         try:
             model = torch.export.load(model)
@@ -106,12 +119,30 @@ def _as_module(model: Any, args: tuple, kwargs: dict) -> tuple[torch.nn.Module, 
     if isinstance(model, torch.export.ExportedProgram):
         if not args and not kwargs and model.example_inputs is not None:
             args, kwargs = model.example_inputs
+        own = _exported_axes(model)
         model = model.module(check_guards=False)
     if not isinstance(model, torch.nn.Module):
         raise CaptureError(
             f"cannot capture a {type(model).__name__}; pass an nn.Module, an ExportedProgram or a .pt2 path"
         )
-    return model, tuple(args), dict(kwargs)
+    return model, tuple(args), dict(kwargs), own
+
+
+def _exported_axes(exported: torch.export.ExportedProgram) -> list[dict[int, str]]:
+    """The symbolic axes of every input tensor, in order; the first that leads a tensor is named ``batch``."""
+    names: dict[str, str] = {}
+    result = []
+    for node in exported.graph.nodes:
+        value = node.meta.get("val")
+        if node.name not in exported.graph_signature.user_inputs or not isinstance(value, torch.Tensor):
+            continue
+        axes: dict[int, str] = {}
+        for i, size in enumerate(value.shape):
+            if not isinstance(size, int):
+                leads = i == 0 and "batch" not in names.values()
+                axes[i] = names.setdefault(str(size), "batch" if leads else f"axis_{len(names)}")
+        result.append(axes)
+    return result
 
 
 class _evaluation:
@@ -196,7 +227,9 @@ def _named_axes(
         dynamic = {name: {0: "batch"} for name, t in zip(names, example, strict=True) if t.dim()}
     for name in dynamic:
         if name not in names:
-            raise InputError(f"dynamic names the input {name!r}, which the model does not have; it has {names}")
+            raise InputError(
+                f"dynamic names the input {name!r}, which the model does not have; it has {names}"
+            )
     result = []
     for name, tensor in zip(names, example, strict=True):
         given = dynamic.get(name, {})
@@ -221,33 +254,6 @@ def _grow_example(
     return tuple(grown)
 
 
-Ranges = dict[str, AxisRange]
-
-
-def _export(
-    flat: _Flat, example: tuple[torch.Tensor, ...], inputs: tuple[TensorSpec, ...], ranges: Ranges
-) -> tuple[torch.export.ExportedProgram, Ranges]:
-    """Export, taking over the bounds that the model itself sets (a table of 512 positions, say)."""
-    try:
-        return export_flat(flat, example, dynamic_shapes(inputs, ranges)), ranges
-    except Exception as error:
-        tighter = _suggested_ranges(str(error), ranges)
-        if tighter == ranges:
-            raise CaptureError(_explain(error, flat.model, inputs)) from error
-    return _export(flat, example, inputs, tighter)
-
-
-def _suggested_ranges(text: str, ranges: Ranges) -> Ranges:
-    """The bounds in the "Suggested fixes" of ``torch.export``, within those already known."""
-    tighter = dict(ranges)
-    for axis, known in ranges.items():
-        found = re.search(rf"\b{axis}\s*=\s*Dim\('{axis}'((?:, (?:min|max)=\d+)+)\)", text)
-        bounds = dict(re.findall(r"(min|max)=(\d+)", found[1])) if found else {}
-        low, high = max(int(bounds.get("min", 1)), known.min), int(bounds.get("max", known.max or 0)) or None
-        tighter[axis] = AxisRange(low, min(high, known.max) if high and known.max else high)
-    return tighter
-
-
 def _explain(error: Exception, model: torch.nn.Module, inputs: tuple[TensorSpec, ...]) -> str:
     """One sentence from an error of ``torch.export``, naming the user's axis and the line of the model."""
     text = str(error)
@@ -258,8 +264,8 @@ def _explain(error: Exception, model: torch.nn.Module, inputs: tuple[TensorSpec,
     for axis in axes:
         if found := re.search(rf"\b{axis}\b\s*=\s*(\d+)\b", text):
             return (
-                f"{name} fixes axis {axis!r} to {found[1]}{where}; leave {axis!r} out of dynamic, or make the model "
-                "independent of that size"
+                f"{name} fixes axis {axis!r} to {found[1]}{where}; leave {axis!r} out of dynamic, or make "
+                "the model independent of that size"
             )
     for axis in axes:
         if f"({axis})" in text or f"'{axis}'" in text:

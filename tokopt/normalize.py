@@ -8,9 +8,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch.fx import GraphModule, Node
+from torch.fx.node import map_arg
 
 from tokopt.analysis.graph import (
     ancestors,
@@ -39,9 +41,13 @@ def normalize(program: Program) -> Program:
     if not _fuse_softmax_chains(module) | _drop_empty_masks(module, program):
         return program
     normalized = reexport(program, module)
-    for spec, got, wanted in zip(program.outputs, normalized(*program.example), program(*program.example), strict=True):
+    for spec, got, wanted in zip(
+        program.outputs, normalized(*program.example), program(*program.example), strict=True
+    ):
         if not torch.allclose(got.double(), wanted.double(), rtol=1e-3, atol=1e-4, equal_nan=True):
-            raise CaptureError(f"rewriting attention changed the output {spec.name!r}; please report this model")
+            raise CaptureError(
+                f"rewriting attention changed the output {spec.name!r}; please report this model"
+            )
     return normalized
 
 
@@ -83,7 +89,9 @@ def _resized(program: Program, extra: int) -> dict[str, tuple[int, ...]]:
     }
 
 
-def _evaluate(module: GraphModule, node: Node, shapes: dict[str, tuple[int, ...]], memo: dict[Node, object]):  # noqa: ANN202
+def _evaluate(
+    module: GraphModule, node: Node, shapes: dict[str, tuple[int, ...]], memo: dict[Node, Any]
+) -> Any:
     """The value of a node that depends on parameters and sizes only."""
     if node in memo:
         return memo[node]
@@ -92,9 +100,7 @@ def _evaluate(module: GraphModule, node: Node, shapes: dict[str, tuple[int, ...]
     if is_call(node, aten.sym_size) and node.args[0].op == "placeholder":  # type: ignore[union-attr]
         placeholders = [n for n in module.graph.nodes if n.op == "placeholder"]
         return shapes[str(placeholders.index(node.args[0]))][node.args[1]]  # type: ignore[index]
-    args, kwargs = torch.fx.node.map_arg(
-        (node.args, node.kwargs), lambda n: _evaluate(module, n, shapes, memo)
-    )
+    args, kwargs = map_arg((node.args, node.kwargs), lambda n: _evaluate(module, n, shapes, memo))
     memo[node] = node.target(*args, **kwargs)  # type: ignore[operator]
     return memo[node]
 
@@ -167,10 +173,17 @@ def _attention(
 
 
 def _match_chain(node: Node) -> _Chain | None:
-    if not is_call(node, aten.softmax, aten._softmax) or argument(node, 1, "dim") not in (-1, node.meta["val"].dim() - 1):
+    if not is_call(node, aten.softmax, aten._softmax) or argument(node, 1, "dim") not in (
+        -1,
+        node.meta["val"].dim() - 1,
+    ):
         return None
     product = _only_user_past_no_ops(node)
-    if product is None or not is_call(product, aten.matmul, aten.bmm) or not _is_or_passes(product.args[0], node):
+    if (
+        product is None
+        or not is_call(product, aten.matmul, aten.bmm)
+        or not _is_or_passes(product.args[0], node)
+    ):
         return None
     logits = node.args[0]
     scale, biases = 1.0, []
@@ -218,7 +231,11 @@ def _step_up(logits: Node) -> tuple[Node, float, Node | None] | None:
             return a, 1.0, b  # type: ignore[return-value]
         if _leads_to_product(b):
             return b, 1.0, a  # type: ignore[return-value]
-    if is_call(logits, aten.masked_fill) and isinstance(logits.args[2], (int, float)) and logits.args[2] <= _HIDDEN:
+    if (
+        is_call(logits, aten.masked_fill)
+        and isinstance(logits.args[2], (int, float))
+        and logits.args[2] <= _HIDDEN
+    ):
         with logits.graph.inserting_before(logits):
             bias = call(logits.graph, _hiding_bias, logits.args[1], logits.args[0], like=logits)
         return logits.args[0], 1.0, bias  # type: ignore[return-value]

@@ -20,7 +20,8 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import ClassVar
+from types import UnionType
+from typing import ClassVar, Literal, get_args, get_origin, get_type_hints
 
 from tokopt.analysis.cost import Cost, bundle_cost
 from tokopt.analysis.verifier import verify_bundle
@@ -77,6 +78,16 @@ class Pass:
     name: ClassVar[str] = ""
     semantics: ClassVar[Semantics] = "approximate"
 
+    def __post_init__(self) -> None:
+        """Raise :class:`PassError` for an option whose value is not of its annotated type."""
+        hints = get_type_hints(type(self))
+        for option in dataclasses.fields(self):
+            value, hint = getattr(self, option.name), hints[option.name]
+            if not _fits(value, hint):
+                raise PassError(
+                    f"{self.name}: {option.name}={format_value(value)} is of the wrong type; it takes {option.type}"
+                )
+
     def requires(self, bundle: Bundle) -> None:
         """Raise :class:`PassError` when ``bundle`` does not meet this pass's preconditions."""
 
@@ -91,6 +102,20 @@ class Pass:
             if (value := getattr(self, f.name)) != f.default
         ]
         return self.name + (f"{{{' '.join(options)}}}" if options else "")
+
+
+def _fits(value: object, hint: object) -> bool:
+    """Whether an option's value is of its annotated type; an int is a float, a bool is neither."""
+    inner = get_args(hint)
+    if get_origin(hint) is UnionType:
+        return any(_fits(value, part) for part in inner)
+    if get_origin(hint) is Literal:
+        return value in inner
+    if get_origin(hint) is tuple:
+        return isinstance(value, tuple) and all(_fits(item, inner[0]) for item in value)
+    if hint in (int, float):
+        return isinstance(value, (int, hint)) and not isinstance(value, bool)  # type: ignore[arg-type]
+    return isinstance(value, hint)  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True)
@@ -141,7 +166,9 @@ class Pipeline:
             except TokoptError as error:
                 raise self._located(error, index, bundle, context) from error
             except Exception as error:
-                raise self._located(PassError(f"{type(error).__name__}: {error}"), index, bundle, context) from error
+                raise self._located(
+                    PassError(f"{type(error).__name__}: {error}"), index, bundle, context
+                ) from error
             for observer in context.observers:
                 observer(record, bundle, after)
             records.append(record)
@@ -344,7 +371,9 @@ def build_pass(name: str, options: dict[str, Value]) -> Pass:
     from tokopt.passes import PASSES, load_pass
 
     if name not in PASSES:
-        raise PipelineSyntaxError(f"unknown pass {name!r}{_nearest(name, PASSES)}; known: {', '.join(PASSES)}")
+        raise PipelineSyntaxError(
+            f"unknown pass {name!r}{_nearest(name, PASSES)}; known: {', '.join(PASSES)}"
+        )
     cls = load_pass(name)
     known = [f.name for f in dataclasses.fields(cls)]
     for option in options:
@@ -352,7 +381,10 @@ def build_pass(name: str, options: dict[str, Value]) -> Pass:
             raise PipelineSyntaxError(
                 f"pass {name} has no option {option!r}{_nearest(option, known)}; its options: {', '.join(known)}"
             )
-    return cls(**options)
+    try:
+        return cls(**options)
+    except PassError as error:
+        raise PipelineSyntaxError(str(error)) from error
 
 
 def _nearest(name: str, known: Sequence[str] | dict[str, str]) -> str:

@@ -7,8 +7,9 @@ metadata preserved, so module paths and source lines of the user's model survive
 
 from __future__ import annotations
 
+import re
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 
 import torch
@@ -17,8 +18,6 @@ from torch.fx import GraphModule, Node
 
 from tokopt.analysis.graph import aten, is_call
 from tokopt.bundle import AxisRange, Program, TensorSpec
-
-DynamicShapes = tuple[tuple[dict[int, object] | None, ...]]
 
 
 class _Retrace(torch.nn.Module):
@@ -40,23 +39,43 @@ class _Retrace(torch.nn.Module):
             return torch.fx.Interpreter(self.__dict__["_traced"]).run(*tensors)
 
 
+Ranges = Mapping[str, AxisRange]
+
+
 def export_flat(
-    module: torch.nn.Module, example: tuple[torch.Tensor, ...], shapes: DynamicShapes, *, deferred: bool = False
-) -> torch.export.ExportedProgram:
-    """``torch.export`` of a module that takes positional tensors and returns a tuple of tensors."""
-    with warnings.catch_warnings(), torch.no_grad():
-        warnings.simplefilter("ignore")
-        return torch.export.export(
-            module,
-            example,
-            dynamic_shapes=shapes,
-            strict=False,
-            prefer_deferred_runtime_asserts_over_guards=deferred,
-        )
+    module: torch.nn.Module,
+    example: tuple[torch.Tensor, ...],
+    inputs: tuple[TensorSpec, ...],
+    ranges: Ranges,
+    *,
+    deferred: bool = False,
+) -> tuple[torch.export.ExportedProgram, Ranges]:
+    """``torch.export`` of a module that takes positional tensors and returns a tuple of tensors.
+
+    Returns the ranges too, narrowed by the bounds that the model itself sets (a table of 512 positions, say).
+    ``deferred`` turns guards that cannot be proved into run-time assertions.
+    """
+    try:
+        with warnings.catch_warnings(), torch.no_grad():
+            warnings.simplefilter("ignore")
+            exported = torch.export.export(
+                module,
+                example,
+                dynamic_shapes=_dynamic_shapes(inputs, ranges),
+                strict=False,
+                prefer_deferred_runtime_asserts_over_guards=deferred,
+            )
+        return exported, ranges
+    except Exception as error:
+        narrowed = _suggested_ranges(str(error), ranges)
+        if narrowed == ranges:
+            raise
+    return export_flat(module, example, inputs, narrowed, deferred=deferred)
 
 
-def dynamic_shapes(inputs: tuple[TensorSpec, ...], ranges: dict[str, AxisRange]) -> DynamicShapes:
-    """The ``dynamic_shapes`` argument of ``torch.export`` for inputs with named axes."""
+def _dynamic_shapes(
+    inputs: tuple[TensorSpec, ...], ranges: Ranges
+) -> tuple[tuple[dict[int, object] | None, ...]]:
     dims = {name: torch.export.Dim(name, min=r.min, max=r.max) for name, r in ranges.items()}
     return (
         tuple(
@@ -66,6 +85,17 @@ def dynamic_shapes(inputs: tuple[TensorSpec, ...], ranges: dict[str, AxisRange])
     )
 
 
+def _suggested_ranges(text: str, ranges: Ranges) -> Ranges:
+    """The bounds in the "Suggested fixes" of ``torch.export``, within those already known."""
+    narrowed = dict(ranges)
+    for axis, known in ranges.items():
+        found = re.search(rf"\b{axis}\s*=\s*Dim\('{axis}'((?:, (?:min|max)=\d+)+)\)", text)
+        bounds = dict(re.findall(r"(min|max)=(\d+)", found[1])) if found else {}
+        low, high = max(int(bounds.get("min", 1)), known.min), int(bounds.get("max", known.max or 0)) or None
+        narrowed[axis] = AxisRange(low, min(high, known.max) if high and known.max else high)
+    return narrowed
+
+
 def reexport(program: Program, module: GraphModule) -> Program:
     """The Program of an edited graph, with the same inputs; output axes are derived anew."""
     for node in list(module.graph.nodes):
@@ -73,9 +103,10 @@ def reexport(program: Program, module: GraphModule) -> Program:
             module.graph.erase_node(node)
     module.graph.eliminate_dead_code()
     module.graph.lint()
-    shapes = dynamic_shapes(program.inputs, dict(program.ranges))
-    exported = export_flat(_Retrace(module), program.example, shapes, deferred=True)
-    return replace(program, exported=exported, outputs=output_specs(exported, program))
+    traced = _Retrace(module)
+    exported, ranges = export_flat(traced, program.example, program.inputs, program.ranges, deferred=True)
+    outputs = output_specs(exported, program)
+    return replace(program, exported=exported, outputs=outputs, ranges=ranges, reductions=None)
 
 
 def output_specs(exported: torch.export.ExportedProgram, program: Program) -> tuple[TensorSpec, ...]:

@@ -10,12 +10,14 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.fx import Graph, GraphModule, Node
 
-from tokopt.analysis.blocks import Block
+from tokopt.analysis.blocks import Block, Site
 from tokopt.analysis.graph import (
     ancestors,
     argument,
@@ -25,7 +27,17 @@ from tokopt.analysis.graph import (
     same_size,
     sizes,
 )
-from tokopt.analysis.token_axis import Attend, Label, Pool, Resize, Restore, Side, TokenAxis, TokenTrace
+from tokopt.analysis.token_axis import (
+    Attend,
+    Edit,
+    Label,
+    Pool,
+    Resize,
+    Restore,
+    Side,
+    TokenAxis,
+    TokenTrace,
+)
 from tokopt.errors import PassRefused
 from tokopt.kernels import ops
 from tokopt.rewrite import call
@@ -39,8 +51,10 @@ class Tokens:
 
     ``stream`` [batch, tokens, channels] is the residual stream after the block's attention; ``query`` and
     ``key`` [batch, heads, tokens, channels] are the attention's own; ``size`` [batch, tokens] float32 is how
-    many original tokens each stands for, 0 for padding; ``padded`` says whether there can be padding; ``scale``
-    is the attention's logit scale, ``depth`` the block's place in the model, from 0 (first) to below 1.
+    many original tokens each stands for, 0 for padding; ``padded`` says whether there can be padding;
+    ``scale`` is the attention's logit scale; ``bias`` [batch or 1, heads or 1, 1, tokens] is what its mask and
+    sizes add to the logits of the first query (None: nothing); ``depth`` is the block's place in the model,
+    from 0 to below 1.
     """
 
     stream: Tensor
@@ -49,6 +63,7 @@ class Tokens:
     size: Tensor
     scale: float
     padded: bool
+    bias: Tensor | None = None
     depth: float = 0.0
 
 
@@ -68,7 +83,13 @@ class Assignment:
     size: Tensor
 
 
-Reduce = Callable[[Tokens], Assignment]
+@dataclass(frozen=True)
+class Reduction:
+    """One reduction after ``block``. ``merges``: removed tokens live on in others, whose size grows."""
+
+    block: Block
+    reduce: Callable[[Tokens], Assignment]
+    merges: bool
 
 
 @dataclass
@@ -79,20 +100,21 @@ class Stage:
     size: Node  # [batch, kept]
     source: Node  # [batch, tokens]: slot of every original token
     original_size: Node  # [batch, tokens]
+    merged: bool  # whether sizes differ from 1, so that attention must be proportional
+    pruned: bool  # whether some tokens are gone from the sum of sizes
 
 
 @dataclass
 class TokenRewriter:
     """Inserts reductions into ``module`` and repairs everything downstream.
 
-    ``batch`` is the batch size of the example inputs. ``proportional`` adds ``log(size)`` to the logits of later
-    attentions (ToMe, arXiv 2210.09461, section 3). ``restored`` lists the outputs that got all
-    their tokens back.
+    ``batch`` is the batch size of the example inputs. After merging, later attentions add ``log(size)`` to
+    their logits (ToMe, arXiv 2210.09461, section 3). ``restored`` lists the outputs that got all their tokens
+    back.
     """
 
     module: GraphModule
     batch: int
-    proportional: bool
     stages: list[Stage] = field(default_factory=list)
     restored: list[int] = field(default_factory=list)
     _reduced: dict[Node, Node] = field(default_factory=dict)
@@ -104,59 +126,75 @@ class TokenRewriter:
 
     # --- inserting a reduction --------------------------------------------------------------------------
 
-    def apply(self, blocks: Sequence[Block], reductions: Sequence[Reduce], trace: TokenTrace) -> None:
-        """Reduce tokens after each block, then make every edit of the trace."""
-        users = {block.residual: list(block.residual.users) for block in blocks}
-        for block, reduce in zip(blocks, reductions, strict=True):
-            self._insert(block, reduce, users[block.residual])
-        self._edit(trace)
+    def apply(self, reductions: Sequence[Reduction], trace: TokenTrace) -> None:
+        """Insert the reductions, given in block order, and make every edit of the trace, in graph order."""
+        place = {node: i for i, node in enumerate(self.graph.nodes)}
+        streams = dict.fromkeys(reduction.block.residual for reduction in reductions)
+        work = [(place[edit.node], partial(self._edit, edit, trace)) for edit in trace.edits]
+        work += [
+            (place[s], partial(self._insert, [r for r in reductions if r.block.residual is s]))
+            for s in streams
+        ]
+        for _, act in sorted(work, key=operator.itemgetter(0)):
+            act()
 
-    def _insert(self, block: Block, reduce: Reduce, users: list[Node]) -> None:
+    def _insert(self, reductions: list[Reduction]) -> None:
+        """Reductions in a row after one block; the second sees the queries and keys of the tokens left."""
+        block = reductions[0].block
         site, stream = block.site, block.residual
         flipped = block.token_axis == 0
-        previous = self.stages[-1] if self.stages else None
-        with self.graph.inserting_before(stream.next):
-            mask = padding_mask(site.mask)
-            folded = sizes(site.query)[0] // self.batch
-            first = (_initial_size, stream, mask, flipped, folded)
-            size = previous.size if previous else self._call(*first, like=stream)
-            scale = argument(site.node, 6, "scale")
-            arguments = (stream, site.query, site.key, size, scale, mask is not None, flipped)
-            parts = self._call(_reduction(reduce), *arguments, like=stream)
-            reduced, new_size, keep, drop, dest = (
-                self._call(operator.getitem, parts, i, like=stream) for i in range(5)
-            )
-            source = self._call(ops.source_map.default, keep, drop, dest, like=stream)
-            if previous is not None:
-                keep = self._call(ops.gather_tokens.default, previous.keep, keep, 1, like=stream)
-                source = self._call(ops.gather_tokens.default, source, previous.source, 1, like=stream)
+        padding = padding_mask(site.mask)
+        query, key, after, users = site.query, site.key, stream.next, list(stream.users)
+        mask = argument(site.node, 3, "attn_mask")  # as repaired for the reductions before this block
+        scale = argument(site.node, 6, "scale")
+        with self.graph.inserting_before(after):
+            bias = self._call(_first_query_bias, mask, stream, flipped, like=stream)
+            for reduction in reductions:
+                previous = self.stages[-1] if self.stages else None
+                size = previous.size if previous else self._first_size(site, padding, stream, flipped)
+                arguments = (self._now(stream), query, key, bias, size, scale, padding is not None, flipped)
+                parts = self._call(_reduction(reduction.reduce), *arguments, like=stream)
+                reduced, new_size, keep, drop, dest, query, key, bias = (
+                    self._call(operator.getitem, parts, i, like=stream) for i in range(8)
+                )
+                self._reduced[stream] = reduced
+                self.stages.append(self._stage(reduction, previous, (size, new_size, keep, drop, dest)))
         for user in users:
             if not is_call(user, aten.sym_size):
-                user.replace_input_with(stream, reduced)
-        self._reduced[stream] = reduced
-        original = previous.original_size if previous else size
-        self.stages.append(Stage(keep, new_size, source, original))
+                user.replace_input_with(stream, self._now(stream))
+
+    def _first_size(self, site: Site, padding: Node | None, stream: Node, flipped: bool) -> Node:
+        folded = sizes(site.query)[0] // self.batch
+        return self._call(_initial_size, stream, padding, flipped, folded, like=stream)
+
+    def _stage(self, reduction: Reduction, previous: Stage | None, nodes: tuple[Node, ...]) -> Stage:
+        size, new_size, keep, drop, dest = nodes
+        source = self._call(ops.source_map.default, keep, drop, dest, like=size)
+        if previous is None:
+            return Stage(keep, new_size, source, size, reduction.merges, not reduction.merges)
+        keep = self._call(ops.gather_tokens.default, previous.keep, keep, 1, like=size)
+        source = self._call(ops.gather_tokens.default, source, previous.source, 1, like=size)
+        merged, pruned = previous.merged or reduction.merges, previous.pruned or not reduction.merges
+        return Stage(keep, new_size, source, previous.original_size, merged, pruned)
 
     def _call(self, function: Callable, *args: object, like: Node) -> Node:
         return call(self.graph, function, *args, like=like)
 
     # --- repairing what is downstream -------------------------------------------------------------------
 
-    def _edit(self, trace: TokenTrace) -> None:
-        for edit in trace.edits:
-            anchor = edit.node
-            with self.graph.inserting_before(anchor):
-                if isinstance(edit, Resize):
-                    self._resize(edit)
-                elif isinstance(edit, Side):
-                    taken = self._take(edit.operand, edit.axes, edit.stage, sizes(anchor))
-                    anchor.replace_input_with(edit.operand, taken)
-                elif isinstance(edit, Attend):
-                    self._attend(edit, trace.labels)
-                elif isinstance(edit, Pool):
-                    self._pool(edit)
-                else:
-                    self._restore(edit)
+    def _edit(self, edit: Edit, trace: TokenTrace) -> None:
+        with self.graph.inserting_before(edit.node):
+            if isinstance(edit, Resize):
+                self._resize(edit)
+            elif isinstance(edit, Side):
+                taken = self._take(edit.operand, edit.axes, edit.stage, sizes(edit.node))
+                edit.node.replace_input_with(edit.operand, taken)
+            elif isinstance(edit, Attend):
+                self._attend(edit, trace.labels)
+            elif isinstance(edit, Pool):
+                self._pool(edit)
+            else:
+                self._restore(edit)
 
     def _now(self, node: Node) -> Node:
         """The node that stands where ``node`` stood before reductions were inserted."""
@@ -181,13 +219,13 @@ class TokenRewriter:
         else:
             shape = self._shape(node, edit)
             node.target = aten.reshape.default
-            node.args, node.kwargs = (self._now(edit.operand), shape), {}
+            node.args, node.kwargs = (self._now(edit.operand), shape), {}  # type: ignore[assignment]
 
-    def _shape(self, node: Node, edit: Resize) -> list[object]:
+    def _shape(self, node: Node, edit: Resize) -> list[Any]:
         """The shape argument of a reshape in which every token count follows the operand."""
         given = node.args[1] if is_call(node, aten.view, aten.reshape, aten._unsafe_view) else None
         value = node.meta["val"]
-        shape: list[object] = []
+        shape: list[Any] = []
         for dim, size in enumerate(value.shape):
             axis = edit.after.at(dim)
             if axis is not None:
@@ -232,7 +270,7 @@ class TokenRewriter:
         if isinstance(mask, Node) and edit.mask_axes:
             mask = self._take(mask, edit.mask_axes, edit.stage, sizes(query))
         label = labels.get(key)
-        if label is not None and self.proportional:
+        if label is not None and stage.merged:
             folded = sizes(query)[0] // self.batch
             start = label.axes[0].start
             arguments = (mask, stage.size, start, folded, self._now(query))
@@ -244,7 +282,7 @@ class TokenRewriter:
 
     def _pool(self, edit: Pool) -> None:
         node, stage = edit.node, self.stages[edit.stage - 1]
-        original = None if is_call(node, aten.mean) or self.proportional else stage.original_size
+        original = stage.original_size if stage.pruned and not is_call(node, aten.mean) else None
         operand = node.args[0]
         keepdim = bool(argument(node, 2, "keepdim", False))
         axis = edit.axis
@@ -280,19 +318,34 @@ def batch_size(block: Block) -> int:
 # --- plain functions that the re-export traces -----------------------------------------------------------
 
 
-def _reduction(reduce: Reduce) -> Callable:
+def _reduction(reduce: Callable[[Tokens], Assignment]) -> Callable:
     """Wrap a reduction: unfold heads from the batch and bring tokens to axis 1."""
 
-    def step(stream, query, key, size, scale, padded, flipped):  # noqa: ANN001, ANN202
+    def step(stream, query, key, bias, size, scale, padded, flipped):
         x = stream.transpose(0, 1) if flipped else stream
-        batch = x.shape[0]
-        query, key = (t.reshape(batch, -1, t.shape[-2], t.shape[-1]) for t in (query, key))
+        query, key = (t.reshape(x.shape[0], -1, t.shape[-2], t.shape[-1]) for t in (query, key))
         scale = query.shape[-1] ** -0.5 if scale is None else scale
-        done = reduce(Tokens(x, query, key, size, scale, padded))
+        done = reduce(Tokens(x, query, key, size, scale, padded, bias))
         reduced = done.stream.transpose(0, 1) if flipped else done.stream
-        return reduced, done.size, done.keep, done.drop, done.dest
+        # For another reduction in a row; dead code otherwise.
+        query, key = (ops.gather_tokens(t, done.keep, 2) for t in (query, key))
+        bias = None if bias is None else ops.gather_tokens(bias, done.keep, 3)
+        return reduced, done.size, done.keep, done.drop, done.dest, query, key, bias
 
     return step
+
+
+def _first_query_bias(mask: Tensor | None, stream: Tensor, flipped: bool) -> Tensor | None:
+    """[batch or 1, heads or 1, 1, tokens]: what an attention mask adds to the logits of the first query."""
+    if mask is None:
+        return None
+    while mask.dim() < 4:
+        mask = mask.unsqueeze(0)
+    row = mask[:, :, :1]
+    if row.dtype == torch.bool:
+        row = torch.where(row, 0.0, torch.finfo(stream.dtype).min)
+    folded = row.shape[0] // stream.shape[1 if flipped else 0] if row.shape[0] != 1 else 1
+    return row.reshape(-1, folded, 1, row.shape[-1]) if folded != 1 else row
 
 
 def padding_mask(mask: Node | None) -> Node | None:
@@ -315,7 +368,9 @@ def _initial_size(stream: Tensor, mask: Tensor | None, flipped: bool, folded: in
     return seen.float().expand(batch, tokens)
 
 
-def _take_side(side: Tensor, keep: Tensor, dims: tuple[tuple[int, int], ...], pad: int, folded: int) -> Tensor:
+def _take_side(
+    side: Tensor, keep: Tensor, dims: tuple[tuple[int, int], ...], pad: int, folded: int
+) -> Tensor:
     for _ in range(pad):
         side = side.unsqueeze(0)
     keep = keep.repeat_interleave(folded, 0) if folded > 1 else keep

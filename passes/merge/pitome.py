@@ -23,7 +23,7 @@ class PiToMe(TokenReduction):
     margin: float = 0.75
 
     name: ClassVar[str] = "pitome"
-    proportional: ClassVar[bool] = True
+    merges: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         super().__post_init__()

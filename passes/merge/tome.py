@@ -23,7 +23,7 @@ class ToMe(TokenReduction):
     """
 
     name: ClassVar[str] = "tome"
-    proportional: ClassVar[bool] = True
+    merges: ClassVar[bool] = True
 
     def most(self, tokens: Size, prefix: int, padded: bool) -> Size:
         """Half of the unprotected tokens; one less when some may be padding, so that B never is all of it."""

@@ -53,12 +53,11 @@ def class_attention(tokens: Tokens) -> torch.Tensor:
     """[batch, tokens] attention from the first token, averaged over heads; padding gets -inf."""
     heads = tokens.query.shape[1] // tokens.key.shape[1]
     key = tokens.key.repeat_interleave(heads, 1) if heads > 1 else tokens.key
-    logits = (tokens.query[:, :, :1] @ key.transpose(-1, -2)).squeeze(2).float() * tokens.scale
-    if not tokens.padded:
-        return logits.softmax(-1).mean(1)
-    padding = (tokens.size == 0)[:, None]
-    score = logits.masked_fill(padding, float("-inf")).softmax(-1).mean(1)
-    return score.masked_fill(padding[:, 0], float("-inf"))
+    logits = (tokens.query[:, :, :1] @ key.transpose(-1, -2)).float() * tokens.scale
+    if tokens.bias is not None:
+        logits = logits + tokens.bias
+    score = logits.softmax(-1).mean(1).squeeze(1)
+    return score.masked_fill(tokens.size == 0, float("-inf")) if tokens.padded else score
 
 
 def _fused(tokens: Tokens, score: torch.Tensor, r: Size, prefix: int) -> Assignment:

@@ -25,7 +25,9 @@ class RandomPrune(TokenReduction):
 
     def reduce(self, tokens: Tokens, r: Size, prefix: int) -> Assignment:
         """Keep the slots with the highest hash."""
-        score = slot_hash(tokens.size.shape[1], self.seed, tokens.size.device).expand_as(tokens.size).contiguous()
+        score = (
+            slot_hash(tokens.size.shape[1], self.seed, tokens.size.device).expand_as(tokens.size).contiguous()
+        )
         if tokens.padded:
             score = score.masked_fill(tokens.size == 0, float("-inf"))
         keep, drop = ops.top_tokens(score, r, prefix)

@@ -62,7 +62,9 @@ def text_for(method: str, entry: Entry) -> str:
     return text.replace("[4,0,3]", f"[{counts}]")
 
 
-def assert_close(entry: Entry, inputs: dict[str, torch.Tensor], got: torch.Tensor, wanted: torch.Tensor) -> None:
+def assert_close(
+    entry: Entry, inputs: dict[str, torch.Tensor], got: torch.Tensor, wanted: torch.Tensor
+) -> None:
     """Normalised mean squared error below 1e-9; what stands at padding means nothing."""
     if entry.mask and wanted.dim() == 3:
         real = inputs[entry.mask].bool()

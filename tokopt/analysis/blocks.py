@@ -136,7 +136,9 @@ def _projected_from(node: Node) -> set[Node]:
 
 
 def _unwrap(node: Node) -> Node:
-    while is_call(node, aten.dropout, aten.clone, aten.contiguous, aten.view, aten.reshape, aten.transpose, aten.permute):
+    while is_call(
+        node, aten.dropout, aten.clone, aten.contiguous, aten.view, aten.reshape, aten.transpose, aten.permute
+    ):
         node = node.args[0]  # type: ignore[assignment]
     return node
 

@@ -71,7 +71,9 @@ def node_flops(node: Node) -> int:
 
 def node_bytes(node: Node) -> int:
     """Bytes of the node's tensor operands and result; views move nothing."""
-    if is_call(node, aten.view, aten.reshape, aten.transpose, aten.permute, aten.unsqueeze, aten.expand, aten.slice):
+    if is_call(
+        node, aten.view, aten.reshape, aten.transpose, aten.permute, aten.unsqueeze, aten.expand, aten.slice
+    ):
         return 0
     tensors = [node, *(n for n in node.all_input_nodes if is_tensor(n))]
     return sum(math.prod(sizes(n)) * n.meta["val"].element_size() for n in tensors)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import torch
 from torch.fx import Graph, GraphModule, Node
@@ -77,7 +78,7 @@ def ancestors(node: Node) -> set[Node]:
     return _closure([node], lambda n: n.all_input_nodes)
 
 
-def _closure(start: list[Node], step) -> set[Node]:  # noqa: ANN001
+def _closure(start: list[Node], step: Callable[[Node], Iterable[Node]]) -> set[Node]:
     seen: set[Node] = set()
     stack = list(start)
     while stack:
@@ -98,7 +99,7 @@ def attention_nodes(graph: Graph) -> list[Node]:
     return [node for node in graph.nodes if is_call(node, SDPA)]
 
 
-def argument(node: Node, position: int, name: str, default: object = None) -> object:
+def argument(node: Node, position: int, name: str, default: Any = None) -> Any:
     """A call's argument, however it was passed."""
     if len(node.args) > position:
         return node.args[position]

@@ -13,6 +13,7 @@ import math
 import operator
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch.fx import Graph, Node
@@ -142,8 +143,15 @@ class _Cannot(Exception):
     """Raised by a rule that cannot follow the token axis."""
 
 
-Seeds = Mapping[Node, int]
-"""Reduced tensor -> its token axis."""
+@dataclass(frozen=True)
+class Seed:
+    """A tensor whose token axis ``axis`` gets shorter, ``reductions`` times in a row."""
+
+    axis: int
+    reductions: int = 1
+
+
+Seeds = Mapping[Node, Seed]
 
 
 def trace_tokens(graph: Graph, seeds: Seeds, *, reduce: bool = True) -> TokenTrace:
@@ -167,7 +175,9 @@ class _Tracer:
         self.stage = 0
 
     def visit(self, node: Node) -> None:
-        if any(operand in self.labels for operand in node.all_input_nodes) and not is_call(node, aten.sym_size):
+        if any(operand in self.labels for operand in node.all_input_nodes) and not is_call(
+            node, aten.sym_size
+        ):
             self.follow(node)
         if node in self.seeds:
             self.start(node)
@@ -185,21 +195,25 @@ class _Tracer:
                 self.labels[node] = label
 
     def start(self, node: Node) -> None:
-        before = self.labels.get(node)
+        before, seed = self.labels.get(node), self.seeds[node]
         if self.reduce:
             if before is None and self.stage:
                 self.trace.obstacles.append(Obstacle(node, "its tokens are not those of the earlier blocks"))
-            if before is not None and (before.stage != self.stage or before.at(self.seeds[node]) is None):
-                self.trace.obstacles.append(Obstacle(node, "its token axis is not that of the earlier blocks"))
-            self.stage += 1
-        self.labels[node] = Label((TokenAxis(self.seeds[node]),), self.stage)
+            if before is not None and (before.stage != self.stage or before.at(seed.axis) is None):
+                self.trace.obstacles.append(
+                    Obstacle(node, "its token axis is not that of the earlier blocks")
+                )
+            self.stage += seed.reductions
+        self.labels[node] = Label((TokenAxis(seed.axis),), self.stage)
 
     def stop(self, node: Node, reason: str) -> None:
         """An op that cannot work on fewer tokens: give it all of them back if it is past the last attention."""
         downstream = [node]
         for n in downstream:
             downstream.extend(u for u in value_users(n) if u not in downstream)
-        if not self.reduce or any(n in self.seeds or is_call(n, aten.scaled_dot_product_attention) for n in downstream):
+        if not self.reduce or any(
+            n in self.seeds or is_call(n, aten.scaled_dot_product_attention) for n in downstream
+        ):
             self.trace.obstacles.append(Obstacle(node, reason))
             return
         for operand in dict.fromkeys(node.all_input_nodes):
@@ -236,7 +250,9 @@ class _Tracer:
         """The label of the operand at ``position``, every other operand being free of tokens."""
         operand = node.args[position]
         assert isinstance(operand, Node)
-        if operand not in self.labels or any(n in self.labels for n in tensor_inputs(node) if n is not operand):
+        if operand not in self.labels or any(
+            n in self.labels for n in tensor_inputs(node) if n is not operand
+        ):
             raise _Cannot("tokens come in through an unexpected operand")
         return self.labels[operand]
 
@@ -385,7 +401,8 @@ class _Tracer:
 
     def transpose(self, node: Node) -> Label:
         rank = len(sizes(node))
-        one, two = (0, 1) if is_call(node, aten.t) else (d % rank for d in node.args[1:3])  # type: ignore[operator]
+        named: Any = (0, 1) if is_call(node, aten.t) else node.args[1:3]
+        one, two = (d % rank for d in named)
         swap = {one: two, two: one}
         return self.moved(node, lambda d: swap.get(d, d))
 
@@ -400,7 +417,7 @@ class _Tracer:
         return Label(tuple(axes), label.stage)
 
     def unsqueeze(self, node: Node) -> Label:
-        dim = node.args[1] % len(sizes(node))  # type: ignore[operator]
+        dim: int = node.args[1] % len(sizes(node))  # type: ignore[operator,assignment]
         return self.moved(node, lambda d: d + (d >= dim))
 
     def squeeze(self, node: Node) -> Label:
@@ -416,7 +433,9 @@ class _Tracer:
         assert isinstance(operand, Node)
         label = self.only(node)
         dim = argument(node, 1, "dim", 0)
-        start, stop, step = (argument(node, i, n, d) for i, n, d in ((2, "start", 0), (3, "end", None), (4, "step", 1)))
+        start, stop, step = (
+            argument(node, i, n, d) for i, n, d in ((2, "start", 0), (3, "end", None), (4, "step", 1))
+        )
         assert isinstance(dim, int)
         axis = label.at(dim % len(sizes(operand)))
         if axis is None:
@@ -539,7 +558,9 @@ class _Tracer:
                 self.trace.edits.append(Pool(node, axis, label.stage))
         kept = [a for a in label.axes if a.dim not in pooled]
         shift = 0 if keepdim else 1
-        return Label(tuple(replace(a, dim=a.dim - shift * sum(p < a.dim for p in pooled)) for a in kept), label.stage)
+        return Label(
+            tuple(replace(a, dim=a.dim - shift * sum(p < a.dim for p in pooled)) for a in kept), label.stage
+        )
 
 
 _RULES: list[tuple[tuple[object, ...], Callable[[_Tracer, Node], Label | None]]] = [
@@ -562,7 +583,10 @@ _RULES: list[tuple[tuple[object, ...], Callable[[_Tracer, Node], Label | None]]]
     ((operator.getitem,), _Tracer.getitem),
     ((aten.cat,), _Tracer.cat),
     ((aten.mean, aten.sum), _Tracer.pool),
-    ((aten.dropout, aten.clone, aten.contiguous, aten.to, aten._to_copy, aten.alias, aten.detach), _Tracer.same),
+    (
+        (aten.dropout, aten.clone, aten.contiguous, aten.to, aten._to_copy, aten.alias, aten.detach),
+        _Tracer.same,
+    ),
     ((aten.ones_like, aten.zeros_like), _Tracer.same),
 ]
 

@@ -25,7 +25,9 @@ def verify_bundle(bundle: Bundle) -> None:
     inputs = {spec.name for p in bundle.programs.values() for spec in p.inputs}
     for state in bundle.states:
         if state.name not in inputs or state.output not in outputs:
-            raise PassError(f"state {state.name!r} is not wired: no such input, or no output {state.output!r}")
+            raise PassError(
+                f"state {state.name!r} is not wired: no such input, or no output {state.output!r}"
+            )
 
 
 def _verify_program(program: Program) -> None:
@@ -46,7 +48,9 @@ def _verify_program(program: Program) -> None:
         assert isinstance(node, Node)
         _check_value(node, spec.name, spec.dtype, spec.axes)
     named = {axis for spec in program.inputs for axis in spec.axes if isinstance(axis, str)}
-    _require(named == set(program.ranges), f"named axes {sorted(named)} but ranges for {sorted(program.ranges)}")
+    _require(
+        named == set(program.ranges), f"named axes {sorted(named)} but ranges for {sorted(program.ranges)}"
+    )
 
 
 def _check_value(node: Node, name: str, dtype: str, axes: tuple[str | int, ...]) -> None:
@@ -54,7 +58,10 @@ def _check_value(node: Node, name: str, dtype: str, axes: tuple[str | int, ...])
     _require(dtype_name(value.dtype) == dtype, f"{name!r} is {value.dtype}, its spec says {dtype}")
     _require(len(value.shape) == len(axes), f"{name!r} has {len(value.shape)} axes, its spec has {len(axes)}")
     for size, axis in zip(value.shape, axes, strict=True):
-        _require(isinstance(size, int) == isinstance(axis, int), f"{name!r}: axis {axis!r} does not fit size {size}")
+        _require(
+            isinstance(size, int) == isinstance(axis, int),
+            f"{name!r}: axis {axis!r} does not fit size {size}",
+        )
         _require(not isinstance(axis, int) or size == axis, f"{name!r}: size {size}, spec {axis!r}")
 
 
