@@ -1,0 +1,83 @@
+"""The benchmark's own arithmetic: classifier, ratios, pipelines, and errors for data that is not there."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+pytest.importorskip("psutil")
+pytest.importorskip("rich")
+
+import tokopt
+from benchmarks.quality import cosines, predict
+from benchmarks.timing import _timing
+from benchmarks.vision import FULL, QUICK, Scale, with_options
+from examples import data
+from tokopt.errors import MissingDependencyError
+
+
+def test_neighbours_classify_separate_clusters_perfectly() -> None:
+    generator = np.random.default_rng(0)
+    centres = generator.standard_normal((10, 32))
+    labels = np.arange(400) % 10
+
+    def noisy() -> np.ndarray:
+        return (centres[labels] + 0.1 * generator.standard_normal((400, 32))).astype(np.float32)
+
+    assert (predict(noisy(), labels, noisy()) == labels).all()
+
+
+def test_cosine_ignores_scale() -> None:
+    x = np.random.default_rng(0).standard_normal((7, 12)).astype(np.float32)
+    np.testing.assert_allclose(cosines(3 * x, x), 1.0, rtol=1e-6)
+    np.testing.assert_allclose(cosines(-x, x), -1.0, rtol=1e-6)
+
+
+def test_a_ratio_compares_turns_of_the_same_round() -> None:
+    """A machine that is twice as slow in one round changes no ratio."""
+    control, variant = [[2.0, 2.2], [4.0, 4.4]], [[1.0, 1.1], [2.0, 2.2]]
+    timing = _timing("variant", control, variant, rejected=1)
+    assert timing.ratio_median == pytest.approx(2.0)
+    assert timing.ratio_quartiles == pytest.approx((2.0, 2.0))
+    assert (timing.minimum, timing.rounds, timing.rejected) == (1.0, 2, 1)
+
+
+@pytest.mark.parametrize("scale", [*FULL, *QUICK], ids=lambda scale: f"{scale.size}-{scale.train}")
+def test_every_pipeline_of_the_benchmark_parses_to_itself(scale: Scale) -> None:
+    for text in scale.pipelines:
+        assert str(tokopt.parse(str(tokopt.parse(text)))) == str(tokopt.parse(text))
+    assert any(text.startswith("random") for text in scale.pipelines)
+
+
+def test_options_join_those_of_the_method() -> None:
+    assert with_options("tome", "r=8") == "tome{r=8}"
+    assert with_options("evit{fuse=false}", "keep=0.5") == "evit{keep=0.5 fuse=false}"
+
+
+def test_missing_fashion_mnist_names_the_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(data.FASHION_FOLDER, str(tmp_path))
+    with pytest.raises(MissingDependencyError, match="dataset-fashion-mnist"):
+        data.fashion_mnist("test", 3)
+
+
+def test_an_interrupted_write_leaves_nothing(tmp_path: Path) -> None:
+    def fail(path: Path) -> None:
+        path.write_text("half")
+        raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        data.write_atomically(tmp_path / "weights", fail)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_images_become_normalised_squares() -> None:
+    pytest.importorskip("PIL")
+    photo = np.random.default_rng(0).integers(0, 255, (60, 90, 3), dtype=np.uint8)
+    views = data.crops(photo)
+    assert [view.shape for view in views] == [(60, 60, 3)] + 4 * [(40, 40, 3)]
+    pixels = data.preprocess([*views, photo[:28, :28, 0]], 42)
+    assert pixels.shape == (6, 3, 42, 42) and pixels.dtype == np.float32
+    grey = data.preprocess([np.full((28, 28), 255, np.uint8)], 14)[0]
+    np.testing.assert_allclose(grey[:, 0, 0], (1 - data.MEAN) / data.DEVIATION, rtol=1e-6)
