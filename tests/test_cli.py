@@ -16,6 +16,8 @@ import tokopt
 from tests.zoo import ZOO
 from tokopt.cli import main
 
+pytestmark = pytest.mark.xdist_group("cli")  # the artifacts below are built once
+
 VERBS = ("capture", "optimize", "export", "inspect", "estimate", "run", "verify", "bench", "bisect", "passes")
 
 
@@ -95,8 +97,11 @@ def test_optimize_reports_every_pass(
     capsys: pytest.CaptureFixture[str], folder: Path, tmp_path: Path
 ) -> None:
     data = answer(
-        capsys, "optimize", folder / "plain.tokopt", "evit{keep=0.5 layers=[1]}", "-o", tmp_path / "e"
+        capsys,
+        *("optimize", folder / "plain.tokopt", "evit{keep=0.5 layers=[1]}", "-o", tmp_path / "e"),
+        *("--dump", tmp_path / "ir"),
     )
+    assert "evit" in (tmp_path / "ir" / "01-evit.forward.py").read_text()
     (record,) = data["passes"]
     assert record["text"] == "evit{keep=0.5 layers=[1]}" and record["matches"] == 1
     assert record["after"]["flops"] < record["before"]["flops"]
@@ -171,6 +176,18 @@ def test_bench_times_in_turns(capsys: pytest.CaptureFixture[str], folder: Path) 
     assert [r["artifact"] for r in data["results"]] == list(map(str, names))
     assert data["results"][0]["speedup"] == 1
     assert all(0 < r["min_ms"] <= r["median_ms"] for r in data["results"])
+
+
+def test_bisect_names_the_first_pass_that_moves_an_output_too_far(
+    capsys: pytest.CaptureFixture[str], folder: Path
+) -> None:
+    pipeline = "random{r=0},random{r=1 layers=[2]},random{r=9}"
+    command = ["bisect", str(folder / "plain.tokopt"), pipeline, "--json", "--tolerance"]
+    assert main([*command, "1e-9"]) == 1
+    data = json.loads(capsys.readouterr().out)
+    assert data["culprit"] == "random{r=1 layers=[2]}" and len(data["steps"]) == 3
+    assert main([*command, "1e9"]) == 0
+    assert json.loads(capsys.readouterr().out)["culprit"] is None
 
 
 def test_passes_lists_every_pass(capsys: pytest.CaptureFixture[str]) -> None:

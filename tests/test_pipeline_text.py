@@ -61,7 +61,7 @@ def test_every_pass_prints_only_what_differs_from_its_defaults(name: str) -> Non
     cls = load_pass(name)
     assert cls.name == name
     step = parse(f"{name}{{r=3}}").passes[0]
-    assert step == cls(r=3)
+    assert step == cls(r=3)  # type: ignore[call-arg]
     assert str(step) == f"{name}{{r=3}}"
     assert dataclasses.is_dataclass(cls) and cls.__dataclass_params__.frozen  # type: ignore[attr-defined]
 
@@ -71,7 +71,7 @@ def test_every_pass_prints_only_what_differs_from_its_defaults(name: str) -> Non
     [
         "tome{r=16 schedule=decreasing}",
         "tome{r=16,schedule=decreasing}",
-        "tome{ r = 16 , schedule = decreasing , }",
+        "tome{ r = 16 , schedule = decreasing }",
         " tome {r=16\tschedule=decreasing} ",
         'tome{r=16 schedule="decreasing"}',
     ],
@@ -105,7 +105,7 @@ def test_passes_text_and_pipeline_are_interchangeable() -> None:
         ("tome{r=16", "found the end"),
         ("tome{r=16}}", "column 11: expected ',' or the end, found '}'"),
         ("tome{r=16} evit", "column 12: expected ',' or the end, found 'e'"),
-        ("tome,,evit", "column 6: expected a pass's name, found ','"),
+        ("tome{r=1},,evit", "column 11: expected a pass's name, found ','"),
         ("tome{r=[1,2}", "expected ',' or ']', found '}'"),
         ('tome{schedule="constant}', "expected a closing quote"),
         ("{r=16}", "expected a pass's name"),
@@ -122,12 +122,38 @@ def test_error_says_where_and_suggests_the_nearest_name(text: str, message: str)
 @pytest.mark.parametrize("name", PASSES)
 @pytest.mark.parametrize(
     "options",
-    ["r=-1", "r=word", "r=1.5", "r=true", "r=[1,word]", "r=[]", "schedule=sometimes", "schedule=3", "keep=0"]
-    + ["keep=1.5", "keep=word", "layers=word", "layers=[-1]", "layers=[0.5]", "prefix=-1", "prefix=word"],
+    [
+        *(
+            "",
+            "r=-1",
+            "r=word",
+            "r=1.5",
+            "r=true",
+            "r=[1,word]",
+            "keep=0",
+            "keep=1.5",
+            "keep=word",
+            "keep=true",
+        ),
+        *(
+            "target=2",
+            "r=1 keep=0.5",
+            "r=2 schedule=sometimes",
+            "r=2 schedule=3",
+            "keep=0.5 schedule=decreasing",
+        ),
+        *("r=2 layers=word", "r=2 layers=[0.5]", "r=2 layers=3", "r=2 prefix=-1", "r=2 prefix=word"),
+    ],
 )
 def test_option_of_wrong_type_or_range_is_a_syntax_error(name: str, options: str) -> None:
-    with pytest.raises(PipelineSyntaxError):
+    with pytest.raises(PipelineSyntaxError, match=name):
         parse(f"{name}{{{options}}}")
+
+
+@pytest.mark.parametrize("text", ["pitome{r=2 margin=wide}", "evit{r=2 fuse=3}", "random{r=2 seed=0.5}"])
+def test_own_options_of_a_pass_are_checked_too(text: str) -> None:
+    with pytest.raises(PipelineSyntaxError, match="wrong type"):
+        parse(text)
 
 
 tokens = st.sampled_from(

@@ -92,6 +92,7 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--strict", action="store_true", help="exit with 3 when a pass refuses a site or changes nothing"
     )
+    p.add_argument("--dump", type=Path, metavar="DIR", help="write the program's code there after every pass")
     p.add_argument(
         "--reproducers", type=Path, metavar="DIR", help="where to write a reproducer when a pass fails"
     )
@@ -159,7 +160,11 @@ def _parser() -> argparse.ArgumentParser:
     )
     _artifact_and_pipeline(p)
     p.add_argument(
-        "--tolerance", type=float, required=True, metavar="X", help="the largest difference that is fine"
+        "--tolerance",
+        type=float,
+        required=True,
+        metavar="X",
+        help="the largest normalised mean squared error that is fine",
     )
 
     verb("passes", "list the passes with their options", "tokopt passes")

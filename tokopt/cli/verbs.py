@@ -36,10 +36,12 @@ def capture(args: Namespace, screen: Screen) -> int:
 def optimize(args: Namespace, screen: Screen) -> int:
     """Run a pipeline and save the result as an artifact of target torch."""
     import tokopt
+    from tokopt.debug import dump_to
     from tokopt.pipeline import Context, as_pipeline
 
     pipeline = as_pipeline(args.pipeline)
-    context = Context(strict=args.strict, reproducers=args.reproducers)
+    observers = (dump_to(args.dump),) if args.dump else ()
+    context = Context(strict=args.strict, observers=observers, reproducers=args.reproducers)
     with screen.step(f"Optimising {args.artifact} with {pipeline}"):
         bundle, report = pipeline.run(read_bundle(args.artifact), context)
         path = tokopt.export(bundle, args.output, target="torch")
@@ -235,6 +237,24 @@ def bench(args: Namespace, screen: Screen) -> int:
         screen.line("Speed-up: the median, over rounds, of the first artifact's time by this one's.")
     screen.finish({"rounds": args.rounds, "batch": args.batch, "threads": args.threads, "results": results})
     return OK
+
+
+def bisect(args: Namespace, screen: Screen) -> int:
+    """Find the first pass that moves an output by more than the tolerance; exit 1 when there is one."""
+    from tokopt.debug import bisect as run_bisection
+
+    with screen.step(f"Bisecting {args.pipeline}"):
+        found = run_bisection(read_bundle(args.artifact), args.pipeline, args.tolerance)
+    rows = [
+        (step.text, d.output, d.nmse, d.cosine, "" if d.nmse <= found.tolerance else "too far")
+        for step in found.steps
+        for d in step.differences
+    ]
+    screen.table(("after", "output", "NMSE", "cosine", ""), rows)
+    culprit = found.culprit.text if found.culprit else None
+    screen.line(f"first pass above {found.tolerance:g}: {culprit or 'none'}")
+    screen.finish({**dataclasses.asdict(found), "culprit": culprit})
+    return FAILED if culprit else OK
 
 
 def passes(args: Namespace, screen: Screen) -> int:
