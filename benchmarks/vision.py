@@ -31,7 +31,7 @@ from rich.table import Table
 import tokopt
 from benchmarks.machine import describe
 from benchmarks.quality import cosines, fashion_features, photograph_features, predict
-from benchmarks.timing import Disturbed, Engine, compare
+from benchmarks.timing import Disturbed, Engine, Timing, compare
 from examples.data import cache_folder, fashion_mnist, write_atomically
 
 RESULTS = Path(__file__).parent / "results"
@@ -132,12 +132,13 @@ def files(folder: Path) -> Iterator[Path]:
 
 
 class Benchmark:
-    """The measurements of the scales, in the order that fails early: build, time, then quality."""
+    """The measurements of the scales; each step says what it does and keeps what it measured."""
 
     def __init__(self, scales: Sequence[Scale], rounds: int, threads: int, console: Console) -> None:
         self.scales, self.rounds, self.threads, self.console = scales, rounds, threads, console
         self.folder = work_folder()
         self.progress = Progress(self.folder)
+        self.disturbed = 0
 
     def artifact(self, size: int, pipeline: str) -> Path:
         slug = "".join(c if c.isalnum() else "-" for c in pipeline).strip("-") or "unmerged"
@@ -171,7 +172,9 @@ class Benchmark:
         if not missing:
             return
         self.say(f"{scale.size} px, batch {batch}: timing {', '.join(missing)}")
-        timings = compare([self.engine(scale, batch, p) for p in (UNMERGED, *missing)], self.rounds)
+        timings = self.compared([self.engine(scale, batch, p) for p in (UNMERGED, *missing)], self.rounds)
+        if timings is None:
+            return
         self.progress.put(f"time {scale.size} {batch} {UNMERGED}", asdict(timings[0]))
         for pipeline, timing in zip(missing, timings[1:], strict=True):
             self.progress.put(keys[pipeline], asdict(timing))
@@ -187,10 +190,18 @@ class Benchmark:
             for pipeline in self.usable(scale)[:2]:
                 self.say(f"batch {batch}: runtime overhead on {pipeline or 'the unmerged model'}")
                 pair = [self.engine(scale, batch, pipeline, kind) for kind in ("session", "runtime")]
-                self.progress.once(
-                    f"overhead {scale.size} {batch} {pipeline}",
-                    lambda pair=pair: asdict(compare(pair, self.rounds)[1]),
-                )
+                key = f"overhead {scale.size} {batch} {pipeline}"
+                if key not in self.progress.values and (timings := self.compared(pair, 2 * self.rounds)):
+                    self.progress.put(key, asdict(timings[1]))
+
+    def compared(self, engines: Sequence[Engine], rounds: int) -> list[Timing] | None:
+        """The timings, or None when the machine was too busy to take them; the next run tries again."""
+        try:
+            return compare(engines, rounds)
+        except Disturbed as error:
+            self.disturbed += 1
+            self.say(f"not measured: {error}")
+            return None
 
     def quality(self) -> None:
         for scale in self.scales:
@@ -277,7 +288,7 @@ def table(report: dict[str, Any]) -> Table:
     machine = report["machine"]
     made = Table(title=f"{report['model']}, {machine['threads_used']} threads, {machine['cpu']}")
     made.add_column("px", justify="right")
-    made.add_column("pipeline")
+    made.add_column("pipeline", min_width=30)
     numbers = ["GFLOPs", *(f"ms b{b}" for b in batches), *(f"ratio b{b}" for b in batches)]
     for column in (*numbers, "cosine", "lowest", "kNN %", "change"):
         made.add_column(column, justify="right")
@@ -350,19 +361,14 @@ def main() -> int:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--output", type=Path, help="folder of vision.json and vision.md")
     options = parser.parse_args()
-    console = Console()
+    console = Console() if sys.stdout.isatty() else Console(width=150)
     scales = [
         s for s in (QUICK if options.quick else FULL) if options.sizes is None or s.size in options.sizes
     ]
     benchmark = Benchmark(scales, options.rounds or (3 if options.quick else 10), options.threads, console)
-    status = 0
-    try:
-        for step in ("build", "time", "overhead", "quality"):
-            if step == "build" or options.only is None or step in options.only:
-                getattr(benchmark, step)()
-    except Disturbed as error:
-        console.print(f"stopped: {error}")
-        status = 1
+    for step in ("build", "quality", "time", "overhead"):
+        if step == "build" or options.only is None or step in options.only:
+            getattr(benchmark, step)()
     report = benchmark.report()
     console.print(table(report))
     console.print(summary(report))
@@ -373,7 +379,7 @@ def main() -> int:
     )
     write_atomically(output / "vision.md", lambda path: path.write_text(markdown(report)))
     console.print(f"written: {output / 'vision.json'} and vision.md")
-    return status
+    return 1 if benchmark.disturbed else 0
 
 
 if __name__ == "__main__":
