@@ -65,6 +65,7 @@ def export_flat(
                 strict=False,
                 prefer_deferred_runtime_asserts_over_guards=deferred,
             )
+        exported.graph.eliminate_dead_code()
         return exported, ranges
     except Exception as error:
         narrowed = _suggested_ranges(str(error), ranges)

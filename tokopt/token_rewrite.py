@@ -118,6 +118,7 @@ class TokenRewriter:
     stages: list[Stage] = field(default_factory=list)
     restored: list[int] = field(default_factory=list)
     _reduced: dict[Node, Node] = field(default_factory=dict)
+    _masks: dict[tuple[Node | None, int, int, int], Node] = field(default_factory=dict)
     _sides: dict[tuple[Node, tuple[TokenAxis, ...], int, int], Node] = field(default_factory=dict)
 
     @property
@@ -273,8 +274,11 @@ class TokenRewriter:
         if label is not None and stage.merged:
             folded = sizes(query)[0] // self.batch
             start = label.axes[0].start
-            arguments = (mask, stage.size, start, folded, self._now(query))
-            mask = self._call(_sized_mask, *arguments, like=node)
+            biased = (mask, edit.stage, start, folded)
+            if biased not in self._masks:
+                arguments = (mask, stage.size, start, folded, self._now(query))
+                self._masks[biased] = self._call(_sized_mask, *arguments, like=node)
+            mask = self._masks[biased]
         if len(node.args) > 3:
             node.update_arg(3, mask)
         elif mask is not None:

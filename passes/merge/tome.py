@@ -42,7 +42,10 @@ class ToMe(TokenReduction):
         return Assignment(keep, drop, dest, stream, size)
 
 
+_LATER = 2**40  # more than any token count
+
+
 def _real_first(size: torch.Tensor) -> torch.Tensor:
     """[batch, tokens] indices of real tokens in order, then of padding in order."""
     index = torch.arange(size.shape[1], device=size.device)
-    return ((size == 0) * size.shape[1] + index).argsort(dim=1)
+    return torch.where(size == 0, index + _LATER, index).argsort(dim=1)
