@@ -1,9 +1,8 @@
-"""The arrows between packages point one way, the packaging lists every package, and documentation is true."""
+"""The arrows between packages point one way, imports are light, and the packaging is complete."""
 
 from __future__ import annotations
 
 import ast
-import re
 import subprocess
 import sys
 import tomllib
@@ -98,13 +97,3 @@ def test_import_brings_no_heavy_package(module: str) -> None:
 def test_import_takes_under_0_3_seconds(module: str) -> None:
     code = f"import time; t = time.perf_counter(); import {module}; print(time.perf_counter() - t)"
     assert min(float(fresh_process(code)[0]) for _ in range(3)) < 0.3
-
-
-PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md"))]
-
-
-@pytest.mark.parametrize("page", PAGES, ids=[p.name for p in PAGES])
-def test_links_of_a_page_exist(page: Path) -> None:
-    text = re.sub(r"```.*?```", "", page.read_text(), flags=re.DOTALL)
-    targets = re.findall(r"\]\(([^)#\s]+)", text)
-    assert not [t for t in targets if "://" not in t and not (page.parent / t).exists()]
