@@ -7,7 +7,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import functools
+import operator
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -116,16 +118,25 @@ def _attribute(module: GraphModule, node: Node) -> torch.Tensor:
 # --- softmax chains -------------------------------------------------------------------------------------
 
 
-@dataclass
+@dataclass(frozen=True)
+class _Bias:
+    """What is added to the logits: ``factor * node``, or a large negative number where ``node`` hides a key."""
+
+    node: Node
+    factor: float = 1.0
+    hides: bool = False
+
+
+@dataclass(frozen=True)
 class _Chain:
-    """An explicit attention: ``output = softmax(scale * query @ key_t + sum(factor * bias)) @ value``."""
+    """An explicit attention: ``output = softmax(scale * query @ key_t + sum(biases)) @ value``."""
 
     query: Node
     key_t: Node
     value: Node
     output: Node
     scale: float
-    biases: list[tuple[float, Node]]
+    biases: list[_Bias]
 
 
 def _fuse_softmax_chains(module: GraphModule) -> bool:
@@ -144,17 +155,21 @@ def _fuse_softmax_chains(module: GraphModule) -> bool:
 def _insert_bias(module: GraphModule, chain: _Chain) -> Node | None:
     if not chain.biases:
         return None
-    factors = [factor for factor, _ in chain.biases]
-    return call(module.graph, _sum_biases, factors, *[b for _, b in chain.biases], like=chain.output)
+    forms = tuple((bias.factor, bias.hides) for bias in chain.biases)
+    dtype = chain.output.meta["val"].dtype
+    return call(module.graph, _sum_biases, forms, dtype, *[b.node for b in chain.biases], like=chain.output)
 
 
-def _sum_biases(factors: list[float], *biases: torch.Tensor) -> torch.Tensor:
-    total = None
-    for factor, bias in zip(factors, biases, strict=True):
-        term = bias if factor == 1.0 else bias * factor
-        total = term if total is None else total + term
-    assert total is not None
-    return total
+def _sum_biases(
+    forms: tuple[tuple[float, bool], ...], dtype: torch.dtype, *biases: torch.Tensor
+) -> torch.Tensor:
+    terms = []
+    for (factor, hides), bias in zip(forms, biases, strict=True):
+        if hides:
+            terms.append(torch.zeros_like(bias, dtype=dtype).masked_fill(bias, torch.finfo(dtype).min))
+        else:
+            terms.append(bias if factor == 1.0 else bias * factor)
+    return functools.reduce(operator.add, terms)
 
 
 def _attention(
@@ -186,7 +201,7 @@ def _match_chain(node: Node) -> _Chain | None:
     ):
         return None
     logits = node.args[0]
-    scale, biases = 1.0, []
+    scale, biases = 1.0, list[_Bias]()
     while isinstance(logits, Node) and len(value_users(logits)) == 1:
         if is_call(logits, aten.matmul, aten.bmm):
             query, key_t = logits.args[:2]
@@ -195,14 +210,14 @@ def _match_chain(node: Node) -> _Chain | None:
             bias, query, key_t = logits.args[:3]
             beta, alpha = float(argument(logits, 3, "beta", 1)), float(argument(logits, 4, "alpha", 1))  # type: ignore[arg-type]
             if beta and is_tensor(bias):
-                biases.append((scale * beta, bias))
+                biases.append(_Bias(bias, scale * beta))  # type: ignore[arg-type]
             return _chain(query, key_t, product, scale * alpha, biases)
         step = _step_up(logits)
         if step is None:
             return None
         logits, factor, bias = step
         if bias is not None:
-            biases.append((scale, bias))
+            biases.append(replace(bias, factor=bias.factor * scale))
         scale *= factor
     return None
 
@@ -218,7 +233,7 @@ def _chain(query: object, key_t: object, product: Node, scale: float, biases: li
     return _Chain(*operands, output=product, scale=scale, biases=biases)  # type: ignore[arg-type]
 
 
-def _step_up(logits: Node) -> tuple[Node, float, Node | None] | None:
+def _step_up(logits: Node) -> tuple[Node, float, _Bias | None] | None:
     """One operation before the softmax: the operand it works on, its scale factor, the bias it adds."""
     if is_call(logits, *_NO_OPS):
         return logits.args[0], 1.0, None  # type: ignore[return-value]
@@ -228,22 +243,16 @@ def _step_up(logits: Node) -> tuple[Node, float, Node | None] | None:
     if is_call(logits, aten.add) and not logits.kwargs and all(is_tensor(a) for a in logits.args):
         a, b = logits.args
         if _leads_to_product(a):
-            return a, 1.0, b  # type: ignore[return-value]
+            return a, 1.0, _Bias(b)  # type: ignore[return-value,arg-type]
         if _leads_to_product(b):
-            return b, 1.0, a  # type: ignore[return-value]
+            return b, 1.0, _Bias(a)  # type: ignore[return-value,arg-type]
     if (
         is_call(logits, aten.masked_fill)
         and isinstance(logits.args[2], (int, float))
         and logits.args[2] <= _HIDDEN
     ):
-        with logits.graph.inserting_before(logits):
-            bias = call(logits.graph, _hiding_bias, logits.args[1], logits.args[0], like=logits)
-        return logits.args[0], 1.0, bias  # type: ignore[return-value]
+        return logits.args[0], 1.0, _Bias(logits.args[1], hides=True)  # type: ignore[return-value,arg-type]
     return None
-
-
-def _hiding_bias(hidden: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
-    return torch.zeros_like(hidden, dtype=logits.dtype).masked_fill(hidden, torch.finfo(logits.dtype).min)
 
 
 def _leads_to_product(node: object) -> bool:

@@ -1,0 +1,42 @@
+"""Backends agree: what a reduced program computes, its ONNX artifact computes, on every architecture.
+
+``tokopt.export`` itself compares ONNX Runtime with the program on the example, at the smallest size of every named
+axis and one below the example's; here the artifact is loaded as a user would and run on other inputs.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import tokopt
+from tests.matrix.test_matrix import PASSES, assert_close, captured, refusal, text_for
+from tests.zoo import ZOO
+from tokopt.runtime import load
+
+import torch  # isort: skip
+
+
+def check(method: str, name: str, folder: Path) -> None:
+    entry = ZOO[name]
+    bundle = tokopt.optimize(captured(name), text_for(method, entry))
+    path = tokopt.export(bundle, folder / f"{name}.tokopt")
+    inputs = entry.inputs(batch=4)
+    wanted = bundle(*inputs.values())
+    got = load(path).run(**{key: value.numpy() for key, value in inputs.items()})
+    for spec, expected in zip(bundle.forward.outputs, wanted, strict=True):
+        assert_close(entry, inputs, torch.from_numpy(np.asarray(got[spec.name])), expected)
+
+
+@pytest.mark.parametrize("name", list(ZOO))
+def test_merged_artifact_equals_program(name: str, tmp_path: Path) -> None:
+    check("tome", name, tmp_path)
+
+
+@pytest.mark.parametrize("name", ["deit", "roberta"])
+@pytest.mark.parametrize("method", [m for m in PASSES if m != "tome"])
+def test_every_pass_has_an_onnx_form(method: str, name: str, tmp_path: Path) -> None:
+    if refusal(ZOO[name], method, ZOO[name].prefix) is None:
+        check(method, name, tmp_path)

@@ -1,0 +1,196 @@
+"""The laws of token reductions: exact limits, schedules, composition, protected tokens, typed refusals."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import cache
+
+import pytest
+import torch
+
+import tokopt
+from tests.zoo import ZOO
+from tokopt.bundle import Bundle
+from tokopt.errors import PassError, PassRefused, TokoptError, UnsupportedModelError
+from tokopt.passes import PASSES
+from tokopt.pipeline import Pipeline, parse
+
+
+@cache
+def captured(name: str) -> Bundle:
+    entry = ZOO[name]
+    return tokopt.capture(entry.build(), (), entry.inputs(), dynamic=entry.dynamic)
+
+
+def tokens(bundle: Bundle, text: str) -> tuple[int, ...]:
+    """Key tokens of every attention after the pipeline."""
+    _, report = parse(text).run(bundle)
+    return report.records[-1].after.tokens
+
+
+def outputs_equal(a: Bundle, b: Bundle) -> bool:
+    inputs = a.forward.example
+    return all(torch.equal(x, y) for x, y in zip(a(*inputs), b(*inputs), strict=True))
+
+
+@pytest.mark.parametrize("name", list(PASSES))
+@pytest.mark.parametrize("options", ["r=0", "r=[0,0,0]", "keep=1.0", "target=1.0"])
+def test_removing_nothing_returns_the_very_program(name: str, options: str) -> None:
+    bundle = captured("vit")
+    result = tokopt.optimize(bundle, f"{name}{{{options}}}")
+    assert result.forward is bundle.forward
+    assert result.history[-1].matches == 0 and result.semantics == "exact"
+
+
+def test_schedules_remove_what_they_say() -> None:
+    """37 tokens, 1 protected, 3 blocks; each attention sees what the blocks before it left."""
+    bundle = captured("vit")
+    assert tokens(bundle, "tome{r=4}") == (37, 33, 29)
+    assert tokens(bundle, "tome{r=[4,0,2]}") == (37, 33, 33)
+    assert tokens(bundle, "tome{r=4 schedule=decreasing}") == (37, 29, 25)
+    assert tokens(bundle, "random{keep=0.5}") == (37, 19, 10)  # ceil(36 / 2) + 1, ceil(18 / 2) + 1
+    assert tokens(bundle, "random{target=0.5}") == (37, 31, 25)  # 18 removed: 6, 6, 6
+    assert tokens(bundle, "tome{r=5 layers=[1]}") == (37, 37, 32)
+    assert tokens(bundle, "tome{r=5 layers=[-2]}") == (37, 37, 32)
+
+
+def test_a_dynamic_token_axis_keeps_its_fraction_at_every_length() -> None:
+    entry = ZOO["minilm"]
+    bundle = captured("minilm")
+    reduced = tokopt.optimize(bundle, "tome{keep=0.7}", strict=True)
+    assert reduced.forward.ranges["tokens"].min > bundle.forward.ranges["tokens"].min
+    for batch in (1, 2):
+        inputs = {k: torch.cat([v, v], 1) for k, v in entry.inputs(batch=batch).items()}
+        (got,) = reduced(*inputs.values())
+        assert got.isfinite().all() and got.shape[0] == batch
+
+
+@pytest.mark.parametrize("name", ["tome", "pitome", "evit", "divprune", "kcenter", "random"])
+def test_blocks_of_one_pass_can_be_given_apart(name: str) -> None:
+    """One pass with counts for two blocks is two passes with one block each, bit for bit, in either order."""
+    bundle = captured("vit")
+    together = tokopt.optimize(bundle, f"{name}{{r=[4,0,3]}}", strict=True)
+    for apart in (
+        f"{name}{{r=[4,0,0]}},{name}{{r=[0,0,3]}}",
+        f"{name}{{r=[0,0,3]}},{name}{{r=[4,0,0]}}",
+    ):
+        assert outputs_equal(together, tokopt.optimize(bundle, apart, strict=True))
+
+
+def test_different_methods_compose() -> None:
+    bundle = captured("vit")
+    both = tokopt.optimize(bundle, "tome{r=4},evit{r=5 layers=[1,2]},divprune{r=3 layers=[2]}", strict=True)
+    assert [step.matches for step in both.history] == [3, 2, 1]
+    assert both.semantics == "approximate" and both.pipeline.count(",") == 3
+    _, report = parse("tome{r=4},evit{r=5 layers=[1]}").run(bundle)
+    assert report.records[-1].after.tokens == (37, 33, 24)
+    assert all(t.isfinite().all() for t in both(*both.forward.example))
+
+
+def test_the_prefix_can_be_widened_but_not_below_what_is_read() -> None:
+    bundle = captured("vit")
+    assert tokens(bundle, "tome{r=2 prefix=5}") == (37, 35, 33)
+    with pytest.raises(PassError, match="prefix=0 leaves a token unprotected"):
+        tokopt.optimize(bundle, "tome{r=2 prefix=0}")
+
+
+def test_a_pass_leaves_its_input_untouched() -> None:
+    bundle = captured("vit")
+    before = [t.clone() for t in bundle(*bundle.forward.example)]
+    tokopt.optimize(bundle, "tome{r=4},random{r=2}")
+    assert not bundle.history
+    for a, b in zip(before, bundle(*bundle.forward.example), strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        ("tome{r=30}", r"r=30 is too large for block 0 \(layers\.0\.attention\), which has 37 tokens"),
+        ("tome{r=12}", "for block 2"),
+        ("random{r=36}", "for block 1"),
+        ("tome{keep=0.3}", "can lose at most 18"),
+        ("tome{r=[1,2]}", "lists 2 counts for 3 blocks"),
+        ("tome{r=2 layers=[3]}", "layers names block 3, but the model has 3"),
+    ],
+)
+def test_what_a_model_cannot_spare_is_a_typed_sentence(text: str, sentence: str) -> None:
+    with pytest.raises(PassError, match=sentence) as caught:
+        tokopt.optimize(captured("vit"), text)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        ("tome", "needs exactly one of r=, keep=, target="),
+        ("tome{r=2 keep=0.5}", "found r and keep"),
+        ("tome{r=-1}", "must be a count"),
+        ("tome{r=1.5}", "wrong type"),
+        ("tome{keep=0}", r"must be a fraction in \(0, 1\]"),
+        ("tome{keep=1.5}", r"must be a fraction in \(0, 1\]"),
+        ("tome{r=2 schedule=sometimes}", "schedule='sometimes'|wrong type"),
+        ("tome{keep=0.9 schedule=decreasing}", "spreads one number r"),
+        ("tome{r=2 prefix=-1}", "must not be negative"),
+        ("pitome{r=2 margin=3}", "compared with a cosine"),
+        ("evit{r=2 fuse=2}", "wrong type"),
+    ],
+)
+def test_options_that_make_no_sense_are_a_typed_sentence(text: str, sentence: str) -> None:
+    with pytest.raises(TokoptError, match=sentence) as caught:
+        parse(text)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_model_without_attention_has_nothing_to_reduce() -> None:
+    bundle = tokopt.capture(torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.ReLU()), (torch.randn(2, 4),))
+    with pytest.raises(PassError, match="no attention") as caught:
+        tokopt.optimize(bundle, "tome{r=1}")
+    assert isinstance(caught.value.__cause__, UnsupportedModelError)
+
+
+def test_a_causal_model_is_refused() -> None:
+    with pytest.raises(PassError, match="works on encoders"):
+        tokopt.optimize(replace(captured("vit"), task="causal-lm"), "tome{r=1}")
+
+
+def test_a_target_on_a_dynamic_axis_is_refused() -> None:
+    with pytest.raises(PassError, match="target= needs a fixed number"):
+        tokopt.optimize(captured("bert"), "tome{target=0.5}")
+
+
+def test_strict_mode_turns_a_refusal_into_an_error_and_leaves_the_reason() -> None:
+    bundle = captured("swin")
+    assert "split into groups" in " ".join(tokopt.optimize(bundle, "tome{r=2}").history[-1].notes)
+    with pytest.raises(PassRefused, match="split into groups"):
+        tokopt.optimize(bundle, "tome{r=2}", strict=True)
+
+
+def test_padding_never_reaches_a_real_token() -> None:
+    """Whatever stands at padding, the real tokens' outputs are the same to the last bit."""
+    entry, bundle = ZOO["bert"], captured("bert")
+    inputs = entry.inputs()
+    other = dict(inputs)
+    other["input_ids"] = torch.where(inputs["attention_mask"].bool(), inputs["input_ids"], 7)
+    assert not torch.equal(inputs["input_ids"], other["input_ids"])
+    real = inputs["attention_mask"].bool()
+    for text in (
+        "tome{r=4}",
+        "pitome{r=3}",
+        "evit{r=3 fuse=false}",
+        "divprune{r=3}",
+        "kcenter{r=3}",
+        "random{r=3}",
+    ):
+        reduced = tokopt.optimize(bundle, text, strict=True)
+        a, b = reduced(*inputs.values()), reduced(*other.values())
+        assert torch.equal(a[0][real], b[0][real]) and torch.equal(a[1], b[1])
+
+
+def test_the_pipeline_is_the_sum_of_its_parts() -> None:
+    """Running two pipelines one after the other is running them as one."""
+    bundle = captured("vit")
+    one = tokopt.optimize(tokopt.optimize(bundle, "tome{r=3}"), "random{r=2}")
+    both = tokopt.optimize(bundle, "tome{r=3},random{r=2}")
+    assert outputs_equal(one, both) and one.pipeline == both.pipeline
+    assert str(Pipeline(tuple(parse("tome{r=3},random{r=2}").passes))) == both.pipeline
