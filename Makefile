@@ -18,7 +18,7 @@ test: lint  ## everything that CI checks
 lint: $(VENV)/.installed  ## ruff and pyright
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/pyright
+	$(BIN)/pyright --pythonpath $(BIN)/python
 
 bench: $(VENV)/.installed  ## the measured tables of benchmarks/results
 	$(BIN)/python -m benchmarks.vision
