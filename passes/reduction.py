@@ -20,7 +20,7 @@ from tokopt.analysis.blocks import Block, NoBlock, find_blocks
 from tokopt.analysis.graph import ancestors, program_module, size_hint
 from tokopt.analysis.token_axis import Seed, TokenTrace, prefix_tokens, trace_tokens
 from tokopt.bundle import AxisRange, Bundle, Program, Reductions
-from tokopt.errors import PassError, UnsupportedModelError
+from tokopt.errors import PassError, PassRefused, UnsupportedModelError
 from tokopt.kernels import ops
 from tokopt.pipeline import Context, Pass, PassResult, Refusal
 from tokopt.rewrite import axis_names, reexport
@@ -84,6 +84,9 @@ class TokenReduction(Pass):
         program = bundle.forward
         done = program.reductions or Reductions(program, ())
         module = program_module(done.base)
+        if program.reductions is None and _is_reduced(module.graph):
+            reason = "its tokens were reduced before it was saved; run all passes in one pipeline instead"
+            return PassResult(bundle, 0, (), (Refusal("the model", reason),))
         sites = find_blocks(module.graph)
         if not sites:
             raise UnsupportedModelError(
@@ -101,7 +104,10 @@ class TokenReduction(Pass):
         if objection := self.objection(plan.prefix(trace, self), plan.dynamic):
             return PassResult(bundle, 0, (), (*refusals, Refusal("the model", objection)))
         rewriter = TokenRewriter(module, batch_size(plan.steps[0].block))
-        rewriter.apply(plan.reductions(trace), trace)
+        try:
+            rewriter.apply(plan.reductions(trace), trace)
+        except PassRefused as reason:
+            return PassResult(bundle, 0, (), (*refusals, Refusal("the model", str(reason))))
         base = _raise_minimum(done.base, plan, trace) if plan.dynamic else done.base
         reduced = replace(reexport(base, module), reductions=Reductions(done.base, methods))
         notes = [f"{plan.prefix(trace, self)} prefix tokens protected"]
@@ -147,6 +153,13 @@ def _check_options(options: TokenReduction) -> None:
         raise PassError(f"{name}: schedule=decreasing spreads one number r over the blocks; give r=8, say")
     if options.prefix is not None and options.prefix < 0:
         raise PassError(f"{name}: prefix={options.prefix} must not be negative")
+
+
+def _is_reduced(graph: torch.fx.Graph) -> bool:
+    """Whether the graph holds token ops: a reduced program that was saved and opened again."""
+    return any(
+        isinstance(n.target, torch._ops.OpOverload) and n.target.namespace == "tokopt" for n in graph.nodes
+    )
 
 
 def _is_missed(site: Block | NoBlock) -> TypeGuard[NoBlock]:
@@ -291,6 +304,8 @@ class Plan:
         """
         symbolic = [isinstance(step.removal, Fraction) for step in self.steps]
         shortest = size_hint(_tokens(self.steps[0].block))
+        for tokens in range(shortest, _LONGEST):
+            self.counts(tokens, trace)  # PassError when a longer input could not spare what the plan says
         for tokens in range(shortest, 1, -1):
             try:
                 counts = self.counts(tokens, trace)
@@ -308,6 +323,10 @@ class Plan:
             prefix, depth = self.prefix(trace, step.method), step.block.index / self.depth
             found.append(Reduction(step.block, partial(_reduce, step, prefix, depth), step.method.merges))
         return found
+
+
+_LONGEST = 4096
+"""Up to here a plan is checked at every length; beyond, what a block can spare only grows faster."""
 
 
 def _tokens(block: Block) -> Size:

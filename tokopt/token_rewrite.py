@@ -37,6 +37,7 @@ from tokopt.analysis.token_axis import (
     Side,
     TokenAxis,
     TokenTrace,
+    is_content,
 )
 from tokopt.errors import PassRefused
 from tokopt.kernels import ops
@@ -115,6 +116,7 @@ class TokenRewriter:
 
     module: GraphModule
     batch: int
+    padded: bool = False
     stages: list[Stage] = field(default_factory=list)
     restored: list[int] = field(default_factory=list)
     _reduced: dict[Node, Node] = field(default_factory=dict)
@@ -145,6 +147,7 @@ class TokenRewriter:
         site, stream = block.site, block.residual
         flipped = block.token_axis == 0
         padding = padding_mask(site.mask)
+        self.padded |= padding is not None
         query, key, after, users = site.query, site.key, stream.next, list(stream.users)
         mask = argument(site.node, 3, "attn_mask")  # as repaired for the reductions before this block
         scale = argument(site.node, 6, "scale")
@@ -292,6 +295,8 @@ class TokenRewriter:
         axis = edit.axis
         if axis.dim == 0:
             raise PassRefused(f"{describe(node)}: it pools tokens on the first axis")
+        if self.padded and not _is_masked_sum(node):
+            raise PassRefused(f"{describe(node)}: it pools padding together with tokens")
         arguments = (self._now(operand), stage.size, original, axis.dim, axis.start, keepdim)  # type: ignore[arg-type]
         function = _weighted_mean if is_call(node, aten.mean) else _weighted_sum
         pooled = self._call(function, *arguments, like=node)
@@ -350,6 +355,19 @@ def _first_query_bias(mask: Tensor | None, stream: Tensor, flipped: bool) -> Ten
         row = torch.where(row, 0.0, torch.finfo(stream.dtype).min)
     folded = row.shape[0] // stream.shape[1 if flipped else 0] if row.shape[0] != 1 else 1
     return row.reshape(-1, folded, 1, row.shape[-1]) if folded != 1 else row
+
+
+def _is_masked_sum(node: Node) -> bool:
+    """Whether ``node`` sums a product with a mask, so that padding adds nothing."""
+    product = node.args[0]
+    if not is_call(node, aten.sum) or not is_call(product, aten.mul):
+        return False
+    return any(_is_mask(operand) for operand in product.all_input_nodes)  # type: ignore[union-attr]
+
+
+def _is_mask(node: Node) -> bool:
+    """Whether a factor comes from an input without passing through the model."""
+    return not is_content(node) and any(n.op == "placeholder" for n in {node, *ancestors(node)})
 
 
 def padding_mask(mask: Node | None) -> Node | None:

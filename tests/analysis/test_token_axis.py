@@ -153,3 +153,32 @@ def test_mean_and_sum_over_tokens_count_originals() -> None:
         for text in ("tome{r=3}", "random{r=3}", "pitome{r=2}"):
             (got,) = tokopt.optimize(bundle, text, strict=True)(same)
             torch.testing.assert_close(got, wanted, atol=1e-5, rtol=1e-5)
+
+
+class Pooled(nn.Module):
+    """A padded encoder whose tokens are pooled with or without the mask."""
+
+    def __init__(self, pool) -> None:
+        super().__init__()
+        self.embed, self.out = nn.Embedding(50, 16), nn.Linear(16, 16)
+        self.pool = pool
+
+    def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
+        x = self.embed(ids)
+        q = x.view(*x.shape[:2], 4, 4).transpose(1, 2)
+        seen = mask.bool()[:, None, None]
+        attended = nn.functional.scaled_dot_product_attention(q, q, q, attn_mask=seen)
+        return self.pool(x + self.out(attended.transpose(1, 2).reshape(x.shape)), mask[..., None].float())
+
+
+@pytest.mark.parametrize("pool", [lambda x, mask: x.mean(1), lambda x, mask: x.sum(1)])
+def test_pooling_that_counts_padding_is_refused(pool) -> None:
+    """Padding loses its weight in a reduction, so only a pooling that ignores it keeps its meaning."""
+    torch.manual_seed(0)
+    mask = torch.ones(3, 10, dtype=torch.long)
+    mask[1, 6:] = 0
+    inputs = (torch.randint(0, 50, (3, 10)), mask)
+    with pytest.raises(tokopt.errors.PassRefused, match="pools padding together with tokens"):
+        tokopt.optimize(tokopt.capture(Pooled(pool), inputs), "tome{r=2}", strict=True)
+    masked = Pooled(lambda x, mask: (x * mask).sum(1) / mask.sum(1))
+    assert tokopt.optimize(tokopt.capture(masked, inputs), "tome{r=2}", strict=True).history[-1].matches == 1

@@ -159,6 +159,12 @@ def test_a_target_on_a_dynamic_axis_is_refused() -> None:
         tokopt.optimize(captured("bert"), "tome{target=0.5}")
 
 
+def test_a_fraction_that_some_length_cannot_spare_is_refused() -> None:
+    """Half of the tokens could merge at odd lengths, but not at even ones, where padding may be among them."""
+    with pytest.raises(PassError, match="can lose at most"):
+        tokopt.optimize(captured("bert"), "tome{keep=0.5 layers=[0]}")
+
+
 def test_strict_mode_turns_a_refusal_into_an_error_and_leaves_the_reason() -> None:
     bundle = captured("swin")
     assert "split into groups" in " ".join(tokopt.optimize(bundle, "tome{r=2}").history[-1].notes)

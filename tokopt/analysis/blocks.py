@@ -111,7 +111,7 @@ def _site(node: Node) -> Site:
 
 def _kind(query: Node, key: Node) -> Kind:
     from_query, from_key = _projected_from(query), _projected_from(key)
-    if from_query & from_key:
+    if from_query & from_key or _unwrap(query) is _unwrap(key):
         same = same_size(query.meta["val"].shape[-2], key.meta["val"].shape[-2])
         return "self" if same else "cross"
     inputs = [n for n in {query, *ancestors(query)} if n.op == "placeholder"]
