@@ -87,6 +87,8 @@ class TokenReduction(Pass):
         if program.reductions is None and _is_reduced(module.graph):
             reason = "its tokens were reduced before it was saved; run all passes in one pipeline instead"
             return PassResult(bundle, 0, (), (Refusal("the model", reason),))
+        if any(str(node.target).startswith("tokopt.") for node in module.graph.nodes):
+            return PassResult(bundle, 0, (), (Refusal("the model", _REDUCED_BEFORE),))
         sites = find_blocks(module.graph)
         if not sites:
             raise UnsupportedModelError(
@@ -160,6 +162,9 @@ def _is_reduced(graph: torch.fx.Graph) -> bool:
     return any(
         isinstance(n.target, torch._ops.OpOverload) and n.target.namespace == "tokopt" for n in graph.nodes
     )
+
+
+_REDUCED_BEFORE = "its tokens were reduced before it was saved; give all reductions in one pipeline"
 
 
 def _is_missed(site: Block | NoBlock) -> TypeGuard[NoBlock]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from functools import cache
+from pathlib import Path
 
 import pytest
 import torch
@@ -200,3 +201,10 @@ def test_the_pipeline_is_the_sum_of_its_parts() -> None:
     both = tokopt.optimize(bundle, "tome{r=3},random{r=2}")
     assert outputs_equal(one, both) and one.pipeline == both.pipeline
     assert str(Pipeline(tuple(parse("tome{r=3},random{r=2}").passes))) == both.pipeline
+
+
+def test_a_reduced_bundle_that_was_saved_is_refused(tmp_path: Path) -> None:
+    """The program before reduction is not in the file, so a further reduction cannot join the rewrite."""
+    path = tokopt.export(tokopt.optimize(captured("vit"), "tome{r=3}"), tmp_path / "a.tokopt", target="torch")
+    with pytest.raises(PassRefused, match="reduced before it was saved"):
+        tokopt.optimize(tokopt.open_bundle(path), "tome{r=1}", strict=True)
