@@ -228,11 +228,13 @@ class Benchmark:
             )
 
         mine, theirs = predicted(artifact), predicted(reference)
+        change = (mine == truth).astype(float) - (theirs == truth)
         return {
             "cosine_mean": float(similar.mean()),
             "cosine_min": float(similar.min()),
             "knn_accuracy": float((mine == truth).mean()),
-            "knn_change": float((mine == truth).mean() - (theirs == truth).mean()),
+            "knn_change": float(change.mean()),
+            "knn_change_error": float(change.std() / np.sqrt(len(change))),
             "knn_agreement": float((mine == theirs).mean()),
         }
 
@@ -263,6 +265,7 @@ class Benchmark:
                 "rounds": self.rounds,
                 "ratio": "median over rounds of unmerged / variant, processes taking turns",
                 "photographs": 40,
+                "change": "difference of kNN accuracy, plus or minus its standard error over the test images",
                 "knn": {str(s.size): {"train": s.train, "test": s.test} for s in self.scales},
             },
             "overhead": {
@@ -307,8 +310,8 @@ def cells(row: dict[str, Any], batches: Sequence[str]) -> list[str]:
     if "error" in built:
         return [str(row["size"]), f"{row['pipeline']}: {built['error']}"]
 
-    def show(source: dict[str, Any], key: str, spec: str, scale: float = 1.0) -> str:
-        return format(source[key] * scale, spec) if key in source else ""
+    def show(source: dict[str, Any], key: str, spec: str, scale: float = 1.0, before: str = "") -> str:
+        return before + format(source[key] * scale, spec) if key in source else ""
 
     return [
         str(row["size"]),
@@ -319,7 +322,7 @@ def cells(row: dict[str, Any], batches: Sequence[str]) -> list[str]:
         show(quality, "cosine_mean", ".4f"),
         show(quality, "cosine_min", ".3f"),
         show(quality, "knn_accuracy", ".1f", 100),
-        show(quality, "knn_change", "+.1f", 100),
+        show(quality, "knn_change", "+.1f", 100) + show(quality, "knn_change_error", ".1f", 100, " ± "),
     ]
 
 
