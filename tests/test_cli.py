@@ -257,6 +257,14 @@ def test_refusal_in_strict_mode_exits_3(
     assert not any(tmp_path.iterdir())
 
 
+def test_reduced_artifact_is_not_reduced_again(
+    capsys: pytest.CaptureFixture[str], folder: Path, tmp_path: Path
+) -> None:
+    """A saved program no longer tells its prefix from its merged tokens, so another reduction is refused."""
+    command = ["optimize", folder / "merged.tokopt", "random{r=2}", "-o", tmp_path / "x", "--strict"]
+    assert "in one pipeline instead" in complaint(capsys, 3, *command)
+
+
 def test_bad_inputs_of_run(capsys: pytest.CaptureFixture[str], folder: Path, tmp_path: Path) -> None:
     artifact = folder / "plain.onnx.tokopt"
     np.save(tmp_path / "long.npy", np.zeros((1, 3, 25, 24), np.float32))
