@@ -14,10 +14,11 @@ from typing import Any
 import torch
 from torch.utils import _pytree as pytree
 
+from tokopt.analysis.graph import dtype_name
 from tokopt.bundle import AxisRange, Bundle, Program, TensorSpec
 from tokopt.errors import CaptureError, InputError
 from tokopt.normalize import normalize
-from tokopt.rewrite import dtype_name, export_flat, output_specs
+from tokopt.rewrite import export_flat, output_specs
 
 Dynamic = Mapping[str, Sequence[str | None] | Mapping[int, str]]
 """Input name -> the name of each axis (None: static), or axis index -> name."""

@@ -16,7 +16,7 @@ import torch
 import torch.fx.traceback
 from torch.fx import GraphModule, Node
 
-from tokopt.analysis.graph import aten, is_call
+from tokopt.analysis.graph import aten, dtype_name, is_call
 from tokopt.bundle import AxisRange, Program, TensorSpec
 
 
@@ -141,11 +141,6 @@ def _spell(size: torch.SymInt, names: dict[str, str]) -> str:
     for symbol, axis in names.items():
         text = text.replace(symbol, axis)
     return text
-
-
-def dtype_name(dtype: torch.dtype) -> str:
-    """``torch.float32`` -> ``"float32"``."""
-    return str(dtype).removeprefix("torch.")
 
 
 def call(graph: torch.fx.Graph, function: Callable, *args: object, like: Node, **kwargs: object) -> Node:

@@ -122,6 +122,11 @@ def source_line(node: Node) -> str:
     return f"{frames[-1][0].rsplit('/', 1)[-1]}:{frames[-1][1]}" if frames else ""
 
 
+def dtype_name(dtype: torch.dtype) -> str:
+    """``torch.float32`` -> ``"float32"``."""
+    return str(dtype).removeprefix("torch.")
+
+
 def describe(node: Node) -> str:
     """How an error names a node: the op, its module path and source line."""
     name = str(node.target).removeprefix("aten.")

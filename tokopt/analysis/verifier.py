@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from torch.fx import Node
 
+from tokopt.analysis.graph import dtype_name
 from tokopt.bundle import Bundle, Program
 from tokopt.errors import PassError
-from tokopt.rewrite import dtype_name
 
 
 def verify_bundle(bundle: Bundle) -> None:
