@@ -84,9 +84,6 @@ class TokenReduction(Pass):
         program = bundle.forward
         done = program.reductions or Reductions(program, ())
         module = program_module(done.base)
-        if program.reductions is None and _is_reduced(module.graph):
-            reason = "its tokens were reduced before it was saved; run all passes in one pipeline instead"
-            return PassResult(bundle, 0, (), (Refusal("the model", reason),))
         if any(str(node.target).startswith("tokopt.") for node in module.graph.nodes):
             return PassResult(bundle, 0, (), (Refusal("the model", _REDUCED_BEFORE),))
         sites = find_blocks(module.graph)
@@ -155,13 +152,6 @@ def _check_options(options: TokenReduction) -> None:
         raise PassError(f"{name}: schedule=decreasing spreads one number r over the blocks; give r=8, say")
     if options.prefix is not None and options.prefix < 0:
         raise PassError(f"{name}: prefix={options.prefix} must not be negative")
-
-
-def _is_reduced(graph: torch.fx.Graph) -> bool:
-    """Whether the graph holds token ops: a reduced program that was saved and opened again."""
-    return any(
-        isinstance(n.target, torch._ops.OpOverload) and n.target.namespace == "tokopt" for n in graph.nodes
-    )
 
 
 _REDUCED_BEFORE = "its tokens were reduced before it was saved; give all reductions in one pipeline"

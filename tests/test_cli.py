@@ -262,7 +262,7 @@ def test_reduced_artifact_is_not_reduced_again(
 ) -> None:
     """A saved program no longer tells its prefix from its merged tokens, so another reduction is refused."""
     command = ["optimize", folder / "merged.tokopt", "random{r=2}", "-o", tmp_path / "x", "--strict"]
-    assert "in one pipeline instead" in complaint(capsys, 3, *command)
+    assert "in one pipeline" in complaint(capsys, 3, *command)
 
 
 def test_bad_inputs_of_run(capsys: pytest.CaptureFixture[str], folder: Path, tmp_path: Path) -> None:
