@@ -20,7 +20,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +52,11 @@ class Scale:
     train: int
     test: int
 
+    def limited(self, match: Sequence[str] | None, train: int | None, test: int | None) -> Scale:
+        """This scale with fewer pipelines or other counts; None leaves a thing as it is."""
+        chosen = tuple(p for p in self.pipelines if match is None or any(text in p for text in match))
+        return replace(self, pipelines=chosen, train=train or self.train, test=test or self.test)
+
 
 def with_options(method: str, options: str) -> str:
     """``evit{fuse=false}`` and ``keep=0.7`` -> ``evit{fuse=false keep=0.7}``."""
@@ -73,12 +78,12 @@ MERGING = ("tome", "pitome", "random")
 FULL = (
     Scale(
         224,
-        every_block(MERGING, (8, 12, 16, 20)) + three_blocks(METHODS, (0.8, 0.7, 0.5)),
+        every_block(MERGING, (8, 12, 16, 20)) + three_blocks(METHODS, (0.7, 0.5)),
         (1, 8),
         2000,
         1000,
     ),
-    Scale(518, every_block(MERGING, (48, 64, 80)) + three_blocks(METHODS, (0.7, 0.5)), (1, 8), 1000, 500),
+    Scale(518, every_block(MERGING, (64, 80)) + three_blocks(METHODS, (0.5,)), (1, 8), 1000, 500),
 )
 QUICK = (
     Scale(224, ("tome{r=16}", "random{r=16}", *three_blocks(("evit", "divprune"), (0.7,))), (1, 8), 200, 100),
@@ -360,13 +365,18 @@ def main() -> int:
     parser.add_argument("--quick", action="store_true", help="a smoke run: few images, few rounds, 224 only")
     parser.add_argument("--sizes", type=int, nargs="+", help="measure only these image sizes")
     parser.add_argument("--only", choices=("build", "time", "overhead", "quality"), nargs="+")
+    parser.add_argument("--match", nargs="+", help="measure only pipelines that contain one of these texts")
+    parser.add_argument("--train", type=int, help="Fashion-MNIST images that the classifier learns from")
+    parser.add_argument("--test", type=int, help="Fashion-MNIST images that it is tested on")
     parser.add_argument("--rounds", type=int, help="timing rounds (default 10; quick: 3)")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--output", type=Path, help="folder of vision.json and vision.md")
     options = parser.parse_args()
     console = Console() if sys.stdout.isatty() else Console(width=150)
     scales = [
-        s for s in (QUICK if options.quick else FULL) if options.sizes is None or s.size in options.sizes
+        scale.limited(options.match, options.train, options.test)
+        for scale in (QUICK if options.quick else FULL)
+        if options.sizes is None or scale.size in options.sizes
     ]
     benchmark = Benchmark(scales, options.rounds or (3 if options.quick else 10), options.threads, console)
     for step in ("build", "quality", "time", "overhead"):
