@@ -1,7 +1,10 @@
-"""The documentation is true: its Python runs, its commands parse, its links exist."""
+"""The documentation is true: its Python runs, its commands parse, its links and examples hold."""
 
 from __future__ import annotations
 
+import doctest
+import importlib
+import pkgutil
 import re
 import shlex
 from pathlib import Path
@@ -74,6 +77,14 @@ def test_pipelines_of_a_page_parse(page: Path) -> None:
     for text in re.findall(rf"`\"?((?:{names})\{{[^`\"]+\}})\"?`", page.read_text()):
         if "..." not in text:
             assert tokopt.parse(text).passes
+
+
+MODULES = [module.name for module in pkgutil.walk_packages(tokopt.__path__, "tokopt.")]
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_examples_in_docstrings_run(name: str) -> None:
+    assert doctest.testmod(importlib.import_module(name)).failed == 0
 
 
 def test_every_pass_is_documented() -> None:
