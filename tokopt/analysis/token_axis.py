@@ -299,6 +299,10 @@ class _Tracer:
     def same(self, node: Node) -> Label:
         return self.only(node)
 
+    def first(self, node: Node) -> Label | None:
+        """Ops that only read a dtype or shape from their second operand."""
+        return self.labels.get(node.args[0])  # type: ignore[arg-type]
+
     def features(self, node: Node, axes: int) -> Label:
         """Ops over the last ``axes`` axes, which must not be tokens."""
         label = self.only(node)
@@ -541,6 +545,16 @@ class _Tracer:
             self.side(node, operand, 0, {d: a for d, a in axes.items() if d != dim}, stage)
         return Label(tuple(axes[d] for d in sorted(axes)), stage)
 
+    def stack(self, node: Node) -> Label:
+        """A new axis; the operands' token axes must agree."""
+        operands = [n for n in node.args[0] if isinstance(n, Node)]  # type: ignore[union-attr]
+        dim: int = argument(node, 1, "dim", 0) % len(sizes(node))
+        axes = {self.labels[n].axes for n in operands if n in self.labels}
+        if len(axes) > 1 or any(n not in self.labels for n in operands):
+            raise _Cannot("operands hold different ranges of tokens")
+        moved = (replace(a, dim=a.dim + (a.dim >= dim)) for a in axes.pop())
+        return Label(tuple(moved), self.stage_of(operands))
+
     def pool(self, node: Node) -> Label:
         operand = node.args[0]
         assert isinstance(operand, Node)
@@ -582,11 +596,13 @@ _RULES: list[tuple[tuple[object, ...], Callable[[_Tracer, Node], Label | None]]]
     ((aten.unbind,), _Tracer.unbind),
     ((operator.getitem,), _Tracer.getitem),
     ((aten.cat,), _Tracer.cat),
+    ((aten.stack,), _Tracer.stack),
     ((aten.mean, aten.sum), _Tracer.pool),
     (
         (aten.dropout, aten.clone, aten.contiguous, aten.to, aten._to_copy, aten.alias, aten.detach),
         _Tracer.same,
     ),
+    ((aten.type_as,), _Tracer.first),
     ((aten.ones_like, aten.zeros_like), _Tracer.same),
 ]
 
