@@ -18,13 +18,16 @@ from onnxscript import BOOL, FLOAT, INT64, OnnxFunction, script, values
 from onnxscript.onnx_opset import opset23
 from onnxscript.onnx_types import TensorType
 
-__all__ = ["BOOL", "FLOAT", "INFINITY", "INT64", "LAST", "TOKOPT", "TensorType", "node", "op", "script"]
+__all__ = ["BOOL", "FLOAT", "INFINITY", "INT64", "LAST", "TOKOPT", "TensorType", "node", "op", "op24", "script"]
 
 TOKOPT = values.Opset("tokopt", 1)
 """The domain of the model-local functions."""
 
 op: Any = opset23
 """The standard ops; untyped, since a scripted function mixes tensors with Python numbers that it promotes."""
+
+op24: Any = values.Opset("", 24)
+"""Standard ops that opset 23 lacks; a model that calls a function written with them is of opset 24."""
 
 INFINITY = float("inf")
 

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
 OPS = (
     "bipartite_match",
+    "cache_mask",
+    "cache_write",
     "energy_match",
     "farthest_point",
     "gather_tokens",
@@ -54,7 +56,8 @@ def onnx_translations() -> dict[Callable, Callable]:
 def attach_functions(model: ir.Model) -> None:
     """Add to an ONNX ``model``, in place, the bodies of the ``tokopt`` functions that it calls.
 
-    The bodies are standard ops of opset 23, so that any ONNX runtime of that opset executes the model.
+    The bodies are standard ops of opset 23, so that any ONNX runtime of that opset executes the model; one
+    that writes a cache in place takes ``TensorScatter`` and makes the whole model opset 24.
 
     >>> program = torch.onnx.export(
     ...     exported, opset_version=23, custom_translation_table=onnx_translations()
@@ -68,6 +71,10 @@ def attach_functions(model: ir.Model) -> None:
         if function.name in called:
             body = deserialize_function(function.to_function_proto())
             model.functions[body.identifier()] = body
+    # Ops that are in both opsets mean the same in both; an engine wants one version throughout.
+    newest = max([model.opset_imports[""], *(body.opset_imports[""] for body in model.functions.values())])
+    for part in (model.graph, *model.functions.values()):
+        part.opset_imports[""] = newest
 
 
 def _onnx_form(name: str) -> ModuleType:

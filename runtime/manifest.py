@@ -76,13 +76,35 @@ class ProgramEntry:
 
 @dataclass(frozen=True)
 class StateEntry:
-    """A tensor fed back on the next call: program output ``output`` becomes the input ``name``."""
+    """A tensor fed back on the next call: program output ``output`` becomes the input ``name``.
+
+    ``in_place``: the output differs from the input only where new entries are written, so one buffer may be
+    bound to both.
+    """
 
     name: str
     dtype: str
     axes: tuple[Axis, ...]
     output: str
     initial: float = 0.0
+    in_place: bool = False
+
+
+@dataclass(frozen=True)
+class Generation:
+    """What driving a causal language model takes beside its programs.
+
+    ``context`` is the number of positions the model knows, ``vocabulary`` the number of token ids, ``eos`` the
+    ids that end a text, ``chat_template`` the Jinja text of a conversation. ``compact_every`` > 0: run the
+    program ``compact`` after the prompt and then after every so many tokens.
+    """
+
+    context: int
+    vocabulary: int
+    eos: tuple[int, ...] = ()
+    bos: int | None = None
+    chat_template: str | None = None
+    compact_every: int = 0
 
 
 @dataclass(frozen=True)
@@ -114,7 +136,7 @@ class Manifest:
     pipeline: str = ""
     passes: tuple[PassEntry, ...] = ()
     states: tuple[StateEntry, ...] = ()
-    generation: Mapping[str, object] = field(default_factory=dict)
+    generation: Generation | None = None
     tokenizer: str | None = None
     selftest: str | None = None
     versions: Mapping[str, str] = field(default_factory=dict)
@@ -241,7 +263,7 @@ def _manifest(value: Json) -> Manifest:
         pipeline=_text(top["pipeline"], "pipeline"),
         passes=_items(top["passes"], "passes", _pass),
         states=_items(top["states"], "states", _state),
-        generation=_dict(top["generation"], "generation"),
+        generation=_optional(top["generation"], "generation", _generation),
         tokenizer=_optional(top["tokenizer"], "tokenizer", _relative),
         selftest=_optional(top["selftest"], "selftest", _relative),
         versions=_mapping(top["versions"], "versions", _text),
@@ -300,7 +322,7 @@ def _tensor(value: Json, where: str) -> Tensor:
 
 
 def _state(value: Json, where: str) -> StateEntry:
-    entry = _object(value, where, "name dtype axes output initial")
+    entry = _object(value, where, "name dtype axes output initial in_place")
     initial = entry["initial"]
     if isinstance(initial, bool) or not isinstance(initial, (int, float)) or not _is_finite(initial):
         raise _Invalid(f"{where}.initial is {_short(initial)}, it must be a finite number")
@@ -310,7 +332,24 @@ def _state(value: Json, where: str) -> StateEntry:
         _axes(entry["axes"], f"{where}.axes"),
         _name(entry["output"], f"{where}.output"),
         float(initial),
+        _boolean(entry["in_place"], f"{where}.in_place"),
     )
+
+
+def _generation(value: Json, where: str) -> Generation:
+    entry = _object(value, where, "context vocabulary eos bos chat_template compact_every")
+    return Generation(
+        _integer(entry["context"], f"{where}.context", 1, _MAX_SIZE),
+        _integer(entry["vocabulary"], f"{where}.vocabulary", 1, _MAX_SIZE),
+        _items(entry["eos"], f"{where}.eos", _token),
+        _optional(entry["bos"], f"{where}.bos", _token),
+        _optional(entry["chat_template"], f"{where}.chat_template", _text),
+        _integer(entry["compact_every"], f"{where}.compact_every", 0, _MAX_SIZE),
+    )
+
+
+def _token(value: Json, where: str) -> int:
+    return _integer(value, where, 0, _MAX_SIZE)
 
 
 def _pass(value: Json, where: str) -> PassEntry:
@@ -385,6 +424,12 @@ def _items(value: Json, where: str, read: Callable[[Json, str], T]) -> tuple[T, 
 def _integer(value: Json, where: str, low: int, high: int) -> int:
     if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
         raise _Invalid(f"{where} is {_short(value)}, it must be an integer from {low} to {high}")
+    return value
+
+
+def _boolean(value: Json, where: str) -> bool:
+    if not isinstance(value, bool):
+        raise _Invalid(f"{where} is {_short(value)}, it must be true or false")
     return value
 
 

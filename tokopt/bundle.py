@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from torch.export import ExportedProgram
 
     from tokopt.passes.reduction import TokenReduction
+    from tokopt.runtime.manifest import Generation
 
 Axis = str | int
 """A named (dynamic) axis, or the size of a static one."""
@@ -60,7 +61,8 @@ class AxisRange:
 class State:
     """A tensor that the caller feeds back on the next call.
 
-    ``output`` names the program output that becomes the input ``name`` of the next call.
+    ``output`` names the program output that becomes the input ``name`` of the next call. ``in_place``: the
+    output is the input with new entries written into it, so one buffer may serve as both.
     """
 
     name: str
@@ -68,6 +70,7 @@ class State:
     axes: tuple[Axis, ...]
     output: str
     initial: float = 0.0
+    in_place: bool = False
 
 
 @dataclass(frozen=True)
@@ -117,7 +120,8 @@ class AppliedPass:
 class Bundle:
     """Named programs that share weights and state, and the list of passes that made them.
 
-    ``task`` is ``"encoder"`` or ``"causal-lm"``; ``tokenizer`` is the text of a ``tokenizer.json``.
+    ``task`` is ``"encoder"`` or ``"causal-lm"``; ``tokenizer`` is the text of a ``tokenizer.json``;
+    ``generation`` is there for ``"causal-lm"``.
     """
 
     programs: Mapping[str, Program]
@@ -125,7 +129,7 @@ class Bundle:
     states: tuple[State, ...] = ()
     history: tuple[AppliedPass, ...] = ()
     tokenizer: str | None = None
-    generation: Mapping[str, object] = field(default_factory=dict)
+    generation: Generation | None = None
 
     @property
     def forward(self) -> Program:

@@ -73,7 +73,7 @@ def capture(
     axis cannot be dynamic, and InputError when the example does not fit ``dynamic``.
     """
     module, args, kwargs, own = _as_module(model, args, dict(kwargs or {}))
-    with _evaluation(module):
+    with evaluation(module):
         leaves, spec = pytree.tree_flatten((args, kwargs))
         flat = _Flat(module, leaves, spec)
         names = _input_names(module, args, kwargs)
@@ -94,7 +94,7 @@ def capture(
         try:
             exported, bounds = export_flat(flat, example, inputs, bounds)
         except Exception as error:
-            raise CaptureError(_explain(error, module, inputs)) from error
+            raise CaptureError(explain(error, module, inputs)) from error
     blank = tuple(TensorSpec(name, "float32", (), "output") for name in outputs)
     program = Program(exported, inputs, blank, bounds, example)
     program = Program(exported, inputs, output_specs(exported, program), bounds, example)
@@ -146,7 +146,7 @@ def _exported_axes(exported: torch.export.ExportedProgram) -> list[dict[int, str
     return result
 
 
-class _evaluation:
+class evaluation:
     """Evaluation mode without gradients, and the attention fast path (one opaque op) off; restored after."""
 
     def __init__(self, module: torch.nn.Module) -> None:
@@ -255,7 +255,7 @@ def _grow_example(
     return tuple(grown)
 
 
-def _explain(error: Exception, model: torch.nn.Module, inputs: tuple[TensorSpec, ...]) -> str:
+def explain(error: Exception, model: torch.nn.Module, inputs: tuple[TensorSpec, ...]) -> str:
     """One sentence from an error of ``torch.export``, naming the user's axis and the line of the model."""
     text = str(error)
     name = type(model).__name__

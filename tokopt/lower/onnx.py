@@ -1,4 +1,4 @@
-"""Lower a Program to ONNX, opset 23: one portable graph per program, weights in external data.
+"""Lower a Program to ONNX, opset 23 (24 with a cache): one portable graph per program, weights in external data.
 
 The file uses the standard domain and model-local functions of the domain ``tokopt`` only, so any ONNX
 runtime executes it. After export the graph is folded, its masks are brought into the form that ONNX Runtime
@@ -18,8 +18,9 @@ from pathlib import Path
 import onnx
 import onnx_ir as ir
 import torch
-from onnx_ir.passes.common import ClearMetadataAndDocStringPass
+from onnx_ir.passes.common import ClearMetadataAndDocStringPass, CommonSubexpressionEliminationPass
 from onnxscript import optimizer
+from onnxscript.rewriter import onnx_fusions
 
 import tokopt.kernels
 from tokopt import __version__
@@ -29,7 +30,7 @@ from tokopt.lower.parity import check_parity
 from tokopt.rewrite import axis_names
 
 OPSET = 23
-"""The first opset with ``Attention``; nothing newer is needed."""
+"""The first opset with ``Attention``; only a cache that is written in place needs a newer one."""
 
 WEIGHTS = "weights.data"
 
@@ -182,9 +183,11 @@ def _export(program: Program, name: str) -> ir.Model:
 
 
 def _simplify(model: ir.Model) -> None:
-    """Fold constants (shapes, transposed weights), drop dead code and what tells of the machine it ran on."""
+    """Fold constants, fuse norms and rotary embeddings, drop what is dead, double, or tells of the machine."""
     with _quiet():
         optimizer.optimize_ir(model, inline=False)
+        onnx_fusions.fuse(model)
+        CommonSubexpressionEliminationPass()(model)
     scopes = {node: node.metadata_props.get("namespace") for node in model.graph}
     ClearMetadataAndDocStringPass()(model)
     for node, scope in scopes.items():

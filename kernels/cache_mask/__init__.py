@@ -1,0 +1,1 @@
+"""tokopt::cache_mask."""

@@ -1,0 +1,333 @@
+"""Generation: prefill, decoding, batches, streaming. Everything about tokens is compiled; this is the loop."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime
+
+from tokopt.errors import InputError, TokoptError
+from tokopt.runtime.manifest import Manifest, file_path
+from tokopt.runtime.sampling import LogitsProcessor, Sampling, choose
+from tokopt.runtime.state import BLOCK, Bound, Buffers
+from tokopt.runtime.text import TextStream, Tokenizer, render_chat
+
+PREFILL = 256
+"""Prompt tokens per call of ``step``; bounds the memory that a long prompt's attention takes."""
+
+PADDING = -1
+"""Position of padding."""
+
+Prompt = str | Sequence[int]
+"""Text, or token ids."""
+
+
+@dataclass
+class Statistics:
+    """What a generation did: counts over all rows, seconds, and the cache at its end."""
+
+    prompt_tokens: int = 0
+    new_tokens: int = 0
+    prefill_seconds: float = 0.0
+    decode_seconds: float = 0.0
+    cache_slots: int = 0
+    cache_bytes: int = 0
+
+    @property
+    def tokens_per_second(self) -> float:
+        """New tokens per second of decoding, over all rows."""
+        return self.new_tokens / self.decode_seconds if self.decode_seconds else 0.0
+
+
+@dataclass(frozen=True)
+class Generated:
+    """One generated text: the new token ids, their text (None without a tokenizer), and why it ended.
+
+    ``finish`` is ``"stop"`` (an end token or a stop string) or ``"length"``.
+    """
+
+    tokens: tuple[int, ...]
+    text: str | None
+    finish: str
+
+
+@dataclass
+class _Row:
+    """One text being generated."""
+
+    history: list[int]
+    prompt: int
+    stream: TextStream | None = None
+    finish: str = ""
+    pieces: list[str] = field(default_factory=list)
+
+    @property
+    def new(self) -> list[int]:
+        return self.history[self.prompt :]
+
+
+class LanguageModel:
+    """A loaded causal language model.
+
+    >>> model = load("smollm2.tokopt")                                    # doctest: +SKIP
+    >>> for piece in model.stream("The capital of France is"):            # doctest: +SKIP
+    ...     print(piece, end="")
+    >>> model.generate(["One prompt", "another"], max_tokens=20)          # doctest: +SKIP
+    """
+
+    def __init__(
+        self, path: Path, manifest: Manifest, sessions: Mapping[str, onnxruntime.InferenceSession]
+    ) -> None:
+        assert manifest.generation is not None
+        self.path, self.manifest, self.sessions = path, manifest, sessions
+        self.settings = manifest.generation
+        self.statistics = Statistics()
+        self._tokenizer: Tokenizer | None = None
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """The artifact's tokenizer; raises InputError when it has none."""
+        if self._tokenizer is None:
+            if self.manifest.tokenizer is None:
+                raise InputError(f"{self.path} has no tokenizer; pass token ids instead of text")
+            text = file_path(self.path, self.manifest.tokenizer).read_text(encoding="utf-8")
+            self._tokenizer = Tokenizer(text, self.settings.vocabulary)
+        return self._tokenizer
+
+    def chat_prompt(self, messages: Sequence[Mapping[str, Any]]) -> list[int]:
+        """Token ids of a conversation (``[{"role": "user", "content": "..."}]``), ready for the answer."""
+        names = [
+            "" if index is None else self.tokenizer.token(index)
+            for index in (self.settings.bos, next(iter(self.settings.eos), None))
+        ]
+        return self.tokenizer.encode_parts(render_chat(self.settings.chat_template, messages, *names))
+
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        *,
+        max_tokens: int = 128,
+        sampling: Sampling | None = None,
+        stop: Sequence[str] = (),
+        processors: Sequence[LogitsProcessor] = (),
+    ) -> Any:
+        """Generate a text for one prompt (:class:`Generated`) or for several (a list of them).
+
+        A prompt is text or token ids; prompts of unequal length are padded on the left. Raises InputError,
+        before anything runs, for an empty prompt, one longer than the context, a token id out of range, and a
+        cache that does not fit into memory; raises TokoptError when the model gives NaN.
+        """
+        single = isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], (int, np.integer)))
+        rows = self._rows([prompts] if single else list(prompts), stop)  # type: ignore[list-item]
+        for _ in self._steps(rows, max_tokens, sampling or Sampling(), processors):
+            pass
+        done = [
+            Generated(tuple(row.new), "".join(row.pieces) if row.stream else None, row.finish) for row in rows
+        ]
+        return done[0] if single else done
+
+    def stream(
+        self,
+        prompt: Prompt,
+        *,
+        max_tokens: int = 128,
+        sampling: Sampling | None = None,
+        stop: Sequence[str] = (),
+        processors: Sequence[LogitsProcessor] = (),
+    ) -> Iterator[str]:
+        """Pieces of the generated text as they come, whole characters only; as :meth:`generate` otherwise."""
+        self.tokenizer  # noqa: B018  # refuse before anything runs
+        rows = self._rows([prompt], stop)
+        shown = 0
+        for _ in self._steps(rows, max_tokens, sampling or Sampling(), processors):
+            yield from rows[0].pieces[shown:]
+            shown = len(rows[0].pieces)
+
+    def tokens(
+        self,
+        prompt: Prompt,
+        *,
+        max_tokens: int = 128,
+        sampling: Sampling | None = None,
+        processors: Sequence[LogitsProcessor] = (),
+    ) -> Iterator[int]:
+        """New token ids as they come; the end token, if it is reached, is the last."""
+        rows = self._rows([prompt], ())
+        for _ in self._steps(rows, max_tokens, sampling or Sampling(), processors):
+            yield rows[0].history[-1]
+
+    def score(self, tokens: Sequence[int]) -> np.ndarray:
+        """Log-probability of every token but the first, given those before it [len(tokens) - 1] float64."""
+        ids = self._ids(tokens)
+        session = _Session(self, 1, len(ids))
+        found = []
+        for start in range(0, len(ids), PREFILL):
+            part = np.array([ids[start : start + PREFILL]])
+            positions = np.arange(start, start + part.shape[1])[None]
+            logits = session.step(part, positions, np.arange(part.shape[1]))[0].astype(np.float64)
+            following = ids[start + 1 : start + 1 + part.shape[1]]
+            peak = logits.max(axis=-1, keepdims=True)
+            norm = (peak + np.log(np.exp(logits - peak).sum(axis=-1, keepdims=True)))[:, 0]
+            found.append(logits[np.arange(len(following)), following] - norm[: len(following)])
+        return np.concatenate(found)
+
+    def __repr__(self) -> str:
+        return f"<LanguageModel {self.path.name}: {len(self.manifest.states) // 2 - 1} layers>"
+
+    # ------------------------------------------------------------------------------------------- the loop
+
+    def _rows(self, prompts: Sequence[Prompt], stop: Sequence[str]) -> list[_Row]:
+        if not prompts:
+            raise InputError("there is no prompt; give at least one")
+        if stop:
+            self.tokenizer  # noqa: B018  # stop strings need text
+        rows = []
+        for prompt in prompts:
+            ids = self._ids(prompt)
+            stream = TextStream(self.tokenizer, stop) if self.manifest.tokenizer else None
+            rows.append(_Row(ids, len(ids), stream))
+        return rows
+
+    def _ids(self, prompt: Prompt) -> list[int]:
+        ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else [int(i) for i in prompt]
+        if not ids:
+            raise InputError("the prompt is empty; give at least one token")
+        if len(ids) > self.settings.context:
+            raise InputError(
+                f"the prompt has {len(ids)} tokens and the model's context holds {self.settings.context}; "
+                "shorten it"
+            )
+        for index in ids:
+            if not 0 <= index < self.settings.vocabulary:
+                raise InputError(
+                    f"token id {index} is outside the vocabulary of {self.settings.vocabulary} tokens"
+                )
+        return ids
+
+    def _steps(
+        self, rows: list[_Row], max_tokens: int, sampling: Sampling, processors: Sequence[LogitsProcessor]
+    ) -> Iterator[None]:
+        """Generate in place; yields after every token of the rows that are not finished."""
+        if max_tokens < 0:
+            raise InputError(f"max_tokens is {max_tokens}, it must be at least 0")
+        self.statistics = Statistics(prompt_tokens=sum(row.prompt for row in rows))
+        if not max_tokens:
+            for row in rows:
+                row.finish = "length"
+            return
+        chain, streams = [*processors, *sampling.processors()], sampling.streams(len(rows))
+        longest = max(row.prompt for row in rows)
+        clock = time.perf_counter()
+        session = _Session(self, len(rows), longest + min(max_tokens, BLOCK))
+        logits = session.prefill([row.history for row in rows])
+        self.statistics.prefill_seconds = time.perf_counter() - clock
+        clock = time.perf_counter()
+        for count in range(1, max_tokens + 1):
+            if np.isnan(logits.max()):
+                raise TokoptError(f"the model gave NaN at step {count}; its weights or its input are damaged")
+            for process in chain:
+                logits = process([row.history for row in rows], logits)
+            chosen = choose(logits, sampling.temperature, streams)
+            for row, token in zip(rows, chosen, strict=True):
+                if not row.finish:
+                    self._take(row, int(token), last=count == max_tokens)
+            self._note(session, rows, time.perf_counter() - clock)
+            yield
+            if all(row.finish for row in rows):
+                return
+            live = np.array([not row.finish for row in rows])
+            token = np.where(live, [row.history[-1] for row in rows], 0)[:, None]
+            position = np.where(live, [len(row.history) - 1 for row in rows], PADDING)[:, None]
+            logits = session.step(token, position, np.array([-1]))[:, 0]
+
+    def _take(self, row: _Row, token: int, last: bool) -> None:
+        row.history.append(token)
+        ended = token in self.settings.eos
+        if row.stream and not ended:
+            row.pieces.append(row.stream.add(token))
+        if ended or (row.stream and row.stream.stopped):
+            row.finish = "stop"
+        elif last or len(row.history) >= self.settings.context:
+            row.finish = "length"
+        if row.finish and row.stream:
+            row.pieces.append(row.stream.finish())
+
+    def _note(self, session: _Session, rows: list[_Row], seconds: float) -> None:
+        done = self.statistics
+        done.new_tokens = sum(len(row.new) for row in rows)
+        done.decode_seconds = seconds
+        done.cache_slots, done.cache_bytes = session.buffers.slots, session.buffers.nbytes
+
+
+class _Session:
+    """One batch on its way: buffers, how far they are filled, and the programs bound to them."""
+
+    def __init__(self, model: LanguageModel, batch: int, slots: int) -> None:
+        manifest = model.manifest
+        self.buffers = Buffers(manifest.states, batch, _whole_blocks(slots))
+        self.programs = {
+            name: Bound(session, manifest.programs[name], self.buffers)
+            for name, session in model.sessions.items()
+        }
+        self.every, self.since, self.used = model.settings.compact_every, 0, 0
+
+    def prefill(self, prompts: Sequence[Sequence[int]]) -> np.ndarray:
+        """Read the prompts, the shorter ones padded on the left; logits [batch, vocabulary] of their ends."""
+        longest = max(map(len, prompts))
+        tokens = np.zeros((len(prompts), longest), np.int64)
+        positions = np.full((len(prompts), longest), PADDING)
+        for row, ids in enumerate(prompts):
+            tokens[row, longest - len(ids) :] = ids
+            positions[row, longest - len(ids) :] = np.arange(len(ids))
+        logits = np.empty(0)
+        for start in range(0, longest, PREFILL):
+            part = slice(start, start + PREFILL)
+            logits = self._run(tokens[:, part], positions[:, part], np.array([-1]))
+        self.compact()
+        return logits[:, 0]
+
+    def step(self, tokens: np.ndarray, positions: np.ndarray, rows: np.ndarray) -> np.ndarray:
+        """Logits [batch, rows, vocabulary] after new tokens; compacts when it is time."""
+        logits = self._run(tokens, positions, rows)
+        self.since += tokens.shape[1]
+        if self.every and self.since >= self.every:
+            self.compact()
+        return logits
+
+    def compact(self) -> None:
+        """Let the eviction policy drop what it will, and give back the memory."""
+        self.since = 0
+        if "compact" not in self.programs:
+            return
+        self.programs["compact"].run({})
+        self.used = int(self.buffers.read("length").max())
+        self._resize(_whole_blocks(self.used + self.every, self.every))
+
+    def _run(self, tokens: np.ndarray, positions: np.ndarray, rows: np.ndarray) -> np.ndarray:
+        count = tokens.shape[1]
+        if self.used + count > self.buffers.slots:
+            self._resize(_whole_blocks(self.used + count))
+        causal = np.tril(np.ones((count, count), bool))
+        feed = {
+            "tokens": np.ascontiguousarray(tokens),
+            "positions": np.ascontiguousarray(positions),
+            "mask": np.ascontiguousarray(np.broadcast_to(causal, (len(tokens), count, count))),
+            "rows": rows,
+        }
+        self.used += count
+        return self.programs["step"].run(feed)["logits"]
+
+    def _resize(self, slots: int) -> None:
+        if slots != self.buffers.slots:
+            self.buffers.resize(slots)
+            for program in self.programs.values():
+                program.bind()
+
+
+def _whole_blocks(slots: int, block: int = BLOCK) -> int:
+    return -(-slots // max(block, 1)) * max(block, 1)
