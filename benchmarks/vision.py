@@ -57,10 +57,12 @@ class Scale:
     test: int
     classified: tuple[str, ...] | None = None
 
-    def limited(self, match: Sequence[str] | None, train: int | None, test: int | None) -> Scale:
-        """This scale with fewer pipelines or other counts; None leaves a thing as it is."""
-        chosen = tuple(p for p in self.pipelines if match is None or any(text in p for text in match))
-        return replace(self, pipelines=chosen, train=train or self.train, test=test or self.test)
+    def limited(self, options: argparse.Namespace) -> Scale:
+        """This scale with fewer pipelines or batch sizes, or with other counts of images."""
+        chosen = tuple(p for p in self.pipelines if not options.match or any(t in p for t in options.match))
+        batches = tuple(b for b in self.batches if not options.batches or b in options.batches)
+        train, test = options.train or self.train, options.test or self.test
+        return replace(self, pipelines=chosen, batches=batches, train=train, test=test)
 
 
 def with_options(method: str, options: str) -> str:
@@ -392,6 +394,7 @@ def main() -> int:
     parser.add_argument("--quick", action="store_true", help="a smoke run: few images, few rounds, 224 only")
     parser.add_argument("--sizes", type=int, nargs="+", help="measure only these image sizes")
     parser.add_argument("--only", choices=("build", "time", "overhead", "quality"), nargs="+")
+    parser.add_argument("--batches", type=int, nargs="+", help="time only these batch sizes")
     parser.add_argument("--match", nargs="+", help="measure only pipelines that contain one of these texts")
     parser.add_argument("--train", type=int, help="Fashion-MNIST images that the classifier learns from")
     parser.add_argument("--test", type=int, help="Fashion-MNIST images that it is tested on")
@@ -401,7 +404,7 @@ def main() -> int:
     options = parser.parse_args()
     console = Console() if sys.stdout.isatty() else Console(width=150)
     scales = [
-        scale.limited(options.match, options.train, options.test)
+        scale.limited(options)
         for scale in (QUICK if options.quick else FULL)
         if options.sizes is None or scale.size in options.sizes
     ]

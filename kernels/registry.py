@@ -30,6 +30,9 @@ OPS = (
 )
 """Every op of the domain ``tokopt``; ``kernels/<op>/reference.py`` holds its meaning."""
 
+SELECTIONS = ("bipartite_match", "energy_match", "farthest_point", "nearest_kept", "top_tokens")
+"""The ops that choose tokens; their outputs are indices, which a rounding error may change at a near tie."""
+
 
 def _register(name: str) -> None:
     reference = import_module(f"tokopt.kernels.{name}.reference")

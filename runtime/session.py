@@ -13,7 +13,7 @@ import safetensors.numpy
 
 from tokopt.errors import ArtifactError, InputError, MissingDependencyError, TokoptError
 from tokopt.runtime.manifest import Manifest, ProgramEntry, Tensor, file_fault, file_path, read_manifest
-from tokopt.runtime.numerics import OutputCheck, check_output
+from tokopt.runtime.numerics import SELFTEST_LIMITS, OutputCheck, check_output
 
 Provider = str | tuple[str, Mapping[str, object]]
 """The name of an ONNX Runtime execution provider, alone or with its options."""
@@ -96,7 +96,8 @@ class Model:
         """Run the inputs stored in the artifact and compare every output with the one stored."""
         tensors = read_selftest(self.path, self.manifest, "forward")
         outputs = self.run(**tensors[0])
-        return tuple(check_output(name, value, outputs[name]) for name, value in tensors[1].items())
+        limit = SELFTEST_LIMITS[self.manifest.semantics]
+        return tuple(check_output(name, value, outputs[name], limit) for name, value in tensors[1].items())
 
     def __repr__(self) -> str:
         sides = [", ".join(map(_spell, side)) for side in (self.signature.inputs, self.signature.outputs)]

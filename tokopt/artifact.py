@@ -34,7 +34,7 @@ from tokopt.runtime.manifest import (
     file_path,
     read_manifest,
 )
-from tokopt.runtime.numerics import OutputCheck, check_output
+from tokopt.runtime.numerics import SELFTEST_LIMITS, OutputCheck, check_output
 from tokopt.runtime.session import load
 
 if TYPE_CHECKING:
@@ -177,7 +177,7 @@ def _selftest_torch(path: Path, manifest: Manifest, name: str, program: Program)
     expected = _read_tensors(path, manifest, name, "outputs")
     actual = program(*program.example)
     return tuple(
-        check_output(spec.name, _as_numpy(want), _as_numpy(got))
+        check_output(spec.name, _as_numpy(want), _as_numpy(got), SELFTEST_LIMITS[manifest.semantics])
         for spec, want, got in zip(program.outputs, expected, actual, strict=True)
     )
 

@@ -217,7 +217,7 @@ def test_disagreement_is_an_error_that_names_the_output(tmp_path: Path) -> None:
     with torch.no_grad():
         model.a.weight *= 1.01  # the program shares the model's weights, the file does not
     with pytest.raises(
-        LoweringError, match=r"output 'output' of program 'forward' \(batch 3\).* NMSE"
+        LoweringError, match=r"program 'forward' \(batch 3\): output 'output' differs.* NMSE"
     ) as caught:
         check_parity(program, path, "forward")
     assert "\n" not in str(caught.value)

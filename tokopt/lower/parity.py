@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +11,7 @@ import torch
 
 from tokopt.bundle import Program
 from tokopt.errors import LoweringError
+from tokopt.lower.selections import expose_selections, run_with_selections, selects
 from tokopt.runtime.numerics import check_output
 
 Example = tuple[torch.Tensor, ...]
@@ -19,8 +20,9 @@ Example = tuple[torch.Tensor, ...]
 def check_parity(program: Program, path: Path, name: str, *, tolerance: float | None = None) -> None:
     """Compare the ONNX file at ``path`` with ``program`` on the example and other sizes of its named axes.
 
-    ``tolerance`` replaces the largest NMSE that the dtype of an output allows. Raises LoweringError naming
-    the output, its NMSE and the sizes.
+    Where the program chooses tokens and rounding alone made the two choose differently, they are compared
+    again with the same choice (see :mod:`tokopt.lower.selections`). ``tolerance`` replaces the largest NMSE
+    that the dtype of an output allows. Raises LoweringError naming the output, its NMSE and the sizes.
     """
     session = _session(path, name)
     exported = program.exported.module(check_guards=False)
@@ -32,16 +34,49 @@ def check_parity(program: Program, path: Path, name: str, *, tolerance: float | 
             if inputs is program.example:
                 raise
             continue  # the exported program refuses these sizes, so nothing is promised for them
-        actual = _run(session, program, inputs, f"program {name!r}{sizes}")
-        for spec, want, got in zip(program.outputs, expected, actual, strict=True):
-            check = check_output(spec.name, want.numpy(force=True), got, tolerance)
-            if not check.ok:
-                raise LoweringError(
-                    f"output {spec.name!r} of program {name!r}{sizes} differs between ONNX Runtime and the "
-                    f"exported program: NMSE {check.nmse:.2g}, at most {check.limit:.2g} is allowed; if the "
-                    "program compares nearly equal tokens, give capture other example inputs, else report "
-                    "it, or pass check=False"
-                )
+        where = f"program {name!r}{sizes}"
+        actual = _run(session, program, inputs, where)
+        fault = _fault(program, expected, actual, tolerance)
+        if fault and selects(program):
+            fault = _fault_given_selections(program, path, name, inputs, tolerance)
+        if fault:
+            raise LoweringError(f"{where}: {fault}; report it, or pass check=False")
+
+
+def _fault(
+    program: Program, expected: Sequence[torch.Tensor], actual: list[np.ndarray], tolerance: float | None
+) -> str | None:
+    """The first output that differs by more than its dtype allows."""
+    for spec, want, got in zip(program.outputs, expected, actual, strict=True):
+        check = check_output(spec.name, want.numpy(force=True), got, tolerance)
+        if not check.ok:
+            return (
+                f"output {spec.name!r} differs between ONNX Runtime and the exported program: NMSE "
+                f"{check.nmse:.2g}, at most {check.limit:.2g} is allowed"
+            )
+    return None
+
+
+def _fault_given_selections(
+    program: Program, path: Path, name: str, inputs: Example, tolerance: float | None
+) -> str | None:
+    """The first output or selection that still differs when both forms choose the same tokens."""
+    copy, names = expose_selections(path)
+    try:
+        session = _session(copy, name)
+    finally:
+        copy.unlink()
+    every = [value.name for value in session.get_outputs()]
+    found = dict(zip(every, _run(session, program, inputs, f"program {name!r}", every), strict=True))
+    given = [[found[output] for output in outputs] for outputs in names]
+    expected, selections = run_with_selections(program, inputs, given)
+    for selection in selections:
+        if not selection.ok:
+            return (
+                f"{selection.name} chooses differently for {selection.different} of {selection.tokens} tokens "
+                "in ONNX Runtime and the exported program"
+            )
+    return _fault(program, expected, [found[spec.name] for spec in program.outputs], tolerance)
 
 
 def resized_examples(program: Program) -> Iterator[tuple[str, Example]]:
@@ -93,11 +128,17 @@ def _session(path: Path, name: str) -> onnxruntime.InferenceSession:
 
 
 def _run(
-    session: onnxruntime.InferenceSession, program: Program, inputs: Example, where: str
+    session: onnxruntime.InferenceSession,
+    program: Program,
+    inputs: Example,
+    where: str,
+    outputs: Sequence[str] | None = None,
 ) -> list[np.ndarray]:
+    """The values of ``outputs``, by default those of the program."""
+    outputs = outputs or [spec.name for spec in program.outputs]
     feed = {spec.name: tensor.numpy(force=True) for spec, tensor in zip(program.inputs, inputs, strict=True)}
     try:
-        return [np.asarray(value) for value in session.run([spec.name for spec in program.outputs], feed)]
+        return [np.asarray(value) for value in session.run(outputs, feed)]
     except Exception as error:  # ONNX Runtime raises several unrelated classes
         raise LoweringError(f"ONNX Runtime fails on {where}: {_line(error)}; report it") from error
 

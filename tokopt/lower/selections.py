@@ -1,0 +1,118 @@
+"""Compare two forms of a program that chooses tokens, when rounding made them choose differently.
+
+Among many tokens some are nearly equally good, and two engines that round differently take different ones;
+everything after the choice then differs, although both are right. So the ONNX form runs with its selections as
+further outputs, and the exported program runs again with each of its selections replaced by the ONNX one:
+all arithmetic must agree as closely as ever, and the selections themselves on nearly all tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+import torch
+from torch import Tensor
+from torch.fx import Interpreter, Node
+
+from tokopt.bundle import Program
+from tokopt.kernels import SELECTIONS, ops
+
+DIFFERENT = 0.02
+"""The largest share of tokens on which two forms of one selection may differ, beside :data:`SLACK`."""
+
+SLACK = 2
+"""Tokens on which a selection may differ in any case: one pair that changed places."""
+
+
+@dataclass(frozen=True)
+class Selection:
+    """One selection in both forms: the tokens that fared differently, out of ``tokens``."""
+
+    name: str
+    different: int
+    tokens: int
+
+    @property
+    def ok(self) -> bool:
+        """Whether near ties explain the difference."""
+        return self.different <= SLACK + DIFFERENT * self.tokens
+
+
+def selects(program: Program) -> bool:
+    """Whether the program chooses tokens."""
+    return any(_selection(node) for node in program.exported.graph.nodes)
+
+
+def expose_selections(path: Path) -> tuple[Path, list[list[str]]]:
+    """A copy of the ONNX file beside it whose selections are outputs; returns it and their names, in order."""
+    model = ir.load(path)
+    names = []
+    for node in model.graph:
+        if node.domain == "tokopt" and node.op_type in SELECTIONS:
+            names.append([str(value.name) for value in node.outputs])
+            known = {value.name for value in model.graph.outputs}
+            model.graph.outputs.extend(value for value in node.outputs if value.name not in known)
+    copy = path.with_name(f"{path.stem}-selections.onnx")
+    ir.save(model, copy)
+    return copy, names
+
+
+@dataclass
+class _Forced(Interpreter):
+    """Runs a graph with its selections replaced by ``given``, and compares each with its own."""
+
+    module: torch.fx.GraphModule
+    given: Iterator[list[Tensor]]
+    compared: list[Selection] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        super().__init__(self.module)
+
+    def run_node(self, n: Node) -> Any:
+        own = super().run_node(n)
+        if not _selection(n):
+            return own
+        forced = next(self.given)
+        outputs = list(own) if isinstance(own, (tuple, list)) else [own]
+        self.compared.append(_compare(n.name, outputs, forced))
+        return tuple(forced) if isinstance(own, (tuple, list)) else forced[0]
+
+
+def run_with_selections(
+    program: Program, inputs: tuple[Tensor, ...], selections: list[list[np.ndarray]]
+) -> tuple[list[Tensor], list[Selection]]:
+    """The exported program's outputs under the given selections, and how its own ones differ."""
+    given = iter([[torch.from_numpy(array) for array in arrays] for arrays in selections])
+    forced = _Forced(program.exported.module(check_guards=False), given)
+    with torch.no_grad():
+        outputs = forced.run(*inputs)
+    return list(outputs), forced.compared
+
+
+def _selection(node: Node) -> bool:
+    return node.op == "call_function" and node.target in {getattr(ops, name).default for name in SELECTIONS}
+
+
+def _compare(name: str, own: list[Tensor], given: list[Tensor]) -> Selection:
+    a, b = _fate(own), _fate(given)
+    different = a.numel() if a.shape != b.shape else int((a != b).sum())
+    return Selection(name, different, a.numel())
+
+
+def _fate(outputs: list[Tensor]) -> Tensor:
+    """What becomes of every token [batch, tokens]: itself if kept, -1 if dropped, else what it merges into.
+
+    Independent of the order in which a selection lists its tokens. A selection of destinations alone is its
+    own fate.
+    """
+    if len(outputs) == 1:
+        return outputs[0]
+    keep, drop = outputs[:2]
+    target = keep.gather(1, outputs[2]) if len(outputs) > 2 else torch.full_like(drop, -1)
+    fate = torch.full((keep.shape[0], keep.shape[1] + drop.shape[1]), -1)
+    return fate.scatter(1, keep, keep).scatter(1, drop, target)
