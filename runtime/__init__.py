@@ -5,7 +5,22 @@
 """
 
 from tokopt.errors import ArtifactError, InputError
-from tokopt.runtime.manifest import Manifest
+from tokopt.runtime.language import Generated, LanguageModel, Statistics
+from tokopt.runtime.manifest import Generation, Manifest
+from tokopt.runtime.sampling import LogitsProcessor, Sampling
 from tokopt.runtime.session import Model, Outputs, load
 
-__all__ = ["ArtifactError", "InputError", "Manifest", "Model", "Outputs", "load"]
+__all__ = [
+    "ArtifactError",
+    "Generated",
+    "Generation",
+    "InputError",
+    "LanguageModel",
+    "LogitsProcessor",
+    "Manifest",
+    "Model",
+    "Outputs",
+    "Sampling",
+    "Statistics",
+    "load",
+]

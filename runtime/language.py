@@ -13,7 +13,9 @@ import onnxruntime
 
 from tokopt.errors import InputError, TokoptError
 from tokopt.runtime.manifest import Manifest, file_path
+from tokopt.runtime.numerics import OutputCheck
 from tokopt.runtime.sampling import LogitsProcessor, Sampling, choose
+from tokopt.runtime.selftest import run_selftest
 from tokopt.runtime.state import BLOCK, Bound, Buffers
 from tokopt.runtime.text import TextStream, Tokenizer, render_chat
 
@@ -175,6 +177,13 @@ class LanguageModel:
             norm = (peak + np.log(np.exp(logits - peak).sum(axis=-1, keepdims=True)))[:, 0]
             found.append(logits[np.arange(len(following)), following] - norm[: len(following)])
         return np.concatenate(found)
+
+    def selftest(self) -> dict[str, tuple[OutputCheck, ...]]:
+        """Run every program on the inputs stored in the artifact; its outputs compared with those stored."""
+        return {
+            name: run_selftest(self.path, self.manifest, name, session)
+            for name, session in self.sessions.items()
+        }
 
     def __repr__(self) -> str:
         return f"<LanguageModel {self.path.name}: {len(self.manifest.states) // 2 - 1} layers>"

@@ -28,6 +28,7 @@ DTYPES = frozenset(
 )
 SEMANTICS = ("exact", "lossless", "approximate")
 TASKS = ("encoder", "causal-lm")
+_MAIN = {"encoder": "forward", "causal-lm": "step"}  # the program that every artifact of a task has
 ROLES = ("input", "tokens", "positions", "mask", "state", "output", "logits", "score")
 
 _MAX_MANIFEST_BYTES = 16 * 2**20
@@ -277,6 +278,11 @@ def _check_links(manifest: Manifest) -> None:
     """Names that refer to other entries must refer to something."""
     if not manifest.programs:
         raise _Invalid("programs is empty")
+    main = _MAIN[manifest.task]
+    if main not in manifest.programs:
+        raise _Invalid(f"programs lacks {main!r}, which {manifest.task} artifacts have")
+    if (manifest.generation is None) != (manifest.task == "encoder"):
+        raise _Invalid(f"generation does not fit the task {manifest.task}")
     for name in manifest.files:
         _relative(name, "files")
     used = [

@@ -8,12 +8,12 @@ from typing import Any
 
 import numpy as np
 import onnxruntime
-import safetensors
-import safetensors.numpy
 
 from tokopt.errors import ArtifactError, InputError, MissingDependencyError, TokoptError
+from tokopt.runtime.language import LanguageModel
 from tokopt.runtime.manifest import Manifest, ProgramEntry, Tensor, file_fault, file_path, read_manifest
-from tokopt.runtime.numerics import SELFTEST_LIMITS, OutputCheck, check_output
+from tokopt.runtime.numerics import OutputCheck
+from tokopt.runtime.selftest import run_selftest
 
 Provider = str | tuple[str, Mapping[str, object]]
 """The name of an ONNX Runtime execution provider, alone or with its options."""
@@ -27,8 +27,11 @@ def load(
     providers: Sequence[Provider] | None = None,
     threads: int | None = None,
     verify: bool = True,
-) -> Model:
+) -> Any:
     """Load an artifact directory written by ``tokopt.export(..., target="onnx")``.
+
+    An encoder is loaded as a :class:`Model`, a causal language model as a
+    :class:`~tokopt.runtime.language.LanguageModel`.
 
     ``providers`` are ONNX Runtime execution providers in order of preference, by default the CPU alone;
     ``threads`` bounds the threads of one operator (default: all cores). ``verify=False`` skips the SHA-256 of
@@ -40,20 +43,22 @@ def load(
     """
     folder = Path(path)
     manifest = read_manifest(folder)
-    program = manifest.programs.get("forward")
-    if program is None or manifest.states:
-        raise ArtifactError(f"{folder} is a {manifest.task} artifact with state; load runs encoders only")
-    if "onnx" not in program.files:
-        raise ArtifactError(
-            f"{folder} holds no ONNX program, only {', '.join(program.files)}; open it with "
-            "tokopt.open_bundle, or export the bundle with target='onnx'"
-        )
-    for name, entry in manifest.files.items() if verify else ():
-        if fault := file_fault(folder, name, entry):
+    for name, entry in manifest.programs.items():
+        if "onnx" not in entry.files:
+            raise ArtifactError(
+                f"{folder} holds no ONNX form of program {name!r}, only {', '.join(entry.files)}; open it with "
+                "tokopt.open_bundle, or export the bundle with target='onnx'"
+            )
+    for name, file in manifest.files.items() if verify else ():
+        if fault := file_fault(folder, name, file):
             raise ArtifactError(fault)
-    return Model(
-        folder, manifest, program, _session(file_path(folder, program.files["onnx"]), providers, threads)
-    )
+    sessions = {
+        name: _session(file_path(folder, entry.files["onnx"]), providers, threads)
+        for name, entry in manifest.programs.items()
+    }
+    if manifest.task == "causal-lm":
+        return LanguageModel(folder, manifest, sessions)
+    return Model(folder, manifest, manifest.programs["forward"], sessions["forward"])
 
 
 class Model:
@@ -94,10 +99,7 @@ class Model:
 
     def selftest(self) -> tuple[OutputCheck, ...]:
         """Run the inputs stored in the artifact and compare every output with the one stored."""
-        tensors = read_selftest(self.path, self.manifest, "forward")
-        outputs = self.run(**tensors[0])
-        limit = SELFTEST_LIMITS[self.manifest.semantics]
-        return tuple(check_output(name, value, outputs[name], limit) for name, value in tensors[1].items())
+        return run_selftest(self.path, self.manifest, "forward", self.session)
 
     def __repr__(self) -> str:
         sides = [", ".join(map(_spell, side)) for side in (self.signature.inputs, self.signature.outputs)]
@@ -183,24 +185,6 @@ class Outputs(Mapping[str, np.ndarray]):
 
     def __repr__(self) -> str:
         return "Outputs(" + ", ".join(f"{k}={v.dtype}{list(v.shape)}" for k, v in self.items()) + ")"
-
-
-def read_selftest(
-    folder: Path, manifest: Manifest, program: str
-) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
-    """The stored inputs and expected outputs of a program; raises ArtifactError."""
-    if manifest.selftest is None:
-        raise ArtifactError(f"{folder} has no self-test; export the artifact again")
-    path = file_path(folder, manifest.selftest)
-    entry = manifest.programs[program]
-    try:
-        tensors = safetensors.numpy.load_file(path)
-        return (
-            {tensor.name: tensors[f"{program}/inputs/{tensor.name}"] for tensor in entry.inputs},
-            {tensor.name: tensors[f"{program}/outputs/{tensor.name}"] for tensor in entry.outputs},
-        )
-    except (safetensors.SafetensorError, KeyError, ValueError, OSError) as error:
-        raise ArtifactError(f"{path} is damaged ({error}); copy or export the artifact again") from error
 
 
 def _session(

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from tokopt.artifact import export, open_bundle, verify
     from tokopt.bundle import AppliedPass, AxisRange, Bundle, Program, State, TensorSpec
+    from tokopt.causal_lm import capture_lm
     from tokopt.errors import TokoptError
     from tokopt.frontend import capture
     from tokopt.pipeline import Context, Pass, PassResult, Pipeline, optimize, parse
@@ -22,6 +23,7 @@ __version__ = "0.1.0"
 
 _HOME = {
     "capture": "tokopt.frontend",
+    "capture_lm": "tokopt.causal_lm",
     "optimize": "tokopt.pipeline",
     "parse": "tokopt.pipeline",
     "Pipeline": "tokopt.pipeline",
@@ -53,6 +55,7 @@ __all__ = [
     "TensorSpec",
     "TokoptError",
     "capture",
+    "capture_lm",
     "export",
     "open_bundle",
     "optimize",

@@ -168,7 +168,8 @@ def verify(path: str | Path) -> VerifyReport:
 
 def _selftest(path: Path, manifest: Manifest) -> dict[str, tuple[OutputCheck, ...]]:
     if all("onnx" in entry.files for entry in manifest.programs.values()):
-        return {"forward": load(path, verify=False).selftest()}
+        found = load(path, verify=False).selftest()
+        return found if isinstance(found, dict) else {"forward": found}
     bundle = open_bundle(path)
     return {name: _selftest_torch(path, manifest, name, p) for name, p in bundle.programs.items()}
 

@@ -137,6 +137,11 @@ class Bundle:
         return self.programs["forward"]
 
     @property
+    def main(self) -> Program:
+        """The program that does the work: ``forward`` of an encoder, ``step`` of a language model."""
+        return self.programs["forward" if self.task == "encoder" else "step"]
+
+    @property
     def semantics(self) -> Semantics:
         """The weakest class among the passes that changed something."""
         return weakest([step.semantics for step in self.history if step.matches])

@@ -125,16 +125,8 @@ class _Step(nn.Module):
         super().__init__()
         self.decoder, self.windows, self.plain = decoder, tuple(windows), plain
 
-    def forward(
-        self,
-        tokens: Tensor,
-        positions: Tensor,
-        mask: Tensor,
-        rows: Tensor,
-        length: Tensor,
-        slots: Tensor,
-        *cache: Tensor,
-    ) -> tuple[Tensor, ...]:
+    def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
+        tokens, positions, mask, rows, length, slots, *cache = tensors
         masks = {w: ops.cache_mask(slots, positions, mask, length, w) for w in self.windows}
         held = ops.cache_write(slots[..., None], positions[..., None], length)[..., 0]
         store = _Slots(length, cache)

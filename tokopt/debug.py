@@ -23,9 +23,9 @@ class Difference:
 
 def differences(before: Bundle, after: Bundle) -> tuple[Difference, ...]:
     """Compare the outputs of two bundles' ``forward`` on the first one's example inputs."""
-    inputs = before.forward.example
-    wanted, got = before.forward(*inputs), after.forward(*inputs)
-    names = [spec.name for spec in before.forward.outputs]
+    inputs = before.main.example
+    wanted, got = before.main(*inputs), after.main(*inputs)
+    names = [spec.name for spec in before.main.outputs]
     return tuple(_difference(n, w, g) for n, w, g in zip(names, wanted, got, strict=True))
 
 

@@ -34,7 +34,8 @@ def cache_mask(past: BOOL, new: BOOL, length: INT64) -> BOOL:
     written = op.And(op.GreaterOrEqual(column, 0), op.Less(column, tokens))
     inside = op.Unsqueeze(op.Min(op.Max(column, 0), tokens - 1), [1])
     moved = op.GatherElements(sees, op.Expand(inside, op.Concat([1], tokens, [1], axis=0)), axis=2)
-    return op.Where(op.Unsqueeze(written, [1, 2]), op.Unsqueeze(moved, [1]), past)
+    here = op.Unsqueeze(written, [1, 2])  # ONNX Runtime has no Where of booleans
+    return op.Or(op.And(here, op.Unsqueeze(moved, [1])), op.And(op.Not(here), past))
 
 
 FUNCTIONS = (full_view, sliding_view, cache_mask)

@@ -59,6 +59,33 @@ def side(*shape: str | int, dtype: torch.dtype = torch.float32) -> dict[str, Cal
     return {"x": make}
 
 
+def cache_world(*slots: str | int) -> dict[str, Callable[[dict], Tensor]]:
+    """A cache of as many slots as there are tokens, and r + 1 new tokens; ``slots`` is the shape of slots."""
+
+    def sizes(world: dict) -> tuple[int, int, int]:
+        return *world["size"].shape, world["r"] + 1
+
+    def floats(world: dict, count: int) -> Tensor:
+        return torch.randn(sizes(world)[0], 3, count, 4, generator=world["generator"])
+
+    def integers(world: dict, low: int, high: int, *shape: int) -> Tensor:
+        return torch.randint(low, high, shape, generator=world["generator"])
+
+    def held(world: dict) -> Tensor:
+        batch, capacity, _ = sizes(world)
+        named = {"batch": batch, "slots": capacity}
+        return integers(world, -1, 9, *(named[a] if isinstance(a, str) else a for a in slots))
+
+    return {
+        "cache": lambda world: floats(world, sizes(world)[1]),
+        "new": lambda world: floats(world, sizes(world)[2]),
+        "length": lambda world: integers(world, 0, sizes(world)[1] - world["r"], sizes(world)[0]),
+        "slots": held,
+        "positions": lambda world: integers(world, -1, 12, sizes(world)[0], sizes(world)[2]),
+        "own": lambda world: integers(world, 0, 2, sizes(world)[0], sizes(world)[2], sizes(world)[2]).bool(),
+    }
+
+
 CASES = (
     Case("bipartite_match", {"prefix": 0}),
     Case("bipartite_match", {"prefix": 1}),
@@ -73,6 +100,10 @@ CASES = (
     Case("merge_tokens"),
     Case("source_map"),
     Case("log_size"),
+    Case("cache_write", inputs=cache_world("batch", "slots"), most=lambda free: free - 1),
+    Case("cache_mask", {"window": 0}, inputs=cache_world("batch", "slots"), most=lambda free: free - 1),
+    Case("cache_mask", {"window": 4}, inputs=cache_world("batch", "slots"), most=lambda free: free - 1),
+    Case("cache_mask", {"window": 4}, inputs=cache_world("batch", 2, "slots"), most=lambda free: free - 1),
     Case("gather_tokens", {"dim": 1}),
     Case("gather_tokens", {"dim": 1}, inputs=side(1, "tokens", 4)),
     Case("gather_tokens", {"dim": 2}, inputs=side(1, 3, "tokens", 4, dtype=torch.int64)),

@@ -150,3 +150,26 @@ def source_map(keep: np.ndarray, drop: np.ndarray, dest: np.ndarray) -> np.ndarr
 def log_size(size: np.ndarray) -> np.ndarray:
     tiny = float(np.finfo(np.float32).tiny)
     return np.log(np.maximum(size.astype(np.float64), tiny))[:, None, None, :]
+
+
+def cache_write(cache: np.ndarray, new: np.ndarray, length: np.ndarray) -> np.ndarray:
+    result = cache.copy()
+    for row, start in enumerate(length):
+        for i in range(new.shape[-2]):
+            result[row, ..., start + i, :] = new[row, ..., i, :]
+    return result
+
+
+def cache_mask(
+    slots: np.ndarray, positions: np.ndarray, own: np.ndarray, length: np.ndarray, window: int
+) -> np.ndarray:
+    batch, tokens = positions.shape
+    held = slots.reshape(batch, -1, slots.shape[-1])
+    result = np.zeros((batch, held.shape[1], tokens, held.shape[2]), bool)
+    for b, head, query, slot in np.ndindex(result.shape):
+        new = slot - length[b]
+        inside = 0 <= new < tokens
+        at = positions[b, new] if inside else held[b, head, slot]
+        seen = at >= 0 and (not window or positions[b, query] - at < window)
+        result[b, head, query, slot] = query == new or (seen and (not inside or own[b, query, new]))
+    return result

@@ -28,6 +28,12 @@ BAD = {
         lambda: ops.bipartite_match(SIZE, SIZE, 1, 1),
         "metric must be [batch, tokens",
     ),
+    "cache rank": (lambda: ops.cache_write(METRIC, X[0], INDEX[:, 0]), "cache and new must be [batch"),
+    "mask rank": (lambda: ops.cache_mask(X, INDEX, INDEX, INDEX[:, 0], 0), "slots must be [batch, slots]"),
+    "window negative": (
+        lambda: ops.cache_mask(INDEX, INDEX, INDEX[:, :, None] > 0, INDEX[:, 0], -1),
+        "window=-1 is negative",
+    ),
     "other tokens": (
         lambda: ops.energy_match(METRIC, SIZE[:, 1:], 1, 1, 0.5),
         "tokens=9 and size",

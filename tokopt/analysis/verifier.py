@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from torch.fx import Node
 
-from tokopt.analysis.graph import dtype_name
-from tokopt.bundle import Bundle, Program
+from tokopt.analysis.graph import dtype_name, is_call, value_users
+from tokopt.bundle import Bundle, Program, State
 from tokopt.errors import PassError
+from tokopt.kernels import ops
 
 
 def verify_bundle(bundle: Bundle) -> None:
@@ -21,13 +22,45 @@ def verify_bundle(bundle: Bundle) -> None:
             _verify_program(program)
         except (AssertionError, RuntimeError, ValueError) as error:
             raise PassError(f"program {name!r} is not well-formed: {error}") from error
-    outputs = {spec.name for p in bundle.programs.values() for spec in p.outputs}
-    inputs = {spec.name for p in bundle.programs.values() for spec in p.inputs}
     for state in bundle.states:
+        _verify_state(bundle, state)
+
+
+def _verify_state(bundle: Bundle, state: State) -> None:
+    """A state is an input and an output of some program, of one dtype and one shape everywhere.
+
+    One that is written in place is read by nothing but the ``cache_write`` that makes its next value: any
+    other reader might see the new entries before or after they are written.
+    """
+    wired = False
+    for name, program in bundle.programs.items():
+        inputs = {spec.name: spec for spec in program.inputs}
+        outputs = {spec.name: spec for spec in program.outputs}
         if state.name not in inputs or state.output not in outputs:
-            raise PassError(
-                f"state {state.name!r} is not wired: no such input, or no output {state.output!r}"
-            )
+            continue
+        wired = True
+        for spec in (inputs[state.name], outputs[state.output]):
+            if (spec.dtype, spec.axes) != (state.dtype, state.axes):
+                raise PassError(
+                    f"program {name!r}: {spec.name!r} is {spec.dtype}{list(spec.axes)}, the state is "
+                    f"{state.dtype}{list(state.axes)}"
+                )
+        if state.in_place and not _is_written_in_place(program, state):
+            raise PassError(f"program {name!r}: the state {state.name!r} is not only written in place")
+    if not wired:
+        raise PassError(
+            f"state {state.name!r} is not wired: no such input, or no output {state.output!r}"
+        )
+
+
+def _is_written_in_place(program: Program, state: State) -> bool:
+    signature = program.exported.graph_signature
+    index = [spec.name for spec in program.inputs].index(state.name)
+    cache = next(n for n in program.exported.graph.nodes if n.name == signature.user_inputs[index])
+    result = program.exported.graph.output_node().args[0]
+    assert isinstance(result, (tuple, list))
+    written = result[[spec.name for spec in program.outputs].index(state.output)]
+    return is_call(written, ops.cache_write) and written.args[0] is cache and value_users(cache) == [written]
 
 
 def _verify_program(program: Program) -> None:

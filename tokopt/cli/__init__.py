@@ -138,6 +138,30 @@ def _parser() -> argparse.ArgumentParser:
     )
     _threads(p)
 
+    p = verb(
+        "generate",
+        "continue a prompt with a language model",
+        'tokopt generate smollm2.tokopt "Name three colours." --chat --stream',
+    )
+    p.add_argument("artifact", metavar="ARTIFACT")
+    p.add_argument("prompt", metavar="PROMPT")
+    p.add_argument("--stream", action="store_true", help="show the text as it comes")
+    p.add_argument("--chat", action="store_true", help="the prompt is a message; use the chat template")
+    p.add_argument("--max-tokens", type=_positive, default=128, metavar="N", help="default: 128")
+    p.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end before this text")
+    for name, default, summary in (
+        ("temperature", 0.0, "0 (the default) is greedy"),
+        ("top-p", 1.0, "draw from the likeliest tokens of this mass"),
+        ("min-p", 0.0, "draw from tokens this likely, relative to the likeliest"),
+        ("typical-p", 1.0, "locally typical sampling: mass"),
+        ("top-h", 0.0, "Top-H sampling: share of the entropy"),
+        ("repetition-penalty", 1.0, "above 1: avoid tokens that were there before"),
+    ):
+        p.add_argument(f"--{name}", type=float, default=default, metavar="X", help=summary)
+    p.add_argument("--top-k", type=int, default=0, metavar="K", help="draw from the K likeliest tokens")
+    p.add_argument("--seed", type=int, metavar="N", help="repeat the same draws")
+    _threads(p)
+
     p = verb("verify", "check an artifact's hashes and run its self-test", "tokopt verify vit.tokopt")
     p.add_argument("artifact", metavar="ARTIFACT")
 

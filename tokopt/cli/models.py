@@ -56,6 +56,9 @@ def read_bundle(name: str, options: ExampleOptions | None = None) -> Bundle:
         return tokopt.open_bundle(path)
     if path.suffix == ".pt2" and path.is_file():
         return tokopt.capture(path)
+    if (path / "config.json").is_file() and options.model_class is None and _is_language_model(path):
+        require("transformers", "hf")
+        return tokopt.capture_lm(path)
     if (path / "config.json").is_file():
         found = _hugging_face(path, options)
     elif ":" in name and not path.exists():
@@ -73,6 +76,11 @@ def read_bundle(name: str, options: ExampleOptions | None = None) -> Bundle:
         ranges=found.ranges,
         tokenizer=found.tokenizer,
     )
+
+
+def _is_language_model(folder: Path) -> bool:
+    names = json.loads((folder / "config.json").read_text()).get("architectures") or []
+    return any(name.endswith(("ForCausalLM", "LMHeadModel")) for name in names)
 
 
 def require(package: str, extra: str) -> None:

@@ -15,7 +15,7 @@ import numpy as np
 from tokopt.errors import ArtifactError, InputError, TokoptError
 from tokopt.runtime import load
 from tokopt.runtime.manifest import Manifest, ProgramEntry, read_manifest
-from tokopt.runtime.session import read_selftest
+from tokopt.runtime.selftest import read_selftest
 
 Feed = dict[str, np.ndarray]
 
@@ -53,7 +53,7 @@ def open_runner(path: str | Path, threads: int | None = None) -> Runner:
     folder = Path(path)
     manifest = read_manifest(folder)
     if "forward" not in manifest.programs:
-        raise ArtifactError(f"{folder} is a {manifest.task} artifact without the program 'forward'")
+        raise ArtifactError(f"{folder} is a language model; use it with: tokopt generate {folder} PROMPT")
     if "onnx" in manifest.programs["forward"].files:
         model = load(folder, threads=threads)
         return Runner(folder, manifest, lambda feed: model.run(**feed))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import statistics
+import sys
 from argparse import Namespace
 from itertools import pairwise
 from pathlib import Path
@@ -27,7 +28,7 @@ def capture(args: Namespace, screen: Screen) -> int:
     with screen.step(f"Capturing {args.model}"):
         bundle = read_bundle(args.model, options)
         path = tokopt.export(bundle, args.output, target="torch")
-    program = bundle.forward
+    program = bundle.main
     screen.line(f"{path}: {_spell(program.inputs)} -> {_spell(program.outputs)}")
     screen.finish({"artifact": path, "inputs": _specs(program.inputs), "outputs": _specs(program.outputs)})
     return OK
@@ -77,7 +78,7 @@ def inspect(args: Namespace, screen: Screen) -> int:
         from tokopt.analysis.cost import program_cost
         from tokopt.cli.blocks import describe_blocks
 
-        program = bundle.forward
+        program = bundle.main
         blocks, cost = describe_blocks(program), program_cost(program)
     screen.line(f"{_spell(program.inputs)} -> {_spell(program.outputs)}")
     screen.line(f"passes: {bundle.pipeline or 'none'} ({bundle.semantics})")
@@ -124,15 +125,15 @@ def estimate(args: Namespace, screen: Screen) -> int:
     pipeline = as_pipeline(args.pipeline)
     with screen.step(f"Estimating {pipeline}"):
         bundle, machine = read_bundle(args.artifact), measure_machine()
-        seconds = [predict_seconds(bundle.forward, machine)]
-        watch = Context(observers=(lambda _, __, new: seconds.append(predict_seconds(new.forward, machine)),))
+        seconds = [predict_seconds(bundle.main, machine)]
+        watch = Context(observers=(lambda _, __, new: seconds.append(predict_seconds(new.main, machine)),))
         report = pipeline.run(bundle, watch)[1]
     _show_report(report, screen)
     speedups = [before / after for before, after in pairwise(seconds)]
     for record, speedup in zip(report.records, speedups, strict=True):
         screen.line(f"{record.text}: predicted speed-up {speedup:.2f}x")
     total = seconds[0] / seconds[-1]
-    sizes = f"the example's sizes {[list(t.shape) for t in bundle.forward.example]}"
+    sizes = f"the example's sizes {[list(t.shape) for t in bundle.main.example]}"
     screen.line(f"{_verdict(total)} (roofline of this machine's CPU at {sizes}; tokopt bench measures)")
     records = [
         {**dataclasses.asdict(record), "predicted_speedup": speedup}
@@ -191,6 +192,43 @@ def _save(path: Path, outputs: dict) -> None:
         else:
             np.savez(stream, **outputs)
     partial.replace(path)
+
+
+def generate(args: Namespace, screen: Screen) -> int:
+    """Continue a prompt, or answer it as one message of a conversation."""
+    from tokopt.runtime import LanguageModel, Sampling, load
+
+    model = load(args.artifact, threads=args.threads)
+    if not isinstance(model, LanguageModel):
+        raise InputError(f"{args.artifact} is no language model; run it with: tokopt run {args.artifact}")
+    sampling = Sampling(
+        args.temperature,
+        args.top_k,
+        args.top_p,
+        args.min_p,
+        args.typical_p,
+        args.top_h,
+        args.repetition_penalty,
+        args.seed,
+    )
+    prompt = model.chat_prompt([{"role": "user", "content": args.prompt}]) if args.chat else args.prompt
+    pieces = []
+    for piece in model.stream(prompt, max_tokens=args.max_tokens, sampling=sampling, stop=args.stop):
+        pieces.append(piece)
+        if args.stream and not args.json:
+            print(piece, end="", flush=True)
+    text, done = "".join(pieces), model.statistics
+    screen.line("" if args.stream else text)
+    if sys.stderr.isatty():
+        print(
+            f"{done.new_tokens} tokens, {done.tokens_per_second:.1f} tokens/s, prefill "
+            f"{1e3 * done.prefill_seconds:.0f} ms, cache {done.cache_slots} slots, {si(done.cache_bytes)}B",
+            file=sys.stderr,
+        )
+    screen.finish(
+        {"text": text, **dataclasses.asdict(done), "tokens_per_second": done.tokens_per_second}
+    )
+    return OK
 
 
 def verify(args: Namespace, screen: Screen) -> int:

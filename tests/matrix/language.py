@@ -1,0 +1,50 @@
+"""Artifacts of the decoder zoo, exported once per process."""
+
+from __future__ import annotations
+
+import tempfile
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import torch
+
+import tokopt
+from tests.zoo.decoders import DECODERS, VOCABULARY
+from tokopt.bundle import Bundle
+from tokopt.causal_lm import capture_lm
+from tokopt.runtime import LanguageModel, load
+
+
+@cache
+def model(name: str) -> torch.nn.Module:
+    return DECODERS[name]()
+
+
+@cache
+def bundle(name: str) -> Bundle:
+    return capture_lm(model(name), generation=getattr(model(name), "generation", None))
+
+
+@cache
+def artifact(name: str, passes: str = "") -> LanguageModel:
+    made = tokopt.optimize(bundle(name), passes) if passes else bundle(name)
+    path = Path(tempfile.mkdtemp()) / "model.tokopt"
+    tokopt.export(made, path, target="onnx")
+    return load(path, threads=1)
+
+
+def prompt(length: int, seed: int = 0) -> list[int]:
+    return np.random.default_rng(seed).integers(0, VOCABULARY, length).tolist()
+
+
+def reference(name: str, ids: list[int], count: int) -> list[int]:
+    """Greedy tokens of the model itself: transformers' ``generate``, or the whole text again every time."""
+    decoder = model(name)
+    if hasattr(decoder, "greedy"):
+        return decoder.greedy(ids, count)  # type: ignore[operator]
+    with torch.no_grad():
+        made = decoder.generate(  # type: ignore[operator]
+            torch.tensor([ids]), max_new_tokens=count, do_sample=False, pad_token_id=0
+        )
+    return made[0, len(ids) :].tolist()

@@ -1,0 +1,118 @@
+"""Small random-weight causal language models of every family that ``capture_lm`` must handle."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from tokopt.causal_lm import Cache
+from tokopt.runtime import Generation
+
+VOCABULARY, CONTEXT, WINDOW = 97, 320, 7
+
+SHAPE: dict[str, Any] = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 48,
+    "intermediate_size": 80,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": CONTEXT,
+    "bos_token_id": 1,
+    "eos_token_id": None,
+    "pad_token_id": None,
+}
+GROUPED = {**SHAPE, "num_key_value_heads": 2}
+
+
+def _hugging_face(family: str, **settings: Any) -> Callable[[], nn.Module]:
+    def build() -> nn.Module:
+        import transformers
+
+        torch.manual_seed(0)
+        config = getattr(transformers, f"{family}Config")(**settings)
+        model = getattr(transformers, f"{family}ForCausalLM")(config)
+        model.generation_config.eos_token_id = None
+        for parameter in model.parameters():  # the usual 0.02 makes every text the same token
+            parameter.data.mul_(4 if parameter.ndim > 1 else 1)
+        return model.eval().requires_grad_(False)
+
+    return build
+
+
+class HandWritten(nn.Module):
+    """What a user writes: learned positions, fused projections, attention over what the cache returns."""
+
+    generation = Generation(context=CONTEXT, vocabulary=VOCABULARY)
+
+    def __init__(self, hidden: int = 48, heads: int = 3, layers: int = 2) -> None:
+        super().__init__()
+        self.heads = heads
+        self.embed, self.place = nn.Embedding(VOCABULARY, hidden), nn.Embedding(CONTEXT, hidden)
+        self.qkv = nn.ModuleList(nn.Linear(hidden, 3 * hidden) for _ in range(layers))
+        self.out = nn.ModuleList(nn.Linear(hidden, hidden) for _ in range(layers))
+        self.norm = nn.ModuleList(nn.LayerNorm(hidden) for _ in range(layers + 1))
+        self.head = nn.Linear(hidden, VOCABULARY, bias=False)
+
+    def forward(self, tokens: Tensor, positions: Tensor, mask: Tensor, cache: Cache, rows: Tensor) -> Tensor:
+        x = self.embed(tokens) + self.place(positions)
+        for layer, (qkv, out) in enumerate(zip(self.qkv, self.out, strict=True)):
+            q, k, v = qkv(self.norm[layer](x)).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+            y = functional.scaled_dot_product_attention(q, *cache.update(layer, k, v), attn_mask=mask)
+            x = x + out(y.transpose(1, 2).flatten(2))
+        return self.head(self.norm[-1](x)[:, rows])
+
+    def greedy(self, prompt: list[int], count: int) -> list[int]:
+        """The reference: the whole text again for every token."""
+        ids = list(prompt)
+        for _ in range(count):
+            tokens = torch.tensor([ids])
+            causal = torch.ones(len(ids), len(ids), dtype=torch.bool).tril()[None, None]
+            logits = self(tokens, torch.arange(len(ids))[None], causal, _NoCache(), torch.tensor([-1]))
+            ids.append(int(logits.argmax()))
+        return ids[len(prompt) :]
+
+
+class _NoCache:
+    def update(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        return keys, values
+
+
+def _hand_written() -> nn.Module:
+    torch.manual_seed(0)
+    return HandWritten().eval().requires_grad_(False)
+
+
+_GEMMA = {**GROUPED, "head_dim": 16, "query_pre_attn_scalar": 16, "sliding_window": WINDOW}
+
+DECODERS: MappingProxyType[str, Callable[[], nn.Module]] = MappingProxyType(
+    {
+        "llama": _hugging_face("Llama", **GROUPED, tie_word_embeddings=True),
+        "qwen2": _hugging_face("Qwen2", **GROUPED),
+        "qwen3": _hugging_face("Qwen3", **GROUPED, head_dim=16),
+        "mistral": _hugging_face("Mistral", **GROUPED, sliding_window=WINDOW),
+        "gemma3": _hugging_face(
+            "Gemma3", **_GEMMA, layer_types=["sliding_attention", "full_attention"]
+        ),
+        "gpt2": _hugging_face(
+            "GPT2",
+            **{"vocab_size": VOCABULARY, "n_embd": 48, "n_layer": 2, "n_head": 4, "n_positions": CONTEXT},
+            bos_token_id=1,
+            eos_token_id=None,
+        ),
+        "opt": _hugging_face(
+            "OPT",
+            **{key: value for key, value in SHAPE.items() if key != "intermediate_size"},
+            ffn_dim=80,
+            word_embed_proj_dim=48,
+        ),
+        "gpt_neox": _hugging_face("GPTNeoX", **SHAPE),
+        "phi": _hugging_face("Phi", **SHAPE),
+        "hand_written": _hand_written,
+    }
+)
+"""Name -> build. Sizes differ from each other and from the example's, so that no axis is taken for another."""
