@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 import tokopt
-from examples.data import class_feature, dinov2_small
+from examples.data import class_feature, dinov2_small, photograph_views
 from tokopt.analysis.cost import program_cost
 
 
@@ -25,7 +25,7 @@ def build(size: int, pipeline: str, folder: Path) -> dict[str, object]:
     model = class_feature(dinov2_small(size))
     torch.set_num_threads(2)
     clock = [time.perf_counter()]
-    bundle = tokopt.capture(model, (torch.randn(2, 3, size, size),))
+    bundle = tokopt.capture(model, (torch.from_numpy(photograph_views(size)[:2]),))
     clock.append(time.perf_counter())
     if pipeline:
         bundle = tokopt.optimize(bundle, pipeline)

@@ -94,6 +94,7 @@ FULL = (
         (1, 8),
         2000,
         1000,
+        classified=every_block(MERGING, (16,)) + decreasing(MERGING, (12,)) + three_blocks(METHODS, (0.7,)),
     ),
     Scale(
         518,
@@ -101,7 +102,7 @@ FULL = (
         (1, 8),
         2000,
         1000,
-        classified=decreasing(MERGING, (96,)),
+        classified=decreasing(("tome", "random"), (96,)),
     ),
 )
 QUICK = (

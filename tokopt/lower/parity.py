@@ -40,7 +40,10 @@ def check_parity(program: Program, path: Path, name: str, *, tolerance: float | 
         if fault and selects(program):
             fault = _fault_given_selections(program, path, name, inputs, tolerance)
         if fault:
-            raise LoweringError(f"{where}: {fault}; report it, or pass check=False")
+            raise LoweringError(
+                f"{where}: {fault}; if the example inputs of capture are noise, give it real ones, else report "
+                "it, or pass check=False"
+            )
 
 
 def _fault(
