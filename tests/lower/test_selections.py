@@ -13,7 +13,7 @@ from tokopt.errors import LoweringError
 from tokopt.kernels import ops
 from tokopt.lower.onnx import lower
 from tokopt.lower.parity import check_parity
-from tokopt.lower.selections import _fate
+from tokopt.lower.selections import DIFFERENT_BY_RANK, _compare, _fate
 
 PAIRS, CHANNELS, R = 100, 256, 50
 
@@ -87,6 +87,17 @@ def test_another_choice_everywhere_is_an_error(lowered: tuple[Merge, tokopt.Prog
         model.look.weight[4:] = 0  # four channels of 256 are left to compare by
     with pytest.raises(LoweringError, match=r"bipartite_match chooses differently for \d+ of 200 tokens"):
         check_parity(program, path, "forward")
+
+
+def test_rounding_moves_few_tokens_where_roles_alternate_by_rank() -> None:
+    torch.manual_seed(0)
+    metric, size = torch.randn(2, 1000, 64), torch.ones(2, 1000)
+    own = ops.energy_match(metric, size, 500, 0, 0.5)
+    rounded = ops.energy_match(metric * (1 + 1e-6 * torch.randn(metric.shape)), size, 500, 0, 0.5)
+    other = ops.energy_match(torch.randn(metric.shape), size, 500, 0, 0.5)
+    changed, tokens = _compare(list(own), list(rounded))
+    assert 0 < changed < DIFFERENT_BY_RANK * tokens
+    assert _compare(list(own), list(other))[0] > 4 * DIFFERENT_BY_RANK * tokens
 
 
 def test_fate_ignores_the_order_of_the_lists() -> None:

@@ -25,6 +25,10 @@ from tokopt.kernels import SELECTIONS, ops
 DIFFERENT = 0.02
 """The largest share of tokens on which two forms of one selection may differ, beside :data:`SLACK`."""
 
+DIFFERENT_BY_RANK = 0.1
+"""The same where ranks alternate between merging and being merged into: a near tie then exchanges the roles of
+two tokens and redirects all that merge into them. A wrong form differs on half of the tokens."""
+
 SLACK = 2
 """Tokens on which a selection may differ in any case: one pair that changed places."""
 
@@ -36,11 +40,12 @@ class Selection:
     name: str
     different: int
     tokens: int
+    share: float = DIFFERENT
 
     @property
     def ok(self) -> bool:
         """Whether near ties explain the difference."""
-        return self.different <= SLACK + DIFFERENT * self.tokens
+        return self.different <= SLACK + self.share * self.tokens
 
 
 def selects(program: Program) -> bool:
@@ -79,7 +84,8 @@ class _Forced(Interpreter):
             return own
         forced = next(self.given)
         outputs = list(own) if isinstance(own, (tuple, list)) else [own]
-        self.compared.append(_compare(n.name, outputs, forced))
+        share = DIFFERENT_BY_RANK if n.target == ops.energy_match.default else DIFFERENT
+        self.compared.append(Selection(n.name, *_compare(outputs, forced), share))
         return tuple(forced) if isinstance(own, (tuple, list)) else forced[0]
 
 
@@ -98,10 +104,10 @@ def _selection(node: Node) -> bool:
     return node.op == "call_function" and node.target in {getattr(ops, name).default for name in SELECTIONS}
 
 
-def _compare(name: str, own: list[Tensor], given: list[Tensor]) -> Selection:
+def _compare(own: list[Tensor], given: list[Tensor]) -> tuple[int, int]:
+    """How many tokens fare differently, and how many there are."""
     a, b = _fate(own), _fate(given)
-    different = a.numel() if a.shape != b.shape else int((a != b).sum())
-    return Selection(name, different, a.numel())
+    return (a.numel() if a.shape != b.shape else int((a != b).sum())), a.numel()
 
 
 def _fate(outputs: list[Tensor]) -> Tensor:
