@@ -16,7 +16,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from tokopt.runtime import Sampling, load
+from tokopt.runtime import Sampling, load  # noqa: E402
 
 
 def options() -> argparse.Namespace:
@@ -30,8 +30,9 @@ def options() -> argparse.Namespace:
 
 def build(path: Path) -> None:
     print(f"exporting {path} ...", flush=True)
-    code = f"import tokopt; from examples.data import smollm2; tokopt.export(tokopt.capture_lm(smollm2()), {str(path.absolute())!r})"
-    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+    code = "import sys, tokopt; from examples.data import smollm2; "
+    code += "tokopt.export(tokopt.capture_lm(smollm2()), sys.argv[1])"
+    subprocess.run([sys.executable, "-c", code, path.absolute()], cwd=ROOT, check=True)
 
 
 def main() -> None:

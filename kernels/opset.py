@@ -18,7 +18,19 @@ from onnxscript import BOOL, FLOAT, INT64, OnnxFunction, script, values
 from onnxscript.onnx_opset import opset23
 from onnxscript.onnx_types import TensorType
 
-__all__ = ["BOOL", "FLOAT", "INFINITY", "INT64", "LAST", "TOKOPT", "TensorType", "node", "op", "op24", "script"]
+__all__ = [
+    "BOOL",
+    "FLOAT",
+    "INFINITY",
+    "INT64",
+    "LAST",
+    "TOKOPT",
+    "TensorType",
+    "node",
+    "op",
+    "op24",
+    "script",
+]
 
 TOKOPT = values.Opset("tokopt", 1)
 """The domain of the model-local functions."""

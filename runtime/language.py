@@ -278,7 +278,7 @@ class _Session:
 
     def __init__(self, model: LanguageModel, batch: int, slots: int) -> None:
         manifest = model.manifest
-        self.buffers = Buffers(manifest.states, batch, _whole_blocks(slots))
+        self.buffers = Buffers(manifest.states, batch, _whole_blocks(slots, BLOCK))
         self.programs = {
             name: Bound(session, manifest.programs[name], self.buffers)
             for name, session in model.sessions.items()
@@ -320,7 +320,7 @@ class _Session:
     def _run(self, tokens: np.ndarray, positions: np.ndarray, rows: np.ndarray) -> np.ndarray:
         count = tokens.shape[1]
         if self.used + count > self.buffers.slots:
-            self._resize(_whole_blocks(self.used + count))
+            self._resize(_whole_blocks(self.used + count, BLOCK))
         causal = np.tril(np.ones((count, count), bool))
         feed = {
             "tokens": np.ascontiguousarray(tokens),
@@ -338,5 +338,5 @@ class _Session:
                 program.bind()
 
 
-def _whole_blocks(slots: int, block: int = BLOCK) -> int:
-    return -(-slots // max(block, 1)) * max(block, 1)
+def _whole_blocks(slots: int, block: int) -> int:
+    return -(-slots // block) * block

@@ -106,7 +106,8 @@ class Typical:
         probability = softmax(logits)
         with np.errstate(divide="ignore"):
             surprise = -np.log(probability)
-        entropy = np.where(probability > 0, probability * surprise, 0).sum(axis=-1, keepdims=True)
+        likely = probability > 0  # 0 log 0 is 0
+        entropy = np.sum(np.where(likely, probability, 0) * np.where(likely, surprise, 0), -1, keepdims=True)
         order = np.argsort(np.abs(surprise - entropy), axis=-1, kind="stable")
         sorted_ = np.take_along_axis(probability, order, axis=-1)
         return _keep(logits, order, np.cumsum(sorted_, axis=-1) - sorted_ < self.mass)
@@ -126,7 +127,8 @@ class TopH:
         order, probability = _descending(logits)
         p = probability[:, :TOP_H_TOKENS]
         term = np.where(p > 0, -p * np.log(np.maximum(p, np.finfo(p.dtype).tiny)), 0)
-        inside = np.cumsum(term, axis=-1) <= self.alpha * term.sum(axis=-1, keepdims=True)
+        so_far = np.cumsum(term, axis=-1)
+        inside = so_far <= self.alpha * so_far[:, -1:]
         keep = np.zeros(logits.shape, bool)
         keep[:, : p.shape[-1]] = np.logical_and.accumulate(inside, axis=-1)
         keep[:, 0] = True

@@ -28,7 +28,9 @@ class Buffers:
         self.states = {state.name: state for state in states}
         self.batch, self.slots, self.device = batch, slots, device
         _check_memory(self.bytes_for(slots), batch, slots)
-        self.values = {name: self._value(_initial(state, batch, slots)) for name, state in self.states.items()}
+        self.values = {
+            name: self._value(_initial(state, batch, slots)) for name, state in self.states.items()
+        }
 
     @property
     def nbytes(self) -> int:

@@ -21,7 +21,9 @@ class Tokenizer:
         try:
             self.tokenizer = tokenizers.Tokenizer.from_str(text)
         except Exception as error:  # tokenizers raises a bare Exception
-            raise ArtifactError(f"the tokenizer cannot be read ({error}); export the artifact again") from error
+            raise ArtifactError(
+                f"the tokenizer cannot be read ({error}); export the artifact again"
+            ) from error
         size = self.tokenizer.get_vocab_size(with_added_tokens=True)
         if size > vocabulary:
             raise ArtifactError(
@@ -108,9 +110,7 @@ def _overlap(text: str, stop: str) -> int:
     return next((n for n in range(min(len(stop) - 1, len(text)), 0, -1) if text.endswith(stop[:n])), 0)
 
 
-def render_chat(
-    template: str | None, messages: Sequence[Mapping[str, Any]], bos: str, eos: str
-) -> str:
+def render_chat(template: str | None, messages: Sequence[Mapping[str, Any]], bos: str, eos: str) -> str:
     """The text of a conversation, ready for the model's answer, by its Jinja template.
 
     ``messages`` are ``{"role": ..., "content": ...}``. Raises InputError when there is no template or it

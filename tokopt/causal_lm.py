@@ -10,7 +10,7 @@ input                     shape, dtype                             meaning
 ``mask``                  [batch, tokens, tokens] bool             which new token sees which: causal, or a tree
 ``rows``                  [rows] int64                             the tokens whose logits are wanted
 ``length``                [batch] int64, state                     slots in use; the next token goes there
-``slots``                 [batch, slots] int64, state              position of the token in each slot, or -1
+``slots``                 [batch, 1, slots, 1] int64, state        position of the token in each slot, or -1
 ``keys_i``, ``values_i``  [batch, heads, slots, channels], state   the cache of layer i, preallocated
 ========================  =======================================  ==========================================
 
@@ -31,7 +31,7 @@ import torch
 from torch import Tensor, nn
 
 from tokopt.bundle import AxisRange, Bundle, Program, State, TensorSpec
-from tokopt.errors import CaptureError, InputError, MissingDependencyError
+from tokopt.errors import CaptureError, MissingDependencyError
 from tokopt.frontend import evaluation, explain
 from tokopt.kernels import ops
 from tokopt.normalize import normalize
@@ -80,8 +80,8 @@ def capture_lm(
     know, or when ``step`` does not reproduce the model's own logits.
     """
     if isinstance(model, (str, Path)):
-        model, found_tokenizer, generation = _from_folder(Path(model), generation)
-        tokenizer = tokenizer or found_tokenizer
+        loaded, found_tokenizer, generation = _from_folder(Path(model), generation)
+        return capture_lm(loaded, tokenizer=tokenizer or found_tokenizer, generation=generation)
     hugging_face = hasattr(model, "get_decoder") and hasattr(model, "config")
     if generation is None:
         if not hugging_face:
@@ -127,8 +127,8 @@ class _Step(nn.Module):
 
     def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
         tokens, positions, mask, rows, length, slots, *cache = tensors
-        masks = {w: ops.cache_mask(slots, positions, mask, length, w) for w in self.windows}
-        held = ops.cache_write(slots[..., None], positions[..., None], length)[..., 0]
+        held = ops.cache_write(slots, positions[:, None, :, None], length)
+        masks = {w: ops.cache_mask(held, positions, mask, length, w) for w in self.windows}
         store = _Slots(length, cache)
         logits = self.call(tokens, positions, masks, store, rows)
         return (logits, length + tokens.shape[1], held, *store.tensors)
@@ -194,7 +194,7 @@ def _export(step: _Step, generation: Generation, model: nn.Module) -> tuple[Prog
 def _states(layers: Sequence[tuple[Tensor, Tensor]]) -> tuple[State, ...]:
     states = [
         State("length", "int64", ("batch",), "next_length"),
-        State("slots", "int64", ("batch", "slots"), "next_slots", initial=-1),
+        State("slots", "int64", ("batch", 1, "slots", 1), "next_slots", initial=-1, in_place=True),
     ]
     for i, pair in enumerate(layers):
         for name, value in zip((f"keys_{i}", f"values_{i}"), pair, strict=True):
@@ -209,8 +209,8 @@ def _example(layers: Sequence[tuple[Tensor, Tensor]], vocabulary: int) -> tuple[
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(vocabulary, (BATCH, TOKENS), generator=generator)
     start = torch.tensor([[HELD - 1], [HELD]])
-    slots = torch.full((BATCH, SLOTS), -1)
-    slots[:, :HELD] = torch.arange(HELD) - torch.tensor([[1], [0]])
+    slots = torch.full((BATCH, 1, SLOTS, 1), -1)
+    slots[:, 0, :HELD, 0] = torch.arange(HELD) - torch.tensor([[1], [0]])
     cache = [
         torch.randn(BATCH, like.shape[1], SLOTS, like.shape[3], generator=generator).to(like.dtype)
         for pair in layers
@@ -310,9 +310,7 @@ def _generation(model: Any) -> Generation:
     )
 
 
-def _from_folder(
-    folder: Path, generation: Generation | None
-) -> tuple[Any, str | None, Generation]:
+def _from_folder(folder: Path, generation: Generation | None) -> tuple[Any, str | None, Generation]:
     """The model, the text of its tokenizer, and what its files say of generation."""
     if not (folder / "config.json").is_file():
         raise CaptureError(f"{folder} has no config.json, so it is no folder of a Hugging Face model")
@@ -331,9 +329,7 @@ def _from_folder(
     tokenizer = text.read_text(encoding="utf-8") if text.is_file() else None
     if generation is None:
         found = _generation(model)
-        generation = Generation(
-            found.context, found.vocabulary, found.eos, found.bos, _chat_template(folder)
-        )
+        generation = Generation(found.context, found.vocabulary, found.eos, found.bos, _chat_template(folder))
     return model, tokenizer, generation
 
 
@@ -343,7 +339,9 @@ def _chat_template(folder: Path) -> str | None:
     if file.is_file():
         return file.read_text(encoding="utf-8")
     settings = folder / "tokenizer_config.json"
-    template = json.loads(settings.read_text(encoding="utf-8")).get("chat_template") if settings.is_file() else None
+    template = (
+        json.loads(settings.read_text(encoding="utf-8")).get("chat_template") if settings.is_file() else None
+    )
     return template if isinstance(template, str) else None
 
 
@@ -395,7 +393,7 @@ def first_step(program: Program, tokens: Tensor) -> tuple[Tensor, ...]:
         "positions": torch.arange(count).repeat(batch, 1),
         "mask": torch.ones(count, count, dtype=torch.bool).tril().repeat(batch, 1, 1),
         "rows": torch.arange(count),
-        "slots": torch.full((batch, count), -1),
+        "slots": torch.full((batch, 1, count, 1), -1),
     }
     return tuple(
         fixed[spec.name]
@@ -403,5 +401,3 @@ def first_step(program: Program, tokens: Tensor) -> tuple[Tensor, ...]:
         else torch.zeros([size.get(a, a) for a in spec.axes], dtype=getattr(torch, spec.dtype))  # type: ignore[misc]
         for spec in program.inputs
     )
-
-

@@ -6,8 +6,7 @@ from tokopt.kernels.opset import BOOL, INT64, TOKOPT, node, op, script
 @script(TOKOPT, default_opset=op)
 def full_view(slots: INT64, positions: INT64, own: BOOL) -> tuple[BOOL, BOOL]:
     """Past [B, heads, 1, slots] and new tokens [B, tokens, tokens] that are no padding."""
-    shape = op.Concat(op.Shape(slots, start=0, end=1), [-1], [1], op.Shape(slots, start=-1), axis=0)
-    past = op.GreaterOrEqual(op.Reshape(slots, shape), 0)
+    past = op.GreaterOrEqual(op.Transpose(slots, perm=[0, 1, 3, 2]), 0)
     return past, op.And(own, op.Unsqueeze(op.GreaterOrEqual(positions, 0), [1]))
 
 
@@ -15,8 +14,7 @@ def full_view(slots: INT64, positions: INT64, own: BOOL) -> tuple[BOOL, BOOL]:
 def sliding_view(slots: INT64, positions: INT64, own: BOOL, window: int) -> tuple[BOOL, BOOL]:
     """Past [B, heads, tokens, slots] and new tokens [B, tokens, tokens] inside the window."""
     reach = op.Constant(value_int=window)
-    shape = op.Concat(op.Shape(slots, start=0, end=1), [-1], [1], op.Shape(slots, start=-1), axis=0)
-    held = op.Reshape(slots, shape)
+    held = op.Transpose(slots, perm=[0, 1, 3, 2])
     near = op.Less(op.Unsqueeze(positions, [1, 3]) - held, reach)
     past = op.And(op.GreaterOrEqual(held, 0), near)
     new = op.Less(op.Unsqueeze(positions, [2]) - op.Unsqueeze(positions, [1]), reach)

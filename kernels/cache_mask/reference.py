@@ -14,27 +14,25 @@ def cache_mask(slots: Tensor, positions: Tensor, own: Tensor, length: Tensor, wi
     Empty slots and padding have position -1 and are hidden.
 
     Args:
-        slots: [batch, slots] or [batch, heads, slots] int64, the position of the token in each slot before
-            the new tokens were written; -1 in a free slot and for padding.
+        slots: [batch, heads, slots, 1] int64, the position of the token in each slot, laid out like keys of
+            one channel; -1 in a free slot and for padding. What it says of the new tokens' slots is not read.
         positions: [batch, tokens] int64, positions of the new tokens, -1 for padding.
         own: [batch, tokens, tokens] bool, which new token (row) sees which (column); causal, or a tree.
         length: [batch] int64, the slot of the first new token.
         window: sliding window in positions, 0 for none.
 
     Returns:
-        [batch, 1 or heads, tokens, slots] bool.
+        [batch, heads, tokens, slots] bool.
 
     Raises:
         InputError: numbers of dimensions that disagree, or a negative window.
     """
     check(slots, positions, own, length, window)
-    if slots.ndim == 2:
-        slots = slots[:, None]
     tokens, capacity = positions.shape[1], slots.shape[2]
-    query = positions[:, None, :, None]
-    past = (slots >= 0)[:, :, None, :].expand(-1, -1, tokens, -1)
+    held = slots.mT
+    past = (held >= 0).expand(-1, -1, tokens, -1)
     if window:
-        past = past & (query - slots[:, :, None, :] < window)
+        past = past & (positions[:, None, :, None] - held < window)
         own = own & (positions[:, :, None] - positions[:, None, :] < window)
     itself = torch.eye(tokens, dtype=torch.bool, device=own.device)
     own = own & (positions >= 0)[:, None, :] | itself
@@ -47,15 +45,14 @@ def cache_mask(slots: Tensor, positions: Tensor, own: Tensor, length: Tensor, wi
 def fake(slots: Tensor, positions: Tensor, own: Tensor, length: Tensor, window: int) -> Tensor:
     """An empty output of the right shape."""
     check(slots, positions, own, length, window)
-    heads = slots.shape[1] if slots.ndim == 3 else 1
-    return own.new_empty((positions.shape[0], heads, positions.shape[1], slots.shape[-1]))
+    return own.new_empty((*slots.shape[:2], positions.shape[1], slots.shape[2]))
 
 
 def check(slots: Tensor, positions: Tensor, own: Tensor, length: Tensor, window: int) -> None:
     """Raise InputError for arguments outside the contract."""
     refuse(
-        slots.ndim not in (2, 3) or (positions.ndim, own.ndim, length.ndim) != (2, 3, 1),
-        "tokopt::cache_mask: slots must be [batch, slots] or [batch, heads, slots], positions [batch, tokens], "
-        "own [batch, tokens, tokens] and length [batch].",
+        (slots.ndim, positions.ndim, own.ndim, length.ndim) != (4, 2, 3, 1),
+        "tokopt::cache_mask: slots must be [batch, heads, slots, 1], positions [batch, tokens], own "
+        "[batch, tokens, tokens] and length [batch].",
     )
     refuse(window < 0, f"tokopt::cache_mask: window={window} is negative; 0 is none.")

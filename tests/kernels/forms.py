@@ -59,8 +59,8 @@ def side(*shape: str | int, dtype: torch.dtype = torch.float32) -> dict[str, Cal
     return {"x": make}
 
 
-def cache_world(*slots: str | int) -> dict[str, Callable[[dict], Tensor]]:
-    """A cache of as many slots as there are tokens, and r + 1 new tokens; ``slots`` is the shape of slots."""
+def cache_world(heads: int) -> dict[str, Callable[[dict], Tensor]]:
+    """A cache of as many slots as there are tokens, and r + 1 new tokens; slots are kept for ``heads``."""
 
     def sizes(world: dict) -> tuple[int, int, int]:
         return *world["size"].shape, world["r"] + 1
@@ -73,8 +73,7 @@ def cache_world(*slots: str | int) -> dict[str, Callable[[dict], Tensor]]:
 
     def held(world: dict) -> Tensor:
         batch, capacity, _ = sizes(world)
-        named = {"batch": batch, "slots": capacity}
-        return integers(world, -1, 9, *(named[a] if isinstance(a, str) else a for a in slots))
+        return integers(world, -1, 9, batch, heads, capacity, 1)
 
     return {
         "cache": lambda world: floats(world, sizes(world)[1]),
@@ -100,10 +99,10 @@ CASES = (
     Case("merge_tokens"),
     Case("source_map"),
     Case("log_size"),
-    Case("cache_write", inputs=cache_world("batch", "slots"), most=lambda free: free - 1),
-    Case("cache_mask", {"window": 0}, inputs=cache_world("batch", "slots"), most=lambda free: free - 1),
-    Case("cache_mask", {"window": 4}, inputs=cache_world("batch", "slots"), most=lambda free: free - 1),
-    Case("cache_mask", {"window": 4}, inputs=cache_world("batch", 2, "slots"), most=lambda free: free - 1),
+    Case("cache_write", inputs=cache_world(1), most=lambda free: free - 1),
+    Case("cache_mask", {"window": 0}, inputs=cache_world(1), most=lambda free: free - 1),
+    Case("cache_mask", {"window": 4}, inputs=cache_world(1), most=lambda free: free - 1),
+    Case("cache_mask", {"window": 4}, inputs=cache_world(2), most=lambda free: free - 1),
     Case("gather_tokens", {"dim": 1}),
     Case("gather_tokens", {"dim": 1}, inputs=side(1, "tokens", 4)),
     Case("gather_tokens", {"dim": 2}, inputs=side(1, 3, "tokens", 4, dtype=torch.int64)),

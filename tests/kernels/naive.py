@@ -164,7 +164,7 @@ def cache_mask(
     slots: np.ndarray, positions: np.ndarray, own: np.ndarray, length: np.ndarray, window: int
 ) -> np.ndarray:
     batch, tokens = positions.shape
-    held = slots.reshape(batch, -1, slots.shape[-1])
+    held = slots[..., 0]
     result = np.zeros((batch, held.shape[1], tokens, held.shape[2]), bool)
     for b, head, query, slot in np.ndindex(result.shape):
         new = slot - length[b]

@@ -29,9 +29,12 @@ BAD = {
         "metric must be [batch, tokens",
     ),
     "cache rank": (lambda: ops.cache_write(METRIC, X[0], INDEX[:, 0]), "cache and new must be [batch"),
-    "mask rank": (lambda: ops.cache_mask(X, INDEX, INDEX, INDEX[:, 0], 0), "slots must be [batch, slots]"),
+    "mask rank": (
+        lambda: ops.cache_mask(X, INDEX, INDEX, INDEX[:, 0], 0),
+        "slots must be [batch, heads, slots, 1]",
+    ),
     "window negative": (
-        lambda: ops.cache_mask(INDEX, INDEX, INDEX[:, :, None] > 0, INDEX[:, 0], -1),
+        lambda: ops.cache_mask(INDEX[:, None, :, None], INDEX, INDEX[:, :, None] > 0, INDEX[:, 0], -1),
         "window=-1 is negative",
     ),
     "other tokens": (

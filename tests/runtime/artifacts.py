@@ -34,7 +34,7 @@ def document(inputs: list[Json], outputs: list[Json], ranges: Json, **more: obje
         "pipeline": "tome{r=16}",
         "passes": [{"text": "tome{r=16}", "matches": 12, "semantics": "approximate", "notes": ["a note"]}],
         "states": [],
-        "generation": {},
+        "generation": None,
         "tokenizer": None,
         "selftest": None,
         "versions": {"tokopt": "0.1.0"},

@@ -21,7 +21,7 @@ FILE = MappingProxyType({"sha256": "0" * 64, "size": 3})
 
 def good() -> Json:
     """A manifest that uses every key."""
-    return document(
+    doc = document(
         [tensor("ids", "int64", "batch", "tokens", role="tokens"), tensor("past", "float32", "batch", 4)],
         [
             tensor("logits", "float32", "batch", "tokens - 1", 7, role="logits"),
@@ -30,11 +30,29 @@ def good() -> Json:
         {"batch": {"min": 1, "max": None}, "tokens": {"min": 2, "max": 512}},
         files={name: dict(FILE) for name in ("forward.onnx", "weights/a", "tokenizer.json", "s.safetensors")},
         task="causal-lm",
-        states=[{"name": "past", "dtype": "float32", "axes": ["batch", 4], "output": "new", "initial": 0.0}],
-        generation={"eos": [1, 2]},
+        states=[
+            {
+                "name": "past",
+                "dtype": "float32",
+                "axes": ["batch", 4],
+                "output": "new",
+                "initial": 0.0,
+                "in_place": True,
+            }
+        ],
+        generation={
+            "context": 512,
+            "vocabulary": 7,
+            "eos": [1, 2],
+            "bos": 1,
+            "chat_template": None,
+            "compact_every": 0,
+        },
         tokenizer="tokenizer.json",
         selftest="s.safetensors",
     )
+    doc["programs"]["step"] = doc["programs"].pop("forward")
+    return doc
 
 
 def encode(doc: object) -> bytes:
@@ -58,7 +76,7 @@ def put(path: str, value: object) -> Json:
     return doc
 
 
-FORWARD = "programs/forward"
+FORWARD = "programs/step"
 
 FAULTS = {
     "newer": (put("format_version", FORMAT_VERSION + 1), "newer than 1.*update tokopt"),
@@ -67,8 +85,8 @@ FAULTS = {
     "unknown-key": (put("extra", 1), "unknown key 'extra'"),
     "no-program": (put("programs", {}), "programs is empty"),
     "programs-list": (put("programs", []), "programs is a list, it must be an object"),
-    "no-outputs": (put(f"{FORWARD}/outputs", []), "forward has no outputs"),
-    "no-files": (put(f"{FORWARD}/files", {}), "forward has no files"),
+    "no-outputs": (put(f"{FORWARD}/outputs", []), "step has no outputs"),
+    "no-files": (put(f"{FORWARD}/files", {}), "step has no files"),
     "bad-dtype": (put(f"{FORWARD}/inputs/0/dtype", "float31"), r"inputs\[0\].dtype is 'float31'"),
     "bad-role": (put(f"{FORWARD}/inputs/0/role", []), r"inputs\[0\].role is a list"),
     "bool-axis": (put(f"{FORWARD}/inputs/0/axes", [True]), r"axes\[0\] is true"),
@@ -94,6 +112,9 @@ FAULTS = {
     "semantics": (put("passes/0/semantics", "good"), r"passes\[0\].semantics is 'good'"),
     "notes": (put("passes/0/notes", [1]), r"notes\[0\] is 1"),
     "generation": (put("generation", []), "generation is a list"),
+    "no-context": (put("generation/context", 0), "generation.context is 0"),
+    "no-generation": (put("generation", None), "generation does not fit the task causal-lm"),
+    "another-task": (put("task", "encoder"), "programs lacks 'forward'"),
     "not-an-object": ([], "no tokopt manifest"),
     "foreign": ({"name": "something"}, "no tokopt manifest"),
 }
@@ -173,8 +194,8 @@ def test_damaged_json(data: bytes) -> None:
 
 def test_many_names_are_read_in_linear_time() -> None:
     doc = good()
-    doc["programs"]["forward"]["inputs"] += [tensor(f"x{i}", "int8") for i in range(50_000)]
-    assert len(parse_manifest(encode(doc)).programs["forward"].inputs) == 50_002
+    doc["programs"]["step"]["inputs"] += [tensor(f"x{i}", "int8") for i in range(50_000)]
+    assert len(parse_manifest(encode(doc)).programs["step"].inputs) == 50_002
 
 
 json_values = st.recursive(

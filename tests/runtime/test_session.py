@@ -163,9 +163,11 @@ def test_artifacts_that_are_not_for_this_runtime(tmp_path: Path) -> None:
     def renamed(doc: dict) -> None:
         doc["programs"] = {"step": doc["programs"]["forward"]}
 
-    with pytest.raises(ArtifactError, match=r"no ONNX program, only torch; open it with tokopt.open_bundle"):
+    with pytest.raises(
+        ArtifactError, match=r"no ONNX form of program 'forward', only torch; open it with tokopt.open_bundle"
+    ):
         load(doubling(tmp_path / "a", torch_only))
-    with pytest.raises(ArtifactError, match="runs encoders only"):
+    with pytest.raises(ArtifactError, match="programs lacks 'forward', which encoder artifacts have"):
         load(doubling(tmp_path / "b", renamed))
 
 

@@ -76,7 +76,10 @@ MESSAGES = [{"role": "user", "content": "Hi"}]
 
 
 def test_chat_template() -> None:
-    template = "{{ bos_token }}{% for m in messages %}[{{ m['role'] }}] {{ m.content }}{% endfor %}{% if add_generation_prompt %} >{% endif %}"
+    template = (
+        "{{ bos_token }}{% for m in messages %}[{{ m['role'] }}] {{ m.content }}{% endfor %}"
+        "{% if add_generation_prompt %} >{% endif %}"
+    )
     assert render_chat(template, MESSAGES, "<s>", "</s>") == "<s>[user] Hi >"
 
 

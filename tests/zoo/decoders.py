@@ -29,16 +29,16 @@ SHAPE: dict[str, Any] = {
 GROUPED = {**SHAPE, "num_key_value_heads": 2}
 
 
-def _hugging_face(family: str, **settings: Any) -> Callable[[], nn.Module]:
+def _hugging_face(config: str, **settings: Any) -> Callable[[], nn.Module]:
     def build() -> nn.Module:
         import transformers
 
         torch.manual_seed(0)
-        config = getattr(transformers, f"{family}Config")(**settings)
-        model = getattr(transformers, f"{family}ForCausalLM")(config)
+        made = getattr(transformers, f"{config}Config")(**settings)
+        model = transformers.AutoModelForCausalLM.from_config(made)
         model.generation_config.eos_token_id = None
-        for parameter in model.parameters():  # the usual 0.02 makes every text the same token
-            parameter.data.mul_(4 if parameter.ndim > 1 else 1)
+        for name, parameter in model.named_parameters():  # as it is, every text is one token again and again
+            parameter.data.mul_(4 if parameter.ndim > 1 and "embed" not in name else 1)
         return model.eval().requires_grad_(False)
 
     return build
@@ -95,12 +95,10 @@ DECODERS: MappingProxyType[str, Callable[[], nn.Module]] = MappingProxyType(
         "qwen2": _hugging_face("Qwen2", **GROUPED),
         "qwen3": _hugging_face("Qwen3", **GROUPED, head_dim=16),
         "mistral": _hugging_face("Mistral", **GROUPED, sliding_window=WINDOW),
-        "gemma3": _hugging_face(
-            "Gemma3", **_GEMMA, layer_types=["sliding_attention", "full_attention"]
-        ),
+        "gemma3": _hugging_face("Gemma3Text", **_GEMMA, layer_types=["sliding_attention", "full_attention"]),
         "gpt2": _hugging_face(
             "GPT2",
-            **{"vocab_size": VOCABULARY, "n_embd": 48, "n_layer": 2, "n_head": 4, "n_positions": CONTEXT},
+            vocab_size=VOCABULARY, n_embd=48, n_layer=2, n_head=4, n_positions=CONTEXT,
             bos_token_id=1,
             eos_token_id=None,
         ),

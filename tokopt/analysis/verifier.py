@@ -48,18 +48,18 @@ def _verify_state(bundle: Bundle, state: State) -> None:
         if state.in_place and not _is_written_in_place(program, state):
             raise PassError(f"program {name!r}: the state {state.name!r} is not only written in place")
     if not wired:
-        raise PassError(
-            f"state {state.name!r} is not wired: no such input, or no output {state.output!r}"
-        )
+        raise PassError(f"state {state.name!r} is not wired: no such input, or no output {state.output!r}")
 
 
 def _is_written_in_place(program: Program, state: State) -> bool:
     signature = program.exported.graph_signature
     index = [spec.name for spec in program.inputs].index(state.name)
-    cache = next(n for n in program.exported.graph.nodes if n.name == signature.user_inputs[index])
+    name = tuple(signature.user_inputs)[index]
+    cache = next(n for n in program.exported.graph.nodes if n.name == name)
     result = program.exported.graph.output_node().args[0]
     assert isinstance(result, (tuple, list))
     written = result[[spec.name for spec in program.outputs].index(state.output)]
+    assert isinstance(written, Node)
     return is_call(written, ops.cache_write) and written.args[0] is cache and value_users(cache) == [written]
 
 

@@ -225,9 +225,7 @@ def generate(args: Namespace, screen: Screen) -> int:
             f"{1e3 * done.prefill_seconds:.0f} ms, cache {done.cache_slots} slots, {si(done.cache_bytes)}B",
             file=sys.stderr,
         )
-    screen.finish(
-        {"text": text, **dataclasses.asdict(done), "tokens_per_second": done.tokens_per_second}
-    )
+    screen.finish({"text": text, **dataclasses.asdict(done), "tokens_per_second": done.tokens_per_second})
     return OK
 
 
