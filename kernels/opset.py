@@ -46,7 +46,7 @@ INFINITY = float("inf")
 LAST = [2**63 - 1]
 """The end of a slice that runs to the end of its axis."""
 
-_TENSORS = {FLOAT: "tensor(float)", INT64: "tensor(int64)"}
+_TENSORS = {FLOAT: "tensor(float)", INT64: "tensor(int64)", BOOL: "tensor(bool)"}
 _ATTRIBUTES = {int: OpSchema.AttrType.INT, float: OpSchema.AttrType.FLOAT}
 _ANY = ["tensor(float16)", "tensor(bfloat16)", "tensor(float)", "tensor(double)", "tensor(bool)"]
 _ANY += [f"tensor({sign}int{bits})" for sign in ("", "u") for bits in (8, 16, 32, 64)]

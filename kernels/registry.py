@@ -22,6 +22,7 @@ OPS = (
     "energy_match",
     "farthest_point",
     "gather_tokens",
+    "keep_slots",
     "log_size",
     "merge_tokens",
     "nearest_kept",
@@ -30,8 +31,8 @@ OPS = (
 )
 """Every op of the domain ``tokopt``; ``kernels/<op>/reference.py`` holds its meaning."""
 
-SELECTIONS = ("bipartite_match", "energy_match", "farthest_point", "nearest_kept", "top_tokens")
-"""The ops that choose tokens; their outputs are indices, which a rounding error may change at a near tie."""
+SELECTIONS = ("bipartite_match", "energy_match", "farthest_point", "keep_slots", "nearest_kept", "top_tokens")
+"""The ops that choose tokens; a rounding error may change their outputs at a near tie."""
 
 
 def _register(name: str) -> None:

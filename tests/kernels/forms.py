@@ -82,6 +82,9 @@ def cache_world(heads: int) -> dict[str, Callable[[dict], Tensor]]:
         "slots": held,
         "positions": lambda world: integers(world, -1, 12, sizes(world)[0], sizes(world)[2]),
         "own": lambda world: integers(world, 0, 2, sizes(world)[0], sizes(world)[2], sizes(world)[2]).bool(),
+        "score": lambda world: integers(world, -3, 4, sizes(world)[0], heads, sizes(world)[1]).float(),
+        "used": lambda world: integers(world, 0, 4, *sizes(world)[:2]) > 0,
+        "budget": lambda world: integers(world, 0, sizes(world)[1] + 2, sizes(world)[0]),
     }
 
 
@@ -103,6 +106,8 @@ CASES = (
     Case("cache_mask", {"window": 0}, inputs=cache_world(1), most=lambda free: free - 1),
     Case("cache_mask", {"window": 4}, inputs=cache_world(1), most=lambda free: free - 1),
     Case("cache_mask", {"window": 4}, inputs=cache_world(2), most=lambda free: free - 1),
+    Case("keep_slots", {"sinks": 0, "recent": 0}, inputs=cache_world(2)),
+    Case("keep_slots", {"sinks": 2, "recent": 3}, inputs=cache_world(2)),
     Case("gather_tokens", {"dim": 1}),
     Case("gather_tokens", {"dim": 1}, inputs=side(1, "tokens", 4)),
     Case("gather_tokens", {"dim": 2}, inputs=side(1, 3, "tokens", 4, dtype=torch.int64)),

@@ -160,6 +160,18 @@ def cache_write(cache: np.ndarray, new: np.ndarray, length: np.ndarray) -> np.nd
     return result
 
 
+def keep_slots(
+    score: np.ndarray, used: np.ndarray, budget: np.ndarray, sinks: int, recent: int
+) -> np.ndarray:
+    result = np.zeros(score.shape, bool)
+    for b, head in np.ndindex(score.shape[:2]):
+        real = [slot for slot in range(used.shape[1]) if used[b, slot]]
+        guarded = [slot for rank, slot in enumerate(real) if rank < sinks or rank >= len(real) - recent]
+        others = sorted((slot for slot in real if slot not in guarded), key=lambda s: -score[b, head, s])
+        result[b, head, (guarded + others)[: max(budget[b], 0)]] = True
+    return result
+
+
 def cache_mask(
     slots: np.ndarray, positions: np.ndarray, own: np.ndarray, length: np.ndarray, window: int
 ) -> np.ndarray:

@@ -56,7 +56,9 @@ def test_form_equals_naive(case: Case, form: str, data: st.DataObject):
 
 # The energies are sums of exponentials, never exactly tied: test_energy_ties makes them linear.
 COMPARING = [
-    case for case in CASES if {"metric", "score"} & {*case.arguments} and "margin" not in case.static
+    case
+    for case in CASES
+    if {"metric", "score"} & {*case.arguments} and "margin" not in case.static and not case.inputs
 ]
 
 
@@ -105,7 +107,7 @@ def test_onnx_form_is_portable(case: Case):
         assert [(o.domain, o.version) for o in function.opset_import] == [("", opset)]
         assert {node.domain for node in function.node} == {""}
         scatters = [node for node in function.node if node.op_type.startswith("Scatter")]
-        assert not scatters or function.name == "source_map"
+        assert not scatters or function.name in ("keep_slots", "source_map")
     loops = [node.op_type for function in model.functions for node in function.node].count("Loop")
     assert loops == (case.op == "farthest_point")
 

@@ -1,0 +1,1 @@
+"""tokopt::keep_slots."""
