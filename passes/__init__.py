@@ -9,6 +9,14 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from tokopt.passes.kv.h2o import H2O
+    from tokopt.passes.kv.keydiff import KeyDiff
+    from tokopt.passes.kv.keyformer import Keyformer
+    from tokopt.passes.kv.knorm import KNorm
+    from tokopt.passes.kv.random import RandomEviction
+    from tokopt.passes.kv.snapkv import SnapKV
+    from tokopt.passes.kv.streaming import Streaming
+    from tokopt.passes.kv.tova import TOVA
     from tokopt.passes.merge.pitome import PiToMe
     from tokopt.passes.merge.tome import ToMe
     from tokopt.passes.prune.divprune import DivPrune
@@ -24,10 +32,35 @@ PASSES = {
     "divprune": "tokopt.passes.prune.divprune:DivPrune",
     "kcenter": "tokopt.passes.prune.kcenter:KCenter",
     "random": "tokopt.passes.prune.random:RandomPrune",
+    "streaming": "tokopt.passes.kv.streaming:Streaming",
+    "h2o": "tokopt.passes.kv.h2o:H2O",
+    "keyformer": "tokopt.passes.kv.keyformer:Keyformer",
+    "snapkv": "tokopt.passes.kv.snapkv:SnapKV",
+    "tova": "tokopt.passes.kv.tova:TOVA",
+    "knorm": "tokopt.passes.kv.knorm:KNorm",
+    "keydiff": "tokopt.passes.kv.keydiff:KeyDiff",
+    "random_kv": "tokopt.passes.kv.random:RandomEviction",
 }
 """Text spelling of every pass -> ``module:class``."""
 
-__all__ = ["PASSES", "DivPrune", "EViT", "KCenter", "PiToMe", "RandomPrune", "ToMe", "load_pass"]
+__all__ = [
+    "H2O",
+    "PASSES",
+    "TOVA",
+    "DivPrune",
+    "EViT",
+    "KCenter",
+    "KNorm",
+    "KeyDiff",
+    "Keyformer",
+    "PiToMe",
+    "RandomEviction",
+    "RandomPrune",
+    "SnapKV",
+    "Streaming",
+    "ToMe",
+    "load_pass",
+]
 
 
 def load_pass(name: str) -> type[Pass]:

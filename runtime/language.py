@@ -270,20 +270,19 @@ class LanguageModel:
         done = self.statistics
         done.new_tokens = sum(len(row.new) for row in rows)
         done.decode_seconds = seconds
-        done.cache_slots, done.cache_bytes = session.buffers.slots, session.buffers.nbytes
+        done.cache_slots, done.cache_bytes = max(session.buffers.slots.values()), session.buffers.nbytes
 
 
 class _Session:
-    """One batch on its way: buffers, how far they are filled, and the programs bound to them."""
+    """One batch on its way: the buffers, how far they are filled, and the step bound to them."""
 
     def __init__(self, model: LanguageModel, batch: int, slots: int) -> None:
         manifest = model.manifest
-        self.buffers = Buffers(manifest.states, batch, _whole_blocks(slots, BLOCK))
-        self.programs = {
-            name: Bound(session, manifest.programs[name], self.buffers)
-            for name, session in model.sessions.items()
-        }
-        self.every, self.since, self.used = model.settings.compact_every, 0, 0
+        self.buffers = Buffers(manifest.states, batch, _whole_blocks(slots))
+        self.program = Bound(model.sessions["step"], manifest.programs["step"], self.buffers)
+        self.compactor = model.sessions.get("compact")
+        self.every, self.since = model.settings.compact_every, 0
+        self.used = dict.fromkeys(self.buffers.slots, 0)
 
     def prefill(self, prompts: Sequence[Sequence[int]]) -> np.ndarray:
         """Read the prompts, the shorter ones padded on the left; logits [batch, vocabulary] of their ends."""
@@ -311,16 +310,22 @@ class _Session:
     def compact(self) -> None:
         """Let the eviction policy drop what it will, and give back the memory."""
         self.since = 0
-        if "compact" not in self.programs:
+        if self.compactor is None:
             return
-        self.programs["compact"].run({})
-        self.used = int(self.buffers.read("length").max())
-        self._resize(_whole_blocks(self.used + self.every, self.every))
+        self.buffers.advance(self.compactor)
+        lengths = self.buffers.read("length").max(axis=0, keepdims=True).reshape(-1)
+        for axis in self.used:
+            self.used[axis] = int(lengths[_layer(axis)])
+        self.buffers.resize({axis: used + (self.every or BLOCK) for axis, used in self.used.items()})
+        self.program.bind()
 
     def _run(self, tokens: np.ndarray, positions: np.ndarray, rows: np.ndarray) -> np.ndarray:
         count = tokens.shape[1]
-        if self.used + count > self.buffers.slots:
-            self._resize(_whole_blocks(self.used + count, BLOCK))
+        needed = {axis: used + count for axis, used in self.used.items()}
+        slots = self.buffers.slots
+        if any(needed[axis] > slots[axis] for axis in slots):
+            self.buffers.resize({axis: max(_whole_blocks(needed[axis]), slots[axis]) for axis in slots})
+            self.program.bind()
         causal = np.tril(np.ones((count, count), bool))
         feed = {
             "tokens": np.ascontiguousarray(tokens),
@@ -328,15 +333,14 @@ class _Session:
             "mask": np.ascontiguousarray(np.broadcast_to(causal, (len(tokens), count, count))),
             "rows": rows,
         }
-        self.used += count
-        return self.programs["step"].run(feed)["logits"]
-
-    def _resize(self, slots: int) -> None:
-        if slots != self.buffers.slots:
-            self.buffers.resize(slots)
-            for program in self.programs.values():
-                program.bind()
+        self.used = needed
+        return self.program.run(feed)["logits"]
 
 
-def _whole_blocks(slots: int, block: int) -> int:
-    return -(-slots // block) * block
+def _layer(axis: str) -> int:
+    """The column of ``length`` that counts a slot axis: ``slots_3`` is layer 3's, ``slots`` is all layers'."""
+    return int(axis.removeprefix("slots").removeprefix("_") or 0)
+
+
+def _whole_blocks(slots: int) -> int:
+    return -(-slots // BLOCK) * BLOCK

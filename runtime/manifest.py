@@ -79,8 +79,8 @@ class ProgramEntry:
 class StateEntry:
     """A tensor fed back on the next call: program output ``output`` becomes the input ``name``.
 
-    ``in_place``: the output differs from the input only where new entries are written, so one buffer may be
-    bound to both.
+    ``in_place``: the main program's output differs from its input only where new entries are written, so one
+    buffer may be bound to both; other programs (``compact``) need a second one.
     """
 
     name: str

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -20,48 +20,72 @@ BLOCK = 128
 class Buffers:
     """One ONNX Runtime value per state, for a batch of rows.
 
-    Axes that are neither the batch nor a number count slots. They grow by free slots, filled with the state's
-    initial value, and shrink by dropping slots from the end; the programs never change them.
+    Axes that are neither the batch nor a number count slots: one for all layers, or one per layer. They grow by
+    free slots, filled with the state's initial value, and shrink by dropping slots from the end; the programs
+    never change them.
     """
 
     def __init__(self, states: Sequence[StateEntry], batch: int, slots: int, device: str = "cpu") -> None:
         self.states = {state.name: state for state in states}
-        self.batch, self.slots, self.device = batch, slots, device
-        _check_memory(self.bytes_for(slots), batch, slots)
-        self.values = {
-            name: self._value(_initial(state, batch, slots)) for name, state in self.states.items()
-        }
+        axes = [_slot_axis(state) for state in states]
+        self.slots = {axis: slots for axis in axes if axis is not None}
+        self.batch, self.device = batch, device
+        self._check_memory(self.slots)
+        self.values = {name: self._value(self._initial(s, self.slots)) for name, s in self.states.items()}
 
     @property
     def nbytes(self) -> int:
         """Bytes allocated."""
         return self.bytes_for(self.slots)
 
-    def bytes_for(self, slots: int) -> int:
-        """Bytes that ``slots`` slots take."""
-        return sum(
-            math.prod(_shape(state, self.batch, slots)) * np.dtype(state.dtype).itemsize
-            for state in self.states.values()
-        )
+    def bytes_for(self, slots: Mapping[str, int]) -> int:
+        """Bytes that so many slots take, by axis."""
+        sizes = [(self._shape(state, slots), np.dtype(state.dtype)) for state in self.states.values()]
+        return sum(math.prod(shape) * dtype.itemsize for shape, dtype in sizes)
 
     def read(self, name: str) -> np.ndarray:
         """A copy of one state."""
         return np.array(self.values[name].numpy())
 
-    def resize(self, slots: int) -> None:
-        """Give every slot axis this size; what is cut off must be free."""
-        if slots > self.slots:
-            _check_memory(self.bytes_for(slots), self.batch, slots)
+    def resize(self, slots: Mapping[str, int]) -> None:
+        """Give every slot axis its size; what is cut off must be free."""
+        if any(slots[axis] > size for axis, size in self.slots.items()):
+            self._check_memory(slots)
         for name, state in self.states.items():
             axis = _slot_axis(state)
-            if axis is None:
+            if axis is None or slots[axis] == self.slots[axis]:
                 continue
-            old, new = self.values[name].numpy(), _initial(state, self.batch, slots)
+            old, new = self.values[name].numpy(), self._initial(state, slots)
             kept = [slice(None)] * new.ndim
-            kept[axis] = slice(min(slots, self.slots))
+            kept[state.axes.index(axis)] = slice(min(slots[axis], self.slots[axis]))
             new[tuple(kept)] = old[tuple(kept)]
             self.values[name] = self._value(new)
-        self.slots = slots
+        self.slots = dict(slots)
+
+    def advance(self, session: onnxruntime.InferenceSession) -> None:
+        """Run a program of nothing but state (``compact``): every state becomes its next value, in new memory."""
+        inputs = {given.name for given in session.get_inputs()}
+        states = [state for state in self.states.values() if state.name in inputs]
+        feed = {state.name: self.values[state.name] for state in states}
+        results = run_checked(session.run_with_ort_values, [state.output for state in states], feed)
+        self.values.update(zip((state.name for state in states), results, strict=True))
+
+    def _shape(self, state: StateEntry, slots: Mapping[str, int]) -> tuple[int, ...]:
+        sizes = {"batch": self.batch, **slots}
+        return tuple(axis if isinstance(axis, int) else sizes[axis] for axis in state.axes)
+
+    def _initial(self, state: StateEntry, slots: Mapping[str, int]) -> np.ndarray:
+        return np.full(self._shape(state, slots), state.initial, state.dtype)
+
+    def _check_memory(self, slots: Mapping[str, int]) -> None:
+        """Refuse what the machine cannot hold before it is allocated."""
+        wanted, free = self.bytes_for(slots), _available_memory()
+        if free is not None and wanted > free:
+            raise InputError(
+                f"a cache of {max(slots.values())} slots for a batch of {self.batch} takes "
+                f"{wanted / 2**30:.1f} GiB and {free / 2**30:.1f} GiB of memory are free; use a smaller batch, a "
+                "shorter prompt, or an eviction pass"
+            )
 
     def _value(self, array: np.ndarray) -> Any:
         return onnxruntime.OrtValue.ortvalue_from_numpy(array, self.device)
@@ -95,11 +119,7 @@ class Bound:
         for name, array in feed.items():
             self.binding.bind_cpu_input(name, array)
         results = self._bind_outputs(feed)
-        try:
-            self.session.run_with_iobinding(self.binding)
-        except Exception as error:  # ONNX Runtime raises several unrelated classes
-            reason = " ".join(str(error).split())
-            raise TokoptError(f"ONNX Runtime failed on inputs that fit: {reason}") from error
+        run_checked(self.session.run_with_iobinding, self.binding)
         for state in self.states:
             if not state.in_place:
                 value = self.buffers.values[state.name]
@@ -131,26 +151,17 @@ class Bound:
         return self._results
 
 
-def _slot_axis(state: StateEntry) -> int | None:
-    return next((i for i, a in enumerate(state.axes) if isinstance(a, str) and a != "batch"), None)
+def run_checked(run: Callable[..., Any], *arguments: object) -> Any:
+    """Call a method of a session; what ONNX Runtime raises becomes a TokoptError."""
+    try:
+        return run(*arguments)
+    except Exception as error:  # ONNX Runtime raises several unrelated classes
+        reason = " ".join(str(error).split())
+        raise TokoptError(f"ONNX Runtime failed on inputs that fit: {reason}") from error
 
 
-def _shape(state: StateEntry, batch: int, slots: int) -> tuple[int, ...]:
-    return tuple(a if isinstance(a, int) else batch if a == "batch" else slots for a in state.axes)
-
-
-def _initial(state: StateEntry, batch: int, slots: int) -> np.ndarray:
-    return np.full(_shape(state, batch, slots), state.initial, state.dtype)
-
-
-def _check_memory(wanted: int, batch: int, slots: int) -> None:
-    """Refuse what the machine cannot hold before it is allocated."""
-    free = _available_memory()
-    if free is not None and wanted > free:
-        raise InputError(
-            f"a cache of {slots} slots for a batch of {batch} takes {wanted / 2**30:.1f} GiB and "
-            f"{free / 2**30:.1f} GiB of memory are free; use a smaller batch, a shorter prompt, or an eviction pass"
-        )
+def _slot_axis(state: StateEntry) -> str | None:
+    return next((axis for axis in state.axes if isinstance(axis, str) and axis != "batch"), None)
 
 
 def _available_memory() -> int | None:

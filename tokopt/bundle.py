@@ -61,8 +61,8 @@ class AxisRange:
 class State:
     """A tensor that the caller feeds back on the next call.
 
-    ``output`` names the program output that becomes the input ``name`` of the next call. ``in_place``: the
-    output is the input with new entries written into it, so one buffer may serve as both.
+    ``output`` names the program output that becomes the input ``name`` of the next call. ``in_place``: in
+    the main program the output is the input with new entries written into it, so one buffer may serve as both.
     """
 
     name: str

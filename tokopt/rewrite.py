@@ -36,7 +36,9 @@ class _Retrace(torch.nn.Module):
 
     def forward(self, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
         with torch.fx.traceback.preserve_node_meta():
-            return torch.fx.Interpreter(self.__dict__["_traced"]).run(*tensors)
+            interpreter = torch.fx.Interpreter(self.__dict__["_traced"])
+            # Flat in, flat out; the module's own calling convention is that of the unedited signature.
+            return tuple(interpreter.run(*tensors, enable_io_processing=False))
 
 
 Ranges = Mapping[str, AxisRange]

@@ -50,4 +50,6 @@ def check(score: Tensor, used: Tensor, budget: Tensor, sinks: int, recent: int) 
         "tokopt::keep_slots: score must be [batch, heads, slots], used [batch, slots] and budget [batch], got "
         f"{score.ndim}, {used.ndim} and {budget.ndim} dimensions.",
     )
-    refuse(min(sinks, recent) < 0, f"tokopt::keep_slots: sinks={sinks} and recent={recent} must be at least 0.")
+    refuse(
+        min(sinks, recent) < 0, f"tokopt::keep_slots: sinks={sinks} and recent={recent} must be at least 0."
+    )

@@ -98,7 +98,11 @@ DECODERS: MappingProxyType[str, Callable[[], nn.Module]] = MappingProxyType(
         "gemma3": _hugging_face("Gemma3Text", **_GEMMA, layer_types=["sliding_attention", "full_attention"]),
         "gpt2": _hugging_face(
             "GPT2",
-            vocab_size=VOCABULARY, n_embd=48, n_layer=2, n_head=4, n_positions=CONTEXT,
+            vocab_size=VOCABULARY,
+            n_embd=48,
+            n_layer=2,
+            n_head=4,
+            n_positions=CONTEXT,
             bos_token_id=1,
             eos_token_id=None,
         ),

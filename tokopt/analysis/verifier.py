@@ -29,8 +29,8 @@ def verify_bundle(bundle: Bundle) -> None:
 def _verify_state(bundle: Bundle, state: State) -> None:
     """A state is an input and an output of some program, of one dtype and one shape everywhere.
 
-    One that is written in place is read by nothing but the ``cache_write`` that makes its next value: any
-    other reader might see the new entries before or after they are written.
+    One that the main program writes in place is read there by nothing but the ``cache_write`` that makes its
+    next value: any other reader might see the new entries before or after they are written.
     """
     wired = False
     for name, program in bundle.programs.items():
@@ -45,7 +45,7 @@ def _verify_state(bundle: Bundle, state: State) -> None:
                     f"program {name!r}: {spec.name!r} is {spec.dtype}{list(spec.axes)}, the state is "
                     f"{state.dtype}{list(state.axes)}"
                 )
-        if state.in_place and not _is_written_in_place(program, state):
+        if state.in_place and program is bundle.main and not _is_written_in_place(program, state):
             raise PassError(f"program {name!r}: the state {state.name!r} is not only written in place")
     if not wired:
         raise PassError(f"state {state.name!r} is not wired: no such input, or no output {state.output!r}")

@@ -1,0 +1,1 @@
+"""Keys and values: which tokens' stay in the cache."""

@@ -1,0 +1,65 @@
+"""SnapKV: keep what the last queries of the prompt attend to."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+from torch.nn.functional import avg_pool1d
+
+from tokopt.analysis.cache import CachedAttention
+from tokopt.errors import PassError
+from tokopt.passes.eviction import Attention, Cached, KVEviction, Memory, in_float32
+
+
+@dataclass(frozen=True)
+class SnapKV(KVEviction):
+    """Attention of the last ``window`` queries, summed, then averaged over ``kernel`` slots (arXiv 2404.14469).
+
+    The window itself is kept, so ``recent`` is at least ``window``. As published, tokens are chosen once, after
+    the prompt (``every=0``); with ``every`` the last queries of the text so far choose again.
+    """
+
+    recent: int = 32
+    every: int = 0
+    window: int = 32
+    kernel: int = 5
+
+    name: ClassVar[str] = "snapkv"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 < self.window <= self.recent:
+            raise PassError(f"{self.name}: window={self.window} must be in 1 to recent={self.recent}")
+        if self.kernel < 1 or self.kernel % 2 == 0:
+            raise PassError(f"{self.name}: kernel={self.kernel} must be odd and positive")
+
+    def memory(self, layer: CachedAttention) -> tuple[Memory, ...]:
+        """The last queries, as the attention took them, scaled."""
+        _, heads, _, channels = layer.query.meta["val"].shape
+        return (Memory("queries", "float32", ("batch", heads, self.window, channels)),)
+
+    def observe(self, attention: Attention, *memory: Tensor) -> tuple[Tensor, ...]:
+        """Move the window on; a row that ended keeps its own."""
+        new = in_float32(attention.query) * attention.scale
+        moved = torch.cat([memory[0], new], dim=2)[:, :, -self.window :]
+        live = attention.positions[:, -1] >= 0
+        return (torch.where(live[:, None, None, None], moved, memory[0]),)
+
+    def score(self, cached: Cached, *memory: Tensor) -> Tensor:
+        """Attention of the window's queries to what is older than the window."""
+        queries, keys = memory[0], in_float32(cached.keys)
+        logits = queries.unflatten(1, (keys.shape[1], -1)) @ keys[:, :, None].mT
+        behind = torch.arange(self.window - 1, -1, -1, device=keys.device)  # tokens newer than each query's
+        sees = cached.used[:, None] & (cached.newer[:, None] >= behind[:, None])
+        real = cached.used.sum(-1)[:, None] > behind
+        weights = logits.masked_fill(~sees[:, None, None], -FINITE).softmax(dim=-1)
+        mass = torch.where(real[:, None, None, :, None], weights, 0.0).sum(dim=(2, 3))
+        older = cached.used & (cached.newer >= self.window)
+        return avg_pool1d(mass * older[:, None], self.kernel, stride=1, padding=self.kernel // 2)
+
+
+FINITE = 1e30
+"""Stands for infinity where a query of padding would see nothing and give NaN."""

@@ -1,0 +1,46 @@
+"""TOVA: drop what the newest token attends to least."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from tokopt.analysis.cache import CachedAttention
+from tokopt.passes.eviction import Attention, Cached, KVEviction, Memory
+
+
+@dataclass(frozen=True)
+class TOVA(KVEviction):
+    """Token omission via attention (arXiv 2401.06104): the attention of the last query, averaged over heads.
+
+    All heads of a layer keep the same tokens, and nothing is protected.
+    """
+
+    sinks: int = 0
+    recent: int = 0
+    heads: bool = False
+
+    name: ClassVar[str] = "tova"
+
+    def memory(self, layer: CachedAttention) -> tuple[Memory, ...]:
+        """The last query's attention to every slot."""
+        return (Memory("attended", "float32", ("batch", 1, "slots", 1)),)
+
+    def observe(self, attention: Attention, *memory: Tensor) -> tuple[Tensor, ...]:
+        """Attention of the call's last query; a row that ended keeps what it had."""
+        last = Attention(
+            attention.query[:, :, -1:],
+            attention.key,
+            attention.mask[:, :, -1:],
+            attention.positions[:, -1:],
+            attention.scale,
+        )
+        mass = last.mass(last.logits()).sum(dim=1, keepdim=True) / attention.query.shape[1]
+        return (torch.where((last.positions >= 0)[:, :, None, None], mass, memory[0]),)
+
+    def score(self, cached: Cached, *memory: Tensor) -> Tensor:
+        """That attention."""
+        return memory[0][..., 0]
