@@ -495,7 +495,7 @@ def _export_compact(
     axes = {axis for spec in inputs for axis in spec.axes if isinstance(axis, str)}
     ranges = {axis: bounds for axis, bounds in step.ranges.items() if axis in axes}
     example = _compact_example(method, states)
-    exported, ranges = export_flat(module, example, inputs, ranges, deferred=True)
+    exported, ranges = export_flat(module, example, inputs, ranges)
     program = Program(exported, inputs, outputs, ranges, example)
     return replace(program, outputs=output_specs(exported, program)), states
 

@@ -108,7 +108,7 @@ class TokenReduction(Pass):
         except PassRefused as reason:
             return PassResult(bundle, 0, (), (*refusals, Refusal("the model", str(reason))))
         base = _raise_minimum(done.base, plan, trace) if plan.dynamic else done.base
-        reduced = replace(reexport(base, module), reductions=Reductions(done.base, methods))
+        reduced = replace(reexport(base, module, deferred=True), reductions=Reductions(done.base, methods))
         notes = [f"{plan.prefix(trace, self)} prefix tokens protected"]
         if rewriter.restored:
             names = ", ".join(base.outputs[i].name for i in rewriter.restored)

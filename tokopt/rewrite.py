@@ -99,15 +99,19 @@ def _suggested_ranges(text: str, ranges: Ranges) -> Ranges:
     return narrowed
 
 
-def reexport(program: Program, module: GraphModule) -> Program:
-    """The Program of an edited graph, with the same inputs; output axes are derived anew."""
+def reexport(program: Program, module: GraphModule, *, deferred: bool = False) -> Program:
+    """The Program of an edited graph, with the same inputs; output axes are derived anew.
+
+    ``deferred`` turns guards that cannot be proved into run-time assertions. It also forgets that axes of one
+    name are equal, so only edits that need it should ask for it.
+    """
     for node in list(module.graph.nodes):
         if is_call(node, aten._assert_tensor_metadata):  # what it asserts of dtypes, export derives anew
             module.graph.erase_node(node)
     module.graph.eliminate_dead_code()
     module.graph.lint()
     traced = _Retrace(module)
-    exported, ranges = export_flat(traced, program.example, program.inputs, program.ranges, deferred=True)
+    exported, ranges = export_flat(traced, program.example, program.inputs, program.ranges, deferred=deferred)
     outputs = output_specs(exported, program)
     return replace(program, exported=exported, outputs=outputs, ranges=ranges, reductions=None)
 

@@ -1,0 +1,166 @@
+"""Eviction written from the papers' formulas, one token at a time in float64, for the hand-written decoder."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+
+from tests.zoo.decoders import HandWritten
+
+Vector = np.ndarray
+
+
+@dataclass
+class Entry:
+    """One cached token of one head."""
+
+    position: int
+    key: Vector
+    value: Vector
+    mass: float = 0.0
+    noisy_mass: float = 0.0
+    attended: float = 0.0
+
+
+@dataclass
+class Head:
+    """What one head holds, oldest first, and every query it made."""
+
+    entries: list[Entry] = field(default_factory=list)
+    queries: list[Vector] = field(default_factory=list)
+
+
+def softmax(x: Vector) -> Vector:
+    e = np.exp(x - x.max())
+    return e / e.sum()
+
+
+def unit(x: Vector) -> Vector:
+    return x / np.linalg.norm(x)
+
+
+def snapkv(head: Head, window: int, kernel: int) -> list[float]:
+    keys = np.array([entry.key for entry in head.entries])
+    mass = np.zeros(len(keys))
+    for behind, query in enumerate(reversed(head.queries[-window:])):
+        seen = len(keys) - behind
+        mass[:seen] += softmax(keys[:seen] @ query / math.sqrt(len(query)))
+    mass[max(len(keys) - window, 0) :] = 0
+    padded = np.pad(mass, kernel // 2)
+    return [float(padded[i : i + kernel].mean()) for i in range(len(mass))]
+
+
+def keydiff(head: Head) -> list[float]:
+    anchor = np.mean([unit(entry.key) for entry in head.entries], axis=0)
+    return [-float(unit(entry.key) @ unit(anchor)) for entry in head.entries]
+
+
+SCORES: Mapping[str, Callable[[Head], list[float]]] = {
+    "streaming": lambda head: [entry.position for entry in head.entries],
+    "h2o": lambda head: [entry.mass for entry in head.entries],
+    "keyformer": lambda head: [entry.noisy_mass for entry in head.entries],
+    "snapkv": lambda head: snapkv(head, window=3, kernel=5),
+    "tova": lambda head: [entry.attended for entry in head.entries],
+    "knorm": lambda head: [-float(np.linalg.norm(entry.key)) for entry in head.entries],
+    "keydiff": keydiff,
+}
+TOGETHER = ("streaming", "tova")
+"""Methods that keep the same tokens in all heads of a layer."""
+
+
+def gumbel(position: int, slot: int, head: int, seed: int) -> float:
+    """The noise of tokopt's Keyformer, in Python's integers."""
+    prime = 1_048_573
+    value = position * 7919 + 1009 * seed + 1 + head * 104_729 + slot * 15_485_863
+    for multiplier in (48_271, 69_621, 16_807):
+        value = (value % prime * multiplier) % prime
+        value = (value * value + 12_345) % prime
+    return -math.log(-math.log((value + 0.5) / prime))
+
+
+@dataclass
+class NaiveDecoder:
+    """Greedy decoding of ``model`` in which ``method`` evicts."""
+
+    model: HandWritten
+    method: str
+    budget: int
+    sinks: int
+    recent: int
+    every: int
+
+    def generate(self, prompt: list[int], count: int) -> list[int]:
+        layers = len(self.model.qkv)
+        self.heads = [[Head() for _ in range(self.model.heads)] for _ in range(layers)]
+        self.generated = 0
+        with torch.no_grad():
+            for position, token in enumerate(prompt):
+                logits = self._token(token, position)
+            self._compact()
+            made: list[int] = []
+            while True:
+                made.append(int(logits.argmax()))
+                if len(made) == count:
+                    return made
+                self.generated = len(made)
+                logits = self._token(made[-1], len(prompt) + len(made) - 1)
+                if len(made) % self.every == 0:
+                    self._compact()
+
+    def _token(self, token: int, position: int) -> torch.Tensor:
+        m = self.model
+        x = (m.embed.weight[token] + m.place.weight[position]).double()
+        for layer, (qkv, out) in enumerate(zip(m.qkv, m.out, strict=True)):
+            normed = torch.nn.functional.layer_norm(
+                x, x.shape, m.norm[layer].weight.double(), m.norm[layer].bias.double()
+            )
+            q, k, v = (qkv.weight.double() @ normed + qkv.bias.double()).view(3, m.heads, -1).numpy()
+            mixed = [self._attend(layer, h, position, q[h], k[h], v[h]) for h in range(m.heads)]
+            self._attended(layer)
+            y = torch.from_numpy(np.concatenate(mixed))
+            x = x + out.weight.double() @ y + out.bias.double()
+        last = m.norm[-1]
+        normed = torch.nn.functional.layer_norm(x, x.shape, last.weight.double(), last.bias.double())
+        return m.head.weight.double() @ normed
+
+    def _attend(self, layer: int, h: int, position: int, q: Vector, k: Vector, v: Vector) -> Vector:
+        head = self.heads[layer][h]
+        head.entries.append(Entry(position, k, v))
+        head.queries.append(q)
+        logits = np.array([entry.key @ q for entry in head.entries]) / math.sqrt(len(q))
+        weights = softmax(logits)
+        noise = np.array([gumbel(position, slot, h, 0) for slot in range(len(logits))])
+        noisy = softmax((logits + noise) / (1 + 0.01 * self.generated))
+        for entry, weight, noised in zip(head.entries, weights, noisy, strict=True):
+            entry.mass += float(weight)
+            entry.noisy_mass += float(noised)
+            entry.attended = float(weight)
+        return weights @ np.array([entry.value for entry in head.entries])
+
+    def _attended(self, layer: int) -> None:
+        """TOVA looks at the mean over heads, which hold the same tokens."""
+        if self.method == "tova":
+            for entries in zip(*(head.entries for head in self.heads[layer]), strict=True):
+                mean = sum(entry.attended for entry in entries) / len(entries)
+                for entry in entries:
+                    entry.attended = mean
+
+    def _compact(self) -> None:
+        for heads in self.heads:
+            for head in heads:
+                kept = self._kept(SCORES[self.method](head))
+                head.entries = [head.entries[slot] for slot in kept]
+
+    def _kept(self, score: list[float]) -> list[int]:
+        slots = range(len(score))
+        guarded = [s for s in slots if s < self.sinks or s >= len(score) - self.recent]
+        others = sorted((s for s in slots if s not in guarded), key=lambda s: -score[s])
+        return sorted((guarded + others)[: self.budget])
+
+    def positions(self) -> list[list[list[int]]]:
+        """Positions held, by layer and head."""
+        return [[[entry.position for entry in head.entries] for head in heads] for heads in self.heads]

@@ -1,0 +1,210 @@
+"""Eviction of keys and values: every policy keeps what its formula says, and nothing else changes."""
+
+from __future__ import annotations
+
+from functools import cache
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+import tokopt
+from tests.matrix.eviction import SCORES, NaiveDecoder
+from tests.matrix.language import artifact, bundle, model, prompt
+from tests.zoo.decoders import DECODERS
+from tokopt.bundle import Bundle
+from tokopt.errors import TokoptError
+from tokopt.passes import PASSES, load_pass
+from tokopt.passes.eviction import KVEviction
+
+METHODS = tuple(name for name in PASSES if issubclass(load_pass(name), KVEviction))
+TYPICAL = ("llama", "gemma3", "mistral", "gpt2")
+"""Grouped heads; sliding and full layers; sliding layers only; learned positions."""
+
+PAIRS = [(method, name) for method in METHODS for name in TYPICAL]
+PAIRS += [("h2o", name) for name in DECODERS if name not in TYPICAL]
+
+BUDGET, SINKS, RECENT, EVERY = 12, 2, 4, 3
+OPTIONS = f"budget={BUDGET} sinks={SINKS} recent={RECENT} every={EVERY}"
+
+
+def spelled(method: str, options: str = OPTIONS) -> str:
+    return f"{method}{{{options}{' window=3' if method == 'snapkv' else ''}}}"
+
+
+@cache
+def evicting(name: str, pipeline: str) -> Bundle:
+    return tokopt.optimize(bundle(name), pipeline)
+
+
+class Driver:
+    """The host's part in plain torch: holds state, feeds it back, compacts when told."""
+
+    def __init__(self, made: Bundle, batch: int, capacity: int = 64) -> None:
+        self.bundle = made
+        self.state = {}
+        for state in made.states:
+            shape = [a if isinstance(a, int) else batch if a == "batch" else capacity for a in state.axes]
+            self.state[state.name] = torch.full(shape, state.initial).to(getattr(torch, state.dtype))
+
+    def run(self, program: str, **feed: Tensor) -> dict[str, Tensor]:
+        made = self.bundle.programs[program]
+        known = {**self.state, **feed}
+        got = dict(
+            zip((o.name for o in made.outputs), made(*(known[i.name] for i in made.inputs)), strict=True)
+        )
+        self.state.update({s.name: got[s.output] for s in self.bundle.states if s.output in got})
+        return got
+
+    def step(self, tokens: list[list[int]], positions: list[list[int]]) -> Tensor:
+        """Logits [batch, vocabulary] of the last token."""
+        count = len(tokens[0])
+        causal = torch.ones(count, count, dtype=torch.bool).tril().repeat(len(tokens), 1, 1)
+        got = self.run(
+            "step",
+            tokens=torch.tensor(tokens),
+            positions=torch.tensor(positions),
+            mask=causal,
+            rows=torch.tensor([-1]),
+        )
+        return got["logits"][:, 0]
+
+    def read(self, prompts: list[list[int]]) -> Tensor:
+        """Prompts of unequal length, padded on the left."""
+        longest = max(map(len, prompts))
+        missing = [longest - len(ids) for ids in prompts]
+        tokens = [[0] * pad + ids for pad, ids in zip(missing, prompts, strict=True)]
+        return self.step(tokens, [[-1] * pad + list(range(longest - pad)) for pad in missing])
+
+    def follow(self, prompts: list[list[int]], texts: list[list[int]], every: int) -> Tensor:
+        """Logits [tokens, batch, vocabulary] of texts after prompts, compacting as the runtime does."""
+        logits = [self.read(prompts)]
+        self.run("compact")
+        for i in range(len(texts[0])):
+            positions = [[len(ids) + i] for ids in prompts]
+            logits.append(self.step([[text[i]] for text in texts], positions))
+            if (i + 1) % every == 0:
+                self.run("compact")
+        return torch.stack(logits)
+
+
+@pytest.mark.parametrize("method", SCORES)
+def test_generates_what_the_formula_generates(method: str) -> None:
+    """Out of ONNX Runtime, token for token, through many evictions, with each method's own choice of heads."""
+    own = spelled(method)
+    naive = NaiveDecoder(model("hand_written"), method, BUDGET, SINKS, RECENT, EVERY)  # type: ignore[arg-type]
+    for seed in range(3):
+        ids = prompt(20, seed)
+        assert list(artifact("hand_written", own).generate(ids, max_tokens=40).tokens) == naive.generate(
+            ids, 40
+        )
+    full = artifact("hand_written").generate(ids, max_tokens=40).tokens
+    assert list(full) != naive.generate(ids, 40)  # so that the comparison means something
+
+
+@pytest.mark.parametrize("method", SCORES)
+def test_keeps_what_the_formula_keeps(method: str) -> None:
+    """The keys in the cache, matched to the naive decoder's by value, after every eviction of a decode."""
+    ids = prompt(20)
+    naive = NaiveDecoder(model("hand_written"), method, BUDGET, SINKS, RECENT, EVERY)  # type: ignore[arg-type]
+    for count in (1, 1 + EVERY, 1 + 4 * EVERY):  # the last token is not read
+        text = naive.generate(ids, count)[: count - 1]
+        driver = Driver(evicting("hand_written", spelled(method)), 1)
+        driver.follow([ids], [text], EVERY)
+        for layer, heads in enumerate(naive.heads):
+            for h, head in enumerate(heads):
+                keys = driver.state[f"keys_{layer}"][0, h, : len(head.entries)]
+                wanted = np.array([entry.key for entry in head.entries])
+                np.testing.assert_allclose(keys.numpy(), wanted, atol=1e-4)
+        assert driver.state["length"].tolist() == [BUDGET]
+
+
+@pytest.mark.parametrize(("method", "name"), PAIRS)
+def test_a_budget_that_holds_all_changes_nothing(method: str, name: str) -> None:
+    """Token for token the logits of the full cache, although ``compact`` ran."""
+    ids, text = prompt(20), prompt(8, seed=1)
+    made = evicting(name, spelled(method))
+    roomy = Driver(made, 1)
+    roomy.state["budget"].fill_(99)
+    full = Driver(bundle(name), 1)
+    wanted = [full.read([ids])] + [full.step([[t]], [[20 + i]]) for i, t in enumerate(text)]
+    torch.testing.assert_close(roomy.follow([ids], [text], EVERY), torch.stack(wanted), atol=2e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize(("method", "name"), PAIRS)
+def test_padding_is_never_counted_or_kept(method: str, name: str) -> None:
+    """A row beside a longer one, padded on the left, goes as it goes alone; budgets are those of the real tokens."""
+    if method in ("random_kv", "keyformer"):
+        return  # their hashes see slot numbers, which padding moves
+    prompts, texts = [prompt(15), prompt(26, seed=2)], [prompt(7, seed=1), prompt(7, seed=3)]
+    made = evicting(name, spelled(method))
+    together = Driver(made, 2)
+    logits = together.follow(prompts, texts, EVERY)
+    for row in range(2):
+        alone = Driver(made, 1).follow([prompts[row]], [texts[row]], EVERY)
+        torch.testing.assert_close(logits[:, row], alone[:, 0], atol=2e-4, rtol=1e-4)
+    assert together.state["length"].tolist() == [BUDGET + 1] * 2  # seven tokens: one since the last eviction
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_sinks_and_recent_tokens_survive(method: str) -> None:
+    ids = prompt(30)
+    made = evicting("llama", spelled(method))
+    driver = Driver(made, 1)
+    driver.read([ids])
+    before = driver.state["keys_0"][0].clone()
+    driver.run("compact")
+    after = driver.state["keys_0"][0]
+    assert torch.equal(after[:, :SINKS], before[:, :SINKS])
+    assert torch.equal(after[:, BUDGET - RECENT : BUDGET], before[:, 30 - RECENT : 30])
+
+
+def test_budgets_by_layer() -> None:
+    """A list, a pyramid, and a fraction of the prompt's real tokens."""
+    cases = {
+        "knorm{budget=[20,13] recent=4}": [[20, 13]] * 2,
+        "knorm{budget=16 schedule=pyramid recent=4}": [[24, 9]] * 2,  # 8 would be the protected tokens alone
+        "knorm{budget=0.5 recent=4}": [13, 20],
+    }
+    for text, lengths in cases.items():
+        driver = Driver(evicting("llama", text), 2)
+        driver.read([prompt(25), prompt(40)])
+        driver.run("compact")
+        assert driver.state["length"].tolist() == lengths
+
+
+def test_memory_is_what_the_budget_says() -> None:
+    """Bytes allocated: the budget and the tokens until the next eviction, in every state with slots."""
+    got = artifact("llama", spelled("h2o"))
+    got.generate(prompt(100), max_tokens=50)
+    slots = BUDGET + EVERY
+    assert got.statistics.cache_slots == slots
+    per_slot = 2 * (2 * 2 * 12 * 4 + 2 * 4) + 8  # two layers of keys, values and masses; positions
+    assert got.statistics.cache_bytes == slots * per_slot + 8 + 8  # one length, one budget
+
+
+@pytest.mark.parametrize(
+    ("pipeline", "reason"),
+    {
+        "h2o{budget=36}": "budget above the 4 sinks and 32 recent tokens .* found 36",
+        "h2o": "h2o needs a budget",
+        "h2o{budget=[50,50,50]}": "lists 3 layers, the model has 2",
+        "h2o{budget=50},knorm{budget=40}": "evicted already",
+        "h2o{budget=1.5}": "a number of slots, or a fraction",
+        "h2o{budget=50 every=-1}": "must not be negative",
+        "h2o{budget=[50,40] schedule=pyramid}": "a list of budgets has its own schedule",
+        "snapkv{budget=50 window=40}": "window=40 must be in 1 to recent=32",
+        "snapkv{budget=50 kernel=4}": "kernel=4 must be odd",
+        "tome{r=1}": "tome works on encoders",
+    }.items(),
+)
+def test_what_cannot_be_is_refused(pipeline: str, reason: str) -> None:
+    with pytest.raises(TokoptError, match=reason) as caught:
+        tokopt.optimize(bundle("llama"), pipeline)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_budget_of_everything_is_the_same_bundle() -> None:
+    same = tokopt.optimize(bundle("llama"), "h2o{budget=1.0}")
+    assert same.programs == bundle("llama").programs
