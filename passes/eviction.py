@@ -502,7 +502,7 @@ def _export_compact(
 
 def _compact_example(method: KVEviction, states: Sequence[State]) -> tuple[Tensor, ...]:
     """Two rows that hold more than the budget, the first of which began with padding; free slots at the end."""
-    held = 2 * method.protected + 9
+    held = method.protected + 9
     slots, generator = held + 3, torch.Generator().manual_seed(0)
     positions = torch.full((2, 1, slots, 1), -1)
     positions[:, 0, :held, 0] = torch.arange(held) - torch.tensor([[2], [0]])
@@ -511,7 +511,7 @@ def _compact_example(method: KVEviction, states: Sequence[State]) -> tuple[Tenso
     def make(state: State) -> Tensor:
         shape = [size if isinstance(size, int) else 2 if size == "batch" else slots for size in state.axes]
         if state.name == "budget":
-            return torch.full(shape, method.protected + 5)
+            return torch.full(shape, method.protected + 3)
         if state.name == "length":
             return torch.full(shape, held)
         if state.name.startswith("slots"):

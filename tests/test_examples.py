@@ -3,11 +3,18 @@
 from __future__ import annotations
 
 import importlib.util
+import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+from examples.data import smollm2
+from tokopt.cli import main
+from tokopt.errors import InputError
+from tokopt.runtime import Generated, LanguageModel, load
 
 ROOT = Path(__file__).resolve().parents[1]
 REAL_DATA = all(importlib.util.find_spec(name) for name in ("skimage", "sklearn", "transformers"))
@@ -30,3 +37,104 @@ def test_vision_merges_a_real_dinov2_and_draws_it(tmp_path: Path) -> None:
     assert cosine > 0.95
     assert (tmp_path / "tokens.png").stat().st_size > 10_000
     assert (tmp_path / "dinov2-merged.tokopt" / "manifest.json").exists()
+
+
+# --- a language model with real weights: one artifact for all ------------------------------------------------
+
+PROMPTS = (
+    "The capital of France is",
+    "Once upon a time, in a village by the sea, there lived",
+    "import numpy as",
+)
+
+
+def run(*command: str | Path, cwd: Path = ROOT) -> str:
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600, cwd=cwd, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def answer(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, Path]]:
+    """What ``examples/generate.py`` prints, and the artifact it made."""
+    folder = tmp_path_factory.mktemp("smollm2")
+    printed = run(
+        sys.executable, "examples/generate.py", "What is gravity?", "--max-tokens", "40", "--output", folder
+    )
+    yield printed, folder / "smollm2.tokopt"
+
+
+@pytest.fixture(scope="module")
+def language_model(answer: tuple[str, Path]) -> LanguageModel:
+    model = load(answer[1], threads=1)
+    assert isinstance(model, LanguageModel)
+    return model
+
+
+@pytest.mark.xdist_group("smollm2")
+def test_generate_streams_a_chat_answer_without_torch(
+    answer: tuple[str, Path], language_model: LanguageModel
+) -> None:
+    printed, _ = answer
+    ids = language_model.chat_prompt([{"role": "user", "content": "What is gravity?"}])
+    text = "".join(language_model.stream(ids, max_tokens=40))
+    assert text.strip() and text.strip() in printed
+    assert "torch was not imported" in printed
+
+
+@pytest.mark.xdist_group("smollm2")
+def test_the_command_says_what_the_library_says(
+    answer: tuple[str, Path], language_model: LanguageModel, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["generate", str(answer[1]), PROMPTS[0], "--max-tokens", "20", "--stream"]) == 0
+    wanted = "".join(language_model.stream(PROMPTS[0], max_tokens=20))
+    assert capsys.readouterr().out.rstrip("\n") == wanted.rstrip("\n")
+
+
+@pytest.mark.xdist_group("smollm2")
+def test_greedy_equals_transformers_on_real_weights(language_model: LanguageModel) -> None:
+    """200 tokens, and a batch of unequal prompts equals one by one."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    reference = AutoModelForCausalLM.from_pretrained(smollm2(), dtype=torch.float32)
+    together = language_model.generate(PROMPTS, max_tokens=200)
+    for text, got in zip(PROMPTS, together, strict=True):
+        ids = language_model.tokenizer.encode(text)
+        wanted = reference.generate(torch.tensor([ids]), max_new_tokens=200, do_sample=False)[0, len(ids) :]
+        assert list(got.tokens) == wanted.tolist()
+        alone = language_model.generate(text, max_tokens=200)
+        assert isinstance(alone, Generated) and alone.tokens == got.tokens
+
+
+@pytest.mark.xdist_group("smollm2")
+def test_node_generates_the_same_tokens(
+    answer: tuple[str, Path], language_model: LanguageModel, tmp_path: Path
+) -> None:
+    """Following the manifest alone, in another language and another build of ONNX Runtime."""
+    npm, node = shutil.which("npm"), shutil.which("node")
+    assert npm and node, "this test runs examples/node; install Node.js 20 or newer"
+    shutil.copytree(ROOT / "examples" / "node", tmp_path / "node")
+    run(npm, "install", "--no-audit", "--no-fund", cwd=tmp_path / "node")
+    ids = language_model.tokenizer.encode(PROMPTS[1])
+    wanted = language_model.generate(ids, max_tokens=32).tokens
+    printed = run(node, tmp_path / "node" / "generate.mjs", answer[1], ",".join(map(str, ids)), "32")
+    assert [int(token) for token in printed.strip().split(",")] == list(wanted)
+    assert len(wanted) == 32
+
+
+@pytest.mark.xdist_group("smollm2")
+def test_bad_prompts_are_refused_before_anything_runs(language_model: LanguageModel) -> None:
+    context = language_model.settings.context
+    for prompt, reason in {
+        "": "the prompt is empty",
+        (0, 49152): "token id 49152 is outside the vocabulary of 49152",
+        (-1,): "token id -1 is outside",
+        (1,) * (context + 1): f"has {context + 1} tokens and the model's context holds {context}",
+    }.items():
+        with pytest.raises(InputError, match=reason):
+            language_model.generate(prompt)
+    with pytest.raises(InputError, match="there is no prompt"):
+        language_model.generate([])
+    with pytest.raises(InputError, match=r"a cache of \d+ slots for a batch of \d+ takes .* GiB"):
+        language_model.generate([(1,) * 8000] * 1000)

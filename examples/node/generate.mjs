@@ -9,6 +9,8 @@ import { readFile } from 'node:fs/promises';
 import path from 'node:path';
 import ort from 'onnxruntime-node';
 
+const OPTIONS = { logSeverityLevel: 3 }; // quiet: without bound buffers each step copies the cache, and warns
+
 const ARRAYS = { int64: BigInt64Array, float32: Float32Array, bool: Uint8Array, int8: Int8Array };
 
 /** A tensor of one value, as the manifest names its dtype. */
@@ -38,7 +40,7 @@ class LanguageModel {
     if (manifest.task !== 'causal-lm') throw new Error(`${folder} holds no language model`);
     const sessions = {};
     for (const [name, program] of Object.entries(manifest.programs)) {
-      sessions[name] = await ort.InferenceSession.create(path.join(folder, program.files.onnx));
+      sessions[name] = await ort.InferenceSession.create(path.join(folder, program.files.onnx), OPTIONS);
     }
     return new LanguageModel(manifest, sessions);
   }
