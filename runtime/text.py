@@ -9,7 +9,10 @@ from tokopt.errors import ArtifactError, InputError, MissingDependencyError
 
 
 class Tokenizer:
-    """The tokenizer of an artifact: the text of a ``tokenizer.json``."""
+    """The tokenizer of an artifact: the text of a ``tokenizer.json``.
+
+    Raises ArtifactError when it cannot be read or is of a larger vocabulary than the model.
+    """
 
     def __init__(self, text: str, vocabulary: int) -> None:
         try:
@@ -24,7 +27,7 @@ class Tokenizer:
             raise ArtifactError(
                 f"the tokenizer cannot be read ({error}); export the artifact again"
             ) from error
-        size = self.tokenizer.get_vocab_size(with_added_tokens=True)
+        size = self.tokenizer.get_vocab_size(with_added_tokens=False)  # some models lack rows for added ones
         if size > vocabulary:
             raise ArtifactError(
                 f"the tokenizer has {size} tokens and the model {vocabulary}; export it with its own tokenizer"

@@ -88,7 +88,7 @@ def test_examples_in_docstrings_run(name: str) -> None:
 
 
 def test_every_pass_is_documented() -> None:
-    text = (ROOT / "docs" / "merge-and-prune.md").read_text()
+    text = "".join((ROOT / "docs" / page).read_text() for page in ("merge-and-prune.md", "kv-eviction.md"))
     readme = (ROOT / "README.md").read_text()
     for name in PASSES:
         assert f"\n## {name}\n" in text and f"| `{name}` |" in readme

@@ -37,6 +37,7 @@ from tokopt.kernels import ops
 from tokopt.normalize import normalize
 from tokopt.rewrite import export_flat, output_specs
 from tokopt.runtime.manifest import Generation
+from tokopt.runtime.text import Tokenizer
 
 BATCH, TOKENS, ROWS, SLOTS, HELD = 2, 5, 3, 11, 4
 """Sizes of the example, all different, since ``torch.export`` takes equal ones for one axis; HELD are in use."""
@@ -77,7 +78,8 @@ def capture_lm(
     a hand-written decoder needs it, a Hugging Face model has its own.
 
     Raises CaptureError when the model cannot be traced, when its masks are of a kind that tokopt does not
-    know, or when ``step`` does not reproduce the model's own logits.
+    know, or when ``step`` does not reproduce the model's own logits; ArtifactError when the tokenizer does not
+    match.
     """
     if isinstance(model, (str, Path)):
         loaded, found_tokenizer, generation = _from_folder(Path(model), generation)
@@ -90,6 +92,8 @@ def capture_lm(
                 "generation=Generation(context=..., vocabulary=...)"
             )
         generation = _generation(model)
+    if tokenizer is not None:
+        Tokenizer(tokenizer, generation.vocabulary)  # refuse another model's before anything is traced
     with evaluation(model), _fused_attention(model if hugging_face else None):
         decoder: Any = _HuggingFace(model) if hugging_face else model
         windows = decoder.windows if hugging_face else (0,)

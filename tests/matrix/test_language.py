@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import torch
 
-from tests.matrix.language import artifact, prompt, reference
-from tests.zoo.decoders import CONTEXT, DECODERS
+from tests.matrix.language import artifact, bundle, prompt, reference
+from tests.zoo.decoders import CONTEXT, DECODERS, VOCABULARY
+from tokopt.causal_lm import first_step
+from tokopt.errors import TokoptError
 from tokopt.runtime import language
 
 decoders = pytest.mark.parametrize("name", DECODERS)
@@ -70,3 +73,24 @@ def test_statistics_count_what_was_done() -> None:
     states = [s for s in model.manifest.states if s.name.startswith(("keys", "values"))]
     per_slot = sum(4 * int(np.prod([a for a in s.axes if isinstance(a, int)])) for s in states)
     assert done.cache_bytes == 2 * (done.cache_slots * (per_slot + 8) + 8)
+
+
+def test_nan_logits_stop_with_the_step_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    def damaged(session: language._Session, tokens: np.ndarray, *rest: np.ndarray) -> np.ndarray:
+        return np.full((len(tokens), 1, VOCABULARY), np.nan, np.float32)
+
+    monkeypatch.setattr(language._Session, "step", damaged)
+    with pytest.raises(TokoptError, match="the model gave NaN at step 2"):
+        artifact("llama").generate(prompt(5), max_tokens=4)
+
+
+@decoders
+def test_only_the_wanted_rows_are_multiplied_with_the_vocabulary(name: str) -> None:
+    """Logits of chosen tokens, in their order, are those among all tokens' logits."""
+    step = bundle(name).main
+    tokens = torch.tensor([prompt(9)])
+    everything = step(*first_step(step, tokens))[0]
+    names = [spec.name for spec in step.inputs]
+    inputs = list(first_step(step, tokens))
+    inputs[names.index("rows")] = torch.tensor([-1, 2, 0])
+    torch.testing.assert_close(step(*inputs)[0], everything[:, [8, 2, 0]])

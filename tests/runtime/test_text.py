@@ -63,7 +63,7 @@ def test_special_tokens_are_not_text() -> None:
 
 
 def test_a_tokenizer_of_another_model_is_refused() -> None:
-    with pytest.raises(ArtifactError, match="257 tokens and the model 100; export it with its own"):
+    with pytest.raises(ArtifactError, match="256 tokens and the model 100; export it with its own"):
         Tokenizer(TOKENIZER.tokenizer.to_str(), 100)
 
 

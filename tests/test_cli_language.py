@@ -1,0 +1,118 @@
+"""The command on language models: from a Hugging Face folder to text, with and without eviction."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from tokenizers import Tokenizer as Library
+from tokenizers import decoders, models, pre_tokenizers
+
+from tests.zoo.decoders import DECODERS, VOCABULARY
+from tokopt.cli import main
+
+pytestmark = pytest.mark.xdist_group("cli-language")  # the artifacts below are built once
+
+
+def tokenizer() -> Library:
+    """One token per letter."""
+    letters = [chr(33 + i) for i in range(VOCABULARY - 1)]
+    library = Library(models.WordLevel({letter: i for i, letter in enumerate([*letters, "?!"])}, "?!"))
+    library.pre_tokenizer = pre_tokenizers.Split("", "isolated")  # type: ignore[assignment]
+    library.decoder = decoders.Fuse()  # type: ignore[assignment]
+    return library
+
+
+@pytest.fixture(scope="module")
+def artifacts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Exported artifacts of one model: ``full`` and ``small``, whose cache is bounded."""
+    folder = tmp_path_factory.mktemp("language")
+    DECODERS["llama"]().save_pretrained(folder / "llama")  # type: ignore[operator]
+    tokenizer().save(str(folder / "llama" / "tokenizer.json"))
+    steps = [
+        ("capture", folder / "llama", "-o", folder / "full.bundle.tokopt"),
+        (
+            "optimize",
+            folder / "full.bundle.tokopt",
+            "h2o{budget=16 sinks=2 recent=4 every=4}",
+            "-o",
+            folder / "b",
+        ),
+        ("export", folder / "full.bundle.tokopt", "-o", folder / "full.tokopt"),
+        ("export", folder / "b", "-o", folder / "small.tokopt"),
+    ]
+    for step in steps:
+        assert main([*map(str, step), "--json"]) == 0
+    return folder
+
+
+def answer(capsys: pytest.CaptureFixture[str], *argv: object) -> dict:
+    capsys.readouterr()
+    assert main([*map(str, argv), "--json"]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+def test_generate_says_what_it_took(capsys: pytest.CaptureFixture[str], artifacts: Path) -> None:
+    prompt = "abcdefgh" * 5
+    full = answer(capsys, "generate", artifacts / "full.tokopt", prompt, "--max-tokens", 30)
+    small = answer(capsys, "generate", artifacts / "small.tokopt", prompt, "--max-tokens", 30)
+    assert (full["prompt_tokens"], full["new_tokens"]) == (40, 30)
+    assert small["cache_slots"] == 20 < full["cache_slots"]
+    assert len(full["text"]) == len(small["text"]) == 30
+
+
+def test_stream_prints_the_same_text(capsys: pytest.CaptureFixture[str], artifacts: Path) -> None:
+    command = ["generate", str(artifacts / "full.tokopt"), "hello", "--max-tokens", "12"]
+    assert main(command) == 0
+    whole = capsys.readouterr().out
+    assert main([*command, "--stream"]) == 0
+    assert capsys.readouterr().out == whole and len(whole.strip()) == 12
+
+
+def test_seeds_repeat_a_draw(capsys: pytest.CaptureFixture[str], artifacts: Path) -> None:
+    def draw(seed: int) -> str:
+        command = ("generate", artifacts / "full.tokopt", "hello", "--temperature", 2, "--seed", seed)
+        return answer(capsys, *command)["text"]
+
+    assert draw(1) == draw(1) != draw(2)
+
+
+@pytest.mark.parametrize("verb", ["inspect", "verify"])
+def test_other_verbs_know_language_models(
+    capsys: pytest.CaptureFixture[str], artifacts: Path, verb: str
+) -> None:
+    for name in ("full", "small"):
+        assert answer(capsys, verb, artifacts / f"{name}.tokopt")
+
+
+@pytest.mark.parametrize(
+    ("argv", "sentence"),
+    {
+        ("generate", "full.tokopt", ""): "the prompt is empty",
+        ("generate", "full.tokopt", "a" * 400): "the prompt has 400 tokens and the model's context holds 320",
+        ("generate", "full.tokopt", "a", "--temperature", "-1"): "temperature",
+        ("generate", "full.tokopt", "a", "--chat"): "chat template",
+        ("generate", "nowhere.tokopt", "a"): "is no tokopt artifact",
+        ("run", "full.tokopt"): "tokopt generate",
+    }.items(),
+)
+def test_bad_input_is_one_sentence(
+    capsys: pytest.CaptureFixture[str], artifacts: Path, argv: tuple[str, ...], sentence: str
+) -> None:
+    verb, name, *rest = argv
+    capsys.readouterr()
+    assert main([verb, str(artifacts / name), *rest]) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and sentence in err and err.count("\n") == 1
+
+
+def test_a_tokenizer_of_another_vocabulary_is_refused(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    DECODERS["llama"]().save_pretrained(tmp_path / "llama")  # type: ignore[operator]
+    other = Library(models.WordLevel({f"w{i}": i for i in range(VOCABULARY + 5)}, "w0"))
+    other.save(str(tmp_path / "llama" / "tokenizer.json"))
+    assert main(["capture", str(tmp_path / "llama"), "-o", str(tmp_path / "out.tokopt")]) == 2
+    assert "tokenizer" in capsys.readouterr().err
+    assert not (tmp_path / "out.tokopt").exists()
