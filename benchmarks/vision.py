@@ -297,7 +297,6 @@ class Benchmark:
             "machine": describe(self.threads),
             "model": "DINOv2 ViT-S/14, float32, ONNX Runtime CPU",
             "protocol": {
-                "rounds": self.rounds,
                 "ratio": "median over rounds of unmerged / variant, processes taking turns",
                 "photographs": 40,
                 "change": "difference of kNN accuracy, plus or minus its standard error over the test images",
