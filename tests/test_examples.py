@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -97,7 +98,7 @@ def test_greedy_equals_transformers_on_real_weights(language_model: LanguageMode
     import torch
     from transformers import AutoModelForCausalLM
 
-    reference = AutoModelForCausalLM.from_pretrained(smollm2(), dtype=torch.float32)
+    reference: Any = AutoModelForCausalLM.from_pretrained(smollm2(), dtype=torch.float32)
     together = language_model.generate(PROMPTS, max_tokens=200)
     for text, got in zip(PROMPTS, together, strict=True):
         ids = language_model.tokenizer.encode(text)

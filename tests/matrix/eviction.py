@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
@@ -82,6 +83,14 @@ def gumbel(position: int, slot: int, head: int, seed: int) -> float:
     return -math.log(-math.log((value + 0.5) / prime))
 
 
+def linear(layer: Any, x: torch.Tensor) -> torch.Tensor:
+    return layer.weight.double() @ x + layer.bias.double()
+
+
+def normed(norm: Any, x: torch.Tensor) -> torch.Tensor:
+    return torch.nn.functional.layer_norm(x, x.shape, norm.weight.double(), norm.bias.double())
+
+
 @dataclass
 class NaiveDecoder:
     """Greedy decoding of ``model`` in which ``method`` evicts."""
@@ -112,20 +121,14 @@ class NaiveDecoder:
                     self._compact()
 
     def _token(self, token: int, position: int) -> torch.Tensor:
-        m = self.model
+        m: Any = self.model
         x = (m.embed.weight[token] + m.place.weight[position]).double()
         for layer, (qkv, out) in enumerate(zip(m.qkv, m.out, strict=True)):
-            normed = torch.nn.functional.layer_norm(
-                x, x.shape, m.norm[layer].weight.double(), m.norm[layer].bias.double()
-            )
-            q, k, v = (qkv.weight.double() @ normed + qkv.bias.double()).view(3, m.heads, -1).numpy()
+            q, k, v = linear(qkv, normed(m.norm[layer], x)).view(3, m.heads, -1).numpy()
             mixed = [self._attend(layer, h, position, q[h], k[h], v[h]) for h in range(m.heads)]
             self._attended(layer)
-            y = torch.from_numpy(np.concatenate(mixed))
-            x = x + out.weight.double() @ y + out.bias.double()
-        last = m.norm[-1]
-        normed = torch.nn.functional.layer_norm(x, x.shape, last.weight.double(), last.bias.double())
-        return m.head.weight.double() @ normed
+            x = x + linear(out, torch.from_numpy(np.concatenate(mixed)))
+        return m.head.weight.double() @ normed(m.norm[-1], x)
 
     def _attend(self, layer: int, h: int, position: int, q: Vector, k: Vector, v: Vector) -> Vector:
         head = self.heads[layer][h]

@@ -24,6 +24,15 @@ TYPICAL = ("llama", "gemma3", "mistral", "gpt2")
 
 PAIRS = [(method, name) for method in METHODS for name in TYPICAL]
 PAIRS += [("h2o", name) for name in DECODERS if name not in TYPICAL]
+PAIRS = [
+    pytest.param(method, name, marks=pytest.mark.xdist_group(f"decoder-{name}")) for method, name in PAIRS
+]
+FORMULAS = [pytest.param(method, marks=pytest.mark.xdist_group("decoder-hand_written")) for method in SCORES]
+
+BY_SLOT = ("random_kv", "keyformer")
+"""Methods whose hashes see slot numbers, which padding moves."""
+
+llama = pytest.mark.xdist_group("decoder-llama")
 
 BUDGET, SINKS, RECENT, EVERY = 12, 2, 4, 3
 OPTIONS = f"budget={BUDGET} sinks={SINKS} recent={RECENT} every={EVERY}"
@@ -89,7 +98,7 @@ class Driver:
         return torch.stack(logits)
 
 
-@pytest.mark.parametrize("method", SCORES)
+@pytest.mark.parametrize("method", FORMULAS)
 def test_generates_what_the_formula_generates(method: str) -> None:
     """Out of ONNX Runtime, token for token, through many evictions, with each method's own choice of heads."""
     own = spelled(method)
@@ -103,7 +112,7 @@ def test_generates_what_the_formula_generates(method: str) -> None:
     assert list(full) != naive.generate(ids, 40)  # so that the comparison means something
 
 
-@pytest.mark.parametrize("method", SCORES)
+@pytest.mark.parametrize("method", FORMULAS)
 def test_keeps_what_the_formula_keeps(method: str) -> None:
     """The keys in the cache, matched to the naive decoder's by value, after every eviction of a decode."""
     ids = prompt(20)
@@ -132,11 +141,9 @@ def test_a_budget_that_holds_all_changes_nothing(method: str, name: str) -> None
     torch.testing.assert_close(roomy.follow([ids], [text], EVERY), torch.stack(wanted), atol=2e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize(("method", "name"), PAIRS)
+@pytest.mark.parametrize(("method", "name"), [pair for pair in PAIRS if pair.values[0] not in BY_SLOT])
 def test_padding_is_never_counted_or_kept(method: str, name: str) -> None:
     """A row beside a longer one, padded on the left, goes as it goes alone; budgets are those of the real tokens."""
-    if method in ("random_kv", "keyformer"):
-        return  # their hashes see slot numbers, which padding moves
     prompts, texts = [prompt(15), prompt(26, seed=2)], [prompt(7, seed=1), prompt(7, seed=3)]
     made = evicting(name, spelled(method))
     together = Driver(made, 2)
@@ -147,6 +154,7 @@ def test_padding_is_never_counted_or_kept(method: str, name: str) -> None:
     assert together.state["length"].tolist() == [BUDGET + 1] * 2  # seven tokens: one since the last eviction
 
 
+@llama
 @pytest.mark.parametrize("method", METHODS)
 def test_sinks_and_recent_tokens_survive(method: str) -> None:
     ids = prompt(30)
@@ -160,6 +168,7 @@ def test_sinks_and_recent_tokens_survive(method: str) -> None:
     assert torch.equal(after[:, BUDGET - RECENT : BUDGET], before[:, 30 - RECENT : 30])
 
 
+@llama
 def test_budgets_by_layer() -> None:
     """A list, a pyramid, and a fraction of the prompt's real tokens."""
     cases = {
@@ -174,6 +183,7 @@ def test_budgets_by_layer() -> None:
         assert driver.state["length"].tolist() == lengths
 
 
+@llama
 def test_memory_is_what_the_budget_says() -> None:
     """Bytes allocated: the budget and the tokens until the next eviction, in every state with slots."""
     got = artifact("llama", spelled("h2o"))
@@ -184,6 +194,7 @@ def test_memory_is_what_the_budget_says() -> None:
     assert got.statistics.cache_bytes == slots * per_slot + 8 + 8  # one length, one budget
 
 
+@llama
 @pytest.mark.parametrize(
     ("pipeline", "reason"),
     {
@@ -205,6 +216,7 @@ def test_what_cannot_be_is_refused(pipeline: str, reason: str) -> None:
     assert "\n" not in str(caught.value)
 
 
+@llama
 def test_a_budget_of_everything_is_the_same_bundle() -> None:
     same = tokopt.optimize(bundle("llama"), "h2o{budget=1.0}")
     assert same.programs == bundle("llama").programs
