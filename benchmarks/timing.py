@@ -12,22 +12,32 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 
-Kind = Literal["session", "runtime"]
+Kind = Literal["session", "runtime", "concat", "step", "generate"]
+CALLS = {
+    "session": "benchmarks.timing:session_call",
+    "runtime": "benchmarks.timing:runtime_call",
+    "concat": "benchmarks.decode:concat_call",
+    "step": "benchmarks.decode:step_call",
+    "generate": "benchmarks.decode:generate_call",
+}
+"""Kind of engine -> ``module:function`` that makes the call to time."""
+
 DRIFT = 0.08
 """A round counts when the control's two turns differ by less than this."""
 
 
 @dataclass(frozen=True)
 class Engine:
-    """What to time: ``"session"`` is a bare ``onnxruntime.InferenceSession``, ``"runtime"`` is tokopt's."""
+    """What to time: a kind of :data:`CALLS` on an artifact; ``size`` is that of images, or the prompt's length."""
 
     name: str
     kind: Kind
@@ -145,24 +155,30 @@ def open_session(artifact: Path, threads: int) -> Any:
     return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
 
 
+def session_call(engine: Engine) -> Callable[[], object]:
+    """One batch of images through a bare session."""
+    session = open_session(engine.artifact, engine.threads)
+    feed = {session.get_inputs()[0].name: _images(engine)}
+    return lambda: session.run(None, feed)
+
+
+def runtime_call(engine: Engine) -> Callable[[], object]:
+    """One batch of images through tokopt's runtime."""
+    from tokopt.runtime import load
+
+    model, images = load(engine.artifact, threads=engine.threads), _images(engine)
+    return lambda: model(images)
+
+
+def _images(engine: Engine) -> Any:
+    shape = (engine.batch, 3, engine.size, engine.size)
+    return np.random.default_rng(0).standard_normal(shape).astype(np.float32)
+
+
 def _serve(engine: Engine) -> None:
     """Answer every count on stdin with that many timings, as one JSON line."""
-    shape = (engine.batch, 3, engine.size, engine.size)
-    images = np.random.default_rng(0).standard_normal(shape).astype(np.float32)
-    if engine.kind == "runtime":
-        from tokopt.runtime import load
-
-        model = load(engine.artifact, threads=engine.threads)
-
-        def call() -> object:
-            return model(images)
-    else:
-        session = open_session(engine.artifact, engine.threads)
-        feed = {session.get_inputs()[0].name: images}
-
-        def call() -> object:
-            return session.run(None, feed)
-
+    module, function = CALLS[engine.kind].split(":")
+    call = getattr(import_module(module), function)(engine)
     for line in sys.stdin:
         times = []
         for _ in range(int(line)):

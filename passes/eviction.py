@@ -6,66 +6,29 @@ front and returns the state. The runtime calls it after the prompt and then afte
 back the memory. A method is a subclass with :meth:`KVEviction.score`.
 
 Nothing depends on where a token's slot is: keys were rotated to their positions before they were cached, attention
-does not mind the order of what it attends to, and slots in use are told by state. Layers of a sliding window need
-the positions of what they hold, so each gets slots of its own; so does every layer when budgets differ.
+does not mind the order of what it attends to, and slots in use are told by state.
 """
 
 from __future__ import annotations
 
-import operator
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from torch.fx import GraphModule, Node
 
-from tokopt.analysis.cache import CachedAttention, cached_attentions, input_names
+from tokopt.analysis.cache import CachedAttention, cached_attentions
 from tokopt.analysis.graph import program_module
-from tokopt.bundle import Axis, AxisRange, Bundle, Program, State, TensorSpec
+from tokopt.bundle import Bundle, Program, State, TensorSpec
+from tokopt.cache_rewrite import Attention, Memory, StepEdit
 from tokopt.errors import PassError, PassRefused
 from tokopt.kernels import ops
 from tokopt.pipeline import Context, Pass, PassResult, Refusal
-from tokopt.rewrite import call, export_flat, output_specs, reexport
+from tokopt.rewrite import export_flat, output_specs
 
 FAR = 1e30
 """Subtracted from the score of a token that its layer's sliding window no longer reaches."""
-
-
-@dataclass(frozen=True)
-class Attention:
-    """What one attention sees in one call of ``step``.
-
-    ``query`` [batch, heads, tokens, channels]; ``key`` [batch, key heads, slots, channels], the new tokens
-    included; ``mask`` [batch, 1 or heads, tokens, slots] bool; ``positions`` [batch, tokens] int64, -1 for
-    padding; query-key products are multiplied by ``scale``.
-    """
-
-    query: Tensor
-    key: Tensor
-    mask: Tensor
-    positions: Tensor
-    scale: float
-
-    def logits(self) -> Tensor:
-        """Logits [batch, key heads, queries per key head, tokens, slots] float32, -inf where masked."""
-        grouped = in_float32(self.query).unflatten(1, (self.key.shape[1], -1))
-        logits = grouped @ in_float32(self.key)[:, :, None].mT * self.scale
-        heads = self.mask.shape[1]
-        mask = self.mask[:, :, None] if heads == 1 else self.mask.unflatten(1, (self.key.shape[1], -1))
-        return logits.masked_fill(~mask, -torch.inf)
-
-    def mass(self, logits: Tensor) -> Tensor:
-        """Attention that each slot gets, summed over real queries and their heads [batch, key heads, slots, 1]."""
-        real = (self.positions >= 0)[:, None, None, :, None]
-        weights = torch.where(real, logits.softmax(dim=-1), 0.0)
-        return weights.sum(dim=(2, 3))[..., None]
-
-
-def in_float32(x: Tensor) -> Tensor:
-    """``x`` in float32. A cast that does nothing would hide from the trace that the cache is written in place."""
-    return x if x.dtype == torch.float32 else x.float()
 
 
 @dataclass(frozen=True)
@@ -80,15 +43,6 @@ class Cached:
     values: Tensor
     used: Tensor
     newer: Tensor
-
-
-@dataclass(frozen=True)
-class Memory:
-    """A state that a method keeps per layer; the axis ``"slots"`` makes it move with the slots."""
-
-    name: str
-    dtype: str
-    axes: tuple[Axis, ...]
 
 
 @dataclass(frozen=True)
@@ -157,7 +111,8 @@ class KVEviction(Pass):
         except PassRefused as reason:
             return PassResult(bundle, 0, (), (Refusal("step", str(reason)),))
         shares = self._shares(len(layers))
-        edit = _StepEdit(self, bundle, module, layers, layered=len(set(shares)) > 1)
+        layered = len(set(shares)) > 1
+        edit = StepEdit(self, bundle, module, layers, layered=layered, per_head=self.heads)
         edited, states = edit.run()
         compact, states = _export_compact(_Compact(self, edit, shares), edited, states)
         made = replace(
@@ -197,210 +152,13 @@ def _check_options(options: KVEviction) -> None:
         raise PassError(f"{name}: a list of budgets has its own schedule; leave schedule= out")
 
 
-# --- step -------------------------------------------------------------------------------------------------
-
-
-@dataclass
-class _StepEdit:
-    """The edit of ``step``: new states in, taps beside the attentions, new states out."""
-
-    method: KVEviction
-    bundle: Bundle
-    module: GraphModule
-    layers: list[CachedAttention]
-    layered: bool
-    states: dict[str, State] = field(init=False)
-    inputs: list[TensorSpec] = field(init=False)
-    outputs: list[TensorSpec] = field(init=False)
-    example: list[Tensor] = field(init=False)
-    results: list[Node] = field(init=False)
-
-    def __post_init__(self) -> None:
-        step = self.bundle.programs["step"]
-        self.states = {state.name: state for state in self.bundle.states}
-        self.inputs, self.outputs, self.example = list(step.inputs), list(step.outputs), list(step.example)
-        results = self.module.graph.output_node().args[0]
-        self.results = list(results)  # type: ignore[arg-type]
-        self.nodes = {name: node for node, name in input_names(step, self.module.graph).items()}
-        self.ranges = dict(step.ranges)
-        self.sizes = {
-            axis: size
-            for spec, tensor in zip(step.inputs, step.example, strict=True)
-            for axis, size in zip(spec.axes, tensor.shape, strict=True)
-        }
-
-    def run(self) -> tuple[Program, tuple[State, ...]]:
-        """The edited program and its states."""
-        if self.layered:
-            self._split_lengths()
-        for layer in self.layers:
-            if self.own_slots(layer):
-                self._add_slots(layer)
-            self._add_memory(layer)
-        self.module.graph.output_node().args = (tuple(self.results),)
-        if all(self.own_slots(layer) for layer in self.layers):
-            self._remove("slots")
-        axes = {axis for spec in self.inputs for axis in spec.axes}
-        step = self.bundle.programs["step"]
-        program = replace(
-            step,
-            inputs=tuple(self.inputs),
-            outputs=tuple(self.outputs),
-            example=tuple(self.example),
-            ranges={axis: bounds for axis, bounds in self.ranges.items() if axis in axes},
-        )
-        return reexport(program, self.module), tuple(self.states.values())
-
-    def own_slots(self, layer: CachedAttention) -> bool:
-        """Whether a layer has to know itself which slots it uses, and for which positions."""
-        return self.layered or layer.window > 0
-
-    def axis(self, layer: CachedAttention) -> str:
-        """The name of the layer's slot axis."""
-        return f"slots_{layer.index}" if self.layered else "slots"
-
-    def heads(self, layer: CachedAttention) -> int:
-        """Heads that choose slots of their own."""
-        return layer.keys.meta["val"].shape[1] if self.method.heads else 1
-
-    def memory(self, layer: CachedAttention) -> list[Memory]:
-        """The method's memory of a layer, by the names and axes that it has in the program."""
-        return [
-            Memory(
-                f"{m.name}_{layer.index}",
-                m.dtype,
-                tuple(self.axis(layer) if axis == "slots" else axis for axis in m.axes),
-            )
-            for m in self.method.memory(layer)
-        ]
-
-    def _split_lengths(self) -> None:
-        """One length per layer, and slot axes of their own."""
-        count = len(self.layers)
-        place = [spec.name for spec in self.inputs].index("length")
-        self.example[place] = self.example[place][:, None].repeat(1, count)
-        self._respell("length", ("batch", count))
-        with self.module.graph.inserting_after(self.nodes["length"]):
-            lengths = call(self.module.graph, torch.unbind, self.nodes["length"], 1, like=self.layers[0].node)
-        for layer in self.layers:
-            with self.module.graph.inserting_after(lengths):
-                length = self.module.graph.call_function(operator.getitem, (lengths, layer.index))
-            self.nodes[f"length_{layer.index}"] = length
-            for write in (layer.keys, layer.values):
-                write.update_arg(2, length)
-            for name in (f"keys_{layer.index}", f"values_{layer.index}"):
-                axes = self.states[name].axes
-                self._respell(name, tuple(self.axis(layer) if axis == "slots" else axis for axis in axes))
-            self.ranges[self.axis(layer)] = AxisRange()
-            self.sizes[self.axis(layer)] = self.sizes["slots"]
-
-    def _add_slots(self, layer: CachedAttention) -> None:
-        """Slots of the layer's own, and the mask that follows from them."""
-        shared = self.example[[spec.name for spec in self.bundle.programs["step"].inputs].index("slots")]
-        heads = self.heads(layer)
-        state = State(
-            f"slots_{layer.index}",
-            "int64",
-            ("batch", heads, self.axis(layer), 1),
-            f"next_slots_{layer.index}",
-            initial=-1,
-            in_place=True,
-        )
-        slots = self._take(state, shared.repeat(1, heads, 1, 1))
-        groups = layer.query.meta["val"].shape[1] // heads if heads > 1 else 1
-        length = self.nodes.get(f"length_{layer.index}", self.nodes["length"])
-        operands = (slots, self.nodes["positions"], self.nodes["mask"], length)
-        graph = self.module.graph
-        with graph.inserting_before(layer.node):
-            pair = call(graph, _own_mask, *operands, layer.window, groups, like=layer.node)
-            written, mask = (graph.call_function(operator.getitem, (pair, i)) for i in range(2))
-        self._give(state, written)
-        layer.node.replace_input_with(layer.mask, mask)
-        self.nodes[f"mask_{layer.index}"] = mask
-
-    def _add_memory(self, layer: CachedAttention) -> None:
-        """The tap: what the method remembers of this attention."""
-        memory = self.memory(layer)
-        if not memory:
-            return
-        states = [State(m.name, m.dtype, m.axes, f"next_{m.name}") for m in memory]
-        taken = [self._take(state, self._blank(state)) for state in states]
-        mask = self.nodes.get(f"mask_{layer.index}", layer.mask)
-        operands = (layer.query, layer.keys, mask, self.nodes["positions"], *taken)
-        graph = self.module.graph
-        with graph.inserting_after(layer.node):
-            observed = call(graph, _tap(self.method, layer.scale), *operands, like=layer.node)
-        with graph.inserting_after(observed):
-            for i, state in enumerate(states):
-                self._give(state, graph.call_function(operator.getitem, (observed, i)))
-
-    def _blank(self, state: State) -> Tensor:
-        """An example of a new state: small whole numbers, which any dtype holds exactly."""
-        shape = [axis if isinstance(axis, int) else self.sizes[axis] for axis in state.axes]
-        generator = torch.Generator().manual_seed(len(self.inputs))
-        return torch.randint(0, 3, shape, generator=generator).to(getattr(torch, state.dtype))
-
-    def _take(self, state: State, example: Tensor) -> Node:
-        """A new state as an input."""
-        graph = self.module.graph
-        last = [node for node in graph.nodes if node.op == "placeholder"][-1]
-        with graph.inserting_after(last):
-            node = graph.placeholder(state.name)
-        node.meta["val"] = example
-        self.states[state.name] = state
-        self.inputs.append(TensorSpec(state.name, state.dtype, state.axes, "state"))
-        self.example.append(example)
-        self.nodes[state.name] = node
-        return node
-
-    def _give(self, state: State, node: Node) -> None:
-        """The next value of a state as an output."""
-        self.outputs.append(TensorSpec(state.output, state.dtype, state.axes, "state"))
-        self.results.append(node)
-
-    def _respell(self, name: str, axes: tuple[Axis, ...]) -> None:
-        """Give a state other axes."""
-        self.states[name] = replace(self.states[name], axes=axes)
-        place = [spec.name for spec in self.inputs].index(name)
-        self.inputs[place] = replace(self.inputs[place], axes=axes)
-
-    def _remove(self, name: str) -> None:
-        """Take a state away, and with it the nodes that only made its next value."""
-        place = [spec.name for spec in self.inputs].index(name)
-        out = [spec.name for spec in self.outputs].index(self.states.pop(name).output)
-        del self.inputs[place], self.example[place], self.outputs[out], self.results[out]
-        graph = self.module.graph
-        graph.output_node().args = (tuple(self.results),)
-        graph.eliminate_dead_code()
-        graph.erase_node(self.nodes.pop(name))
-
-
-def _tap(method: KVEviction, scale: float) -> Callable[..., tuple[Tensor, ...]]:
-    """The method's observation as a function of tensors."""
-
-    def observe(query: Tensor, key: Tensor, mask: Tensor, positions: Tensor, *memory: Tensor) -> Any:
-        return method.observe(Attention(query, key, mask, positions, scale), *memory)
-
-    return observe
-
-
-def _own_mask(
-    slots: Tensor, positions: Tensor, own: Tensor, length: Tensor, window: int, groups: int
-) -> tuple[Tensor, Tensor]:
-    """The layer's slots after the new tokens are written, and its mask [batch, 1 or heads, tokens, slots]."""
-    new = positions[:, None, :, None].expand(-1, slots.shape[1], -1, -1)
-    written = ops.cache_write(slots, new, length)
-    mask = ops.cache_mask(written, positions, own, length, window)
-    return written, mask.repeat_interleave(groups, dim=1)
-
-
 # --- compact ----------------------------------------------------------------------------------------------
 
 
 class _Compact(torch.nn.Module):
     """All states in, all states out: what is kept is in front, in its old order."""
 
-    def __init__(self, method: KVEviction, edit: _StepEdit, shares: Sequence[float]) -> None:
+    def __init__(self, method: KVEviction, edit: StepEdit, shares: Sequence[float]) -> None:
         super().__init__()
         self.method, self.edit, self.shares = method, edit, shares
 

@@ -8,7 +8,8 @@ from typing import ClassVar
 from torch import Tensor
 
 from tokopt.analysis.cache import CachedAttention
-from tokopt.passes.eviction import Attention, Cached, KVEviction, Memory
+from tokopt.cache_rewrite import Attention, Memory
+from tokopt.passes.eviction import Cached, KVEviction
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from tokopt.passes.eviction import Cached, KVEviction, in_float32
+from tokopt.cache_rewrite import in_float32
+from tokopt.passes.eviction import Cached, KVEviction
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from tokopt.analysis.cache import CachedAttention
-from tokopt.passes.eviction import Attention, Cached, KVEviction, Memory
+from tokopt.cache_rewrite import Attention, Memory
+from tokopt.passes.eviction import Cached, KVEviction
 
 
 @dataclass(frozen=True)

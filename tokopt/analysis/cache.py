@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 from torch.fx import Graph, Node
@@ -53,7 +52,7 @@ def cached_attentions(program: Program, graph: Graph) -> list[CachedAttention]:
 
     Raises PassRefused when one does not read a cache of its own directly.
     """
-    names = input_names(program, graph)
+    names: dict[object, str] = {node: name for name, node in input_nodes(program, graph).items()}
     found = {}
     for node in attention_nodes(graph):
         key, value, mask = node.args[1], node.args[2], argument(node, 3, "attn_mask")
@@ -67,10 +66,7 @@ def cached_attentions(program: Program, graph: Graph) -> list[CachedAttention]:
     return [found[layer] for layer in sorted(found)]
 
 
-def input_names(program: Program, graph: Graph) -> dict[object, str]:
-    """Placeholder -> the name of the input that it stands for."""
-    return dict(zip(_placeholders(graph), (spec.name for spec in program.inputs), strict=True))
-
-
-def _placeholders(graph: Graph) -> Iterator[Node]:
-    return (node for node in graph.nodes if node.op == "placeholder")
+def input_nodes(program: Program, graph: Graph) -> dict[str, Node]:
+    """The placeholder of every input, by its name."""
+    placeholders = [node for node in graph.nodes if node.op == "placeholder"]
+    return dict(zip((spec.name for spec in program.inputs), placeholders, strict=True))
