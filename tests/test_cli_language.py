@@ -95,6 +95,7 @@ def test_other_verbs_know_language_models(
         ("generate", "full.tokopt", "a", "--chat"): "chat template",
         ("generate", "nowhere.tokopt", "a"): "is no tokopt artifact",
         ("run", "full.tokopt"): "tokopt generate",
+        ("estimate", "full.bundle.tokopt", "h2o{budget=50}"): "estimate predicts encoders",
     }.items(),
 )
 def test_bad_input_is_one_sentence(

@@ -25,6 +25,7 @@ from tokopt.analysis.graph import (
     tensor_inputs,
     value_users,
 )
+from tokopt.kernels import ops
 
 Kind = Literal["self", "cross", "pooling"]
 Style = Literal["pre-norm", "post-norm", "parallel"]
@@ -110,6 +111,8 @@ def _site(node: Node) -> Site:
 
 
 def _kind(query: Node, key: Node) -> Kind:
+    if is_call(key, ops.cache_write):
+        return "self"  # over the new tokens and those before them
     from_query, from_key = _projected_from(query), _projected_from(key)
     if from_query & from_key or _unwrap(query) is _unwrap(key):
         same = same_size(query.meta["val"].shape[-2], key.meta["val"].shape[-2])
@@ -146,6 +149,8 @@ def _unwrap(node: Node) -> Node:
 def _block(site: Site, index: int) -> Block | NoBlock:
     if site.kind == "pooling":
         return NoBlock(site, "pooling attention: its output is not per token")
+    if is_call(site.key, ops.cache_write):
+        return NoBlock(site, "its keys and values are in a cache, which the eviction passes bound")
     if site.kind == "cross":
         return NoBlock(site, "cross attention: queries and keys are different tokens")
     if site.causal:

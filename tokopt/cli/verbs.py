@@ -125,6 +125,11 @@ def estimate(args: Namespace, screen: Screen) -> int:
     pipeline = as_pipeline(args.pipeline)
     with screen.step(f"Estimating {pipeline}"):
         bundle, machine = read_bundle(args.artifact), measure_machine()
+        if bundle.task != "encoder":
+            raise InputError(
+                "estimate predicts encoders, where the work does not depend on a cache; measure a language model "
+                "with: tokopt generate"
+            )
         seconds = [predict_seconds(bundle.main, machine)]
         watch = Context(observers=(lambda _, __, new: seconds.append(predict_seconds(new.main, machine)),))
         report = pipeline.run(bundle, watch)[1]
