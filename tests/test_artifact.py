@@ -122,7 +122,7 @@ def test_onnx_artifact_is_no_bundle(onnx_artifact: Path) -> None:
 
 
 def test_torch_artifact_is_not_for_the_runtime(torch_artifact: Path) -> None:
-    with pytest.raises(ArtifactError, match="no ONNX program, only torch"):
+    with pytest.raises(ArtifactError, match="no ONNX form of program 'forward', only torch"):
         load(torch_artifact)
 
 

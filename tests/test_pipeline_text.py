@@ -60,9 +60,11 @@ def test_pipeline_prints_and_parses_back(text: str) -> None:
 def test_every_pass_prints_only_what_differs_from_its_defaults(name: str) -> None:
     cls = load_pass(name)
     assert cls.name == name
-    step = parse(f"{name}{{r=3}}").passes[0]
-    assert step == cls(r=3)  # type: ignore[call-arg]
-    assert str(step) == f"{name}{{r=3}}"
+    amount = {"r": 3} if "r" in cls.__dataclass_fields__ else {"budget": 99}
+    (text,) = (f"{name}{{{option}={value}}}" for option, value in amount.items())
+    step = parse(text).passes[0]
+    assert step == cls(**amount)
+    assert str(step) == text
     assert dataclasses.is_dataclass(cls) and cls.__dataclass_params__.frozen  # type: ignore[attr-defined]
 
 

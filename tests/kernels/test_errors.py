@@ -37,7 +37,7 @@ BAD = {
         lambda: ops.cache_mask(INDEX[:, None, :, None], INDEX, INDEX[:, :, None] > 0, INDEX[:, 0], -1),
         "window=-1 is negative",
     ),
-    "keep rank": (lambda: ops.keep_slots(METRIC, INDEX, INDEX[:, 0], 0, 0), "used [batch, slots]"),
+    "keep rank": (lambda: ops.keep_slots(METRIC[0], SIZE > 0, INDEX[:, 0], 0, 0), "used [batch, slots]"),
     "sinks negative": (lambda: ops.keep_slots(METRIC, INDEX > 0, INDEX[:, 0], -1, 0), "sinks=-1"),
     "other tokens": (
         lambda: ops.energy_match(METRIC, SIZE[:, 1:], 1, 1, 0.5),

@@ -95,6 +95,7 @@ def lower(
     _name_axes(model, program)
     expand_masks(model)
     _simplify(model)
+    expand_rotary_tables(model)
     # Only now: shape inference inside a body, where inputs have no shape, gets the rank of Max wrong.
     tokopt.kernels.attach_functions(model)
     weights = weights or WeightFile(directory)
@@ -132,6 +133,32 @@ def expand_masks(model: ir.Model) -> None:
         if place not in expanded:
             expanded[place] = _insert_expand(model.graph, node, query, key, mask)
         node.replace_input_with(3, expanded[place])
+
+
+def expand_rotary_tables(model: ir.Model) -> None:
+    """Give the tables of every fused rotary embedding the batch of what they rotate, in place.
+
+    The pattern that is fused broadcasts a table ``[1, tokens, channels]`` over the batch; the operator does not.
+    """
+    expanded: dict[tuple[object, object], ir.Value] = {}
+    for node in list(model.graph):
+        if node.op_type != "RotaryEmbedding" or node.domain:
+            continue
+        x, *tables = (value for value in node.inputs[:3] if value is not None)
+        rows = _size(x, -len(x.shape)) if x.shape is not None else None
+        for i, table in enumerate(tables, start=1):
+            by_position = table.shape is not None and len(table.shape) == 2
+            if by_position or (rows is not None and _size(table, -3) == rows):
+                continue
+            place = (table, rows or x)
+            if place not in expanded:
+                batch = ir.node("Shape", [x], attributes={"start": 0, "end": 1})
+                one = ir.node("Constant", [], attributes={"value_ints": [1, 1]})
+                shape = ir.node("Concat", [batch.outputs[0], one.outputs[0]], attributes={"axis": 0})
+                expand = ir.node("Expand", [table, shape.outputs[0]])
+                model.graph.insert_before(node, [batch, one, shape, expand])
+                expanded[place] = expand.outputs[0]
+            node.replace_input_with(i, expanded[place])
 
 
 def _size(value: ir.Value, axis: int) -> int | str | None:
