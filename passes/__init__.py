@@ -9,6 +9,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from tokopt.passes.kv.expected_attention import ExpectedAttention
     from tokopt.passes.kv.h2o import H2O
     from tokopt.passes.kv.keydiff import KeyDiff
     from tokopt.passes.kv.keyformer import Keyformer
@@ -39,6 +40,7 @@ PASSES = {
     "tova": "tokopt.passes.kv.tova:TOVA",
     "knorm": "tokopt.passes.kv.knorm:KNorm",
     "keydiff": "tokopt.passes.kv.keydiff:KeyDiff",
+    "expected_attention": "tokopt.passes.kv.expected_attention:ExpectedAttention",
     "random_kv": "tokopt.passes.kv.random:RandomEviction",
 }
 """Text spelling of every pass -> ``module:class``."""
@@ -49,6 +51,7 @@ __all__ = [
     "TOVA",
     "DivPrune",
     "EViT",
+    "ExpectedAttention",
     "KCenter",
     "KNorm",
     "KeyDiff",

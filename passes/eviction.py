@@ -6,7 +6,8 @@ front and returns the state. The runtime calls it after the prompt and then afte
 back the memory. A method is a subclass with :meth:`KVEviction.score`.
 
 Nothing depends on where a token's slot is: keys were rotated to their positions before they were cached, attention
-does not mind the order of what it attends to, and slots in use are told by state.
+does not mind the order of what it attends to, and slots in use are told by state. A method that renumbers positions
+rotates the kept keys on by as much as their positions changed.
 """
 
 from __future__ import annotations
@@ -20,12 +21,14 @@ from torch import Tensor
 
 from tokopt.analysis.cache import CachedAttention, cached_attentions
 from tokopt.analysis.graph import program_module
+from tokopt.analysis.rotary import rotaries
 from tokopt.bundle import Bundle, Program, State, TensorSpec
-from tokopt.cache_rewrite import Attention, Memory, StepEdit
+from tokopt.cache_rewrite import Attention, Memory, StepEdit, in_float32
 from tokopt.errors import PassError, PassRefused
 from tokopt.kernels import ops
 from tokopt.pipeline import Context, Pass, PassResult, Refusal
 from tokopt.rewrite import export_flat, output_specs
+from tokopt.runtime.manifest import Generation
 
 FAR = 1e30
 """Subtracted from the score of a token that its layer's sliding window no longer reaches."""
@@ -36,13 +39,16 @@ class Cached:
     """What one layer holds when slots are chosen.
 
     ``keys`` and ``values`` [batch, key heads, slots, channels]; ``used`` [batch, slots] bool; ``newer``
-    [batch, slots] int64, how many used slots are newer: 0 for the newest.
+    [batch, slots] int64, how many used slots are newer: 0 for the newest; ``newest`` [batch] int64, the position of
+    the newest token; ``layer`` has the attention's scale, and its rotary embeddings if the method ``needs_rotary``.
     """
 
     keys: Tensor
     values: Tensor
     used: Tensor
     newer: Tensor
+    newest: Tensor
+    layer: CachedAttention
 
 
 @dataclass(frozen=True)
@@ -88,6 +94,16 @@ class KVEviction(Pass):
         raise NotImplementedError
 
     @property
+    def needs_rotary(self) -> bool:
+        """Whether the method has to know how positions rotate keys; it is refused where they do not."""
+        return False
+
+    @property
+    def renumbers(self) -> bool:
+        """Whether kept tokens get the positions 0, 1, 2, ... and later ones follow; keys are rotated anew."""
+        return False
+
+    @property
     def protected(self) -> int:
         """Tokens that are kept whatever their score."""
         return self.sinks + self.recent
@@ -108,20 +124,33 @@ class KVEviction(Pass):
         module = program_module(step)
         try:
             layers = cached_attentions(step, module.graph)
+            if self.needs_rotary or self.renumbers:
+                found = rotaries(step, module, layers)
+                layers = [replace(layer, rotary=rotary) for layer, rotary in zip(layers, found, strict=True)]
         except PassRefused as reason:
             return PassResult(bundle, 0, (), (Refusal("step", str(reason)),))
         shares = self._shares(len(layers))
         layered = len(set(shares)) > 1
-        edit = StepEdit(self, bundle, module, layers, layered=layered, per_head=self.heads)
+        if layered and self.renumbers:
+            raise PassError(f"{self.name}: positions are renumbered alike in all layers; give all one budget")
+        edit = StepEdit(
+            self, bundle, module, layers, layered=layered, per_head=self.heads, shifted=self.renumbers
+        )
         edited, states = edit.run()
         compact, states = _export_compact(_Compact(self, edit, shares), edited, states)
         made = replace(
             bundle,
             programs={"step": edited, "compact": compact},
             states=states,
-            generation=replace(bundle.generation, compact_every=self.every),
+            generation=self._generation(bundle.generation),
         )
         return PassResult(made, len(layers))
+
+    def _generation(self, settings: Generation) -> Generation:
+        """How the runtime drives the model now."""
+        bounded = isinstance(self.budget, int) and self.budget + self.every <= settings.context
+        endless = self.renumbers and bounded and self.every > 0
+        return replace(settings, compact_every=self.every, endless=endless)
 
     def _shares(self, layers: int) -> list[float]:
         """What each layer has of the budget; of a list, its largest is 1."""
@@ -186,10 +215,14 @@ class _Compact(torch.nn.Module):
 
     def _used(self, layer: CachedAttention, old: dict[str, Tensor]) -> Tensor:
         """Slots that hold a token [batch, slots]."""
-        slots = old[f"slots_{layer.index}" if self.edit.own_slots(layer) else "slots"]
+        slots = self._slots(layer, old)
         length = old["length"][:, layer.index] if self.edit.layered else old["length"]
         inside = torch.arange(slots.shape[2], device=slots.device) < length[:, None]
         return inside & (slots[:, 0, :, 0] >= 0)
+
+    def _slots(self, layer: CachedAttention, old: dict[str, Tensor]) -> Tensor:
+        """Position of the token in each slot [batch, 1 or heads, slots, 1]."""
+        return old[f"slots_{layer.index}" if self.edit.own_slots(layer) else "slots"]
 
     def _layer(
         self, layer: CachedAttention, budget: Tensor, old: dict[str, Tensor], new: dict[str, Tensor]
@@ -200,28 +233,41 @@ class _Compact(torch.nn.Module):
         memory = [old[name] for name in names]
         keys, values = old[f"keys_{index}"], old[f"values_{index}"]
         newer = used.sum(-1, keepdim=True) - used.long().cumsum(-1)
-        score = self.method.score(Cached(keys, values, used, newer), *memory).float()
+        newest = self._slots(layer, old)[:, 0, :, 0].amax(-1)
+        cached = Cached(keys, values, used, newer, newest, layer)
+        score = self.method.score(cached, *memory).float()
         if not self.method.heads:
             score = score.mean(dim=1, keepdim=True)
         if layer.window:
-            held = old[f"slots_{index}"][..., 0]
-            gone = held.amax(-1, keepdim=True) - held >= layer.window
+            positions = old[f"slots_{index}"][..., 0]
+            gone = positions.amax(-1, keepdim=True) - positions >= layer.window
             score = score - FAR * gone
         score = score.expand(-1, self.edit.heads(layer), -1).contiguous()
         kept = ops.keep_slots(score, used, budget, self.method.sinks, self.method.recent)
         order, count = _kept_first(kept), kept[:, 0].sum(-1)
+        slots = self._slots(layer, old)
+        held = _take_slots(slots, order[:, : slots.shape[1]])
         free = torch.arange(used.shape[1], device=used.device)[:, None] >= count[:, None, None, None]
         for name in (f"keys_{index}", f"values_{index}"):
             new[name] = _take_slots(old[name], order)
         for spec, value in zip(self.edit.memory(layer), self.method.carry(*memory), strict=True):
             moves = self.edit.axis(layer) in spec.axes
             new[spec.name] = _take_slots(value, order).masked_fill(free, 0) if moves else value
-        if self.edit.own_slots(layer):
-            moved = _take_slots(old[f"slots_{index}"], order)
-            new[f"slots_{index}"] = moved.masked_fill(free, -1)
-        elif index == min(la.index for la in self.edit.layers if not self.edit.own_slots(la)):
-            new["slots"] = _take_slots(old["slots"], order[:, :1]).masked_fill(free, -1)
+        if self.method.renumbers:
+            numbers = torch.arange(used.shape[1], device=used.device)[None, None, :, None].expand_as(held)
+            new[f"keys_{index}"] = _rotated(
+                layer, new[f"keys_{index}"], (numbers - held).masked_fill(free, 0)
+            )
+            new["shift"] = old["shift"] + newest + 1 - count
+            held = numbers
+        new[f"slots_{index}" if self.edit.own_slots(layer) else "slots"] = held.masked_fill(free, -1)
         return count
+
+
+def _rotated(layer: CachedAttention, keys: Tensor, by: Tensor) -> Tensor:
+    """Keys [batch, heads, slots, channels] moved on by positions [batch, 1 or heads, slots, 1]."""
+    assert layer.rotary is not None
+    return layer.rotary.rotate(in_float32(keys), by[..., 0]).to(keys.dtype)
 
 
 def _kept_first(kept: Tensor) -> Tensor:

@@ -206,7 +206,7 @@ class LanguageModel:
         ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else [int(i) for i in prompt]
         if not ids:
             raise InputError("the prompt is empty; give at least one token")
-        if len(ids) > self.settings.context:
+        if len(ids) > self.settings.context and not self.settings.endless:
             raise InputError(
                 f"the prompt has {len(ids)} tokens and the model's context holds {self.settings.context}; "
                 "shorten it"
@@ -261,7 +261,7 @@ class LanguageModel:
             row.pieces.append(row.stream.add(token))
         if ended or (row.stream and row.stream.stopped):
             row.finish = "stop"
-        elif last or len(row.history) >= self.settings.context:
+        elif last or (len(row.history) >= self.settings.context and not self.settings.endless):
             row.finish = "length"
         if row.finish and row.stream:
             row.pieces.append(row.stream.finish())
@@ -282,6 +282,7 @@ class _Session:
         self.program = Bound(model.sessions["step"], manifest.programs["step"], self.buffers)
         self.compactor = model.sessions.get("compact")
         self.every, self.since = model.settings.compact_every, 0
+        self.endless = model.settings.endless
         self.used = dict.fromkeys(self.buffers.slots, 0)
 
     def prefill(self, prompts: Sequence[Sequence[int]]) -> np.ndarray:
@@ -293,9 +294,10 @@ class _Session:
             tokens[row, longest - len(ids) :] = ids
             positions[row, longest - len(ids) :] = np.arange(len(ids))
         logits = np.empty(0)
-        for start in range(0, longest, PREFILL):
-            part = slice(start, start + PREFILL)
-            logits = self._run(tokens[:, part], positions[:, part], np.array([-1]))
+        read, size = (self.step, self.every) if self.endless else (self._run, PREFILL)
+        for start in range(0, longest, size):
+            part = slice(start, start + size)
+            logits = read(tokens[:, part], positions[:, part], np.array([-1]))
         self.compact()
         return logits[:, 0]
 

@@ -97,7 +97,8 @@ class Generation:
 
     ``context`` is the number of positions the model knows, ``vocabulary`` the number of token ids, ``eos`` the
     ids that end a text, ``chat_template`` the Jinja text of a conversation. ``compact_every`` > 0: run the
-    program ``compact`` after the prompt and then after every so many tokens.
+    program ``compact`` after the prompt and then after every so many tokens. ``endless``: positions are renumbered
+    by ``compact``, so if no more than ``compact_every`` tokens are read in between, a text may outgrow ``context``.
     """
 
     context: int
@@ -106,6 +107,7 @@ class Generation:
     bos: int | None = None
     chat_template: str | None = None
     compact_every: int = 0
+    endless: bool = False
 
 
 @dataclass(frozen=True)
@@ -343,7 +345,7 @@ def _state(value: Json, where: str) -> StateEntry:
 
 
 def _generation(value: Json, where: str) -> Generation:
-    entry = _object(value, where, "context vocabulary eos bos chat_template compact_every")
+    entry = _object(value, where, "context vocabulary eos bos chat_template compact_every endless")
     return Generation(
         _integer(entry["context"], f"{where}.context", 1, _MAX_SIZE),
         _integer(entry["vocabulary"], f"{where}.vocabulary", 1, _MAX_SIZE),
@@ -351,6 +353,7 @@ def _generation(value: Json, where: str) -> Generation:
         _optional(entry["bos"], f"{where}.bos", _token),
         _optional(entry["chat_template"], f"{where}.chat_template", _text),
         _integer(entry["compact_every"], f"{where}.compact_every", 0, _MAX_SIZE),
+        _boolean(entry["endless"], f"{where}.endless"),
     )
 
 

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from tokopt.analysis.cache import CachedAttention, input_nodes
+from tokopt.analysis.rotary import Rotary
 from tokopt.bundle import Axis, AxisRange, Bundle, Program, State, TensorSpec
 from tokopt.kernels import ops
 from tokopt.rewrite import call, reexport
@@ -27,7 +28,8 @@ class Attention:
 
     ``query`` [batch, heads, tokens, channels]; ``key`` [batch, key heads, slots, channels], the new tokens
     included; ``mask`` [batch, 1 or heads, tokens, slots] bool; ``positions`` [batch, tokens] int64, -1 for
-    padding; query-key products are multiplied by ``scale``.
+    padding; query-key products are multiplied by ``scale``; ``rotary`` is how positions rotate queries and keys,
+    where the method asked for it.
     """
 
     query: Tensor
@@ -35,6 +37,7 @@ class Attention:
     mask: Tensor
     positions: Tensor
     scale: float
+    rotary: Rotary | None = None
 
     def logits(self) -> Tensor:
         """Logits [batch, key heads, queries per key head, tokens, slots] float32, -inf where masked."""
@@ -82,7 +85,7 @@ class StepEdit:
     """The edit of ``step``: new states in, a tap beside every attention, new states out.
 
     ``layered`` gives every layer a length and a slot axis of its own; ``per_head`` lets every key head hold
-    tokens of its own.
+    tokens of its own; ``shifted`` counts positions from the state ``shift``, which grows as slots are renumbered.
     """
 
     tap: Tap
@@ -91,6 +94,7 @@ class StepEdit:
     layers: list[CachedAttention]
     layered: bool
     per_head: bool
+    shifted: bool
     states: dict[str, State] = field(init=False)
     inputs: list[TensorSpec] = field(init=False)
     outputs: list[TensorSpec] = field(init=False)
@@ -113,6 +117,8 @@ class StepEdit:
 
     def run(self) -> tuple[Program, tuple[State, ...]]:
         """The edited program and its states."""
+        if self.shifted:
+            self._shift_positions()
         if self.layered:
             self._split_lengths()
         for layer in self.layers:
@@ -155,6 +161,18 @@ class StepEdit:
             )
             for m in self.tap.memory(layer)
         ]
+
+    def _shift_positions(self) -> None:
+        """Everything that reads positions reads them less the state ``shift``."""
+        state = State("shift", "int64", ("batch",), "next_shift")
+        positions, shift = self.nodes["positions"], self._take(state, self._blank(state))
+        with self.module.graph.inserting_after(shift):
+            pair = call(self.module.graph, _shifted, positions, shift, like=self.layers[0].node)
+        with self.module.graph.inserting_after(pair):
+            moved, same = (self.module.graph.call_function(operator.getitem, (pair, i)) for i in range(2))
+        positions.replace_all_uses_with(moved, delete_user_cb=lambda user: user is not pair)
+        self.nodes["positions"] = moved
+        self._give(state, same)
 
     def _split_lengths(self) -> None:
         """One length per layer, and slot axes of their own."""
@@ -211,7 +229,7 @@ class StepEdit:
         operands = (layer.query, layer.keys, mask, self.nodes["positions"], *taken)
         graph = self.module.graph
         with graph.inserting_after(layer.node):
-            observed = call(graph, _observation(self.tap, layer.scale), *operands, like=layer.node)
+            observed = call(graph, _observation(self.tap, layer), *operands, like=layer.node)
         with graph.inserting_after(observed):
             for i, state in enumerate(states):
                 self._give(state, graph.call_function(operator.getitem, (observed, i)))
@@ -257,11 +275,16 @@ class StepEdit:
         graph.erase_node(self.nodes.pop(name))
 
 
-def _observation(tap: Tap, scale: float) -> Callable[..., tuple[Tensor, ...]]:
+def _shifted(positions: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:
+    """Positions counted from ``shift`` [batch], those of padding as they are; and ``shift`` again."""
+    return torch.where(positions >= 0, positions - shift[:, None], positions), shift.clone()
+
+
+def _observation(tap: Tap, layer: CachedAttention) -> Callable[..., tuple[Tensor, ...]]:
     """What the tap does, as a function of tensors."""
 
     def observe(query: Tensor, key: Tensor, mask: Tensor, positions: Tensor, *memory: Tensor) -> Any:
-        return tap.observe(Attention(query, key, mask, positions, scale), *memory)
+        return tap.observe(Attention(query, key, mask, positions, layer.scale, layer.rotary), *memory)
 
     return observe
 

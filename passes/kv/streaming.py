@@ -14,15 +14,23 @@ from tokopt.passes.eviction import Cached, KVEviction
 class Streaming(KVEviction):
     """Attention sinks and a window of the newest tokens (arXiv 2309.17453).
 
-    ``budget`` counts both: ``sinks`` plus the window. Tokens keep their positions; the paper re-numbers them
-    inside the cache, which matters only beyond the positions that the model was trained on.
+    ``budget`` counts both: ``sinks`` plus the window. Tokens keep their positions, unless ``rerotate``: then, as in
+    the paper, what is kept is numbered 0, 1, 2, ... anew and its keys are rotated accordingly, so that positions
+    never grow beyond those that the model was trained on, and the text may be endless. It needs rotary embeddings,
+    one budget for all layers, and refuses models without.
     """
 
     recent: int = 0
     heads: bool = False
+    rerotate: bool = False
 
     name: ClassVar[str] = "streaming"
 
     def score(self, cached: Cached, *memory: Tensor) -> Tensor:
         """The newer the better."""
         return -cached.newer[:, None].float()
+
+    @property
+    def renumbers(self) -> bool:
+        """As ``rerotate`` says."""
+        return self.rerotate

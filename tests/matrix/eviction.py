@@ -10,16 +10,17 @@ from typing import Any
 import numpy as np
 import torch
 
-from tests.zoo.decoders import HandWritten
+from tests.zoo.decoders import HandRotary, HandWritten
 
 Vector = np.ndarray
 
 
 @dataclass
 class Entry:
-    """One cached token of one head."""
+    """One cached token of one head; ``raw`` is its key before rotation."""
 
     position: int
+    raw: Vector
     key: Vector
     value: Vector
     mass: float = 0.0
@@ -29,10 +30,11 @@ class Entry:
 
 @dataclass
 class Head:
-    """What one head holds, oldest first, and every query it made."""
+    """What one head holds, oldest first, and every query it made, rotated and raw."""
 
     entries: list[Entry] = field(default_factory=list)
     queries: list[Vector] = field(default_factory=list)
+    raw: list[Vector] = field(default_factory=list)
 
 
 def softmax(x: Vector) -> Vector:
@@ -60,6 +62,25 @@ def keydiff(head: Head) -> list[float]:
     return [-float(unit(entry.key) @ unit(anchor)) for entry in head.entries]
 
 
+def turned(x: Vector, position: int) -> Vector:
+    """The rotation of the hand-written rotary decoder, in complex numbers."""
+    pairs = len(x) // 2
+    turned = (x[::2] + 1j * x[1::2]) * np.exp(1j * position * 100.0 ** (-np.arange(pairs) / pairs))
+    return np.stack([turned.real, turned.imag], axis=-1).reshape(-1)
+
+
+def expected_attention(head: Head, sinks: int, future: int) -> list[float]:
+    queries = np.array(head.raw[sinks:])
+    size, last = queries.shape[1], head.entries[-1].position
+    rotation = np.mean([[turned(e, last + 1 + j) for e in np.eye(size)] for j in range(future)], axis=0).T
+    mean = rotation @ queries.mean(axis=0)
+    spread = rotation @ np.cov(queries.T, bias=True) @ rotation.T
+    keys = np.array([entry.key for entry in head.entries])
+    exponent = keys @ mean / math.sqrt(size) + np.einsum("ki,ij,kj->k", keys, spread, keys) / (2 * size)
+    lengths = np.linalg.norm([entry.value for entry in head.entries], axis=1)
+    return list(softmax(exponent) * lengths)
+
+
 SCORES: Mapping[str, Callable[[Head], list[float]]] = {
     "streaming": lambda head: [entry.position for entry in head.entries],
     "h2o": lambda head: [entry.mass for entry in head.entries],
@@ -68,6 +89,7 @@ SCORES: Mapping[str, Callable[[Head], list[float]]] = {
     "tova": lambda head: [entry.attended for entry in head.entries],
     "knorm": lambda head: [-float(np.linalg.norm(entry.key)) for entry in head.entries],
     "keydiff": keydiff,
+    "expected_attention": lambda head: expected_attention(head, sinks=2, future=8),
 }
 TOGETHER = ("streaming", "tova")
 """Methods that keep the same tokens in all heads of a layer."""
@@ -93,7 +115,10 @@ def normed(norm: Any, x: torch.Tensor) -> torch.Tensor:
 
 @dataclass
 class NaiveDecoder:
-    """Greedy decoding of ``model`` in which ``method`` evicts."""
+    """Greedy decoding of ``model`` in which ``method`` evicts; with ``rerotate`` it renumbers what it keeps.
+
+    A prompt longer than ``chunk`` is evicted from whenever so many tokens were read.
+    """
 
     model: HandWritten
     method: str
@@ -101,14 +126,18 @@ class NaiveDecoder:
     sinks: int
     recent: int
     every: int
+    rerotate: bool = False
+    chunk: int = 10**9
 
     def generate(self, prompt: list[int], count: int) -> list[int]:
         layers = len(self.model.qkv)
         self.heads = [[Head() for _ in range(self.model.heads)] for _ in range(layers)]
-        self.generated = 0
+        self.generated, self.next = 0, 0
         with torch.no_grad():
-            for position, token in enumerate(prompt):
-                logits = self._token(token, position)
+            for i, token in enumerate(prompt):
+                logits = self._token(token)
+                if (i + 1) % self.chunk == 0:
+                    self._compact()
             self._compact()
             made: list[int] = []
             while True:
@@ -116,13 +145,14 @@ class NaiveDecoder:
                 if len(made) == count:
                     return made
                 self.generated = len(made)
-                logits = self._token(made[-1], len(prompt) + len(made) - 1)
+                logits = self._token(made[-1])
                 if len(made) % self.every == 0:
                     self._compact()
 
-    def _token(self, token: int, position: int) -> torch.Tensor:
+    def _token(self, token: int) -> torch.Tensor:
         m: Any = self.model
-        x = (m.embed.weight[token] + m.place.weight[position]).double()
+        position, self.next = self.next, self.next + 1
+        x = m.embedded(torch.tensor(token), torch.tensor(position)).double()
         for layer, (qkv, out) in enumerate(zip(m.qkv, m.out, strict=True)):
             q, k, v = linear(qkv, normed(m.norm[layer], x)).view(3, m.heads, -1).numpy()
             mixed = [self._attend(layer, h, position, q[h], k[h], v[h]) for h in range(m.heads)]
@@ -132,7 +162,9 @@ class NaiveDecoder:
 
     def _attend(self, layer: int, h: int, position: int, q: Vector, k: Vector, v: Vector) -> Vector:
         head = self.heads[layer][h]
-        head.entries.append(Entry(position, k, v))
+        head.raw.append(q)
+        q = self._turned(q, position)
+        head.entries.append(Entry(position, k, self._turned(k, position), v))
         head.queries.append(q)
         logits = np.array([entry.key @ q for entry in head.entries]) / math.sqrt(len(q))
         weights = softmax(logits)
@@ -143,6 +175,9 @@ class NaiveDecoder:
             entry.noisy_mass += float(noised)
             entry.attended = float(weight)
         return weights @ np.array([entry.value for entry in head.entries])
+
+    def _turned(self, x: Vector, position: int) -> Vector:
+        return turned(x, position) if isinstance(self.model, HandRotary) else x
 
     def _attended(self, layer: int) -> None:
         """TOVA looks at the mean over heads, which hold the same tokens."""
@@ -157,6 +192,13 @@ class NaiveDecoder:
             for head in heads:
                 kept = self._kept(SCORES[self.method](head))
                 head.entries = [head.entries[slot] for slot in kept]
+                if self.rerotate:
+                    self._renumber(head.entries)
+
+    def _renumber(self, entries: list[Entry]) -> None:
+        for position, entry in enumerate(entries):
+            entry.position, entry.key = position, turned(entry.raw, position)
+        self.next = len(entries)
 
     def _kept(self, score: list[float]) -> list[int]:
         slots = range(len(score))

@@ -12,22 +12,32 @@ from torch import Tensor
 import tokopt
 from tests.matrix.eviction import SCORES, NaiveDecoder
 from tests.matrix.language import artifact, bundle, model, prompt
-from tests.zoo.decoders import DECODERS
+from tests.zoo.decoders import CONTEXT, DECODERS
 from tokopt.bundle import Bundle
-from tokopt.errors import TokoptError
+from tokopt.errors import InputError, PassRefused, TokoptError
 from tokopt.passes import PASSES, load_pass
 from tokopt.passes.eviction import KVEviction
 
-METHODS = tuple(name for name in PASSES if issubclass(load_pass(name), KVEviction))
+METHODS = (
+    *(name for name in PASSES if issubclass(load_pass(name), KVEviction)),
+    "streaming rerotate=true",
+)
+ROTARY_ONLY = ("expected_attention", "streaming rerotate=true")
+LEARNED = ("gpt2", "opt", "hand_written")
+"""Decoders without rotary embeddings."""
+
 TYPICAL = ("llama", "gemma3", "mistral", "gpt2")
 """Grouped heads; sliding and full layers; sliding layers only; learned positions."""
 
-PAIRS = [(method, name) for method in METHODS for name in TYPICAL]
+PAIRS = [(m, name) for m in METHODS for name in TYPICAL if m not in ROTARY_ONLY or name not in LEARNED]
 PAIRS += [("h2o", name) for name in DECODERS if name not in TYPICAL]
 PAIRS = [
     pytest.param(method, name, marks=pytest.mark.xdist_group(f"decoder-{name}")) for method, name in PAIRS
 ]
-FORMULAS = [pytest.param(method, marks=pytest.mark.xdist_group("decoder-hand_written")) for method in SCORES]
+FORMULAS = [m for m in METHODS if m.split()[0] in SCORES]
+FORMULAS = [
+    pytest.param(method, marks=pytest.mark.xdist_group("decoder-hand_written")) for method in FORMULAS
+]
 
 BY_SLOT = ("random_kv", "keyformer")
 """Methods whose hashes see slot numbers, which padding moves."""
@@ -38,8 +48,28 @@ BUDGET, SINKS, RECENT, EVERY = 12, 2, 4, 3
 OPTIONS = f"budget={BUDGET} sinks={SINKS} recent={RECENT} every={EVERY}"
 
 
+OWN = {"snapkv": " window=3", "expected_attention": " future=8"}
+
+
 def spelled(method: str, options: str = OPTIONS) -> str:
-    return f"{method}{{{options}{' window=3' if method == 'snapkv' else ''}}}"
+    name, _, extra = method.partition(" ")
+    return f"{name}{{{options}{OWN.get(name, '')}{' ' + extra if extra else ''}}}"
+
+
+def naive_decoder(method: str) -> tuple[str, NaiveDecoder]:
+    """The model that a method is tried on, and its naive decoder."""
+    name = "hand_rotary" if method in ROTARY_ONLY else "hand_written"
+    rerotate = "rerotate" in method
+    return name, NaiveDecoder(
+        model(name),  # type: ignore[arg-type]
+        method.split()[0],
+        BUDGET,
+        SINKS,
+        RECENT,
+        EVERY,
+        rerotate,
+        EVERY if rerotate else 10**9,
+    )
 
 
 @cache
@@ -101,14 +131,12 @@ class Driver:
 @pytest.mark.parametrize("method", FORMULAS)
 def test_generates_what_the_formula_generates(method: str) -> None:
     """Out of ONNX Runtime, token for token, through many evictions, with each method's own choice of heads."""
-    own = spelled(method)
-    naive = NaiveDecoder(model("hand_written"), method, BUDGET, SINKS, RECENT, EVERY)  # type: ignore[arg-type]
+    name, naive = naive_decoder(method)
+    made = artifact(name, spelled(method))
     for seed in range(3):
         ids = prompt(20, seed)
-        assert list(artifact("hand_written", own).generate(ids, max_tokens=40).tokens) == naive.generate(
-            ids, 40
-        )
-    full = artifact("hand_written").generate(ids, max_tokens=40).tokens
+        assert list(made.generate(ids, max_tokens=40).tokens) == naive.generate(ids, 40)
+    full = artifact(name).generate(ids, max_tokens=40).tokens
     assert list(full) != naive.generate(ids, 40)  # so that the comparison means something
 
 
@@ -116,10 +144,11 @@ def test_generates_what_the_formula_generates(method: str) -> None:
 def test_keeps_what_the_formula_keeps(method: str) -> None:
     """The keys in the cache, matched to the naive decoder's by value, after every eviction of a decode."""
     ids = prompt(20)
-    naive = NaiveDecoder(model("hand_written"), method, BUDGET, SINKS, RECENT, EVERY)  # type: ignore[arg-type]
+    name, naive = naive_decoder(method)
+    naive.chunk = 10**9
     for count in (1, 1 + EVERY, 1 + 4 * EVERY):  # the last token is not read
         text = naive.generate(ids, count)[: count - 1]
-        driver = Driver(evicting("hand_written", spelled(method)), 1)
+        driver = Driver(evicting(name, spelled(method)), 1)
         driver.follow([ids], [text], EVERY)
         for layer, heads in enumerate(naive.heads):
             for h, head in enumerate(heads):
@@ -161,11 +190,37 @@ def test_sinks_and_recent_tokens_survive(method: str) -> None:
     made = evicting("llama", spelled(method))
     driver = Driver(made, 1)
     driver.read([ids])
-    before = driver.state["keys_0"][0].clone()
+    before = driver.state["values_0"][0].clone()
     driver.run("compact")
-    after = driver.state["keys_0"][0]
+    after = driver.state["values_0"][0]
     assert torch.equal(after[:, :SINKS], before[:, :SINKS])
     assert torch.equal(after[:, BUDGET - RECENT : BUDGET], before[:, 30 - RECENT : 30])
+
+
+@pytest.mark.xdist_group("decoder-hand_written")
+def test_renumbered_text_outgrows_the_context() -> None:
+    """A prompt and a text longer than the positions that the model was trained on, beside a shorter one."""
+    name, naive = naive_decoder("streaming rerotate=true")
+    made = artifact(name, spelled("streaming rerotate=true"))
+    prompts = [prompt(CONTEXT + 30), prompt(25, seed=1)]
+    texts = made.generate(prompts, max_tokens=CONTEXT)
+    assert [len(text.tokens) for text in texts] == [CONTEXT, CONTEXT]
+    assert list(texts[0].tokens) == naive.generate(prompts[0], CONTEXT)
+    with pytest.raises(InputError, match="context holds"):
+        artifact(name, spelled("streaming")).generate(prompts[0])
+
+
+@pytest.mark.parametrize(
+    ("method", "name"),
+    [
+        pytest.param(method, name, marks=pytest.mark.xdist_group(f"decoder-{name}"))
+        for method in ROTARY_ONLY
+        for name in LEARNED
+    ],
+)
+def test_learned_positions_cannot_be_rotated(method: str, name: str) -> None:
+    with pytest.raises(PassRefused, match=r"keys of layer 0 are not rotated by their positions \(RoPE\)"):
+        evicting(name, spelled(method))
 
 
 @llama
@@ -207,6 +262,8 @@ def test_memory_is_what_the_budget_says() -> None:
         "h2o{budget=[50,40] schedule=pyramid}": "a list of budgets has its own schedule",
         "snapkv{budget=50 window=40}": "window=40 must be in 1 to recent=32",
         "snapkv{budget=50 kernel=4}": "kernel=4 must be odd",
+        "expected_attention{budget=50 future=0}": "future=0 must be positive",
+        "streaming{budget=50 rerotate=true schedule=pyramid}": "give all one budget",
         "tome{r=1}": "tome works on encoders",
     }.items(),
 )

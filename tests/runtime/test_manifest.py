@@ -47,6 +47,7 @@ def good() -> Json:
             "bos": 1,
             "chat_template": None,
             "compact_every": 0,
+            "endless": False,
         },
         tokenizer="tokenizer.json",
         selftest="s.safetensors",

@@ -59,12 +59,19 @@ class HandWritten(nn.Module):
         self.head = nn.Linear(hidden, VOCABULARY, bias=False)
 
     def forward(self, tokens: Tensor, positions: Tensor, mask: Tensor, cache: Cache, rows: Tensor) -> Tensor:
-        x = self.embed(tokens) + self.place(positions)
+        x = self.embedded(tokens, positions)
         for layer, (qkv, out) in enumerate(zip(self.qkv, self.out, strict=True)):
             q, k, v = qkv(self.norm[layer](x)).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+            q, k = self.turned(q, positions), self.turned(k, positions)
             y = functional.scaled_dot_product_attention(q, *cache.update(layer, k, v), attn_mask=mask)
             x = x + out(y.transpose(1, 2).flatten(2))
         return self.head(self.norm[-1](x)[:, rows])
+
+    def embedded(self, tokens: Tensor, positions: Tensor) -> Tensor:
+        return self.embed(tokens) + self.place(positions)
+
+    def turned(self, x: Tensor, positions: Tensor) -> Tensor:
+        return x
 
     def greedy(self, prompt: list[int], count: int) -> list[int]:
         """The reference: the whole text again for every token."""
@@ -77,14 +84,31 @@ class HandWritten(nn.Module):
         return ids[len(prompt) :]
 
 
+class HandRotary(HandWritten):
+    """Rotary embeddings of neighbouring channels (GPT-J's form) in place of learned positions."""
+
+    def embedded(self, tokens: Tensor, positions: Tensor) -> Tensor:
+        return self.embed(tokens)
+
+    def turned(self, x: Tensor, positions: Tensor) -> Tensor:
+        pairs = x.shape[-1] // 2
+        angles = positions[:, None, :, None] * 100.0 ** (-torch.arange(pairs) / pairs)
+        even, odd = x[..., ::2], x[..., 1::2]
+        turned = even * angles.cos() - odd * angles.sin(), odd * angles.cos() + even * angles.sin()
+        return torch.stack(turned, dim=-1).flatten(-2)
+
+
 class _NoCache:
     def update(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         return keys, values
 
 
-def _hand_written() -> nn.Module:
-    torch.manual_seed(0)
-    return HandWritten().eval().requires_grad_(False)
+def _hand_written(kind: type[HandWritten]) -> Callable[[], nn.Module]:
+    def build() -> nn.Module:
+        torch.manual_seed(0)
+        return kind().eval().requires_grad_(False)
+
+    return build
 
 
 _GEMMA = {**GROUPED, "head_dim": 16, "query_pre_attn_scalar": 16, "sliding_window": WINDOW}
@@ -114,7 +138,8 @@ DECODERS: MappingProxyType[str, Callable[[], nn.Module]] = MappingProxyType(
         ),
         "gpt_neox": _hugging_face("GPTNeoX", **SHAPE),
         "phi": _hugging_face("Phi", **SHAPE),
-        "hand_written": _hand_written,
+        "hand_written": _hand_written(HandWritten),
+        "hand_rotary": _hand_written(HandRotary),
     }
 )
 """Name -> build. Sizes differ from each other and from the example's, so that no axis is taken for another."""

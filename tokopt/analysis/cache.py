@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from torch.fx import Graph, Node
 
@@ -11,13 +12,16 @@ from tokopt.bundle import Program
 from tokopt.errors import PassRefused
 from tokopt.kernels import ops
 
+if TYPE_CHECKING:
+    from tokopt.analysis.rotary import Rotary
+
 
 @dataclass(frozen=True)
 class CachedAttention:
     """The attention of layer ``index`` over the cache in the states ``keys_index`` and ``values_index``.
 
     ``keys`` and ``values`` are the ``cache_write`` calls; ``mask`` is the ``cache_mask`` call that hides slots,
-    with its sliding ``window`` (0 for none).
+    with its sliding ``window`` (0 for none). ``rotary`` is how positions rotate the keys, once it was looked for.
     """
 
     index: int
@@ -25,6 +29,7 @@ class CachedAttention:
     keys: Node
     values: Node
     mask: Node
+    rotary: Rotary | None = None
 
     @property
     def query(self) -> Node:
