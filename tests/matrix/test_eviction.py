@@ -220,7 +220,7 @@ def test_renumbered_text_outgrows_the_context() -> None:
 )
 def test_learned_positions_cannot_be_rotated(method: str, name: str) -> None:
     with pytest.raises(PassRefused, match=r"keys of layer 0 are not rotated by their positions \(RoPE\)"):
-        evicting(name, spelled(method))
+        tokopt.optimize(bundle(name), spelled(method), strict=True)
 
 
 @llama
