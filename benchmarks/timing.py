@@ -21,13 +21,14 @@ from typing import Any, Literal
 
 import numpy as np
 
-Kind = Literal["session", "runtime", "concat", "step", "generate"]
+Kind = Literal["session", "runtime", "concat", "step", "generate", "evicting"]
 CALLS = {
     "session": "benchmarks.timing:session_call",
     "runtime": "benchmarks.timing:runtime_call",
     "concat": "benchmarks.decode:concat_call",
     "step": "benchmarks.decode:step_call",
     "generate": "benchmarks.decode:generate_call",
+    "evicting": "benchmarks.kv.speed:evicting_call",
 }
 """Kind of engine -> ``module:function`` that makes the call to time."""
 
@@ -37,7 +38,7 @@ DRIFT = 0.08
 
 @dataclass(frozen=True)
 class Engine:
-    """What to time: a kind of :data:`CALLS` on an artifact; ``size`` is that of images, or the prompt's length."""
+    """What to time: a kind of :data:`CALLS` on an artifact; ``size`` is that of images, or the tokens read before."""
 
     name: str
     kind: Kind

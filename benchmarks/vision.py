@@ -19,7 +19,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,7 @@ from rich.table import Table
 
 import tokopt
 from benchmarks.machine import describe
+from benchmarks.progress import Progress
 from benchmarks.quality import cosines, fashion_features, photograph_features, predict
 from benchmarks.timing import Disturbed, Engine, Timing, compare
 from examples.data import cache_folder, fashion_mnist, write_atomically
@@ -111,24 +112,6 @@ QUICK = (
 
 
 # ---------------------------------------------------------------------------------------------- resuming
-
-
-class Progress:
-    """Finished measurements by key, kept in a file that every new one is added to."""
-
-    def __init__(self, folder: Path) -> None:
-        self.file = folder / "measured.json"
-        self.values: dict[str, Any] = json.loads(self.file.read_text()) if self.file.exists() else {}
-
-    def once(self, key: str, measure: Callable[[], Any]) -> Any:
-        """The value of ``key``, measured now if it is not known."""
-        if key not in self.values:
-            self.put(key, measure())
-        return self.values[key]
-
-    def put(self, key: str, value: Any) -> None:
-        self.values[key] = value
-        write_atomically(self.file, lambda path: path.write_text(json.dumps(self.values)))
 
 
 def work_folder() -> Path:

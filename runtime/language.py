@@ -16,7 +16,7 @@ from tokopt.runtime.manifest import Manifest, file_path
 from tokopt.runtime.numerics import OutputCheck
 from tokopt.runtime.sampling import LogitsProcessor, Sampling, choose
 from tokopt.runtime.selftest import run_selftest
-from tokopt.runtime.state import BLOCK, Bound, Buffers
+from tokopt.runtime.state import BLOCK, Bound, Buffers, capacity
 from tokopt.runtime.text import TextStream, Tokenizer, render_chat
 
 PREFILL = 256
@@ -278,7 +278,7 @@ class _Session:
 
     def __init__(self, model: LanguageModel, batch: int, slots: int) -> None:
         manifest = model.manifest
-        self.buffers = Buffers(manifest.states, batch, _whole_blocks(slots))
+        self.buffers = Buffers(manifest.states, batch, capacity(slots))
         self.program = Bound(model.sessions["step"], manifest.programs["step"], self.buffers)
         self.compactor = model.sessions.get("compact")
         self.every, self.since = model.settings.compact_every, 0
@@ -326,7 +326,7 @@ class _Session:
         needed = {axis: used + count for axis, used in self.used.items()}
         slots = self.buffers.slots
         if any(needed[axis] > slots[axis] for axis in slots):
-            self.buffers.resize({axis: max(_whole_blocks(needed[axis]), slots[axis]) for axis in slots})
+            self.buffers.resize({axis: max(capacity(needed[axis]), slots[axis]) for axis in slots})
             self.program.bind()
         causal = np.tril(np.ones((count, count), bool))
         feed = {
@@ -342,7 +342,3 @@ class _Session:
 def _layer(axis: str) -> int:
     """The column of ``length`` that counts a slot axis: ``slots_3`` is layer 3's, ``slots`` is all layers'."""
     return int(axis.removeprefix("slots").removeprefix("_") or 0)
-
-
-def _whole_blocks(slots: int) -> int:
-    return -(-slots // BLOCK) * BLOCK

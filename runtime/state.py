@@ -13,8 +13,14 @@ import onnxruntime
 from tokopt.errors import InputError, TokoptError
 from tokopt.runtime.manifest import ProgramEntry, StateEntry
 
-BLOCK = 128
-"""Slots that a full cache grows by; a free slot costs attention a little, growing copies the cache."""
+BLOCK = 16
+"""Slots that a small cache grows by; larger ones grow by a sixteenth."""
+
+
+def capacity(slots: int) -> int:
+    """Slots to allocate for so many: a free slot costs attention a little, growing copies the cache."""
+    block = max(BLOCK, 1 << max(slots.bit_length() - 5, 0))
+    return -(-slots // block) * block
 
 
 class Buffers:

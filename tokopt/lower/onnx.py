@@ -18,9 +18,10 @@ from pathlib import Path
 import onnx
 import onnx_ir as ir
 import torch
-from onnx_ir.passes.common import ClearMetadataAndDocStringPass, CommonSubexpressionEliminationPass
+from onnx_ir.passes import common as passes
 from onnxscript import optimizer
-from onnxscript.rewriter import onnx_fusions
+from onnxscript.rewriter import onnx_fusions, rewrite
+from onnxscript.rewriter.rules import common as rules
 
 import tokopt.kernels
 from tokopt import __version__
@@ -33,6 +34,30 @@ OPSET = 23
 """The first opset with ``Attention``; only a cache that is written in place needs a newer one."""
 
 WEIGHTS = "weights.data"
+
+
+RULES = (
+    rules.add_0_rule,
+    rules.sub_0_rule,
+    rules.mul_by_1_rule,
+    rules.div_by_1_rule,
+    rules.cast_cast_rule,
+    rules.no_op_cast_rule,
+    rules.no_op_expand_rule,
+    rules.no_op_transpose_rule,
+    rules.transpose_transpose_rule,
+    rules.unsqueeze_unsqueeze_rule,
+    rules.squeeze_reshape_1d_rule,
+    rules.reshape_reshape_rule,
+    rules.materialize_reshape_shape_rule,
+    rules.flatten_to_reshape_rule,
+    rules.cast_constant_of_shape_rule,
+    rules.cast_constant_of_shape_without_value_rule,
+    rules.collapse_slice_rule,
+    rules.collapse_slice2_rule,
+    rules.remove_optional_bias_from_gemm_rule,
+)
+"""What onnxscript's optimizer does to transformers. All its rules take a time quadratic in the model's depth."""
 
 
 class WeightFile:
@@ -212,11 +237,23 @@ def _export(program: Program, name: str) -> ir.Model:
 def _simplify(model: ir.Model) -> None:
     """Fold constants, fuse norms and rotary embeddings, drop what is dead, double, or tells of the machine."""
     with _quiet():
-        optimizer.optimize_ir(model, inline=False)
+        for _ in range(2):
+            optimizer.fold_constants(model, onnx_shape_inference=True)
+            rewrite(model, RULES)
+        for tidy in (
+            passes.RemoveUnusedNodesPass(),
+            passes.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0),
+            passes.LiftSubgraphInitializersToMainGraphPass(),
+            passes.DeduplicateInitializersPass(),
+            passes.CommonSubexpressionEliminationPass(),
+            passes.OutputFixPass(),
+            passes.NameFixPass(),
+        ):
+            tidy(model)
         onnx_fusions.fuse(model)
-        CommonSubexpressionEliminationPass()(model)
+        passes.CommonSubexpressionEliminationPass()(model)
     scopes = {node: node.metadata_props.get("namespace") for node in model.graph}
-    ClearMetadataAndDocStringPass()(model)
+    passes.ClearMetadataAndDocStringPass()(model)
     for node, scope in scopes.items():
         if scope:  # the module of the user's model that the node came from
             node.metadata_props["namespace"] = scope

@@ -1,0 +1,92 @@
+"""KV eviction measured: ``python -m benchmarks.kv``.
+
+Perplexity and retrieval of every policy on two models, and time and bytes on SmolLM2, into
+``benchmarks/results/kv.json``, ``kv.md``, ``kv-quality.png`` and ``kv-speed.png``. Finished parts are kept, so a run
+that was cut off goes on where it was. ``--only speed`` wants the machine for itself.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+from benchmarks.kv.policies import MODELS, POLICIES, artifact, work_folder
+from benchmarks.kv.quality import CONTEXTS, SHARES, perplexity, retrieval
+from benchmarks.kv.report import draw, markdown
+from benchmarks.kv.speed import CONTEXTS as TIMED
+from benchmarks.kv.speed import measure
+from benchmarks.machine import describe
+from benchmarks.progress import Progress
+from examples.data import write_atomically
+
+RESULTS = Path(__file__).parents[1] / "results"
+FASTEST = next(iter(MODELS))
+"""The model that is timed."""
+
+
+def quality(model: str, policy: str, threads: int) -> dict[str, Any]:
+    """Perplexity and retrieval; the full cache has one budget."""
+    from tokopt.runtime import load
+
+    loaded: Any = load(artifact(model, policy), threads=threads)
+    shares = SHARES if POLICIES[policy] else SHARES[:1]
+    found = {"perplexity": perplexity(loaded, shares), "retrieval": retrieval(loaded, CONTEXTS, shares)}
+    if policy == "full":  # what it scores, it scores at every budget
+        only = str(shares[0])
+        found["perplexity"] = {str(share): found["perplexity"][only] for share in SHARES}
+        for context, scores in found["retrieval"].items():
+            found["retrieval"][context] = {str(share): scores[only] for share in SHARES}
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.kv", description=__doc__)
+    parser.add_argument("--only", choices=("quality", "speed", "report"), help="one part of the work")
+    parser.add_argument(
+        "--model", choices=list(MODELS), nargs="*", default=list(MODELS), help="whose quality"
+    )
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=5)
+    options = parser.parse_args()
+    progress = Progress(work_folder())
+    if options.only in (None, "quality"):
+        for model in options.model:
+            for policy in POLICIES:
+                print(f"quality: {model}, {policy}", file=sys.stderr, flush=True)
+                progress.once(
+                    f"quality/{model}/{policy}", lambda m=model, p=policy: quality(m, p, options.threads)
+                )
+                if model != FASTEST:
+                    shutil.rmtree(work_folder() / f"{model} {policy}.tokopt", ignore_errors=True)
+    if options.only in (None, "speed"):
+        policies = [policy for policy in POLICIES if policy != "full"]
+        for context in TIMED:
+            print(f"speed: {context} tokens", file=sys.stderr, flush=True)
+            timed = lambda c=context: measure(FASTEST, policies, c, options.threads, options.rounds)  # noqa: E731
+            progress.once(f"speed/{FASTEST}/{context}", timed)
+    write(collect(progress.values, options.threads))
+
+
+def collect(values: dict[str, Any], threads: int) -> dict[str, Any]:
+    """The finished measurements, by part, model, and policy or context."""
+    report: dict[str, Any] = {"machine": describe(threads), "quality": {}, "speed": {}}
+    for key, value in values.items():
+        part, model, what = key.split("/")
+        report[part].setdefault(model, {})[what] = value
+    return report
+
+
+def write(report: dict[str, Any]) -> None:
+    RESULTS.mkdir(exist_ok=True)
+    for name, content in (("kv.json", json.dumps(report, indent=1) + "\n"), ("kv.md", markdown(report))):
+        write_atomically(RESULTS / name, lambda path, content=content: path.write_text(content))
+    draw(report, RESULTS)
+    print(markdown(report))
+
+
+if __name__ == "__main__":
+    main()
