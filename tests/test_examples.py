@@ -12,7 +12,9 @@ from typing import Any
 
 import pytest
 
-from examples.data import smollm2
+import tokopt
+from benchmarks.kv.quality import text
+from examples.data import gemma3, smollm2
 from tokopt.cli import main
 from tokopt.errors import InputError
 from tokopt.runtime import Generated, LanguageModel, load
@@ -106,6 +108,23 @@ def test_greedy_equals_transformers_on_real_weights(language_model: LanguageMode
         assert list(got.tokens) == wanted.tolist()
         alone = language_model.generate(text, max_tokens=200)
         assert isinstance(alone, Generated) and alone.tokens == got.tokens
+
+
+@pytest.mark.xdist_group("gemma3")
+def test_greedy_equals_transformers_on_sliding_windows(tmp_path: Path) -> None:
+    """Gemma 3, whose layers see 512 positions or all: 200 tokens across the end of the window."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    tokopt.export(tokopt.capture_lm(gemma3()), tmp_path / "gemma3.tokopt")
+    model = load(tmp_path / "gemma3.tokopt", threads=1)
+    assert isinstance(model, LanguageModel)
+    ids = model.tokenizer.encode(text())[:450]
+    got = model.generate(ids, max_tokens=200)
+    reference: Any = AutoModelForCausalLM.from_pretrained(gemma3(), dtype=torch.float32)
+    wanted = reference.generate(torch.tensor([ids]), max_new_tokens=200, do_sample=False)[0, len(ids) :]
+    assert isinstance(got, Generated) and list(got.tokens) == wanted.tolist()
+    assert len(ids) + len(got.tokens) > reference.config.sliding_window
 
 
 @pytest.mark.xdist_group("smollm2")
