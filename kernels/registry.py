@@ -19,6 +19,7 @@ OPS = (
     "bipartite_match",
     "cache_mask",
     "cache_write",
+    "dequantize_keys",
     "energy_match",
     "farthest_point",
     "gather_tokens",
@@ -26,6 +27,7 @@ OPS = (
     "log_size",
     "merge_tokens",
     "nearest_kept",
+    "quantize_keys",
     "source_map",
     "top_tokens",
 )

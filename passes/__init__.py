@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from tokopt.passes.kv.h2o import H2O
     from tokopt.passes.kv.keydiff import KeyDiff
     from tokopt.passes.kv.keyformer import Keyformer
+    from tokopt.passes.kv.kivi import KIVI
     from tokopt.passes.kv.knorm import KNorm
     from tokopt.passes.kv.random import RandomEviction
     from tokopt.passes.kv.snapkv import SnapKV
@@ -42,11 +43,13 @@ PASSES = {
     "keydiff": "tokopt.passes.kv.keydiff:KeyDiff",
     "expected_attention": "tokopt.passes.kv.expected_attention:ExpectedAttention",
     "random_kv": "tokopt.passes.kv.random:RandomEviction",
+    "kivi": "tokopt.passes.kv.kivi:KIVI",
 }
 """Text spelling of every pass -> ``module:class``."""
 
 __all__ = [
     "H2O",
+    "KIVI",
     "PASSES",
     "TOVA",
     "DivPrune",

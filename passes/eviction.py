@@ -134,7 +134,7 @@ class KVEviction(Pass):
         if layered and self.renumbers:
             raise PassError(f"{self.name}: positions are renumbered alike in all layers; give all one budget")
         edit = StepEdit(
-            self, bundle, module, layers, layered=layered, per_head=self.heads, shifted=self.renumbers
+            bundle, module, self, layers, layered=layered, per_head=self.heads, shifted=self.renumbers
         )
         edited, states = edit.run()
         compact, states = _export_compact(_Compact(self, edit, shares), edited, states)

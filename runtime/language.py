@@ -315,11 +315,17 @@ class _Session:
         if self.compactor is None:
             return
         self.buffers.advance(self.compactor)
-        lengths = self.buffers.read("length").max(axis=0, keepdims=True).reshape(-1)
         for axis in self.used:
-            self.used[axis] = int(lengths[_layer(axis)])
+            self.used[axis] = self._count(axis)
         self.buffers.resize({axis: used + (self.every or BLOCK) for axis, used in self.used.items()})
         self.program.bind()
+
+    def _count(self, axis: str) -> int:
+        """Slots in use: of ``slots`` all that ``length`` says, of ``slots_3`` its layer's, of ``recent`` its own."""
+        if axis == "recent":
+            return int(self.buffers.read("recent_length").max())
+        lengths = self.buffers.read("length").max(axis=0, keepdims=True).reshape(-1)
+        return int(lengths[int(axis.removeprefix("slots").removeprefix("_") or 0)])
 
     def _run(self, tokens: np.ndarray, positions: np.ndarray, rows: np.ndarray) -> np.ndarray:
         count = tokens.shape[1]
@@ -337,8 +343,3 @@ class _Session:
         }
         self.used = needed
         return self.program.run(feed)["logits"]
-
-
-def _layer(axis: str) -> int:
-    """The column of ``length`` that counts a slot axis: ``slots_3`` is layer 3's, ``slots`` is all layers'."""
-    return int(axis.removeprefix("slots").removeprefix("_") or 0)

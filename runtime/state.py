@@ -105,7 +105,9 @@ class Bound:
         self.binding = session.io_binding()
         names = {tensor.name for tensor in entry.inputs}
         self.states = [state for state in buffers.states.values() if state.name in names]
-        taken = {state.output for state in self.states}
+        made = {tensor.name for tensor in entry.outputs}
+        self.written = [state for state in self.states if state.output in made]
+        taken = {state.output for state in self.written}
         self.outputs = [tensor for tensor in entry.outputs if tensor.name not in taken]
         self.spare: dict[str, Any] = {}
         self._results: dict[str, np.ndarray] = {}
@@ -115,8 +117,10 @@ class Bound:
         """Bind the buffers as they are now; to be called after they were resized."""
         self.spare.clear()
         for state in self.states:
-            value = self.buffers.values[state.name]
+            self.binding.bind_ortvalue_input(state.name, self.buffers.values[state.name])
+        for state in self.written:
             if not state.in_place:
+                value = self.buffers.values[state.name]
                 self.spare[state.name] = self.buffers._value(np.empty_like(value.numpy()))
             self._bind_state(state)
 
@@ -126,7 +130,7 @@ class Bound:
             self.binding.bind_cpu_input(name, array)
         results = self._bind_outputs(feed)
         run_checked(self.session.run_with_iobinding, self.binding)
-        for state in self.states:
+        for state in self.written:
             if not state.in_place:
                 value = self.buffers.values[state.name]
                 self.buffers.values[state.name], self.spare[state.name] = self.spare[state.name], value

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 import tokopt
-from benchmarks.kv.quality import text
+from benchmarks.kv.quality import documentation
 from examples.data import gemma3, smollm2
 from tokopt.cli import main
 from tokopt.errors import InputError
@@ -119,7 +119,7 @@ def test_greedy_equals_transformers_on_sliding_windows(tmp_path: Path) -> None:
     tokopt.export(tokopt.capture_lm(gemma3()), tmp_path / "gemma3.tokopt")
     model = load(tmp_path / "gemma3.tokopt", threads=1)
     assert isinstance(model, LanguageModel)
-    ids = model.tokenizer.encode(text())[:450]
+    ids = model.tokenizer.encode(documentation())[:450]
     got = model.generate(ids, max_tokens=200)
     reference: Any = AutoModelForCausalLM.from_pretrained(gemma3(), dtype=torch.float32)
     wanted = reference.generate(torch.tensor([ids]), max_new_tokens=200, do_sample=False)[0, len(ids) :]

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from tokopt.analysis.cache import CachedAttention, input_nodes
+from tokopt.analysis.graph import argument
 from tokopt.analysis.rotary import Rotary
 from tokopt.bundle import Axis, AxisRange, Bundle, Program, State, TensorSpec
 from tokopt.kernels import ops
@@ -81,20 +82,11 @@ class Tap(Protocol):
 
 
 @dataclass
-class StepEdit:
-    """The edit of ``step``: new states in, a tap beside every attention, new states out.
+class ProgramEdit:
+    """An edit of ``step`` that takes states away or adds them."""
 
-    ``layered`` gives every layer a length and a slot axis of its own; ``per_head`` lets every key head hold
-    tokens of its own; ``shifted`` counts positions from the state ``shift``, which grows as slots are renumbered.
-    """
-
-    tap: Tap
     bundle: Bundle
     module: GraphModule
-    layers: list[CachedAttention]
-    layered: bool
-    per_head: bool
-    shifted: bool
     states: dict[str, State] = field(init=False)
     inputs: list[TensorSpec] = field(init=False)
     outputs: list[TensorSpec] = field(init=False)
@@ -115,6 +107,62 @@ class StepEdit:
             for axis, size in zip(spec.axes, tensor.shape, strict=True)
         }
 
+    def finish(self) -> Program:
+        """The edited program."""
+        self.module.graph.output_node().args = (tuple(self.results),)
+        axes = {axis for spec in self.inputs for axis in spec.axes}
+        program = replace(
+            self.bundle.programs["step"],
+            inputs=tuple(self.inputs),
+            outputs=tuple(self.outputs),
+            example=tuple(self.example),
+            ranges={axis: bounds for axis, bounds in self.ranges.items() if axis in axes},
+        )
+        return reexport(program, self.module)
+
+    def take(self, state: State, example: Tensor) -> Node:
+        """A new state as an input."""
+        graph = self.module.graph
+        last = [node for node in graph.nodes if node.op == "placeholder"][-1]
+        with graph.inserting_after(last):
+            node = graph.placeholder(state.name)
+        node.meta["val"] = example
+        self.states[state.name] = state
+        self.inputs.append(TensorSpec(state.name, state.dtype, state.axes, "state"))
+        self.example.append(example)
+        self.nodes[state.name] = node
+        return node
+
+    def give(self, state: State, node: Node) -> None:
+        """The next value of a state as an output."""
+        self.outputs.append(TensorSpec(state.output, state.dtype, state.axes, "state"))
+        self.results.append(node)
+
+    def remove(self, name: str) -> None:
+        """Take a state away, and with it the nodes that only made its next value."""
+        place = [spec.name for spec in self.inputs].index(name)
+        out = [spec.name for spec in self.outputs].index(self.states.pop(name).output)
+        del self.inputs[place], self.example[place], self.outputs[out], self.results[out]
+        graph = self.module.graph
+        graph.output_node().args = (tuple(self.results),)
+        graph.eliminate_dead_code()
+        graph.erase_node(self.nodes.pop(name))
+
+
+@dataclass
+class StepEdit(ProgramEdit):
+    """The edit of an eviction: new states in, a tap beside every attention, new states out.
+
+    ``layered`` gives every layer a length and a slot axis of its own; ``per_head`` lets every key head hold
+    tokens of its own; ``shifted`` counts positions from the state ``shift``, which grows as slots are renumbered.
+    """
+
+    tap: Tap
+    layers: list[CachedAttention]
+    layered: bool
+    per_head: bool
+    shifted: bool
+
     def run(self) -> tuple[Program, tuple[State, ...]]:
         """The edited program and its states."""
         if self.shifted:
@@ -125,19 +173,9 @@ class StepEdit:
             if self.own_slots(layer):
                 self._add_slots(layer)
             self._add_memory(layer)
-        self.module.graph.output_node().args = (tuple(self.results),)
         if all(self.own_slots(layer) for layer in self.layers):
-            self._remove("slots")
-        axes = {axis for spec in self.inputs for axis in spec.axes}
-        step = self.bundle.programs["step"]
-        program = replace(
-            step,
-            inputs=tuple(self.inputs),
-            outputs=tuple(self.outputs),
-            example=tuple(self.example),
-            ranges={axis: bounds for axis, bounds in self.ranges.items() if axis in axes},
-        )
-        return reexport(program, self.module), tuple(self.states.values())
+            self.remove("slots")
+        return self.finish(), tuple(self.states.values())
 
     def own_slots(self, layer: CachedAttention) -> bool:
         """Whether a layer has to know itself which slots it uses, and for which positions."""
@@ -165,14 +203,14 @@ class StepEdit:
     def _shift_positions(self) -> None:
         """Everything that reads positions reads them less the state ``shift``."""
         state = State("shift", "int64", ("batch",), "next_shift")
-        positions, shift = self.nodes["positions"], self._take(state, self._blank(state))
+        positions, shift = self.nodes["positions"], self.take(state, self._blank(state))
         with self.module.graph.inserting_after(shift):
             pair = call(self.module.graph, _shifted, positions, shift, like=self.layers[0].node)
         with self.module.graph.inserting_after(pair):
             moved, same = (self.module.graph.call_function(operator.getitem, (pair, i)) for i in range(2))
         positions.replace_all_uses_with(moved, delete_user_cb=lambda user: user is not pair)
         self.nodes["positions"] = moved
-        self._give(state, same)
+        self.give(state, same)
 
     def _split_lengths(self) -> None:
         """One length per layer, and slot axes of their own."""
@@ -206,7 +244,7 @@ class StepEdit:
             initial=-1,
             in_place=True,
         )
-        slots = self._take(state, shared.repeat(1, heads, 1, 1))
+        slots = self.take(state, shared.repeat(1, heads, 1, 1))
         groups = layer.query.meta["val"].shape[1] // heads if heads > 1 else 1
         length = self.nodes.get(f"length_{layer.index}", self.nodes["length"])
         operands = (slots, self.nodes["positions"], self.nodes["mask"], length)
@@ -214,8 +252,8 @@ class StepEdit:
         with graph.inserting_before(layer.node):
             pair = call(graph, _own_mask, *operands, layer.window, groups, like=layer.node)
             written, mask = (graph.call_function(operator.getitem, (pair, i)) for i in range(2))
-        self._give(state, written)
-        layer.node.replace_input_with(layer.mask, mask)
+        self.give(state, written)
+        layer.node.replace_input_with(argument(layer.node, 3, "attn_mask"), mask)  # type: ignore[arg-type]
         self.nodes[f"mask_{layer.index}"] = mask
 
     def _add_memory(self, layer: CachedAttention) -> None:
@@ -224,7 +262,7 @@ class StepEdit:
         if not memory:
             return
         states = [State(m.name, m.dtype, m.axes, f"next_{m.name}") for m in memory]
-        taken = [self._take(state, self._blank(state)) for state in states]
+        taken = [self.take(state, self._blank(state)) for state in states]
         mask = self.nodes.get(f"mask_{layer.index}", layer.mask)
         operands = (layer.query, layer.keys, mask, self.nodes["positions"], *taken)
         graph = self.module.graph
@@ -232,7 +270,7 @@ class StepEdit:
             observed = call(graph, _observation(self.tap, layer), *operands, like=layer.node)
         with graph.inserting_after(observed):
             for i, state in enumerate(states):
-                self._give(state, graph.call_function(operator.getitem, (observed, i)))
+                self.give(state, graph.call_function(operator.getitem, (observed, i)))
 
     def _blank(self, state: State) -> Tensor:
         """An example of a new state: small whole numbers, which any dtype holds exactly."""
@@ -240,39 +278,11 @@ class StepEdit:
         generator = torch.Generator().manual_seed(len(self.inputs))
         return torch.randint(0, 3, shape, generator=generator).to(getattr(torch, state.dtype))
 
-    def _take(self, state: State, example: Tensor) -> Node:
-        """A new state as an input."""
-        graph = self.module.graph
-        last = [node for node in graph.nodes if node.op == "placeholder"][-1]
-        with graph.inserting_after(last):
-            node = graph.placeholder(state.name)
-        node.meta["val"] = example
-        self.states[state.name] = state
-        self.inputs.append(TensorSpec(state.name, state.dtype, state.axes, "state"))
-        self.example.append(example)
-        self.nodes[state.name] = node
-        return node
-
-    def _give(self, state: State, node: Node) -> None:
-        """The next value of a state as an output."""
-        self.outputs.append(TensorSpec(state.output, state.dtype, state.axes, "state"))
-        self.results.append(node)
-
     def _respell(self, name: str, axes: tuple[Axis, ...]) -> None:
         """Give a state other axes."""
         self.states[name] = replace(self.states[name], axes=axes)
         place = [spec.name for spec in self.inputs].index(name)
         self.inputs[place] = replace(self.inputs[place], axes=axes)
-
-    def _remove(self, name: str) -> None:
-        """Take a state away, and with it the nodes that only made its next value."""
-        place = [spec.name for spec in self.inputs].index(name)
-        out = [spec.name for spec in self.outputs].index(self.states.pop(name).output)
-        del self.inputs[place], self.example[place], self.outputs[out], self.results[out]
-        graph = self.module.graph
-        graph.output_node().args = (tuple(self.results),)
-        graph.eliminate_dead_code()
-        graph.erase_node(self.nodes.pop(name))
 
 
 def _shifted(positions: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:

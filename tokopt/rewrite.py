@@ -143,10 +143,8 @@ def axis_names(exported: torch.export.ExportedProgram, inputs: tuple[TensorSpec,
 
 
 def _spell(size: torch.SymInt, names: dict[str, str]) -> str:
-    text = str(size)
-    for symbol, axis in names.items():
-        text = text.replace(symbol, axis)
-    return text
+    # A symbol may begin with another's name: s7 and s73.
+    return re.sub(r"\bs\d+\b", lambda symbol: names.get(symbol[0], symbol[0]), str(size))
 
 
 def call(graph: torch.fx.Graph, function: Callable, *args: object, like: Node, **kwargs: object) -> Node:

@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from benchmarks.kv.policies import MODELS, POLICIES, artifact, work_folder
+from benchmarks.kv.policies import COMPLETE, MODELS, POLICIES, artifact, work_folder
 from benchmarks.kv.quality import CONTEXTS, SHARES, perplexity, retrieval
 from benchmarks.kv.report import draw, markdown
 from benchmarks.kv.speed import CONTEXTS as TIMED
@@ -29,17 +29,19 @@ FASTEST = next(iter(MODELS))
 
 
 def quality(model: str, policy: str, threads: int) -> dict[str, Any]:
-    """Perplexity and retrieval; the full cache has one budget."""
+    """Perplexity and retrieval; what holds every token has one budget."""
     from tokopt.runtime import load
 
     loaded: Any = load(artifact(model, policy), threads=threads)
-    shares = SHARES if POLICIES[policy] else SHARES[:1]
-    found = {"perplexity": perplexity(loaded, shares), "retrieval": retrieval(loaded, CONTEXTS, shares)}
-    if policy == "full":  # what it scores, it scores at every budget
-        only = str(shares[0])
-        found["perplexity"] = {str(share): found["perplexity"][only] for share in SHARES}
+    shares = (1.0,) if policy in COMPLETE else SHARES
+    found = {
+        "perplexity": perplexity(loaded, shares),
+        "retrieval": retrieval(loaded, CONTEXTS[model], shares),
+    }
+    if policy in COMPLETE:  # what they score, they score at every budget
+        found["perplexity"] = {str(share): found["perplexity"]["1.0"] for share in SHARES}
         for context, scores in found["retrieval"].items():
-            found["retrieval"][context] = {str(share): scores[only] for share in SHARES}
+            found["retrieval"][context] = {str(share): scores["1.0"] for share in SHARES}
     return found
 
 

@@ -34,9 +34,14 @@ POLICIES: Mapping[str, str] = MappingProxyType(
         "knorm": f"knorm{{{_COMMON}}}",
         "keydiff": f"keydiff{{{_COMMON}}}",
         "expected_attention": f"expected_attention{{{_COMMON}}}",
+        "kivi": f"kivi{{every={EVERY}}}",
+        "h2o, kivi": f"h2o{{{_COMMON}}},kivi",
     }
 )
 """Name in the tables -> pipeline."""
+
+COMPLETE = ("full", "kivi")
+"""Those that hold every token."""
 
 _EXPORT = "import sys, tokopt; "
 _EXPORT += "tokopt.export(tokopt.optimize(tokopt.capture_lm(sys.argv[1]), sys.argv[2]), sys.argv[3])"

@@ -21,8 +21,9 @@ from tokopt.runtime import LanguageModel, language
 PROMPT, SCORED, WINDOWS = 1024, 256, 8
 """Perplexity: tokens read before eviction, tokens scored after it, and texts."""
 
-CONTEXTS, DEPTHS = (1024, 2048, 4096), (0.15, 0.5, 0.85)
-"""Retrieval: lengths of the prompt in tokens, and how far in the fact stands."""
+CONTEXTS = {"SmolLM2-135M-Instruct": (1024, 2048, 4096), "Gemma-3-270M": (1024, 2048)}
+DEPTHS = (0.15, 0.5, 0.85)
+"""Retrieval: lengths of the prompt in tokens by model, and how far in the fact stands."""
 
 SHARES = (0.5, 0.25, 0.125)
 """Budgets, as shares of the prompt."""
@@ -44,7 +45,7 @@ CITIES = (
 )
 
 
-def text() -> str:
+def documentation() -> str:
     """Python's documentation of the language, as ``help()`` shows it."""
     topics = pydoc_data.topics.topics
     return "\n\n".join(topics[name] for name in sorted(topics))
@@ -52,7 +53,7 @@ def text() -> str:
 
 def perplexity(model: LanguageModel, shares: Sequence[float]) -> dict[str, float]:
     """Nats per token after eviction, by share; a perplexity is their exponential."""
-    bos, ids = _documentation(model)
+    bos, ids = _tokens(model)
     starts = np.linspace(0, len(ids) - PROMPT - SCORED - 1, WINDOWS).astype(int)
     losses: dict[str, list[float]] = {str(share): [] for share in shares}
     for start in starts:
@@ -84,7 +85,7 @@ def retrieval(model: LanguageModel, contexts: Sequence[int], shares: Sequence[fl
 
 def haystacks(model: LanguageModel, context: int) -> Iterator[tuple[list[int], list[int]]]:
     """Prompts of ``context`` tokens with a fact at each depth, and the answer that they ask for."""
-    bos, ids = _documentation(model)
+    bos, ids = _tokens(model)
     generator = np.random.default_rng(context)
     for depth in DEPTHS:
         city = CITIES[generator.integers(len(CITIES))]
@@ -100,9 +101,9 @@ def haystacks(model: LanguageModel, context: int) -> Iterator[tuple[list[int], l
         yield [*bos, *hay[:before], *fact, *hay[before:], *question], answer
 
 
-def _documentation(model: LanguageModel) -> tuple[list[int], list[int]]:
+def _tokens(model: LanguageModel) -> tuple[list[int], list[int]]:
     """The token that begins every text of this model, if any, and those of the documentation."""
-    ids = model.tokenizer.encode(text())
+    ids = model.tokenizer.encode(documentation())
     begin = int(ids[0] == model.settings.bos)
     return ids[:begin], ids[begin:]
 
@@ -150,7 +151,7 @@ class Read:
         session, buffers = self.session, self.session.buffers
         buffers.values = {name: buffers._value(value.copy()) for name, value in self.states.items()}
         buffers.slots, session.used, session.since = dict(self.slots), dict(self.used), 0
-        if "budget" in buffers.values:
+        if share < 1:
             budget = np.array([math.ceil(share * self.length)])
             buffers.values["budget"] = buffers._value(budget)
         session.program.bind()

@@ -31,10 +31,11 @@ def quality_table(model: str, policies: Report) -> list[str]:
     shares = list(next(iter(policies.values()))["perplexity"])
     names = [f"1/{round(1 / float(share))}" for share in shares]
     full = math.exp(policies["full"]["perplexity"][shares[0]])
+    contexts = " and ".join(policies["full"]["retrieval"])
     lines = [f"## Quality: {model} (weights expanded from 4-bit blocks)", ""]
     lines += [
         f"Perplexity of {WINDOWS} x {SCORED} tokens of Python's documentation after a prompt of {PROMPT}, over that of "
-        f"the full cache ({full:.2f}); retrieval of a five-digit code hidden in 1k, 2k and 4k tokens of it "
+        f"the full cache ({full:.2f}); retrieval of a five-digit code hidden in {contexts} tokens of it "
         f"({len(DEPTHS)} depths each): exact answers, and nats per token of the answer. Budgets are shares of the "
         f"prompt; slots are chosen again after every {EVERY} tokens.",
         "",

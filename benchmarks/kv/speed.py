@@ -57,11 +57,11 @@ def filled(engine: Engine) -> tuple[Any, int]:
     buffers, generator = session.buffers, np.random.default_rng(0)
     for name, value in buffers.values.items():
         array = value.numpy()
-        if name.startswith(("keys", "values")):
+        if name.startswith(("keys", "values")) and array.dtype == np.float32:
             array[:] = generator.standard_normal(array.shape, np.float32)
         elif name.startswith("slots"):
             array[:, :, : engine.size, 0] = np.arange(engine.size)
-        elif name == "length":
+        elif name.endswith("length"):
             array[:] = engine.size
     session.used = dict.fromkeys(session.used, engine.size)
     session.compact()

@@ -88,6 +88,22 @@ def cache_world(heads: int) -> dict[str, Callable[[dict], Tensor]]:
     }
 
 
+def packed_world(group: int) -> dict[str, Callable[[dict], Tensor]]:
+    """Keys of as many slots as there are tokens, and codes with the scales of groups of ``group`` slots."""
+
+    def floats(channels: int) -> Callable[[dict], Tensor]:
+        def make(world: dict) -> Tensor:
+            batch, slots = world["size"].shape
+            return torch.randn(batch, 2, slots, channels, generator=world["generator"])
+
+        return make
+
+    def codes(world: dict) -> Tensor:
+        return (floats(6)(world) * 50 + 128).clamp(0, 255).to(torch.uint8)
+
+    return {"x": floats(6), "codes": codes, "scale": floats(6 // group), "zero": floats(6 // group)}
+
+
 CASES = (
     Case("bipartite_match", {"prefix": 0}),
     Case("bipartite_match", {"prefix": 1}),
@@ -108,6 +124,10 @@ CASES = (
     Case("cache_mask", {"window": 4}, inputs=cache_world(2), most=lambda free: free - 1),
     Case("keep_slots", {"sinks": 0, "recent": 0}, inputs=cache_world(2)),
     Case("keep_slots", {"sinks": 2, "recent": 3}, inputs=cache_world(2)),
+    Case("quantize_keys", {"group": 2}, inputs=packed_world(2)),
+    Case("quantize_keys", {"group": 6}, inputs=packed_world(6)),
+    Case("dequantize_keys", inputs=packed_world(2)),
+    Case("dequantize_keys", inputs=packed_world(6)),
     Case("gather_tokens", {"dim": 1}),
     Case("gather_tokens", {"dim": 1}, inputs=side(1, "tokens", 4)),
     Case("gather_tokens", {"dim": 2}, inputs=side(1, 3, "tokens", 4, dtype=torch.int64)),

@@ -172,6 +172,30 @@ def keep_slots(
     return result
 
 
+def quantize_keys(x: np.ndarray, group: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    batch, heads, slots, channels = x.shape
+    codes = np.zeros(x.shape, np.uint8)
+    scale, zero = np.zeros((2, batch, heads, slots * channels // group), np.float32)
+    for b, h, g, c in np.ndindex(batch, heads, slots // group, channels):
+        values = x[b, h, g * group : (g + 1) * group, c]
+        low, step = values.min(), (values.max() - values.min()) / np.float32(255)
+        scale[b, h, g * channels + c], zero[b, h, g * channels + c] = step, low
+        codes[b, h, g * group : (g + 1) * group, c] = np.rint((values - low) / (step or 1))
+    shape = (batch, heads, slots, channels // group)
+    return codes, scale.reshape(shape), zero.reshape(shape)
+
+
+def dequantize_keys(codes: np.ndarray, scale: np.ndarray, zero: np.ndarray) -> np.ndarray:
+    batch, heads, slots, channels = codes.shape
+    group = channels // scale.shape[-1]
+    scale, zero = (v.reshape(batch, heads, -1) for v in (scale, zero))
+    x = np.zeros(codes.shape, np.float64)
+    for b, h, s, c in np.ndindex(batch, heads, slots // group * group, channels):
+        place = s // group * channels + c
+        x[b, h, s, c] = float(codes[b, h, s, c]) * scale[b, h, place] + zero[b, h, place]
+    return x
+
+
 def cache_mask(
     slots: np.ndarray, positions: np.ndarray, own: np.ndarray, length: np.ndarray, window: int
 ) -> np.ndarray:

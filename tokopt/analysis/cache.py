@@ -60,7 +60,7 @@ def cached_attentions(program: Program, graph: Graph) -> list[CachedAttention]:
     names: dict[object, str] = {node: name for name, node in input_nodes(program, graph).items()}
     found = {}
     for node in attention_nodes(graph):
-        key, value, mask = node.args[1], node.args[2], argument(node, 3, "attn_mask")
+        key, value, mask = node.args[1], node.args[2], _made_of(argument(node, 3, "attn_mask"))
         state = names.get(key.args[0]) if is_call(key, ops.cache_write) else None  # type: ignore[union-attr]
         layer = state.removeprefix("keys_") if state else ""
         if not (layer.isdigit() and is_call(value, ops.cache_write) and is_call(mask, ops.cache_mask)):
@@ -69,6 +69,13 @@ def cached_attentions(program: Program, graph: Graph) -> list[CachedAttention]:
     if len(found) != len(attention_nodes(graph)):
         raise PassRefused("two attentions read the same cache")
     return [found[layer] for layer in sorted(found)]
+
+
+def _made_of(mask: object) -> object:
+    """The node whose shape alone was changed into ``mask``: heads that share keys repeat a mask of their own."""
+    while isinstance(mask, Node) and not is_call(mask, ops.cache_mask) and len(mask.all_input_nodes) == 1:
+        mask = mask.all_input_nodes[0]
+    return mask
 
 
 def input_nodes(program: Program, graph: Graph) -> dict[str, Node]:
