@@ -22,12 +22,11 @@ from torch import Tensor
 from tokopt.analysis.cache import CachedAttention, cached_attentions
 from tokopt.analysis.graph import program_module
 from tokopt.analysis.rotary import rotaries
-from tokopt.bundle import Bundle, Program, State, TensorSpec
-from tokopt.cache_rewrite import Attention, Memory, StepEdit, in_float32
+from tokopt.bundle import Bundle, Program, State
+from tokopt.cache_rewrite import Attention, Memory, StepEdit, in_float32, state_program
 from tokopt.errors import PassError, PassRefused
 from tokopt.kernels import ops
 from tokopt.pipeline import Context, Pass, PassResult, Refusal
-from tokopt.rewrite import export_flat, output_specs
 from tokopt.runtime.manifest import Generation
 
 FAR = 1e30
@@ -294,14 +293,8 @@ def _export_compact(
     amount = max(method.budget) if isinstance(method.budget, tuple) else method.budget
     amount = 0 if isinstance(amount, float) else amount  # known when the prompt is
     states = (*states, State("budget", "int64", ("batch",), "next_budget", initial=amount))
-    inputs = tuple(TensorSpec(state.name, state.dtype, state.axes, "state") for state in states)
-    outputs = tuple(TensorSpec(state.output, state.dtype, state.axes, "state") for state in states)
-    axes = {axis for spec in inputs for axis in spec.axes if isinstance(axis, str)}
-    ranges = {axis: bounds for axis, bounds in step.ranges.items() if axis in axes}
     example = _compact_example(method, states)
-    exported, ranges = export_flat(module, example, inputs, ranges)
-    program = Program(exported, inputs, outputs, ranges, example)
-    return replace(program, outputs=output_specs(exported, program)), states
+    return state_program(module, states, example, step.ranges), states
 
 
 def _compact_example(method: KVEviction, states: Sequence[State]) -> tuple[Tensor, ...]:

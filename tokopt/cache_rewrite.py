@@ -7,7 +7,7 @@ the positions of what they hold, so each gets slots of its own; so does every la
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
@@ -20,7 +20,7 @@ from tokopt.analysis.graph import argument
 from tokopt.analysis.rotary import Rotary
 from tokopt.bundle import Axis, AxisRange, Bundle, Program, State, TensorSpec
 from tokopt.kernels import ops
-from tokopt.rewrite import call, reexport
+from tokopt.rewrite import call, export_flat, output_specs, reexport
 
 
 @dataclass(frozen=True)
@@ -283,6 +283,22 @@ class StepEdit(ProgramEdit):
         self.states[name] = replace(self.states[name], axes=axes)
         place = [spec.name for spec in self.inputs].index(name)
         self.inputs[place] = replace(self.inputs[place], axes=axes)
+
+
+def state_program(
+    module: torch.nn.Module,
+    states: tuple[State, ...],
+    example: tuple[Tensor, ...],
+    ranges: Mapping[str, AxisRange],
+) -> Program:
+    """The program of a module that takes every state and returns the next ones."""
+    inputs = tuple(TensorSpec(state.name, state.dtype, state.axes, "state") for state in states)
+    outputs = tuple(TensorSpec(state.output, state.dtype, state.axes, "state") for state in states)
+    axes = {axis for spec in inputs for axis in spec.axes}
+    chosen = {axis: bounds for axis, bounds in ranges.items() if axis in axes}
+    exported, chosen = export_flat(module, example, inputs, chosen)
+    program = Program(exported, inputs, outputs, chosen, example)
+    return replace(program, outputs=output_specs(exported, program))
 
 
 def _shifted(positions: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:

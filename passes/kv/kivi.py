@@ -13,19 +13,20 @@ from torch.fx import GraphModule, Interpreter, Node
 from tokopt.analysis.cache import CachedAttention, cached_attentions
 from tokopt.analysis.graph import program_module
 from tokopt.bundle import AxisRange, Bundle, Program, State, TensorSpec
-from tokopt.cache_rewrite import ProgramEdit
+from tokopt.cache_rewrite import ProgramEdit, state_program
 from tokopt.errors import PassError, PassRefused
 from tokopt.kernels import ops
+from tokopt.kernels.quantize_keys.reference import LEVELS
 from tokopt.passes.kv.streaming import Streaming
 from tokopt.pipeline import Context, Pass, PassResult, Refusal
-from tokopt.rewrite import call, export_flat, output_specs
+from tokopt.rewrite import call
 
-LEVELS = 255
 ALL = 2**40
 """A budget that holds everything: what is left of an eviction is that padding is dropped."""
 
 KINDS = ("keys", "values")
-PARTS = ("codes", "scale", "zero")
+PARTS = ("codes", "scale", "zero", "recent")
+"""What a state of the cache is split into."""
 
 
 @dataclass(frozen=True)
@@ -120,8 +121,13 @@ def dequantize_values(codes: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
     return (grouped * scale[..., None] + zero[..., None]).flatten(-2)
 
 
-def _quantize(kind: str, x: Tensor, group: int) -> tuple[Tensor, Tensor, Tensor]:
-    return ops.quantize_keys(x, group) if kind == "keys" else quantize_values(x, group)
+def _split(kind: str, cache: Tensor, group: int, recent: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The :data:`PARTS` of a cache."""
+    return *(ops.quantize_keys if kind == "keys" else quantize_values)(cache, group), recent
+
+
+def _names(name: str) -> list[str]:
+    return [f"{name}_{part}" for part in PARTS]
 
 
 def expanded(
@@ -166,7 +172,7 @@ class _SplitCache(ProgramEdit):
         name = f"{kind}_{layer.index}"
         cache = self._example(name)
         states = split_states(self.states[name], self.group)
-        values = (*_quantize(kind, cache, self.group), cache[:, :, :1].expand(-1, -1, room, -1).contiguous())
+        values = _split(kind, cache, self.group, cache[:, :, :1].repeat(1, 1, room, 1))
         taken = [self.take(state, value) for state, value in zip(states, values, strict=True)]
         graph, lengths = self.module.graph, (self.nodes["length"], self.nodes["recent_length"])
         with graph.inserting_before(write):
@@ -265,15 +271,14 @@ class _Packed(torch.nn.Module):
     def _given(self, name: str, old: dict[str, Tensor], lengths: tuple[Tensor, Tensor]) -> Tensor:
         if not name.startswith(KINDS):
             return old[name]
-        return expanded(name.split("_")[0], *(old[f"{name}_{part}"] for part in (*PARTS, "recent")), *lengths)
+        return expanded(name.split("_")[0], *(old[part] for part in _names(name)), *lengths)
 
     def _pack(self, name: str, cache: Tensor, packed: Tensor, room: int) -> dict[str, Tensor]:
-        parts = _quantize(name.split("_")[0], cache, self.method.group)
         place = packed[:, None] + torch.arange(room, device=cache.device)
         recent = ops.gather_tokens(cache, place.clamp(max=cache.shape[2] - 1), 2)
-        return {
-            f"{name}_{part}": value for part, value in zip((*PARTS, "recent"), (*parts, recent), strict=True)
-        }
+        return dict(
+            zip(_names(name), _split(name.split("_")[0], cache, self.method.group, recent), strict=True)
+        )
 
 
 def _export_compact(method: KIVI, compact: Program, states: tuple[State, ...], ranges: Any) -> Program:
@@ -282,14 +287,8 @@ def _export_compact(method: KIVI, compact: Program, states: tuple[State, ...], r
     known["recent_length"] = known["length"] - method.group
     room = int(known["recent_length"].max()) + 4
     for name in [name for name in known if name.startswith(KINDS)]:
-        parts = _quantize(name.split("_")[0], known[name], method.group)
-        recent = known[name][:, :, :1].expand(-1, -1, room, -1).contiguous()
-        known |= {f"{name}_{part}": v for part, v in zip((*PARTS, "recent"), (*parts, recent), strict=True)}
+        recent = known[name][:, :, :1].repeat(1, 1, room, 1)
+        parts = _split(name.split("_")[0], known[name], method.group, recent)
+        known |= dict(zip(_names(name), parts, strict=True))
     example = tuple(known[state.name] for state in states)
-    inputs = tuple(TensorSpec(state.name, state.dtype, state.axes, "state") for state in states)
-    outputs = tuple(TensorSpec(state.output, state.dtype, state.axes, "state") for state in states)
-    axes = {axis for spec in inputs for axis in spec.axes}
-    chosen = {axis: bounds for axis, bounds in ranges.items() if axis in axes}
-    exported, chosen = export_flat(_Packed(method, compact, states), example, inputs, chosen)
-    program = Program(exported, inputs, outputs, chosen, example)
-    return replace(program, outputs=output_specs(exported, program))
+    return state_program(_Packed(method, compact, states), states, example, ranges)
