@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
@@ -27,7 +27,9 @@ from tokopt.cache_rewrite import Attention, Memory, StepEdit, in_float32, state_
 from tokopt.errors import PassError, PassRefused
 from tokopt.kernels import ops
 from tokopt.pipeline import Context, Pass, PassResult, Refusal
-from tokopt.runtime.manifest import Generation
+
+if TYPE_CHECKING:
+    from tokopt.runtime.manifest import Generation
 
 FAR = 1e30
 """Subtracted from the score of a token that its layer's sliding window no longer reaches."""

@@ -126,7 +126,6 @@ def test_error_says_where_and_suggests_the_nearest_name(text: str, message: str)
     "options",
     [
         *(
-            "",
             "r=-1",
             "r=word",
             "r=1.5",
@@ -150,6 +149,12 @@ def test_error_says_where_and_suggests_the_nearest_name(text: str, message: str)
 def test_option_of_wrong_type_or_range_is_a_syntax_error(name: str, options: str) -> None:
     with pytest.raises(PipelineSyntaxError, match=name):
         parse(f"{name}{{{options}}}")
+
+
+@pytest.mark.parametrize("name", [name for name in PASSES if name != "kivi"])
+def test_how_much_to_remove_must_be_said(name: str) -> None:
+    with pytest.raises(PipelineSyntaxError, match=name):
+        parse(name)
 
 
 @pytest.mark.parametrize("text", ["pitome{r=2 margin=wide}", "evit{r=2 fuse=3}", "random{r=2 seed=0.5}"])
