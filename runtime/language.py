@@ -230,9 +230,11 @@ class LanguageModel:
                 row.finish = "length"
             return
         chain, streams = [*processors, *sampling.processors()], sampling.streams(len(rows))
-        longest = max(row.prompt for row in rows)
+        read = max(row.prompt for row in rows)  # tokens in the cache before anything is evicted
+        if self.settings.endless:
+            read = min(read, self.settings.compact_every)
         clock = time.perf_counter()
-        session = _Session(self, len(rows), longest + min(max_tokens, BLOCK))
+        session = _Session(self, len(rows), read + min(max_tokens, BLOCK))
         logits = session.prefill([row.history for row in rows])
         self.statistics.prefill_seconds = time.perf_counter() - clock
         clock = time.perf_counter()
