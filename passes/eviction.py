@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from tokopt.runtime.manifest import Generation
 
 FAR = 1e30
-"""Subtracted from the score of a token that its layer's sliding window no longer reaches."""
+"""Taken from the score of a token that its layer's sliding window no longer reaches, added to that of a recent one."""
 
 
 @dataclass(frozen=True)
@@ -59,9 +59,9 @@ class KVEviction(Pass):
     ``budget`` is what a layer keeps: a number of slots, a fraction of the prompt's tokens, or a list of slots,
     one per layer. ``schedule="pyramid"`` spreads it over the layers, linearly from 1.5 times in the first to 0.5
     times in the last (PyramidKV, arXiv 2406.02069). The ``sinks`` oldest and the ``recent`` newest tokens are never
-    evicted. ``heads`` lets every head keep tokens of its own; without it the scores are averaged over heads.
-    Slots are chosen after the prompt and then after every ``every`` tokens (0: never again), between which the
-    cache holds up to ``every`` more.
+    evicted; ``recent`` is a number of tokens, or a share of the budget. ``heads`` lets every head keep tokens of
+    its own; without it the scores are averaged over heads. Slots are chosen after the prompt and then after every
+    ``every`` tokens (0: never again), between which the cache holds up to ``every`` more.
 
     Rules. Padding is never counted or kept. Positions stay what they were: a kept token keeps its own. A budget
     of 1.0 evicts nothing and changes nothing. Every attention must read its cache directly.
@@ -70,7 +70,7 @@ class KVEviction(Pass):
     budget: int | float | tuple[int, ...] = 0
     schedule: Literal["uniform", "pyramid"] = "uniform"
     sinks: int = 4
-    recent: int = 32
+    recent: int | float = 32
     heads: bool = True
     every: int = 64
 
@@ -106,8 +106,8 @@ class KVEviction(Pass):
 
     @property
     def protected(self) -> int:
-        """Tokens that are kept whatever their score."""
-        return self.sinks + self.recent
+        """Tokens that are kept whatever their score, beside a share of the budget."""
+        return self.sinks + (self.recent if isinstance(self.recent, int) else 0)
 
     def requires(self, bundle: Bundle) -> None:
         """Language models with a full cache."""
@@ -173,10 +173,13 @@ def _check_options(options: KVEviction) -> None:
         raise PassError(f"{name}: budget={budget} must be a number of slots, or a fraction in (0, 1]")
     if min(options.sinks, options.recent, options.every) < 0:
         raise PassError(f"{name}: sinks, recent and every must not be negative")
+    if isinstance(options.recent, float) and options.recent >= 1:
+        raise PassError(f"{name}: recent={options.recent} must be a number of tokens, or a share below 1")
     if not isinstance(budget, float) and smallest <= options.protected:
         raise PassError(
-            f"{name} needs a budget above the {options.sinks} sinks and {options.recent} recent tokens that are "
-            f"always kept, found {smallest}; for example {name}{{budget={max(2 * options.protected, 64)}}}"
+            f"{name} needs a budget above the {options.sinks} sinks and {options.protected - options.sinks} recent "
+            f"tokens that are always kept, found {smallest}; for example "
+            f"{name}{{budget={max(2 * options.protected, 64)}}}"
         )
     if isinstance(budget, tuple) and options.schedule != "uniform":
         raise PassError(f"{name}: a list of budgets has its own schedule; leave schedule= out")
@@ -243,8 +246,12 @@ class _Compact(torch.nn.Module):
             positions = old[f"slots_{index}"][..., 0]
             gone = positions.amax(-1, keepdim=True) - positions >= layer.window
             score = score - FAR * gone
+        recent = self.method.recent
+        if isinstance(recent, float):
+            score = score + FAR * (newer < (budget * recent).long()[:, None])[:, None]
+            recent = 0
         score = score.expand(-1, self.edit.heads(layer), -1).contiguous()
-        kept = ops.keep_slots(score, used, budget, self.method.sinks, self.method.recent)
+        kept = ops.keep_slots(score, used, budget, self.method.sinks, recent)
         order, count = _kept_first(kept), kept[:, 0].sum(-1)
         slots = self._slots(layer, old)
         held = _take_slots(slots, order[:, : slots.shape[1]])

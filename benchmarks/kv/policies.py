@@ -30,6 +30,7 @@ POLICIES: Mapping[str, str] = MappingProxyType(
         "h2o": f"h2o{{{_COMMON}}}",
         "keyformer": f"keyformer{{{_COMMON}}}",
         "snapkv": f"snapkv{{{_COMMON}}}",
+        "snapkv, window 128": f"snapkv{{{_COMMON} window=128 recent=128}}",
         "tova": f"tova{{{_COMMON}}}",
         "knorm": f"knorm{{{_COMMON}}}",
         "keydiff": f"keydiff{{{_COMMON}}}",

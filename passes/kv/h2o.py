@@ -16,8 +16,11 @@ from tokopt.passes.eviction import Cached, KVEviction
 class H2O(KVEviction):
     """Heavy hitters: the attention that a token got, summed over all queries so far (arXiv 2306.14048).
 
-    Heads that share keys are summed. The sum of a kept token moves with it.
+    Heads that share keys are summed. The sum of a kept token moves with it. As published, half of the budget is the
+    newest tokens.
     """
+
+    recent: int | float = 0.5
 
     name: ClassVar[str] = "h2o"
 

@@ -224,6 +224,21 @@ def test_learned_positions_cannot_be_rotated(method: str, name: str) -> None:
 
 
 @llama
+def test_recent_tokens_as_a_share_of_the_budget() -> None:
+    """Half of twelve is six, and half of a fraction of the prompt is what that fraction becomes."""
+    ids, text = prompt(24), prompt(8, seed=1)
+    for share, number in (
+        ("budget=12 recent=0.5", "budget=12 recent=6"),
+        ("budget=0.5 recent=0.25", "budget=12 recent=3"),
+    ):
+        logits = [
+            Driver(evicting("llama", f"h2o{{{options} sinks=2 every=3}}"), 1).follow([ids], [text], 3)
+            for options in (share, number)
+        ]
+        assert torch.equal(*logits)
+
+
+@llama
 def test_budgets_by_layer() -> None:
     """A list, a pyramid, and a fraction of the prompt's real tokens."""
     cases = {
@@ -253,7 +268,8 @@ def test_memory_is_what_the_budget_says() -> None:
 @pytest.mark.parametrize(
     ("pipeline", "reason"),
     {
-        "h2o{budget=36}": "budget above the 4 sinks and 32 recent tokens .* found 36",
+        "knorm{budget=36}": "budget above the 4 sinks and 32 recent tokens .* found 36",
+        "h2o{budget=50 recent=1.0}": "recent=1.0 must be a number of tokens, or a share below 1",
         "h2o": "h2o needs a budget",
         "h2o{budget=[50,50,50]}": "lists 3 layers, the model has 2",
         "h2o{budget=50},knorm{budget=40}": "evicted already",
