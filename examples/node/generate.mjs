@@ -11,7 +11,7 @@ import ort from 'onnxruntime-node';
 
 const OPTIONS = { logSeverityLevel: 3 }; // quiet: without bound buffers each step copies the cache, and warns
 
-const ARRAYS = { int64: BigInt64Array, float32: Float32Array, bool: Uint8Array, int8: Int8Array };
+const ARRAYS = { int64: BigInt64Array, float32: Float32Array, bool: Uint8Array, int8: Int8Array, uint8: Uint8Array };
 
 /** A tensor of one value, as the manifest names its dtype. */
 function full(dtype, shape, value) {
