@@ -51,13 +51,14 @@ def main() -> None:
     parser.add_argument(
         "--model", choices=list(MODELS), nargs="*", default=list(MODELS), help="whose quality"
     )
+    parser.add_argument("--policy", choices=list(POLICIES), nargs="*", default=list(POLICIES), help="which")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=5)
     options = parser.parse_args()
     progress = Progress(work_folder())
     if options.only in (None, "quality"):
         for model in options.model:
-            for policy in POLICIES:
+            for policy in options.policy:
                 print(f"quality: {model}, {policy}", file=sys.stderr, flush=True)
                 progress.once(
                     f"quality/{model}/{policy}", lambda m=model, p=policy: quality(m, p, options.threads)
@@ -65,7 +66,7 @@ def main() -> None:
                 if model != FASTEST:
                     shutil.rmtree(work_folder() / f"{model} {policy}.tokopt", ignore_errors=True)
     if options.only in (None, "speed"):
-        policies = [policy for policy in POLICIES if policy != "full"]
+        policies = [policy for policy in options.policy if policy != "full"]
         for context in TIMED:
             print(f"speed: {context} tokens", file=sys.stderr, flush=True)
             timed = lambda c=context: measure(FASTEST, policies, c, options.threads, options.rounds)  # noqa: E731

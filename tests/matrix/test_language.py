@@ -10,7 +10,7 @@ from tests.matrix.language import artifact, bundle, prompt, reference
 from tests.zoo.decoders import CONTEXT, DECODERS, VOCABULARY
 from tokopt.causal_lm import first_step
 from tokopt.errors import TokoptError
-from tokopt.runtime import language
+from tokopt.runtime import language, state
 
 decoders = pytest.mark.parametrize(
     "name", [pytest.param(name, marks=pytest.mark.xdist_group(f"decoder-{name}")) for name in DECODERS]
@@ -56,7 +56,8 @@ def test_score_is_the_log_probability_of_what_is_generated(name: str) -> None:
 def test_growing_the_cache_changes_nothing(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     ids = prompt(9)
     whole = artifact(name).generate(ids, max_tokens=30)
-    monkeypatch.setattr(language, "BLOCK", 1)
+    for module in (language, state):
+        monkeypatch.setattr(module, "BLOCK", 1)
     assert artifact(name).generate(ids, max_tokens=30) == whole
     assert artifact(name).statistics.cache_slots == 9 + 29  # the last token is never written
 
