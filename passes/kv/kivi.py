@@ -181,6 +181,8 @@ class _SplitCache(ProgramEdit):
             operands = (*taken[:-1], written, *lengths, self.nodes["tokens"])
             whole = call(graph, _expansion(kind), *operands, like=layer.node)
         write.replace_all_uses_with(whole)
+        # What else reads the cache reads its sizes, and codes have the same.
+        self.nodes[name].replace_all_uses_with(taken[0], delete_user_cb=lambda user: user is not write)
         self.remove(name)
         self.give(states[-1], written)
 
