@@ -72,6 +72,8 @@ def speed_table(model: str, contexts: Report) -> list[str]:
         cells = [
             f"{1e3 * c[policy]['median'] / EVERY:.1f} | {c[policy]['ratio_median']:.2f} | "
             f"{c[policy]['bytes'] / 1e6:.0f}"
+            if policy in c
+            else "not measured | |"
             for c in columns
         ]
         lines.append(f"| {policy} | " + " | ".join(cells) + " |")
@@ -111,7 +113,7 @@ def _draw_quality(axes: Any, model: str, policies: Report) -> None:
             axis.plot(shares, values, label=policy, **_style(policy))
     share = next(iter(full))
     axes[1].axhline(100 * retrieved(policies["full"], share)[0], color="black", lw=0.8, ls="--", label="full")
-    axes[0].set(title=f"{model}: perplexity over full cache, %", yscale="symlog")
+    axes[0].set(title=f"{model}: perplexity over full cache, %", ylim=(0, None))
     axes[1].set(title="hidden codes found, %", ylim=(-4, 104))
     for axis in axes:
         axis.set_xscale("log", base=2)
@@ -120,11 +122,13 @@ def _draw_quality(axes: Any, model: str, policies: Report) -> None:
 
 
 def _draw_speed(axes: Any, contexts: Report) -> None:
-    places = [int(context) for context in contexts]
-    for i, policy in enumerate(timing["name"] for timing in next(iter(contexts.values()))):
-        chosen = [timings[i] for timings in contexts.values()]
-        axes[0].plot(places, [1e3 * t["median"] / EVERY for t in chosen], label=policy, **_style(policy))
-        axes[1].plot(places, [t["bytes"] / 1e6 for t in chosen], label=policy, **_style(policy))
+    columns = {int(c): {timing["name"]: timing for timing in timings} for c, timings in contexts.items()}
+    for policy in next(iter(columns.values())):
+        chosen = {context: timings[policy] for context, timings in columns.items() if policy in timings}
+        milliseconds = [1e3 * timing["median"] / EVERY for timing in chosen.values()]
+        axes[0].plot(list(chosen), milliseconds, label=policy, **_style(policy))
+        megabytes = [timing["bytes"] / 1e6 for timing in chosen.values()]
+        axes[1].plot(list(chosen), megabytes, label=policy, **_style(policy))
     axes[0].set(title="ms per token, evictions included", xlabel="tokens of context", ylim=(0, None))
     axes[1].set(title="megabytes of cache", xlabel="tokens of context", ylim=(0, None))
 
