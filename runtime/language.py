@@ -14,7 +14,7 @@ import onnxruntime
 from tokopt.errors import InputError, TokoptError
 from tokopt.runtime.manifest import Manifest, file_path
 from tokopt.runtime.numerics import OutputCheck
-from tokopt.runtime.sampling import LogitsProcessor, Sampling, choose
+from tokopt.runtime.sampling import LogitsProcessor, Sampling, choose, log_probabilities
 from tokopt.runtime.selftest import run_selftest
 from tokopt.runtime.state import BLOCK, Bound, Buffers, capacity
 from tokopt.runtime.text import TextStream, Tokenizer, render_chat
@@ -171,11 +171,9 @@ class LanguageModel:
         for start in range(0, len(ids), PREFILL):
             part = np.array([ids[start : start + PREFILL]])
             positions = np.arange(start, start + part.shape[1])[None]
-            logits = session.step(part, positions, np.arange(part.shape[1]))[0].astype(np.float64)
+            logits = session.step(part, positions, np.arange(part.shape[1]))[0]
             following = ids[start + 1 : start + 1 + part.shape[1]]
-            peak = logits.max(axis=-1, keepdims=True)
-            norm = (peak + np.log(np.exp(logits - peak).sum(axis=-1, keepdims=True)))[:, 0]
-            found.append(logits[np.arange(len(following)), following] - norm[: len(following)])
+            found.append(log_probabilities(logits[: len(following)], following))
         return np.concatenate(found)
 
     def selftest(self) -> dict[str, tuple[OutputCheck, ...]]:

@@ -218,3 +218,11 @@ def _keep(logits: Logits, order: NDArray[np.int64], keep: NDArray[np.bool_]) -> 
     mask = np.empty_like(keep)
     np.put_along_axis(mask, order, keep, axis=-1)
     return np.where(mask, logits, -np.inf)
+
+
+def log_probabilities(logits: np.ndarray, tokens: Sequence[int]) -> np.ndarray:
+    """Log-probability of each token [tokens] float64 under its row of ``logits`` [tokens, vocabulary]."""
+    exact = logits.astype(np.float64)
+    peak = exact.max(axis=-1)
+    norm = peak + np.log(np.exp(exact - peak[:, None]).sum(axis=-1))
+    return exact[np.arange(len(tokens)), tokens] - norm

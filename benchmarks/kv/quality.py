@@ -17,6 +17,7 @@ import numpy as np
 
 from benchmarks.kv.policies import EVERY
 from tokopt.runtime import LanguageModel, language
+from tokopt.runtime.sampling import log_probabilities
 
 PROMPT, SCORED, WINDOWS = 1024, 256, 8
 """Perplexity: tokens read before eviction, tokens scored after it, and texts."""
@@ -139,11 +140,9 @@ class Read:
         for begin in range(0, len(tokens) - 1, EVERY):
             part = np.array([tokens[begin : begin + EVERY]])[:, : len(tokens) - 1 - begin]
             positions = self.length + begin + np.arange(part.shape[1])[None]
-            logits = session.step(part, positions, np.arange(part.shape[1]))[0].astype(np.float64)
+            logits = session.step(part, positions, np.arange(part.shape[1]))[0]
             wanted = tokens[begin + 1 : begin + 1 + part.shape[1]]
-            peak = logits.max(axis=-1)
-            norm = peak + np.log(np.exp(logits - peak[:, None]).sum(axis=-1))
-            logs.append(logits[np.arange(len(wanted)), wanted] - norm)
+            logs.append(log_probabilities(logits, wanted))
             first &= bool((logits.argmax(axis=-1) == wanted).all())
         return Scored(np.concatenate(logs), first)
 
