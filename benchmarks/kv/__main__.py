@@ -11,11 +11,12 @@ import argparse
 import json
 import shutil
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from benchmarks.kv.policies import COMPLETE, MODELS, POLICIES, artifact, work_folder
-from benchmarks.kv.quality import CONTEXTS, SHARES, perplexity, retrieval
+from benchmarks.kv.quality import CONTEXTS, PROMPTS, SHARES, perplexity, retrieval
 from benchmarks.kv.report import draw, markdown
 from benchmarks.kv.speed import CONTEXTS as TIMED
 from benchmarks.kv.speed import measure
@@ -28,21 +29,29 @@ FASTEST = next(iter(MODELS))
 """The model that is timed."""
 
 
-def quality(model: str, policy: str, threads: int) -> dict[str, Any]:
-    """Perplexity and retrieval; what holds every token has one budget."""
+def quality(progress: Progress, model: str, policy: str, threads: int) -> None:
+    """Perplexity and retrieval; what holds every token has one budget, and scores the same at every other."""
     from tokopt.runtime import load
 
-    loaded: Any = load(artifact(model, policy), threads=threads)
-    shares = (1.0,) if policy in COMPLETE else SHARES
-    found = {
-        "perplexity": perplexity(loaded, shares),
-        "retrieval": retrieval(loaded, CONTEXTS[model], shares),
-    }
-    if policy in COMPLETE:  # what they score, they score at every budget
-        found["perplexity"] = {str(share): found["perplexity"]["1.0"] for share in SHARES}
-        for context, scores in found["retrieval"].items():
-            found["retrieval"][context] = {str(share): scores["1.0"] for share in SHARES}
-    return found
+    loaded: list[Any] = []  # an artifact is made and loaded for a measurement that is not known yet only
+
+    def measured(key: str, measure: Callable[..., Any], *arguments: Any) -> None:
+        def run() -> Any:
+            print(key, file=sys.stderr, flush=True)
+            if not loaded:
+                loaded.append(load(artifact(model, policy), threads=threads))
+            shares = SHARES if policy not in COMPLETE else (1.0,)
+            found = measure(loaded[0], *arguments, shares)
+            return found if policy not in COMPLETE else {str(share): found["1.0"] for share in SHARES}
+
+        progress.once(f"{key}/{model}/{policy}", run)
+
+    for length in PROMPTS[model]:
+        measured(f"perplexity {length}", perplexity, length)
+    for length in CONTEXTS[model]:
+        measured(f"retrieval {length}", retrieval, length)
+    if model != FASTEST:
+        shutil.rmtree(work_folder() / f"{model} {policy}.tokopt", ignore_errors=True)
 
 
 def main() -> None:
@@ -60,11 +69,7 @@ def main() -> None:
         for model in options.model:
             for policy in options.policy:
                 print(f"quality: {model}, {policy}", file=sys.stderr, flush=True)
-                progress.once(
-                    f"quality/{model}/{policy}", lambda m=model, p=policy: quality(m, p, options.threads)
-                )
-                if model != FASTEST:
-                    shutil.rmtree(work_folder() / f"{model} {policy}.tokopt", ignore_errors=True)
+                quality(progress, model, policy, options.threads)
     if options.only in (None, "speed"):
         policies = [policy for policy in options.policy if policy != "full"]
         for context in TIMED:
@@ -75,11 +80,16 @@ def main() -> None:
 
 
 def collect(values: dict[str, Any], threads: int) -> dict[str, Any]:
-    """The finished measurements, by part, model, and policy or context."""
+    """The finished measurements: quality by model, policy and measure; speed by model and context."""
     report: dict[str, Any] = {"machine": describe(threads), "quality": {}, "speed": {}}
     for key, value in values.items():
         part, model, what = key.split("/")
-        report[part].setdefault(model, {})[what] = value
+        if part == "speed":
+            report["speed"].setdefault(model, {})[what] = value
+        else:
+            report["quality"].setdefault(model, {}).setdefault(what, {})[part] = value
+    for model, policies in report["quality"].items():  # in the order of the tables, not that of measuring
+        report["quality"][model] = {policy: policies[policy] for policy in POLICIES if policy in policies}
     return report
 
 

@@ -19,8 +19,9 @@ from benchmarks.kv.policies import EVERY
 from tokopt.runtime import LanguageModel, language
 from tokopt.runtime.sampling import log_probabilities
 
-PROMPT, SCORED, WINDOWS = 1024, 256, 8
-"""Perplexity: tokens read before eviction, tokens scored after it, and texts."""
+PROMPTS = {"SmolLM2-135M-Instruct": (1024, 4096), "Gemma-3-270M": (1024, 4096)}
+SCORED, WINDOWS = 256, 8
+"""Perplexity: tokens read before eviction by model, tokens scored after it, and texts."""
 
 CONTEXTS = {"SmolLM2-135M-Instruct": (1024, 2048, 4096), "Gemma-3-270M": (1024, 2048)}
 DEPTHS = (0.15, 0.5, 0.85)
@@ -52,36 +53,33 @@ def documentation() -> str:
     return "\n\n".join(topics[name] for name in sorted(topics))
 
 
-def perplexity(model: LanguageModel, shares: Sequence[float]) -> dict[str, float]:
-    """Nats per token after eviction, by share; a perplexity is their exponential."""
+def perplexity(model: LanguageModel, length: int, shares: Sequence[float]) -> dict[str, float]:
+    """Nats per token after a prompt of ``length`` tokens, by share; a perplexity is their exponential."""
     bos, ids = _tokens(model)
-    starts = np.linspace(0, len(ids) - PROMPT - SCORED - 1, WINDOWS).astype(int)
+    starts = np.linspace(0, len(ids) - length - SCORED - 1, WINDOWS).astype(int)
     losses: dict[str, list[float]] = {str(share): [] for share in shares}
     for start in starts:
-        window = [*bos, *ids[start : start + PROMPT + SCORED + 1 - len(bos)]]
-        read = Read(model, window[:PROMPT], SCORED)
+        window = [*bos, *ids[start : start + length + SCORED + 1 - len(bos)]]
+        read = Read(model, window[:length], SCORED)
         for share in shares:
-            losses[str(share)].append(float(-read.score(window[PROMPT:], share).logs.mean()))
+            losses[str(share)].append(float(-read.score(window[length:], share).logs.mean()))
     return {share: float(np.mean(found)) for share, found in losses.items()}
 
 
-def retrieval(model: LanguageModel, contexts: Sequence[int], shares: Sequence[float]) -> dict[str, Any]:
-    """Of the hidden fact, by context and share: nats per token, and the share of exact answers."""
-    found: dict[str, Any] = {}
-    for context in contexts:
-        scores: dict[str, list[Scored]] = {str(share): [] for share in shares}
-        for prompt, answer in haystacks(model, context):
-            read = Read(model, prompt[:-1], len(answer))
-            for share in shares:
-                scores[str(share)].append(read.score([prompt[-1], *answer], share))
-        found[str(context)] = {
-            share: {
-                "nats": float(np.mean([-one.logs.mean() for one in many])),
-                "exact": float(np.mean([one.first for one in many])),
-            }
-            for share, many in scores.items()
+def retrieval(model: LanguageModel, length: int, shares: Sequence[float]) -> dict[str, Any]:
+    """Of a fact hidden in ``length`` tokens, by share: nats per token, and the share of exact answers."""
+    scores: dict[str, list[Scored]] = {str(share): [] for share in shares}
+    for prompt, answer in haystacks(model, length):
+        read = Read(model, prompt[:-1], len(answer))
+        for share in shares:
+            scores[str(share)].append(read.score([prompt[-1], *answer], share))
+    return {
+        share: {
+            "nats": float(np.mean([-one.logs.mean() for one in many])),
+            "exact": float(np.mean([one.first for one in many])),
         }
-    return found
+        for share, many in scores.items()
+    }
 
 
 def haystacks(model: LanguageModel, context: int) -> Iterator[tuple[list[int], list[int]]]:

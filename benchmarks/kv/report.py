@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.kv.policies import BUDGET, EVERY
-from benchmarks.kv.quality import DEPTHS, PROMPT, SCORED, WINDOWS
+from benchmarks.kv.quality import DEPTHS, SCORED, WINDOWS
 
 Report = Mapping[str, Any]
 
@@ -27,33 +27,48 @@ def markdown(report: Report) -> str:
 
 
 def quality_table(model: str, policies: Report) -> list[str]:
-    """Perplexity and retrieval of one model, a row per policy and a column per budget."""
-    shares = list(next(iter(policies.values()))["perplexity"])
+    """Perplexity and retrieval of one model, a row per policy and a column per measure and budget."""
+    full = policies["full"]
+    prompts, contexts = measures(full, "perplexity"), measures(full, "retrieval")
+    shares = list(full[prompts[0]])
     names = [f"1/{round(1 / float(share))}" for share in shares]
-    full = math.exp(policies["full"]["perplexity"][shares[0]])
-    contexts = " and ".join(policies["full"]["retrieval"])
+    lengths = [prompt.split()[1] for prompt in prompts]
+    baselines = " and ".join(f"{math.exp(full[prompt][shares[0]]):.2f}" for prompt in prompts)
     lines = [f"## Quality: {model} (weights expanded from 4-bit blocks)", ""]
     lines += [
-        f"Perplexity of {WINDOWS} x {SCORED} tokens of Python's documentation after a prompt of {PROMPT}, over that of "
-        f"the full cache ({full:.2f}); retrieval of a five-digit code hidden in {contexts} tokens of it "
-        f"({len(DEPTHS)} depths each): exact answers, and nats per token of the answer. Budgets are shares of the "
-        f"prompt; slots are chosen again after every {EVERY} tokens.",
+        f"Perplexity of {WINDOWS} x {SCORED} tokens of Python's documentation after prompts of "
+        f"{' and '.join(lengths)} tokens, over that of the full cache ({baselines}); retrieval of a five-digit code "
+        f"hidden in {' and '.join(context.split()[1] for context in contexts)} tokens of it ({len(DEPTHS)} depths "
+        "each): exact answers, and nats per token of the answer. Budgets are shares of the prompt; slots are chosen "
+        f"again after every {EVERY} tokens.",
         "",
-        "| policy | " + " | ".join(f"perplexity, {n}" for n in names) + " | "
-        "" + " | ".join(f"retrieval, {n}" for n in names) + " |",
-        "|---" * (1 + 2 * len(names)) + "|",
+        "| policy | "
+        + " | ".join(f"perplexity after {length}, {n}" for length in lengths for n in names)
+        + " | "
+        + " | ".join(f"retrieval, {n}" for n in names)
+        + " |",
+        "|---" * (1 + (len(prompts) + 1) * len(names)) + "|",
     ]
     for policy, scores in policies.items():
-        ratios = [math.exp(scores["perplexity"][share]) / full - 1 for share in shares]
-        found = [retrieved(scores, share) for share in shares]
-        cells = [f"{ratio:+.1%}" for ratio in ratios] + [f"{e:.0%}, {n:.2f}" for e, n in found]
+        cells = [
+            f"{math.exp(scores[prompt][share] - full[prompt][share]) - 1:+.1%}" if prompt in scores else ""
+            for prompt in prompts
+            for share in shares
+        ]
+        found = [retrieved(scores, share) for share in shares if set(contexts) <= set(scores)]
+        cells += [f"{e:.0%}, {n:.2f}" for e, n in found] or [""] * len(shares)
         lines.append(f"| {policy} | " + " | ".join(cells) + " |")
     return [*lines, ""]
 
 
+def measures(scores: Report, kind: str) -> list[str]:
+    """The names of one kind of measure, shortest text first."""
+    return sorted((name for name in scores if name.startswith(kind)), key=lambda name: int(name.split()[1]))
+
+
 def retrieved(scores: Report, share: str) -> tuple[float, float]:
     """Exact answers, and nats per token, over all contexts."""
-    parts = [context[share] for context in scores["retrieval"].values()]
+    parts = [scores[context][share] for context in measures(scores, "retrieval")]
     return float(np.mean([p["exact"] for p in parts])), float(np.mean([p["nats"] for p in parts]))
 
 
@@ -89,10 +104,13 @@ def draw(report: Report, folder: Path) -> None:
 
     pyplot.rcParams.update({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False})
     models = report["quality"]
-    figure, axes = pyplot.subplots(len(models), 2, figsize=(10, 3.6 * len(models)), squeeze=False)
+    columns = max(len(measures(policies["full"], "perplexity")) for policies in models.values()) + 1
+    figure, axes = pyplot.subplots(
+        len(models), columns, figsize=(5 * columns, 3.6 * len(models)), squeeze=False
+    )
     for row, (model, policies) in zip(axes, models.items(), strict=True):
         _draw_quality(row, model, policies)
-    axes[0][1].legend(loc="upper left", bbox_to_anchor=(1.02, 1), frameon=False)
+    axes[0][-1].legend(loc="upper left", bbox_to_anchor=(1.02, 1), frameon=False)
     _save(figure, folder / "kv-quality.png")
     for contexts in report["speed"].values():
         figure, axes = pyplot.subplots(1, 2, figsize=(10, 3.6))
@@ -102,19 +120,22 @@ def draw(report: Report, folder: Path) -> None:
 
 
 def _draw_quality(axes: Any, model: str, policies: Report) -> None:
-    full = policies["full"]["perplexity"]
+    full = policies["full"]
+    prompts = measures(full, "perplexity")
+    shares = [float(share) for share in full[prompts[0]]]
     for policy, scores in policies.items():
-        if policy == "full":
-            continue
-        shares = [float(share) for share in scores["perplexity"]]
-        over = [100 * (math.exp(v - full[share]) - 1) for share, v in scores["perplexity"].items()]
-        exact = [100 * retrieved(scores, share)[0] for share in scores["perplexity"]]
-        for axis, values in zip(axes, (over, exact), strict=True):
-            axis.plot(shares, values, label=policy, **_style(policy))
-    share = next(iter(full))
-    axes[1].axhline(100 * retrieved(policies["full"], share)[0], color="black", lw=0.8, ls="--", label="full")
-    axes[0].set(title=f"{model}: perplexity over full cache, %", ylim=(0, None))
-    axes[1].set(title="hidden codes found, %", ylim=(-4, 104))
+        for axis, prompt in zip(axes, prompts, strict=False):
+            if policy != "full" and prompt in scores:
+                over = [100 * (math.exp(v - full[prompt][share]) - 1) for share, v in scores[prompt].items()]
+                axis.plot(shares, over, label=policy, **_style(policy))
+        if policy != "full" and measures(scores, "retrieval"):
+            exact = [100 * retrieved(scores, str(share))[0] for share in shares]
+            axes[-1].plot(shares, exact, label=policy, **_style(policy))
+    axes[-1].axhline(100 * retrieved(full, str(shares[0]))[0], color="black", lw=0.8, ls="--", label="full")
+    for axis, prompt in zip(axes, prompts, strict=False):
+        tokens = prompt.split()[1]
+        axis.set(title=f"{model}: perplexity over full cache, %, after {tokens} tokens", ylim=(0, None))
+    axes[-1].set(title="hidden codes found, %", ylim=(-4, 104))
     for axis in axes:
         axis.set_xscale("log", base=2)
         axis.set_xticks(shares, [f"1/{round(1 / share)}" for share in shares])
