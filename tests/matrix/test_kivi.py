@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import numpy as np
 import pytest
 import torch
@@ -11,6 +13,7 @@ import tokopt
 from tests.matrix.language import artifact, bundle, prompt
 from tests.matrix.test_eviction import Driver, evicting, spelled
 from tests.zoo.decoders import DECODERS
+from tokopt.analysis.graph import aten, is_call
 from tokopt.errors import TokoptError
 from tokopt.passes.kv.kivi import dequantize_values, quantize_values
 
@@ -126,6 +129,23 @@ def test_what_was_quantized_is_reproduced() -> None:
     assert packed == 24
     assert torch.equal(driver.state["keys_0_codes"][:, :, :packed], before[0][:, :, :packed])
     assert torch.equal(driver.state["values_0_codes"][:, :, :packed], before[1][:, :, :packed])
+
+
+@llama
+def test_sizes_may_be_read_off_the_cache_it_takes_away() -> None:
+    """Deep models do; codes have the same sizes."""
+    given = copy.deepcopy(evicting("llama", ALL))
+    step = given.programs["step"]
+    placeholders = [node for node in step.exported.graph.nodes if node.op == "placeholder"]
+    keys = placeholders[-len(step.inputs) :][[spec.name for spec in step.inputs].index("keys_0")]
+    reads = [node for node in step.exported.graph.nodes if is_call(node, aten.sym_size) and node.args[1] == 0]
+    assert reads
+    for node in reads:  # of the batch
+        node.replace_input_with(node.args[0], keys)
+    ids, texts = prompt(30), [prompt(9, seed=1)]
+    got = Driver(tokopt.optimize(given, TEXT, strict=True), 1).follow([ids], texts, EVERY)
+    wanted = Driver(evicting("llama", TEXT), 1).follow([ids], texts, EVERY)
+    torch.testing.assert_close(got, wanted)
 
 
 def test_values_round_to_half_a_scale() -> None:
