@@ -25,6 +25,14 @@ if TYPE_CHECKING:
     from tokopt.passes.prune.evit import EViT
     from tokopt.passes.prune.kcenter import KCenter
     from tokopt.passes.prune.random import RandomPrune
+    from tokopt.passes.quantize.awq import AWQ
+    from tokopt.passes.quantize.cast import Cast
+    from tokopt.passes.quantize.gptq import GPTQ
+    from tokopt.passes.quantize.int8 import Int8
+    from tokopt.passes.quantize.keep_grid import KeepGrid
+    from tokopt.passes.quantize.nupes import NUPES
+    from tokopt.passes.quantize.rtn import RTN
+    from tokopt.passes.quantize.smoothquant import SmoothQuant
     from tokopt.pipeline import Pass
 
 PASSES = {
@@ -44,24 +52,40 @@ PASSES = {
     "expected_attention": "tokopt.passes.kv.expected_attention:ExpectedAttention",
     "random_kv": "tokopt.passes.kv.random:RandomEviction",
     "kivi": "tokopt.passes.kv.kivi:KIVI",
+    "rtn": "tokopt.passes.quantize.rtn:RTN",
+    "gptq": "tokopt.passes.quantize.gptq:GPTQ",
+    "awq": "tokopt.passes.quantize.awq:AWQ",
+    "nupes": "tokopt.passes.quantize.nupes:NUPES",
+    "int8": "tokopt.passes.quantize.int8:Int8",
+    "keep_grid": "tokopt.passes.quantize.keep_grid:KeepGrid",
+    "cast": "tokopt.passes.quantize.cast:Cast",
+    "smoothquant": "tokopt.passes.quantize.smoothquant:SmoothQuant",
 }
 """Text spelling of every pass -> ``module:class``."""
 
 __all__ = [
+    "AWQ",
+    "GPTQ",
     "H2O",
     "KIVI",
+    "NUPES",
     "PASSES",
+    "RTN",
     "TOVA",
+    "Cast",
     "DivPrune",
     "EViT",
     "ExpectedAttention",
+    "Int8",
     "KCenter",
     "KNorm",
+    "KeepGrid",
     "KeyDiff",
     "Keyformer",
     "PiToMe",
     "RandomEviction",
     "RandomPrune",
+    "SmoothQuant",
     "SnapKV",
     "Streaming",
     "ToMe",

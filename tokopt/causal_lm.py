@@ -99,7 +99,7 @@ def capture_lm(
         windows = decoder.windows if hugging_face else (0,)
         program, states = _export(_Step(decoder, windows, not hugging_face), generation, model)
         if hugging_face:
-            _check_against(model, program, generation.vocabulary)
+            _check_against(model, program, states, generation.vocabulary)
     return Bundle({"step": program}, "causal-lm", states, tokenizer=tokenizer, generation=generation)
 
 
@@ -371,7 +371,7 @@ def _fused_attention(model: Any | None) -> Iterator[None]:
             os.environ[variable] = before
 
 
-def _check_against(model: Any, program: Program, vocabulary: int) -> None:
+def _check_against(model: Any, program: Program, states: Sequence[State], vocabulary: int) -> None:
     """``step`` on an empty cache must give the logits that the model itself gives without one."""
     from tokopt.runtime.numerics import check_output
 
@@ -379,7 +379,7 @@ def _check_against(model: Any, program: Program, vocabulary: int) -> None:
     tokens = torch.randint(vocabulary, (1, SLOTS), generator=generator)
     with torch.no_grad():
         wanted = model(input_ids=tokens, use_cache=False).logits
-    got = program(*first_step(program, tokens))[0]
+    got = program(*first_step(program, tokens, states))[0]
     check = check_output("logits", wanted.float().numpy(), got.float().numpy(), 1e-8)
     if not check.ok:
         raise CaptureError(
@@ -388,20 +388,22 @@ def _check_against(model: Any, program: Program, vocabulary: int) -> None:
         )
 
 
-def first_step(program: Program, tokens: Tensor) -> tuple[Tensor, ...]:
-    """The inputs of ``step`` that read ``tokens`` [batch, tokens] into an empty cache of as many slots."""
+def first_step(program: Program, tokens: Tensor, states: Sequence[State]) -> tuple[Tensor, ...]:
+    """The inputs of ``step`` that read ``tokens`` [batch, tokens] into an empty cache of as many slots.
+
+    ``states`` begin with their initial values.
+    """
     batch, count = tokens.shape
-    size = {"batch": batch, "slots": count}
+    initial = {state.name: state.initial for state in states}
     fixed = {
         "tokens": tokens,
         "positions": torch.arange(count).repeat(batch, 1),
         "mask": torch.ones(count, count, dtype=torch.bool).tril().repeat(batch, 1, 1),
         "rows": torch.arange(count),
-        "slots": torch.full((batch, 1, count, 1), -1),
     }
-    return tuple(
-        fixed[spec.name]
-        if spec.name in fixed
-        else torch.zeros([size.get(a, a) for a in spec.axes], dtype=getattr(torch, spec.dtype))  # type: ignore[misc]
-        for spec in program.inputs
-    )
+
+    def blank(spec: TensorSpec) -> Tensor:
+        shape = [axis if isinstance(axis, int) else batch if axis == "batch" else count for axis in spec.axes]
+        return torch.full(shape, initial[spec.name]).to(getattr(torch, spec.dtype))
+
+    return tuple(fixed[spec.name] if spec.name in fixed else blank(spec) for spec in program.inputs)

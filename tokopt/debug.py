@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -80,7 +80,7 @@ def bisect(
         steps.append(Step(record.text, differences(bundle, after)))
 
     context = context or Context()
-    observed = Context(context.strict, (*context.observers, observe), context.reproducers)
+    observed = replace(context, observers=(*context.observers, observe))
     as_pipeline(passes).run(bundle, observed)
     return Bisection(tolerance, tuple(steps))
 

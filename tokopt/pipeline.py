@@ -17,12 +17,13 @@ import difflib
 import math
 import re
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import UnionType
 from typing import ClassVar, Literal, get_args, get_origin, get_type_hints
 
+from tokopt.analysis.calibration import Sample
 from tokopt.analysis.cost import Cost, bundle_cost
 from tokopt.analysis.verifier import verify_bundle
 from tokopt.bundle import AppliedPass, Bundle, Semantics
@@ -49,12 +50,14 @@ class Context:
 
     ``strict`` turns a pass that changed nothing, or that refused a site, into a :class:`PassRefused`.
     ``observers`` see every pass. ``reproducers`` is the folder that receives the input bundle and the
-    pipeline text of a pass that failed; None writes nothing.
+    pipeline text of a pass that failed; None writes nothing. ``calibration`` holds real inputs for the passes that
+    measure (see :data:`tokopt.analysis.calibration.Sample`); it is iterated several times.
     """
 
     strict: bool = False
     observers: tuple[Observer, ...] = ()
     reproducers: Path | None = None
+    calibration: Iterable[Sample] | None = None
 
 
 @dataclass(frozen=True)
@@ -221,15 +224,16 @@ def optimize(
     passes: str | Pipeline | Sequence[Pass],
     *,
     strict: bool = False,
+    calibration: Iterable[Sample] | None = None,
     context: Context | None = None,
 ) -> Bundle:
     """Run a pipeline on a bundle and return the new bundle; the input stays untouched.
 
     ``passes`` is the text of a pipeline (``"tome{r=16}"``), a :class:`Pipeline`, or a list of passes. The
-    result's ``history`` says what each pass changed and what it refused. ``strict`` is short for
-    ``Context(strict=True)``.
+    result's ``history`` says what each pass changed and what it refused. ``strict`` and ``calibration`` are short
+    for those fields of a :class:`Context`: real inputs, for the passes that measure.
     """
-    context = context or Context(strict=strict)
+    context = context or Context(strict=strict, calibration=calibration)
     return as_pipeline(passes).run(bundle, context)[0]
 
 

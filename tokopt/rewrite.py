@@ -109,6 +109,7 @@ def reexport(program: Program, module: GraphModule, *, deferred: bool = False) -
         if is_call(node, aten._assert_tensor_metadata):  # what it asserts of dtypes, export derives anew
             module.graph.erase_node(node)
     module.graph.eliminate_dead_code()
+    drop_unused(module)
     module.graph.lint()
     traced = _Retrace(module)
     exported, ranges = export_flat(traced, program.example, program.inputs, program.ranges, deferred=deferred)
@@ -154,3 +155,29 @@ def call(graph: torch.fx.Graph, function: Callable, *args: object, like: Node, *
         if key in like.meta:
             node.meta[key] = like.meta[key]
     return node
+
+
+def put_parameter(module: GraphModule, reader: Node, place: int | None, value: torch.Tensor) -> Node:
+    """A new parameter of the module, read by argument ``place`` of ``reader`` (None: by nothing yet)."""
+    before = reader.args[place] if place is not None else None
+    stem = re.sub(r"_v\d+$", "", str(before.target)) if isinstance(before, Node) else reader.name
+    name = stem.replace(".", "_")
+    count = sum(1 for known in module._buffers if re.fullmatch(rf"{re.escape(name)}_v\d+", known))
+    name = f"{name}_v{count + 1}"
+    module.register_buffer(name, value.detach().contiguous())
+    with module.graph.inserting_before(reader):
+        node = module.graph.get_attr(name)
+    node.meta["val"] = value
+    if place is not None:
+        reader.update_arg(place, node)
+    return node
+
+
+def drop_unused(module: GraphModule) -> None:
+    """Delete the parameters and buffers that the graph does not read."""
+    read = {str(node.target) for node in module.graph.nodes if node.op == "get_attr"}
+    held = [*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)]
+    for target, _ in held:
+        if target not in read:
+            path, _, name = target.rpartition(".")
+            delattr(module.get_submodule(path), name)

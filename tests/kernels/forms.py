@@ -104,6 +104,23 @@ def packed_world(group: int) -> dict[str, Callable[[dict], Tensor]]:
     return {"x": floats(6), "codes": codes, "scale": floats(6 // group), "zero": floats(6 // group)}
 
 
+def weight_world(group: int) -> dict[str, Callable[[dict], Tensor]]:
+    """Codes of a weight with as many inputs as tokens fit into groups, and their scales and zero points."""
+
+    def sizes(world: dict) -> tuple[int, int]:
+        return world["size"].shape[0] + 1, world["size"].shape[1]
+
+    def codes(world: dict) -> Tensor:
+        outputs, groups = sizes(world)
+        return torch.randint(0, 256, (outputs, groups * group), generator=world["generator"]).byte()
+
+    return {
+        "codes": codes,
+        "scale": lambda world: torch.randn(sizes(world), generator=world["generator"]),
+        "zero": lambda world: torch.randint(0, 256, sizes(world), generator=world["generator"]).byte(),
+    }
+
+
 CASES = (
     Case("bipartite_match", {"prefix": 0}),
     Case("bipartite_match", {"prefix": 1}),
@@ -128,6 +145,10 @@ CASES = (
     Case("quantize_keys", {"group": 6}, inputs=packed_world(6)),
     Case("dequantize_keys", inputs=packed_world(2)),
     Case("dequantize_keys", inputs=packed_world(6)),
+    Case("dequantize_weight", {"group": 4}, inputs=weight_world(4)),
+    Case("dequantize_weight", {"group": 1}, inputs=weight_world(1)),
+    Case("fake_quantize", {"scale": 0.25, "zero": 0}),
+    Case("fake_quantize", {"scale": 0.0078125, "zero": -128}),
     Case("gather_tokens", {"dim": 1}),
     Case("gather_tokens", {"dim": 1}, inputs=side(1, "tokens", 4)),
     Case("gather_tokens", {"dim": 2}, inputs=side(1, 3, "tokens", 4, dtype=torch.int64)),

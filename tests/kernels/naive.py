@@ -209,3 +209,16 @@ def cache_mask(
         seen = at >= 0 and (not window or positions[b, query] - at < window)
         result[b, head, query, slot] = query == new or (seen and (not inside or own[b, query, new]))
     return result
+
+
+def dequantize_weight(codes: np.ndarray, scale: np.ndarray, zero: np.ndarray, group: int) -> np.ndarray:
+    weight = np.zeros(codes.shape, np.float64)
+    for out, i in np.ndindex(codes.shape):
+        step, middle = scale[out, i // group], zero[out, i // group]
+        weight[out, i] = (float(codes[out, i]) - float(middle)) * float(step)
+    return weight.astype(np.float32)
+
+
+def fake_quantize(x: np.ndarray, scale: float, zero: int) -> np.ndarray:
+    codes = np.clip(np.rint(x.astype(np.float64) / scale) + zero, -128, 127)
+    return ((codes - zero) * scale).astype(np.float32)

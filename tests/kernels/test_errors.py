@@ -38,6 +38,20 @@ BAD = {
         "window=-1 is negative",
     ),
     "keep rank": (lambda: ops.keep_slots(METRIC[0], SIZE > 0, INDEX[:, 0], 0, 0), "used [batch, slots]"),
+    "weight groups": (
+        lambda: ops.dequantize_weight(INDEX.byte(), SIZE[:, :1], INDEX[:, :1].byte(), 2),
+        "3 inputs are not 1 groups of 2",
+    ),
+    "weight rank": (
+        lambda: ops.dequantize_weight(X.byte(), SIZE, INDEX.byte(), 1),
+        "codes must be [out, in]",
+    ),
+    "group 0": (
+        lambda: ops.dequantize_weight(INDEX.byte(), SIZE, INDEX.byte(), 0),
+        "group=0 must be positive",
+    ),
+    "scale 0": (lambda: ops.fake_quantize(X, 0.0, 0), "scale=0.0 must be positive"),
+    "zero far": (lambda: ops.fake_quantize(X, 1.0, 128), "zero=128 must be -128 to 127"),
     "sinks negative": (lambda: ops.keep_slots(METRIC, INDEX > 0, INDEX[:, 0], -1, 0), "sinks=-1"),
     "other tokens": (
         lambda: ops.energy_match(METRIC, SIZE[:, 1:], 1, 1, 0.5),

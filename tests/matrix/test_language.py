@@ -90,10 +90,10 @@ def test_nan_logits_stop_with_the_step_named(monkeypatch: pytest.MonkeyPatch) ->
 @decoders
 def test_only_the_wanted_rows_are_multiplied_with_the_vocabulary(name: str) -> None:
     """Logits of chosen tokens, in their order, are those among all tokens' logits."""
-    step = bundle(name).main
+    step, states = bundle(name).main, bundle(name).states
     tokens = torch.tensor([prompt(9)])
-    everything = step(*first_step(step, tokens))[0]
+    everything = step(*first_step(step, tokens, states))[0]
     names = [spec.name for spec in step.inputs]
-    inputs = list(first_step(step, tokens))
+    inputs = list(first_step(step, tokens, states))
     inputs[names.index("rows")] = torch.tensor([-1, 2, 0])
     torch.testing.assert_close(step(*inputs)[0], everything[:, [8, 2, 0]])

@@ -28,6 +28,7 @@ from tokopt import __version__
 from tokopt.bundle import Program
 from tokopt.errors import LoweringError
 from tokopt.lower.parity import check_parity
+from tokopt.lower.weights import pack_weights
 from tokopt.rewrite import axis_names
 
 OPSET = 23
@@ -121,6 +122,7 @@ def lower(
     expand_masks(model)
     _simplify(model)
     expand_rotary_tables(model)
+    pack_weights(model)
     # Only now: shape inference inside a body, where inputs have no shape, gets the rank of Max wrong.
     tokopt.kernels.attach_functions(model)
     weights = weights or WeightFile(directory)

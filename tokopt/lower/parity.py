@@ -14,6 +14,9 @@ from tokopt.errors import LoweringError
 from tokopt.lower.selections import expose_selections, run_with_selections, selects
 from tokopt.runtime.numerics import check_output
 
+ACTIVATIONS = "session.qdq_matmulnbits_accuracy_level"
+"""How ONNX Runtime multiplies with block-quantized weights: 1 in float32, 4 with activations of 8 bits."""
+
 Example = tuple[torch.Tensor, ...]
 
 
@@ -122,6 +125,7 @@ def _session(path: Path, name: str) -> onnxruntime.InferenceSession:
     settings = onnxruntime.SessionOptions()
     settings.log_severity_level = 4  # what fails is raised
     settings.add_session_config_entry("session.intra_op.allow_spinning", "0")  # torch uses the same cores
+    settings.add_session_config_entry(ACTIVATIONS, "1")  # in float: what is compared is the program
     try:
         return onnxruntime.InferenceSession(path, settings, providers=["CPUExecutionProvider"])
     except Exception as error:  # ONNX Runtime raises several unrelated classes

@@ -1,0 +1,1 @@
+"""tokopt::fake_quantize."""

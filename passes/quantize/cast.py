@@ -1,0 +1,87 @@
+"""Products in half precision."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+from torch.fx import Node
+
+from tokopt.analysis.blocks import find_sites
+from tokopt.analysis.graph import is_call, program_module
+from tokopt.analysis.linears import find_linears, matches, parameter
+from tokopt.bundle import Bundle
+from tokopt.kernels import ops
+from tokopt.pipeline import Context, Pass, PassResult, Refusal
+from tokopt.rewrite import call, put_parameter, reexport
+
+
+@dataclass(frozen=True)
+class Cast(Pass):
+    """Linears and attention in ``dtype``; norms, sums and the residual stream stay in float32.
+
+    Weights are stored in the dtype, operands are cast before each product and its result back. Inputs, outputs and
+    state keep their dtypes, and attention over a cache keeps the cache's.
+
+    Rules. For engines with fast half-precision products: GPUs, and OpenVINO on CPUs with bfloat16. ONNX Runtime's CPU
+    kernels are slower in float16 than in float32, and lack bfloat16 (export with ``check=False``).
+    """
+
+    dtype: Literal["float16", "bfloat16"] = "float16"
+    only: tuple[str, ...] = ()
+    skip: tuple[str, ...] = ()
+
+    name: ClassVar[str] = "cast"
+
+    def run(self, bundle: Bundle, context: Context) -> PassResult:
+        """Cast around every product whose operands are float32."""
+        module, dtype = program_module(bundle.main), getattr(torch, self.dtype)
+        graph, done = module.graph, 0
+        for linear in find_linears(graph):
+            node = linear.node
+            if not matches(linear.path, self.only, self.skip) or node.meta["val"].dtype != torch.float32:
+                continue
+            for place, operand in enumerate(node.args):
+                if isinstance(operand, Node) and operand.op == "get_attr":
+                    put_parameter(module, node, place, parameter(module, operand).to(dtype))
+            self._cast_around(node, dtype)
+            done += 1
+        for site in find_sites(graph):
+            cached = is_call(site.key, ops.cache_write)
+            if (
+                cached
+                or site.node.meta["val"].dtype != torch.float32
+                or not matches(site.path, self.only, self.skip)
+            ):
+                continue
+            self._cast_around(site.node, dtype)
+            done += 1
+        if not done:
+            return PassResult(bundle, 0, (), (Refusal("model", "there is no product in float32"),))
+        name = "forward" if bundle.task == "encoder" else "step"
+        return PassResult(bundle.with_program(name, reexport(bundle.main, module)), done)
+
+    def _cast_around(self, node: Node, dtype: torch.dtype) -> None:
+        """Float operands of a node to ``dtype``, its result back to float32."""
+        graph = node.graph
+        with graph.inserting_before(node):
+            for place, operand in enumerate(node.args):
+                if isinstance(operand, Node) and operand.op != "get_attr" and _is_float32(operand):
+                    node.update_arg(place, call(graph, _to, operand, dtype, like=node))
+            for name, operand in node.kwargs.items():
+                if isinstance(operand, Node) and _is_float32(operand):
+                    node.update_kwarg(name, call(graph, _to, operand, dtype, like=node))
+        with graph.inserting_after(node):
+            back = call(graph, _to, node, torch.float32, like=node)
+        node.replace_all_uses_with(back, delete_user_cb=lambda user: user is not back)
+
+
+def _is_float32(node: Node) -> bool:
+    value = node.meta.get("val")
+    return isinstance(value, Tensor) and value.dtype == torch.float32
+
+
+def _to(x: Tensor, dtype: torch.dtype) -> Tensor:
+    return x.to(dtype)

@@ -1,0 +1,156 @@
+"""Weights that come from a quantized file keep the file's own grid."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule
+from torch.nn.functional import linear as linear_product
+
+from tokopt.analysis.calibration import Moments
+from tokopt.analysis.linears import Linear
+from tokopt.bundle import Semantics
+from tokopt.passes.quantization import Quantization, QuantizedWeight, replace_weight
+from tokopt.rewrite import call, put_parameter
+
+CLOSE = 1e-6
+"""How far a grid may be from a weight, relative to the largest of its block: a few roundings of float32."""
+
+ROWS = 16
+"""Outputs that are looked at before the whole weight."""
+
+
+@dataclass(frozen=True)
+class BlockGrid:
+    """``(codes - zero) * scale + offset`` with ``offset`` [out, blocks], None where it is 0."""
+
+    weight: QuantizedWeight
+    offset: Tensor | None
+
+    def dequantized(self) -> Tensor:
+        """The weight [out, in]."""
+        weight = self.weight.dequantized()
+        if self.offset is None:
+            return weight
+        return weight + self.offset.repeat_interleave(self.weight.group, 1)
+
+
+@dataclass(frozen=True)
+class KeepGrid(Quantization):
+    """Carries over the grid that weights already lie on, those of models that were expanded from GGUF files.
+
+    Q4_0, Q4_1, Q4_K, Q5_0, Q6_K and Q8_0 are known, and the file is not needed. In every block of 32 inputs (16 for
+    Q6_K) the spacing is found from the weights themselves: the range over the number of steps in it, rounded to
+    float16 where the file's scale was. Where a minimum comes with the scale, ``w = d q + m``, the product is that of
+    ``d (q - 8)``, plus the sums of x over the blocks times ``m + 8 d``: exact, and engines keep their fast kernels,
+    which know no fractional zero points.
+
+    Rules. A linear whose weight is not reproduced to 1e-6 of each block's largest entry is refused.
+    """
+
+    name: ClassVar[str] = "keep_grid"
+    semantics: ClassVar[Semantics] = "exact"
+
+    def fault(self, weight: Tensor) -> str | None:
+        """Weights on no grid."""
+        if (reason := super().fault(weight)) is not None:
+            return reason
+        return (
+            None if find_grid(weight) else "its weights lie on no grid of 4 or 8 bits in blocks of 16 or 32"
+        )
+
+    def apply(
+        self, module: GraphModule, linear: Linear, bits: int, moments: Moments | None
+    ) -> QuantizedWeight:
+        """Codes in the place of the weight, and the offset's product beside it."""
+        grid = find_grid(linear.matrix(module))
+        assert grid is not None
+        replace_weight(module, linear, grid.weight)
+        if grid.offset is not None:
+            node = linear.node
+            offset = put_parameter(module, node, None, grid.offset)
+            with module.graph.inserting_after(node):
+                whole = call(
+                    module.graph, add_offset, node, linear.input, offset, grid.weight.group, like=node
+                )
+            node.replace_all_uses_with(whole, delete_user_cb=lambda user: user is not whole)
+        return grid.weight
+
+
+def add_offset(product: Tensor, x: Tensor, offset: Tensor, group: int) -> Tensor:
+    """The product, plus the sums of x over blocks of ``group`` inputs times ``offset`` [out, blocks]."""
+    return product + linear_product(x.unflatten(-1, (-1, group)).sum(-1), offset)
+
+
+def find_grid(weight: Tensor) -> BlockGrid | None:
+    """The grid of a weight [out, in], of 4 bits if there is one, else of 8; None where there is none."""
+    for read in (_four_bits, _eight_bits(32, 127), _eight_bits(16, 32)):
+        if read(weight[:ROWS]) is not None and (grid := read(weight)) is not None:
+            return grid
+    return None
+
+
+def _four_bits(weight: Tensor) -> BlockGrid | None:
+    """Blocks of 32 with up to 16 equidistant values."""
+    if weight.shape[1] % 32:
+        return None
+    blocks = weight.unflatten(1, (-1, 32))
+    low = blocks.amin(2)
+    found = _spacing(blocks, low, blocks.amax(2) - low, 15)
+    if found is None:
+        return None
+    scale, codes = found
+    offset = low + 8 * scale
+    packed = QuantizedWeight(
+        codes.flatten(1).to(torch.uint8), scale, torch.full_like(codes[..., 0], 8).byte(), 32
+    )
+    return BlockGrid(packed, offset if bool(offset.any()) else None)
+
+
+def _eight_bits(group: int, steps: int) -> Callable[[Tensor], BlockGrid | None]:
+    """Blocks of ``group`` with values at up to ``steps`` equal steps on either side of 0."""
+
+    def read(weight: Tensor) -> BlockGrid | None:
+        if weight.shape[1] % group:
+            return None
+        blocks = weight.unflatten(1, (-1, group))
+        found = _spacing(blocks, torch.zeros_like(blocks[..., 0]), blocks.abs().amax(2), steps)
+        if found is None:
+            return None
+        scale, codes = found
+        codes = (codes + 128).flatten(1).to(torch.uint8)
+        return BlockGrid(QuantizedWeight(codes, scale, torch.full_like(scale, 128).byte(), group), None)
+
+    return read
+
+
+def _spacing(blocks: Tensor, low: Tensor, span: Tensor, most: int) -> tuple[Tensor, Tensor] | None:
+    """The largest spacing for which ``low + k * spacing`` meets every entry, and k; ``span`` is at most ``most`` steps.
+
+    ``blocks`` is [out, blocks, inputs], ``low`` and ``span`` [out, blocks].
+    """
+    allowed = CLOSE * blocks.abs().amax(2, keepdim=True)
+    scale, codes = torch.zeros_like(span), torch.zeros_like(blocks)
+    open_ = torch.ones_like(span, dtype=torch.bool)
+    for steps in range(most, 0, -1):
+        part = blocks[open_]
+        spacing = _as_stored(span[open_] / steps)[:, None]
+        start = low[open_][:, None]
+        k = ((part - start) / torch.where(spacing > 0, spacing, 1.0)).round()
+        fits = ((k * spacing + start - part).abs() <= allowed[open_]).all(1)
+        places = open_.nonzero()[fits].unbind(1)
+        scale[places], codes[places] = spacing[fits, 0], k[fits]
+        open_[places] = False
+        if not open_.any():
+            return scale, codes
+    return None
+
+
+def _as_stored(scale: Tensor) -> Tensor:
+    """A scale as the float16 that it was, where it is one."""
+    half = scale.half().float()
+    return torch.where((half - scale).abs() <= CLOSE * scale.abs(), half, scale)

@@ -1,0 +1,438 @@
+"""Quantization: every architecture computes with the weights that the formulas say, and the artifact does too."""
+
+from __future__ import annotations
+
+import collections
+import copy
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+import tokopt
+from tests.matrix import language
+from tests.matrix.test_matrix import assert_close, captured
+from tests.zoo import ZOO
+from tests.zoo.decoders import DECODERS
+from tokopt.analysis.calibration import collect
+from tokopt.analysis.graph import program_module
+from tokopt.analysis.linears import find_linears, parameter
+from tokopt.bundle import Bundle
+from tokopt.causal_lm import capture_lm
+from tokopt.debug import differences
+from tokopt.errors import TokoptError
+from tokopt.passes.quantization import QuantizedWeight, fit_grid, output_error
+from tokopt.passes.quantize.awq import AWQ
+from tokopt.passes.quantize.gptq import GPTQ
+from tokopt.passes.quantize.keep_grid import find_grid
+from tokopt.passes.quantize.nupes import NUPES
+from tokopt.passes.quantize.rtn import RTN
+
+GROUP = 16
+METHODS = {
+    "rtn": f"rtn{{group={GROUP}}}",
+    "rtn_symmetric": f"rtn{{group={GROUP} symmetric=true}}",
+    "rtn_8": f"rtn{{bits=8 group={GROUP}}}",
+    "gptq": f"gptq{{group={GROUP}}}",
+    "awq": f"awq{{group={GROUP}}}",
+    "nupes": f"nupes{{group={GROUP}}}",
+    "int8": "int8",
+    "int8_static": "smoothquant,int8{activations=static}",
+    "cast": "cast",
+}
+"""Name -> pipeline. A new method joins here."""
+
+FEW = ("vit", "bert", "llama", "gpt2")
+"""One architecture of every kind: every method runs on these."""
+
+llama = pytest.mark.xdist_group("decoder-llama")
+
+
+def bundle(name: str) -> Bundle:
+    return captured(name) if name in ZOO else language.bundle(name)
+
+
+def samples(name: str) -> list[object]:
+    """Calibration inputs."""
+    if name in ZOO:
+        return [tuple(ZOO[name].inputs(seed=seed).values()) for seed in (3, 4)]
+    return [language.prompt(24, seed) for seed in (3, 4)]
+
+
+@cache
+def quantized(name: str, pipeline: str) -> Bundle:
+    return tokopt.optimize(bundle(name), pipeline, calibration=samples(name))
+
+
+def grouped(names: list[str] | tuple[str, ...]) -> list[object]:
+    return [
+        pytest.param(name, marks=[pytest.mark.xdist_group(f"decoder-{name}")] if name in DECODERS else [])
+        for name in names
+    ]
+
+
+# --- round to nearest, on everything ----------------------------------------------------------------------
+
+
+def naive_rtn(weight: np.ndarray, bits: int, group: int) -> np.ndarray:
+    """Asymmetric rounding of [out, in], one number after another."""
+    result = np.zeros(weight.shape, np.float32)
+    for out in range(weight.shape[0]):
+        for start in range(0, weight.shape[1], group):
+            values = weight[out, start : start + group]
+            high, low = max(values.max(), np.float32(0)), min(values.min(), np.float32(0))
+            scale = np.float32(high - low) / np.float32(2**bits - 1)
+            zero = np.rint(-low / scale)
+            codes = np.clip(np.rint(values / scale) + zero, 0, 2**bits - 1)
+            result[out, start : start + group] = (codes - zero) * scale
+    return result
+
+
+def round_weights(model: nn.Module) -> nn.Module:
+    """A copy of an eager model with every linear's weight rounded in place; a tied output is untied."""
+    model = copy.deepcopy(model)
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    if head is not None:
+        head.weight = nn.Parameter(head.weight.detach().clone(), requires_grad=False)
+    for module in model.modules():
+        names = {"Linear": "weight", "Conv1D": "weight", "MultiheadAttention": "in_proj_weight"}
+        name = names.get(type(module).__name__.replace("NonDynamicallyQuantizableLinear", "Linear"))
+        weight = getattr(module, name) if name else None
+        if weight is None:
+            continue
+        matrix = weight.T if type(module).__name__ == "Conv1D" else weight
+        if matrix.shape[1] % GROUP == 0:
+            rounded = torch.from_numpy(naive_rtn(matrix.numpy(), 4, GROUP))
+            weight.data.copy_(rounded.T if type(module).__name__ == "Conv1D" else rounded)
+    return model
+
+
+@pytest.mark.parametrize("name", list(ZOO))
+def test_every_encoder_computes_with_rounded_weights(name: str) -> None:
+    entry = ZOO[name]
+    made = quantized(name, METHODS["rtn"])
+    inputs = entry.inputs()
+    with torch.no_grad():
+        wanted = tree_leaves(round_weights(entry.build())(**inputs))
+    assert made.history[-1].matches > 0
+    for got, expected in zip(made(*inputs.values()), wanted, strict=True):
+        assert_close(entry, inputs, got, expected)
+
+
+@pytest.mark.parametrize("name", grouped(list(DECODERS)))
+def test_every_decoder_computes_with_rounded_weights(name: str) -> None:
+    model = round_weights(language.model(name))
+    wanted = capture_lm(model, generation=getattr(model, "generation", None))
+    assert max(d.nmse for d in differences(wanted, quantized(name, METHODS["rtn"]))) < 1e-9
+
+
+# --- every method, on an architecture of every kind -------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", grouped(FEW))
+@pytest.mark.parametrize("method", METHODS)
+def test_artifact_computes_what_the_bundle_computes(method: str, name: str, tmp_path: Path) -> None:
+    """Export compares ONNX Runtime with the bundle; the graph is standard, and its products are fused."""
+    made = quantized(name, METHODS[method])
+    path = tokopt.export(made, tmp_path / "model.tokopt")
+    assert tokopt.verify(path).ok
+    file = path / f"{'forward' if name in ZOO else 'step'}.onnx"
+    domains = {node.domain for node in onnx.load(file, load_external_data=False).graph.node}
+    assert domains <= {"", "tokopt"}
+    if method != "cast":
+        kernels = fused_kernels(file, tmp_path)
+        wanted = made.history[-1].matches
+        if method.startswith("int8"):
+            assert kernels["MatMulIntegerToFloat"] == wanted
+        elif method != "nupes":  # its powers are expanded when they load
+            assert kernels["MatMulNBits"] == wanted
+
+
+def fused_kernels(file: Path, folder: Path) -> collections.Counter[str]:
+    """What ONNX Runtime makes of a graph."""
+    options = onnxruntime.SessionOptions()
+    options.optimized_model_filepath = str(folder / "fused.onnx")
+    options.log_severity_level = 4
+    onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
+    graph = onnx.load(folder / "fused.onnx", load_external_data=False).graph
+    return collections.Counter(node.op_type for node in graph.node)
+
+
+CLOSENESS = {"rtn_8": 5e-4, "int8": 2e-3, "int8_static": 5e-3, "cast": 1e-5}
+
+
+@pytest.mark.parametrize("name", grouped(FEW))
+@pytest.mark.parametrize("method", METHODS)
+def test_outputs_stay_close(method: str, name: str) -> None:
+    """Random weights are the hardest case; 4 bits of them still point the same way."""
+    given, made = bundle(name), quantized(name, METHODS[method])
+    assert max(d.nmse for d in differences(given, made)) < CLOSENESS.get(method, 0.1)
+
+
+@pytest.mark.parametrize("name", grouped(FEW))
+def test_smoothquant_changes_nothing(name: str) -> None:
+    made = quantized(name, "smoothquant")
+    assert made.history[-1].matches > 0 and made.semantics == "exact"
+    assert max(d.nmse for d in differences(bundle(name), made)) < 1e-10
+
+
+@pytest.mark.parametrize("name", grouped(("vit", "llama")))
+def test_composes_with_tokens_and_caches(name: str) -> None:
+    """In either order the same program."""
+    other = "tome{r=4}" if name == "vit" else "h2o{budget=18 recent=4 every=4}"
+    one, two = (quantized(name, p) for p in (f"{METHODS['rtn']},{other}", f"{other},{METHODS['rtn']}"))
+    assert max(d.nmse for d in differences(one, two)) < 1e-9
+    assert all(step.matches for step in (*one.history, *two.history))
+
+
+# --- laws of the methods ----------------------------------------------------------------------------------
+
+
+def layers(name: str) -> list[tuple[Tensor, object]]:
+    """Weight and moments of every linear."""
+    given = bundle(name)
+    module = program_module(given.main)
+    linears = find_linears(module.graph)
+    known = collect(given, module, [linear.input for linear in linears], samples(name))  # type: ignore[arg-type]
+    found = [(linear.matrix(module), known[linear.input]) for linear in linears]
+    return [(weight, moments) for weight, moments in found if weight.shape[1] % GROUP == 0]
+
+
+@settings(max_examples=30)
+@given(st.integers(0, 99), st.integers(2, 8), st.booleans(), st.sampled_from([0.0, 1.0, 1e4]))
+def test_rounding_is_to_the_nearest_point(seed: int, bits: int, symmetric: bool, shift: float) -> None:
+    weight = torch.randn(3, 32, generator=torch.Generator().manual_seed(seed)) + shift
+    grid = fit_grid(weight, bits, GROUP, symmetric=symmetric)
+    got = grid.packed(grid.codes(weight)).dequantized()
+    points = torch.arange(2**bits) - grid.zero[..., None]
+    points = (points * grid.scale[..., None])[:, :, None, :]
+    nearest = (weight.unflatten(1, (-1, GROUP))[..., None] - points).abs().amin(-1)
+    error = (got - weight).abs().unflatten(1, (-1, GROUP))
+    torch.testing.assert_close(error, nearest, atol=1e-5 * float(weight.abs().max()), rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["vit", "llama"])
+def test_gptq_loses_less_than_rounding_in_every_layer(name: str) -> None:
+    for weight, moments in layers(name):
+        plain = RTN(group=GROUP).quantize(weight, 4, None).dequantized()
+        for order in (False, True):
+            better = GPTQ(group=GROUP, order=order).quantize(weight, 4, moments).dequantized()  # type: ignore[arg-type]
+            assert output_error(weight, better, moments) <= output_error(weight, plain, moments)  # type: ignore[arg-type]
+
+
+def test_gptq_of_uncorrelated_inputs_is_rounding() -> None:
+    (weight, moments), *_ = layers("vit")
+    moments.gram = torch.eye(weight.shape[1])  # type: ignore[attr-defined]
+    for order in (False, True):
+        got = GPTQ(group=GROUP, order=order).quantize(weight, 4, moments)  # type: ignore[arg-type]
+        wanted = RTN(group=GROUP).quantize(weight, 4, None)
+        assert (got.codes != wanted.codes).float().mean() < 1e-3  # ties by a last bit of 1 / U
+
+
+def test_gptq_is_optimal_among_single_corrections() -> None:
+    """The last column's code is the nearest to what the columns before left over: checked against brute force."""
+    (weight, moments), *_ = layers("vit")
+    weight = weight[:4]
+    got = GPTQ(group=GROUP, damp=1e-6).quantize(weight, 4, moments)  # type: ignore[arg-type]
+    base = output_error(weight, got.dequantized(), moments)  # type: ignore[arg-type]
+    for row in range(4):
+        for code in range(16):
+            codes = got.codes.clone()
+            codes[row, -1] = code
+            changed = QuantizedWeight(codes, got.scale, got.zero, GROUP).dequantized()
+            assert output_error(weight, changed, moments) >= base - 1e-7  # type: ignore[arg-type]
+
+
+def test_dead_inputs_get_no_weight() -> None:
+    (weight, moments), *_ = layers("vit")
+    moments.gram[3] = moments.gram[:, 3] = 0  # type: ignore[attr-defined]
+    got = GPTQ(group=GROUP).quantize(weight, 4, moments).dequantized()  # type: ignore[arg-type]
+    assert not got[:, 3].any()
+
+
+@pytest.mark.parametrize("name", ["vit", "llama"])
+def test_awq_clipping_never_loses(name: str) -> None:
+    """By the error that every group's own inputs cause; over all groups together it may only nearly hold."""
+    for weight, moments in layers(name):
+        found = {}
+        for clip in (False, True):
+            made = AWQ(group=GROUP, clip=clip).quantize(weight, 4, moments)  # type: ignore[arg-type]
+            wrong = (made.dequantized() - weight).unflatten(1, (-1, GROUP))
+            starts = range(0, weight.shape[1], GROUP)
+            blocks = torch.stack([moments.gram[i : i + GROUP, i : i + GROUP] for i in starts])  # type: ignore[attr-defined]
+            found[clip] = (torch.einsum("ogi,gij->ogj", wrong, blocks) * wrong).sum(-1)
+        assert (found[True] <= found[False] * (1 + 1e-5) + 1e-9).all()
+
+
+@pytest.mark.parametrize("name", grouped(FEW))
+def test_awq_scales_change_nothing_by_themselves(name: str) -> None:
+    """With 8 bits the outputs stay where they are, though weights were rescaled."""
+    made = quantized(name, f"awq{{bits=8 group={GROUP} clip=false}}")
+    assert max(d.nmse for d in differences(bundle(name), made)) < 5e-4
+
+
+def test_nupes_with_exponent_1_is_rounding_and_a_search_never_loses() -> None:
+    for weight, moments in layers("vit"):
+        plain = RTN(group=GROUP, symmetric=True).quantize(weight, 4, None)
+        one = NUPES(group=GROUP, exponent=1.0).quantize(weight, 4, None)
+        assert torch.equal(one.codes, plain.codes) and torch.equal(one.dequantized(), plain.dequantized())
+        best = NUPES(group=GROUP).quantize(weight, 4, moments)  # type: ignore[arg-type]
+        errors = [output_error(weight, made.dequantized(), moments) for made in (best, plain)]  # type: ignore[arg-type]
+        assert errors[0] <= errors[1]
+
+
+def test_nupes_codes_are_those_of_the_power() -> None:
+    weight = torch.randn(2, 32, generator=torch.Generator().manual_seed(0))
+    made = NUPES(group=GROUP, exponent=0.5).quantize(weight, 4, None)
+    roots = np.sign(weight.numpy()) * np.sqrt(np.abs(weight.numpy()))
+    codes = (made.codes.int() - 8).numpy()
+    points = codes.reshape(2, 2, 16) * made.scale.numpy()[..., None]
+    np.testing.assert_allclose(
+        np.abs(points.reshape(2, 32) - roots).max(1) <= np.abs(made.scale.numpy()).max(1), True
+    )
+    squares = np.sign(points) * points**2
+    np.testing.assert_allclose(made.dequantized().numpy(), squares.reshape(2, 32), rtol=1e-5)
+
+
+@llama
+def test_an_average_is_kept_and_spent_where_it_helps() -> None:
+    few, some = (quantized("llama", f"rtn{{group={GROUP}{more}}}") for more in ("", " average=5"))
+    bits = {}
+    for made in (few, some):
+        module = program_module(made.main)
+        weights = [node for node in module.graph.nodes if "dequantize_weight" in str(node.target)]
+        codes = [parameter(module, node.args[0]) for node in weights]
+        bits[made.pipeline] = [(int(c.max()) > 15, c.numel()) for c in codes]
+    wide = bits[some.pipeline]
+    average = sum((8 if eight else 4) * count for eight, count in wide) / sum(count for _, count in wide)
+    assert 4.5 < average <= 5 and not any(eight for eight, _ in bits[few.pipeline])
+    assert differences(bundle("llama"), some)[0].nmse < differences(bundle("llama"), few)[0].nmse * 1.2
+
+
+@llama
+def test_it_is_deterministic() -> None:
+    for method in ("gptq", "awq"):
+        made = [
+            tokopt.optimize(bundle("llama"), METHODS[method], calibration=samples("llama")) for _ in range(2)
+        ]
+        assert all(d.nmse == 0 for d in differences(*made))
+
+
+@llama
+def test_dynamic_scales_are_per_token() -> None:
+    """A token is rounded as if it were alone, however large the others are."""
+    made = quantized("llama", "int8")
+    assert made.history[-1].matches == len(find_linears(program_module(bundle("llama").main).graph))
+    from tokopt.passes.quantize.int8 import dynamic_product
+
+    x = torch.randn(2, 5, 32)
+    weight = torch.randn(8, 32)
+    together = dynamic_product(x * torch.tensor([1.0, 1e3, 1e-3, 0.0, 7.0])[:, None], weight, None, False)
+    alone = dynamic_product(x[:, 2:3] * 1e-3, weight, None, False)
+    torch.testing.assert_close(together[:, 2:3], alone)
+    assert not together[:, 3].any()
+
+
+# --- grids that are there already -------------------------------------------------------------------------
+
+
+def on_grid(kind: str, outputs: int, inputs: int, seed: int) -> Tensor:
+    """Weights as GGUF files expand them."""
+    generator = torch.Generator().manual_seed(seed)
+    group = 16 if kind == "Q6_K" else 32
+    scale = torch.rand(outputs, inputs // group, 1, generator=generator).half().float() * 0.1 + 0.001
+    scale = scale.half().float()
+    if kind == "Q4_1":
+        low = -torch.rand(scale.shape, generator=generator).half().float()
+        codes = torch.randint(0, 16, (outputs, inputs // group, group), generator=generator)
+        return (scale * codes + low).flatten(1)
+    low, high = {"Q4_0": (-8, 8), "Q8_0": (-127, 128), "Q6_K": (-32, 32)}[kind]
+    codes = torch.randint(low, high, (outputs, inputs // group, group), generator=generator)
+    codes[..., 0] = low
+    return (scale * codes).flatten(1)
+
+
+@pytest.mark.parametrize("kind", ["Q4_0", "Q4_1", "Q6_K", "Q8_0"])
+@pytest.mark.parametrize("seed", range(3))
+def test_a_grid_is_found_and_kept(kind: str, seed: int) -> None:
+    weight = on_grid(kind, 20, 96, seed)
+    grid = find_grid(weight)
+    assert grid is not None and grid.weight.group == (16 if kind == "Q6_K" else 32)
+    assert (grid.offset is None) == (kind != "Q4_1")
+    torch.testing.assert_close(grid.dequantized(), weight, atol=1e-6, rtol=1e-6)
+    assert find_grid(weight + 1e-3 * torch.randn_like(weight)) is None
+
+
+@pytest.mark.parametrize("kind", ["Q4_0", "Q4_1", "Q8_0"])
+def test_kept_grids_compute_the_same(kind: str, tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Linear(64, 96), nn.GELU(), nn.Linear(96, 32)).requires_grad_(False)
+    for i in (0, 2):
+        model[i].weight.data = on_grid(kind, *model[i].weight.shape, seed=i)
+    given = tokopt.capture(model, (torch.randn(3, 64),))
+    made = tokopt.optimize(given, "keep_grid", strict=True)
+    assert made.history[-1].matches == 2 and made.semantics == "exact"
+    assert differences(given, made)[0].nmse < 1e-11
+    path = tokopt.export(made, tmp_path / "model.tokopt")
+    assert fused_kernels(path / "forward.onnx", tmp_path)["MatMulNBits"] == 2
+
+
+# --- what cannot be ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("pipeline", "reason"),
+    {
+        "gptq{group=16}": "needs inputs to calibrate with",
+        "awq{group=16}": "needs inputs to calibrate with",
+        "int8{activations=static}": "needs inputs to calibrate with",
+        "smoothquant": "needs inputs to calibrate with",
+        "rtn{bits=9}": "bits=9 must be 2 to 8",
+        "rtn{group=24}": "group=24 must be a power of two",
+        "rtn{average=3}": "average=3 must be 4 to 8",
+        "rtn{group=32}": "its 48 inputs are no multiple of group=32",
+        'rtn{group=16 only=["nowhere*"]}': "there is no linear to quantize",
+        "rtn{group=16},rtn{group=16}": "there is no linear to quantize",
+        "gptq{damp=0}": "damp=0 must be positive",
+        "nupes{symmetric=false}": "its grid is symmetric",
+        "nupes{exponent=2}": "exponent=2 must be 0.1 to 1",
+        "smoothquant{alpha=2}": "alpha=2 must be 0 to 1",
+        "int8{activations=sometimes}": "wrong type",
+        "keep_grid": "its weights lie on no grid",
+    }.items(),
+)
+def test_what_cannot_be_is_refused(pipeline: str, reason: str) -> None:
+    with pytest.raises(TokoptError, match=reason):
+        tokopt.optimize(captured("vit"), pipeline, strict=True)
+
+
+@pytest.mark.parametrize(
+    ("name", "calibration", "reason"),
+    [
+        ("vit", [], "the calibration data is empty"),
+        ("vit", iter(()), "the calibration data is empty"),
+        ("vit", [torch.zeros(2, 3, 9, 9)], r"has shape \[2, 3, 9, 9\] for 'pixel_values'"),
+        ("vit", [(torch.zeros(2, 3, 24, 24),) * 2], "has 2 tensors, the program takes pixel_values"),
+        ("llama", [[]], "is no text"),
+        ("llama", [[0, 97]], "give token ids below 97"),
+    ],
+)
+def test_bad_samples_are_refused(name: str, calibration: object, reason: str) -> None:
+    with pytest.raises(TokoptError, match=reason):
+        tokopt.optimize(bundle(name), METHODS["gptq"], calibration=calibration)  # type: ignore[arg-type]
+
+
+def test_patterns_choose_layers() -> None:
+    made = tokopt.optimize(
+        captured("vit"), 'rtn{group=16 only=["*layer.0*"] skip=["*attention*"]}', strict=True
+    )
+    module = program_module(made.main)
+    assert made.history[-1].matches == 2
+    assert len([n for n in module.graph.nodes if "dequantize_weight" in str(n.target)]) == 2

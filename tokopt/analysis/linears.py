@@ -1,0 +1,112 @@
+"""The linear layers of a graph: products of activations with a weight that is a parameter."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+
+import torch
+from torch import Tensor
+from torch.fx import Graph, GraphModule, Node
+from torch.fx.node import map_arg
+
+from tokopt.analysis.graph import aten, is_call, module_path
+from tokopt.kernels import ops
+
+
+@dataclass(frozen=True)
+class Linear:
+    """``x @ W.T`` with ``W`` [out, in].
+
+    ``place`` is the position of the weight among the node's arguments; ``transposed`` says that the parameter is
+    stored as [in, out] (``addmm``, ``matmul``).
+    """
+
+    node: Node
+    input: Node
+    place: int
+    transposed: bool
+
+    @property
+    def weight(self) -> Node:
+        """The parameter's node, as it is now."""
+        weight = self.node.args[self.place]
+        assert isinstance(weight, Node)
+        return weight
+
+    @property
+    def bias(self) -> Node | None:
+        """What is added to the product."""
+        place = 0 if is_call(self.node, aten.addmm) else 2
+        bias = self.node.args[place] if place < len(self.node.args) else None
+        return bias if isinstance(bias, Node) else None
+
+    @property
+    def path(self) -> str:
+        """The dotted path of the layer in the user's model."""
+        return module_path(self.node) or str(self.weight.target)
+
+    def matrix(self, module: GraphModule) -> Tensor:
+        """The weight [out, in], detached."""
+        weight = constant(module, self.weight)
+        return weight.T if self.transposed else weight
+
+
+def find_linears(graph: Graph) -> list[Linear]:
+    """Every linear layer, in execution order."""
+    return [found for node in graph.nodes if (found := _linear(node)) is not None]
+
+
+def matches(path: str, only: tuple[str, ...], skip: tuple[str, ...]) -> bool:
+    """Whether a module path fits one of the patterns ``only`` (none: all) and none of ``skip``.
+
+    >>> matches("model.layers.0.mlp.up_proj", ("*mlp*",), ("*down*",))
+    True
+    """
+    chosen = not only or any(fnmatchcase(path, pattern) for pattern in only)
+    return chosen and not any(fnmatchcase(path, pattern) for pattern in skip)
+
+
+def parameter(module: GraphModule, node: Node) -> Tensor:
+    """The tensor behind a ``get_attr`` node, detached."""
+    value: object = module
+    for part in str(node.target).split("."):
+        value = getattr(value, part)
+    assert isinstance(value, Tensor)
+    return value.detach()
+
+
+def constant(module: GraphModule, node: Node) -> Tensor:
+    """The value of a node that is computed from parameters alone."""
+    if node.op == "get_attr":
+        return parameter(module, node)
+    given = map_arg(node.args, lambda one: constant(module, one))
+    options = map_arg(node.kwargs, lambda one: constant(module, one))
+    return node.target(*given, **options)  # type: ignore[operator, misc]
+
+
+def _is_constant(node: Node) -> bool:
+    """Whether a node is a parameter, or a part of one."""
+    while not is_call(node, ops.dequantize_weight) and len(node.all_input_nodes) == 1:
+        node = node.all_input_nodes[0]
+    return node.op == "get_attr"
+
+
+def _linear(node: Node) -> Linear | None:
+    if is_call(node, aten.linear):
+        return _with_weight(node, 0, 1, transposed=False)
+    if is_call(node, aten.addmm):
+        return _with_weight(node, 1, 2, transposed=True)
+    if is_call(node, aten.mm, aten.matmul):
+        return _with_weight(node, 0, 1, transposed=True)
+    return None
+
+
+def _with_weight(node: Node, x: int, weight: int, *, transposed: bool) -> Linear | None:
+    given, matrix = node.args[x], node.args[weight]
+    if not isinstance(given, Node) or not isinstance(matrix, Node) or not _is_constant(matrix):
+        return None
+    value = matrix.meta.get("val")
+    if not isinstance(value, torch.Tensor) or value.ndim != 2 or not value.is_floating_point():
+        return None
+    return Linear(node, given, weight, transposed)

@@ -1,0 +1,111 @@
+"""Quantized weights in the form that engines turn into one kernel: ``MatMul(x, DequantizeLinear(codes))``.
+
+The graph says ``linear(x, dequantize_weight(codes, scale, zero))`` with codes [out, in] of 8 bits. Here the codes are
+transposed to [in, out] and packed to 4 bits where they fit, so that the product needs no transposition: ONNX
+Runtime reads this pair as one block-quantized product (``MatMulNBits``), OpenVINO and TensorRT as compressed weights,
+and any other engine of the opset expands the weight and multiplies.
+"""
+
+from __future__ import annotations
+
+import ml_dtypes
+import numpy as np
+import onnx_ir as ir
+
+SWAP = [1, 0]
+
+
+def pack_weights(model: ir.Model) -> None:
+    """Bring every quantized weight that is read transposed into that form, in place."""
+    for node in list(model.graph):
+        if node.op_type == "dequantize_weight" and node.domain == "tokopt":
+            _pack(model.graph, node)
+
+
+def _pack(graph: ir.Graph, node: ir.Node) -> None:
+    readers = [use.node for use in node.outputs[0].uses()]
+    products = [reader for reader in readers if _reads_transposed(reader)]
+    if not products or len(products) < len(readers):
+        return  # the function's body serves any other use
+    codes, scale, zero = (_array(value) for value in node.inputs)
+    weight = _dequantize(graph, node, codes, scale, zero)
+    graph.insert_before(node, weight)
+    for product in products:
+        if product.op_type == "Gemm":
+            _gemm_to_matmul(graph, product, weight.outputs[0])
+            continue
+        product.outputs[0].replace_all_uses_with(weight.outputs[0])
+        graph.remove(product, safe=True)
+    for reader in [use.node for use in weight.outputs[0].uses()]:
+        if reader.op_type == "Gemm":
+            _gemm_to_matmul(graph, reader, weight.outputs[0])
+    graph.remove(node, safe=True)
+
+
+def _reads_transposed(node: ir.Node) -> bool:
+    if node.op_type == "Transpose":
+        return list(node.attributes["perm"].as_ints()) == SWAP
+    return node.op_type == "Gemm" and bool(node.attributes.get_int("transB", 0))
+
+
+def _dequantize(
+    graph: ir.Graph, node: ir.Node, codes: np.ndarray, scale: np.ndarray, zero: np.ndarray
+) -> ir.Node:
+    """``DequantizeLinear`` of a weight [in, out]."""
+    group = node.attributes.get_int("group")
+    four = codes.max(initial=0) < 16 and zero.max(initial=0) < 16
+    middle = 8 if four else 128
+    if (zero == middle).all():
+        kind = ml_dtypes.int4 if four else np.int8
+        parts = [(codes.astype(np.int16) - middle).astype(kind), scale]
+    else:
+        kind = ml_dtypes.uint4 if four else np.uint8
+        parts = [codes.astype(kind), scale, zero.astype(kind)]
+    if group == codes.shape[1]:  # one group per output: a scale per column
+        parts = [parts[0], *(part[:, 0] for part in parts[1:])]
+        attributes = {"axis": 1}
+    else:
+        attributes = {"axis": 0, "block_size": group}
+    operands = [
+        _initializer(graph, f"{given.name}_packed", part)
+        for given, part in zip(node.inputs, parts, strict=False)
+        if given is not None
+    ]
+    made = ir.node("DequantizeLinear", operands, attributes=attributes)
+    made.metadata_props.update(node.metadata_props)
+    made.outputs[0].type = ir.TensorType(ir.DataType.FLOAT)
+    made.outputs[0].shape = ir.Shape(codes.shape[::-1])
+    return made
+
+
+def _gemm_to_matmul(graph: ir.Graph, gemm: ir.Node, weight: ir.Value) -> None:
+    """A ``Gemm`` as ``MatMul(x, weight) + bias``, which is what engines look for beside compressed weights."""
+    given, _, *bias = gemm.inputs
+    assert given is not None
+    product = ir.node("MatMul", [given, weight])
+    nodes = [product]
+    if bias and bias[0] is not None:
+        nodes.append(ir.node("Add", [product.outputs[0], bias[0]]))
+    for made in nodes:
+        made.metadata_props.update(gemm.metadata_props)
+        made.outputs[0].type, made.outputs[0].shape = gemm.outputs[0].type, gemm.outputs[0].shape
+    graph.insert_before(gemm, nodes)
+    gemm.outputs[0].replace_all_uses_with(nodes[-1].outputs[0], replace_graph_outputs=True)
+    graph.remove(gemm, safe=True)
+
+
+def _array(value: ir.Value | None) -> np.ndarray:
+    assert value is not None and value.const_value is not None
+    return value.const_value.numpy()
+
+
+def _initializer(graph: ir.Graph, name: str, array: np.ndarray) -> ir.Value:
+    array = np.ascontiguousarray(array.T)
+    if name in graph.initializers:
+        return graph.initializers[name]
+    tensor = ir.Tensor(array, name=name)
+    value = ir.Value(
+        name=name, shape=ir.Shape(array.shape), type=ir.TensorType(tensor.dtype), const_value=tensor
+    )
+    graph.register_initializer(value)
+    return value
