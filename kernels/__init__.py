@@ -3,6 +3,6 @@
 Importing this package (it needs torch) registers them as ``torch.ops.tokopt.*``.
 """
 
-from tokopt.kernels.registry import OPS, SELECTIONS, attach_functions, onnx_translations, ops
+from tokopt.kernels.registry import OPS, ROUNDINGS, SELECTIONS, attach_functions, onnx_translations, ops
 
-__all__ = ["OPS", "SELECTIONS", "attach_functions", "onnx_translations", "ops"]
+__all__ = ["OPS", "ROUNDINGS", "SELECTIONS", "attach_functions", "onnx_translations", "ops"]

@@ -38,6 +38,9 @@ OPS = (
 SELECTIONS = ("bipartite_match", "energy_match", "farthest_point", "keep_slots", "nearest_kept", "top_tokens")
 """The ops that choose tokens; a rounding error may change their outputs at a near tie."""
 
+ROUNDINGS = ("fake_quantize",)
+"""The ops that round to a grid; a rounding error may change their outputs by a whole step at a near tie."""
+
 
 def _register(name: str) -> None:
     reference = import_module(f"tokopt.kernels.{name}.reference")

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-_LIMITS = {"float64": 1e-20, "float32": 1e-9, "float16": 1e-4, "bfloat16": 1e-3}
+LIMITS = {"float64": 1e-20, "float32": 1e-9, "float16": 1e-4, "bfloat16": 1e-3}
 """Largest NMSE per dtype. Summation order alone gives 1e-12 in float32 over 12 layers; another GELU, 1e-8."""
 
 SELFTEST_LIMITS = {"exact": None, "lossless": None, "approximate": 2e-3}
@@ -52,5 +52,5 @@ def check_output(
 ) -> OutputCheck:
     """Compare one output with the limit of its dtype (integers and booleans: equality)."""
     return OutputCheck(
-        name, nmse(expected, actual), _LIMITS.get(str(expected.dtype), 0.0) if limit is None else limit
+        name, nmse(expected, actual), LIMITS.get(str(expected.dtype), 0.0) if limit is None else limit
     )

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import operator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
-from torch.fx import GraphModule
+from torch.fx import Graph, GraphModule, Node
 from torch.nn.functional import linear as linear_product
 
 from tokopt.analysis.calibration import Moments
@@ -18,6 +20,9 @@ from tokopt.rewrite import call
 
 LEVELS = 127
 """The largest code of an activation."""
+
+TINY = 1e-30
+"""The smallest scale: a token of zeros stays one."""
 
 
 @dataclass(frozen=True)
@@ -50,16 +55,27 @@ class Int8(Quantization):
         quantized = grid.packed(grid.codes(weight))
         replace_weight(module, linear, quantized)
         node, graph = linear.node, module.graph
+        if moments is not None:
+            rounded = _shared(graph, node, ops.fake_quantize.default, linear.input, *_range(moments))
+            node.replace_input_with(linear.input, rounded)
+            return quantized
+        parts = _shared(graph, node, rounded_tokens, linear.input)
         with graph.inserting_before(node):
-            if moments is None:
-                operands = (linear.input, linear.weight, linear.bias, linear.transposed)
-                product = call(graph, dynamic_product, *operands, like=node)
-                node.replace_all_uses_with(product)
-                graph.erase_node(node)
-            else:
-                rounded = call(graph, ops.fake_quantize, linear.input, *_range(moments), like=node)
-                node.replace_input_with(linear.input, rounded)
+            rounded, scale = (call(graph, operator.getitem, parts, i, like=node) for i in range(2))
+            operands = (rounded, scale, linear.weight, linear.bias, linear.transposed)
+            product = call(graph, scaled_product, *operands, like=node)
+        node.replace_all_uses_with(product)
+        graph.erase_node(node)
         return quantized
+
+
+def _shared(graph: Graph, reader: Node, function: Callable, x: Node, *options: object) -> Node:
+    """The call of a function on ``x``, once for all its readers, of which ``reader`` may be the first."""
+    for user in x.users:
+        if user.target is function and user.args == (x, *options):
+            return user
+    with graph.inserting_before(reader):
+        return call(graph, function, x, *options, like=reader)
 
 
 def _range(moments: Moments) -> tuple[float, int]:
@@ -68,10 +84,13 @@ def _range(moments: Moments) -> tuple[float, int]:
     return scale, int(min(max(round(-128 - moments.low / scale), -128), 127))
 
 
-def dynamic_product(x: Tensor, weight: Tensor, bias: Tensor | None, transposed: bool) -> Tensor:
-    """The linear on tokens divided by their own scale; the bias comes after they are multiplied by it again."""
-    scale = x.abs().amax(dim=-1, keepdim=True) / LEVELS
-    scale = torch.where(scale > 0, scale, 1.0)
-    rounded = ops.fake_quantize(x / scale, 1.0, 0)
-    product = torch.matmul(rounded, weight) if transposed else linear_product(rounded, weight)
-    return product * scale if bias is None else product * scale + bias
+def rounded_tokens(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Tokens [..., channels] over their scale, rounded, and the scale [..., 1]: ``max|x| / 127``."""
+    scale = (x.abs().amax(dim=-1, keepdim=True) / LEVELS).clamp(min=TINY)
+    return ops.fake_quantize(x / scale, 1.0, 0), scale
+
+
+def scaled_product(x: Tensor, scale: Tensor, weight: Tensor, bias: Tensor | None, transposed: bool) -> Tensor:
+    """The linear on rounded tokens; the bias comes after they are multiplied by their scale again."""
+    product = (torch.matmul(x, weight) if transposed else linear_product(x, weight)) * scale
+    return product if bias is None else product + bias

@@ -32,6 +32,7 @@ from tokopt.errors import TokoptError
 from tokopt.passes.quantization import QuantizedWeight, fit_grid, output_error
 from tokopt.passes.quantize.awq import AWQ
 from tokopt.passes.quantize.gptq import GPTQ
+from tokopt.passes.quantize.int8 import rounded_tokens, scaled_product
 from tokopt.passes.quantize.keep_grid import find_grid
 from tokopt.passes.quantize.nupes import NUPES
 from tokopt.passes.quantize.rtn import RTN
@@ -52,6 +53,9 @@ METHODS = {
 
 FEW = ("vit", "bert", "llama", "gpt2")
 """One architecture of every kind: every method runs on these."""
+
+PRODUCTS = {"vit": 13, "bert": 13, "llama": 9, "gpt2": 9}
+"""Products of each with weights: queries, keys and values are one, gate and up are one."""
 
 llama = pytest.mark.xdist_group("decoder-llama")
 
@@ -149,11 +153,11 @@ def test_artifact_computes_what_the_bundle_computes(method: str, name: str, tmp_
     assert domains <= {"", "tokopt"}
     if method != "cast":
         kernels = fused_kernels(file, tmp_path)
-        wanted = made.history[-1].matches
-        if method.startswith("int8"):
-            assert kernels["MatMulIntegerToFloat"] == wanted
-        elif method != "nupes":  # its powers are expanded when they load
-            assert kernels["MatMulNBits"] == wanted
+        kernel = "MatMulIntegerToFloat" if method.startswith("int8") else "MatMulNBits"
+        if method != "nupes":  # its powers are expanded when they load
+            # With a bias, a product of two axes (a pooler's) becomes a Gemm, which has no such kernel.
+            rest = method == "int8_static" and name in ZOO
+            assert kernels[kernel] == PRODUCTS[name] - rest and not kernels["MatMul"] + kernels["Gemm"]
 
 
 def fused_kernels(file: Path, folder: Path) -> collections.Counter[str]:
@@ -166,7 +170,7 @@ def fused_kernels(file: Path, folder: Path) -> collections.Counter[str]:
     return collections.Counter(node.op_type for node in graph.node)
 
 
-CLOSENESS = {"rtn_8": 5e-4, "int8": 2e-3, "int8_static": 5e-3, "cast": 1e-5}
+CLOSENESS = {"rtn_8": 5e-4, "int8": 2e-3, "cast": 1e-5}
 
 
 @pytest.mark.parametrize("name", grouped(FEW))
@@ -179,18 +183,27 @@ def test_outputs_stay_close(method: str, name: str) -> None:
 
 @pytest.mark.parametrize("name", grouped(FEW))
 def test_smoothquant_changes_nothing(name: str) -> None:
+    """And leaves alone what reads a residual stream that others read too (post-norm)."""
     made = quantized(name, "smoothquant")
-    assert made.history[-1].matches > 0 and made.semantics == "exact"
+    assert (made.history[-1].matches > 0) == (name != "bert") and made.semantics == "exact"
     assert max(d.nmse for d in differences(bundle(name), made)) < 1e-10
 
 
-@pytest.mark.parametrize("name", grouped(("vit", "llama")))
-def test_composes_with_tokens_and_caches(name: str) -> None:
+COMPOSED = [("vit", method, "tome{r=4}") for method in ("rtn", "int8", "cast")]
+COMPOSED += [("modernbert", "int8", "tome{r=4}"), ("llama", "rtn", "h2o{budget=18 recent=4 every=4}")]
+
+
+@pytest.mark.parametrize(
+    ("name", "method", "other"),
+    [pytest.param(*c, marks=[pytest.mark.xdist_group(f"decoder-{c[0]}")]) for c in COMPOSED],
+)
+def test_composes_with_tokens_and_caches(name: str, method: str, other: str) -> None:
     """In either order the same program."""
-    other = "tome{r=4}" if name == "vit" else "h2o{budget=18 recent=4 every=4}"
-    one, two = (quantized(name, p) for p in (f"{METHODS['rtn']},{other}", f"{other},{METHODS['rtn']}"))
-    assert max(d.nmse for d in differences(one, two)) < 1e-9
+    one, two = (
+        quantized(name, text) for text in (f"{METHODS[method]},{other}", f"{other},{METHODS[method]}")
+    )
     assert all(step.matches for step in (*one.history, *two.history))
+    assert max(d.nmse for d in differences(one, two)) < 1e-9
 
 
 # --- laws of the methods ----------------------------------------------------------------------------------
@@ -331,12 +344,14 @@ def test_dynamic_scales_are_per_token() -> None:
     """A token is rounded as if it were alone, however large the others are."""
     made = quantized("llama", "int8")
     assert made.history[-1].matches == len(find_linears(program_module(bundle("llama").main).graph))
-    from tokopt.passes.quantize.int8 import dynamic_product
-
     x = torch.randn(2, 5, 32)
     weight = torch.randn(8, 32)
-    together = dynamic_product(x * torch.tensor([1.0, 1e3, 1e-3, 0.0, 7.0])[:, None], weight, None, False)
-    alone = dynamic_product(x[:, 2:3] * 1e-3, weight, None, False)
+
+    def product(x: Tensor) -> Tensor:
+        return scaled_product(*rounded_tokens(x), weight, None, False)
+
+    together = product(x * torch.tensor([1.0, 1e3, 1e-3, 0.0, 7.0])[:, None])
+    alone = product(x[:, 2:3] * 1e-3)
     torch.testing.assert_close(together[:, 2:3], alone)
     assert not together[:, 3].any()
 
@@ -431,7 +446,7 @@ def test_bad_samples_are_refused(name: str, calibration: object, reason: str) ->
 
 def test_patterns_choose_layers() -> None:
     made = tokopt.optimize(
-        captured("vit"), 'rtn{group=16 only=["*layer.0*"] skip=["*attention*"]}', strict=True
+        captured("vit"), 'rtn{group=16 only=["layers.0*"] skip=["*attention*"]}', strict=True
     )
     module = program_module(made.main)
     assert made.history[-1].matches == 2

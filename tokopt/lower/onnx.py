@@ -27,6 +27,7 @@ import tokopt.kernels
 from tokopt import __version__
 from tokopt.bundle import Program
 from tokopt.errors import LoweringError
+from tokopt.lower.fusions import merge_products
 from tokopt.lower.parity import check_parity
 from tokopt.lower.weights import pack_weights
 from tokopt.rewrite import axis_names
@@ -123,6 +124,8 @@ def lower(
     _simplify(model)
     expand_rotary_tables(model)
     pack_weights(model)
+    merge_products(model)
+    passes.RemoveUnusedNodesPass()(model)
     # Only now: shape inference inside a body, where inputs have no shape, gets the rank of Max wrong.
     tokopt.kernels.attach_functions(model)
     weights = weights or WeightFile(directory)

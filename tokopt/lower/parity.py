@@ -9,10 +9,11 @@ import numpy as np
 import onnxruntime
 import torch
 
+from tokopt.analysis.graph import dtype_name
 from tokopt.bundle import Program
 from tokopt.errors import LoweringError
 from tokopt.lower.selections import expose_selections, run_with_selections, selects
-from tokopt.runtime.numerics import check_output
+from tokopt.runtime.numerics import LIMITS, check_output
 
 ACTIVATIONS = "session.qdq_matmulnbits_accuracy_level"
 """How ONNX Runtime multiplies with block-quantized weights: 1 in float32, 4 with activations of 8 bits."""
@@ -28,6 +29,7 @@ def check_parity(program: Program, path: Path, name: str, *, tolerance: float | 
     that the dtype of an output allows. Raises LoweringError naming the output, its NMSE and the sizes.
     """
     session = _session(path, name)
+    tolerance = _coarsest(program) if tolerance is None else tolerance
     exported = program.exported.module(check_guards=False)
     for sizes, inputs in resized_examples(program):
         try:
@@ -47,6 +49,13 @@ def check_parity(program: Program, path: Path, name: str, *, tolerance: float | 
                 f"{where}: {fault}; if the example inputs of capture are noise, give it real ones, else report "
                 "it, or pass check=False"
             )
+
+
+def _coarsest(program: Program) -> float | None:
+    """The limit of the half-precision dtype that a program computes in; None where it has none."""
+    values = [node.meta.get("val") for node in program.exported.graph.nodes]
+    found = {dtype_name(value.dtype) for value in values if isinstance(value, torch.Tensor)}
+    return max((LIMITS[dtype] for dtype in found & {"float16", "bfloat16"}), default=None)
 
 
 def _fault(

@@ -1,9 +1,10 @@
-"""Compare two forms of a program that chooses tokens, when rounding made them choose differently.
+"""Compare two forms of a program that chooses tokens or rounds activations, when they chose differently.
 
 Among many tokens some are nearly equally good, and two engines that round differently take different ones;
 everything after the choice then differs, although both are right. So the ONNX form runs with its selections as
 further outputs, and the exported program runs again with each of its selections replaced by the ONNX one:
-all arithmetic must agree as closely as ever, and the selections themselves on nearly all tokens.
+all arithmetic must agree as closely as ever, and the selections themselves on nearly all tokens. So it is with
+activations that are rounded to 8 bits: what lies near the middle of two steps falls either way.
 """
 
 from __future__ import annotations
@@ -20,7 +21,9 @@ from torch import Tensor
 from torch.fx import Interpreter, Node
 
 from tokopt.bundle import Program
-from tokopt.kernels import SELECTIONS, ops
+from tokopt.kernels import ROUNDINGS, SELECTIONS, ops
+
+CHOICES = SELECTIONS + ROUNDINGS
 
 DIFFERENT = 0.02
 """The largest share of tokens on which two forms of one selection may differ, beside :data:`SLACK`."""
@@ -35,7 +38,7 @@ SLACK = 2
 
 @dataclass(frozen=True)
 class Selection:
-    """One selection in both forms: the tokens that fared differently, out of ``tokens``."""
+    """One selection in both forms: the tokens (numbers, where it rounds) that fared differently, out of ``tokens``."""
 
     name: str
     different: int
@@ -49,7 +52,7 @@ class Selection:
 
 
 def selects(program: Program) -> bool:
-    """Whether the program chooses tokens."""
+    """Whether the program chooses tokens, or rounds activations."""
     return any(_selection(node) for node in program.exported.graph.nodes)
 
 
@@ -58,7 +61,7 @@ def expose_selections(path: Path) -> tuple[Path, list[list[str]]]:
     model = ir.load(path)
     names = []
     for node in model.graph:
-        if node.domain == "tokopt" and node.op_type in SELECTIONS:
+        if node.domain == "tokopt" and node.op_type in CHOICES:
             names.append([str(value.name) for value in node.outputs])
             known = {value.name for value in model.graph.outputs}
             model.graph.outputs.extend(value for value in node.outputs if value.name not in known)
@@ -85,7 +88,8 @@ class _Forced(Interpreter):
         forced = next(self.given)
         outputs = list(own) if isinstance(own, (tuple, list)) else [own]
         share = DIFFERENT_BY_RANK if n.target == ops.energy_match.default else DIFFERENT
-        self.compared.append(Selection(n.name, *_compare(outputs, forced), share))
+        found = _compare_steps(own, forced[0], n) if _rounds(n) else _compare(outputs, forced)
+        self.compared.append(Selection(n.name, *found, share))
         return tuple(forced) if isinstance(own, (tuple, list)) else forced[0]
 
 
@@ -101,7 +105,19 @@ def run_with_selections(
 
 
 def _selection(node: Node) -> bool:
-    return node.op == "call_function" and node.target in {getattr(ops, name).default for name in SELECTIONS}
+    return node.op == "call_function" and node.target in {getattr(ops, name).default for name in CHOICES}
+
+
+def _rounds(node: Node) -> bool:
+    return node.target in {getattr(ops, name).default for name in ROUNDINGS}
+
+
+def _compare_steps(own: Tensor, given: Tensor, node: Node) -> tuple[int, int]:
+    """How many numbers fell on another step, and how many there are; all of them if one fell further than the next."""
+    step = node.args[1]
+    assert isinstance(step, float)
+    apart = (own - given).abs() / step
+    return (own.numel() if bool((apart > 1.5).any()) else int((apart > 0.5).sum())), own.numel()
 
 
 def _compare(own: list[Tensor], given: list[Tensor]) -> tuple[int, int]:

@@ -67,7 +67,7 @@ def _dequantize(
     else:
         attributes = {"axis": 0, "block_size": group}
     operands = [
-        _initializer(graph, f"{given.name}_packed", part)
+        put_initializer(graph, f"{given.name}_packed", part.T)
         for given, part in zip(node.inputs, parts, strict=False)
         if given is not None
     ]
@@ -90,7 +90,7 @@ def _gemm_to_matmul(graph: ir.Graph, gemm: ir.Node, weight: ir.Value) -> None:
         made.metadata_props.update(gemm.metadata_props)
         made.outputs[0].type, made.outputs[0].shape = gemm.outputs[0].type, gemm.outputs[0].shape
     graph.insert_before(gemm, nodes)
-    gemm.outputs[0].replace_all_uses_with(nodes[-1].outputs[0], replace_graph_outputs=True)
+    take_over(nodes[-1].outputs[0], gemm.outputs[0])
     graph.remove(gemm, safe=True)
 
 
@@ -99,11 +99,19 @@ def _array(value: ir.Value | None) -> np.ndarray:
     return value.const_value.numpy()
 
 
-def _initializer(graph: ir.Graph, name: str, array: np.ndarray) -> ir.Value:
-    array = np.ascontiguousarray(array.T)
+def take_over(new: ir.Value, old: ir.Value) -> None:
+    """Put a value in the place of another everywhere; an output of the graph keeps its name."""
+    name = old.name
+    if old.is_graph_output():
+        old.name, new.name = f"{name}_before", name
+    old.replace_all_uses_with(new, replace_graph_outputs=True)
+
+
+def put_initializer(graph: ir.Graph, name: str, array: np.ndarray) -> ir.Value:
+    """The initializer of that name, made if it is not there."""
     if name in graph.initializers:
         return graph.initializers[name]
-    tensor = ir.Tensor(array, name=name)
+    tensor = ir.Tensor(np.ascontiguousarray(array), name=name)
     value = ir.Value(
         name=name, shape=ir.Shape(array.shape), type=ir.TensorType(tensor.dtype), const_value=tensor
     )
