@@ -20,6 +20,9 @@ Provider = str | tuple[str, Mapping[str, object]]
 
 _CPU = "CPUExecutionProvider"
 
+ACTIVATIONS = ("session.qdq_matmulnbits_accuracy_level", "4")
+"""Products with weights in 4 or 8 bits round what they read to 8 bits per block: 2 to 4 times as fast."""
+
 
 def load(
     path: str | Path,
@@ -193,6 +196,7 @@ def _session(
     names, options = _providers(providers)
     settings = onnxruntime.SessionOptions()
     settings.log_severity_level = 3  # errors only: what matters is raised
+    settings.add_session_config_entry(*ACTIVATIONS)
     if threads is not None:
         if isinstance(threads, bool) or not isinstance(threads, int) or threads < 1:
             raise InputError(f"threads is {threads!r}, it must be a positive integer, or None for all cores")

@@ -153,6 +153,24 @@ def test_run_reads_images(capsys: pytest.CaptureFixture[str], folder: Path, tmp_
     assert "no readable image" in error
 
 
+def test_quantize_with_images_and_compare(
+    capsys: pytest.CaptureFixture[str], folder: Path, tmp_path: Path
+) -> None:
+    image = pytest.importorskip("PIL.Image")
+    files = [tmp_path / f"{colour}.png" for colour in ("red", "blue")]
+    for file in files:
+        image.effect_noise((40, 40), 90).convert("RGB").save(file)
+    given, made = folder / "plain.tokopt", tmp_path / "int8.tokopt"
+    pipeline = "smoothquant,int8{activations=static}"
+    done = answer(capsys, "optimize", given, pipeline, "-o", made, "--calibrate", *files)
+    assert [step["matches"] > 0 for step in done["passes"]] == [True, True]
+    found = answer(capsys, "compare", given, made, *files)
+    assert 0.9 < found["smallest cosine"] <= found["cosine"] < 1
+    assert "needs inputs to calibrate" in complaint(
+        capsys, 2, "optimize", given, pipeline, "-o", tmp_path / "b"
+    )
+
+
 def test_verify_passes_and_finds_damage(
     capsys: pytest.CaptureFixture[str], folder: Path, tmp_path: Path
 ) -> None:

@@ -70,6 +70,18 @@ def test_stream_prints_the_same_text(capsys: pytest.CaptureFixture[str], artifac
     assert capsys.readouterr().out == whole and len(whole.strip()) == 12
 
 
+def test_quantize_with_text_and_compare(
+    capsys: pytest.CaptureFixture[str], artifacts: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "text.txt").write_text("abcdefghij" * 70)
+    text, given, made = tmp_path / "text.txt", artifacts / "full.bundle.tokopt", tmp_path / "w4"
+    done = answer(capsys, "optimize", given, "gptq{group=16}", "-o", made, "--calibrate", text)
+    assert done["passes"][0]["matches"] == 15
+    found = answer(capsys, "compare", given, made, text)
+    assert 0 < found["KL divergence"] < 1 and found["perplexity before"] > 1
+    assert answer(capsys, "compare", given, given, text)["KL divergence"] == 0
+
+
 def test_seeds_repeat_a_draw(capsys: pytest.CaptureFixture[str], artifacts: Path) -> None:
     def draw(seed: int) -> str:
         command = ("generate", artifacts / "full.tokopt", "hello", "--temperature", 2, "--seed", seed)
@@ -95,6 +107,16 @@ def test_other_verbs_know_language_models(
         ("generate", "full.tokopt", "a", "--chat"): "chat template",
         ("generate", "nowhere.tokopt", "a"): "is no tokopt artifact",
         ("run", "full.tokopt"): "tokopt generate",
+        (
+            "optimize",
+            "full.bundle.tokopt",
+            "gptq",
+            "-o",
+            "x",
+            "--calibrate",
+            "photo.png",
+        ): "photo.png is no text",
+        ("optimize", "full.bundle.tokopt", "gptq", "-o", "x", "--calibrate", "no.txt"): "is no readable text",
         ("estimate", "full.bundle.tokopt", "h2o{budget=50}"): "estimate predicts encoders",
     }.items(),
 )

@@ -6,6 +6,7 @@ import collections
 import copy
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -64,7 +65,7 @@ def bundle(name: str) -> Bundle:
     return captured(name) if name in ZOO else language.bundle(name)
 
 
-def samples(name: str) -> list[object]:
+def samples(name: str) -> list[Any]:
     """Calibration inputs."""
     if name in ZOO:
         return [tuple(ZOO[name].inputs(seed=seed).values()) for seed in (3, 4)]
@@ -103,7 +104,7 @@ def naive_rtn(weight: np.ndarray, bits: int, group: int) -> np.ndarray:
 def round_weights(model: nn.Module) -> nn.Module:
     """A copy of an eager model with every linear's weight rounded in place; a tied output is untied."""
     model = copy.deepcopy(model)
-    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    head: Any = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None  # type: ignore[operator]
     if head is not None:
         head.weight = nn.Parameter(head.weight.detach().clone(), requires_grad=False)
     for module in model.modules():
@@ -209,12 +210,12 @@ def test_composes_with_tokens_and_caches(name: str, method: str, other: str) -> 
 # --- laws of the methods ----------------------------------------------------------------------------------
 
 
-def layers(name: str) -> list[tuple[Tensor, object]]:
+def layers(name: str) -> list[tuple[Tensor, Any]]:
     """Weight and moments of every linear."""
     given = bundle(name)
     module = program_module(given.main)
     linears = find_linears(module.graph)
-    known = collect(given, module, [linear.input for linear in linears], samples(name))  # type: ignore[arg-type]
+    known = collect(given, module, [linear.input for linear in linears], samples(name))
     found = [(linear.matrix(module), known[linear.input]) for linear in linears]
     return [(weight, moments) for weight, moments in found if weight.shape[1] % GROUP == 0]
 
@@ -237,15 +238,15 @@ def test_gptq_loses_less_than_rounding_in_every_layer(name: str) -> None:
     for weight, moments in layers(name):
         plain = RTN(group=GROUP).quantize(weight, 4, None).dequantized()
         for order in (False, True):
-            better = GPTQ(group=GROUP, order=order).quantize(weight, 4, moments).dequantized()  # type: ignore[arg-type]
-            assert output_error(weight, better, moments) <= output_error(weight, plain, moments)  # type: ignore[arg-type]
+            better = GPTQ(group=GROUP, order=order).quantize(weight, 4, moments).dequantized()
+            assert output_error(weight, better, moments) <= output_error(weight, plain, moments)
 
 
 def test_gptq_of_uncorrelated_inputs_is_rounding() -> None:
     (weight, moments), *_ = layers("vit")
-    moments.gram = torch.eye(weight.shape[1])  # type: ignore[attr-defined]
+    moments.gram = torch.eye(weight.shape[1])
     for order in (False, True):
-        got = GPTQ(group=GROUP, order=order).quantize(weight, 4, moments)  # type: ignore[arg-type]
+        got = GPTQ(group=GROUP, order=order).quantize(weight, 4, moments)
         wanted = RTN(group=GROUP).quantize(weight, 4, None)
         assert (got.codes != wanted.codes).float().mean() < 1e-3  # ties by a last bit of 1 / U
 
@@ -254,20 +255,20 @@ def test_gptq_is_optimal_among_single_corrections() -> None:
     """The last column's code is the nearest to what the columns before left over: checked against brute force."""
     (weight, moments), *_ = layers("vit")
     weight = weight[:4]
-    got = GPTQ(group=GROUP, damp=1e-6).quantize(weight, 4, moments)  # type: ignore[arg-type]
-    base = output_error(weight, got.dequantized(), moments)  # type: ignore[arg-type]
+    got = GPTQ(group=GROUP, damp=1e-6).quantize(weight, 4, moments)
+    base = output_error(weight, got.dequantized(), moments)
     for row in range(4):
         for code in range(16):
             codes = got.codes.clone()
             codes[row, -1] = code
             changed = QuantizedWeight(codes, got.scale, got.zero, GROUP).dequantized()
-            assert output_error(weight, changed, moments) >= base - 1e-7  # type: ignore[arg-type]
+            assert output_error(weight, changed, moments) >= base - 1e-7
 
 
 def test_dead_inputs_get_no_weight() -> None:
     (weight, moments), *_ = layers("vit")
-    moments.gram[3] = moments.gram[:, 3] = 0  # type: ignore[attr-defined]
-    got = GPTQ(group=GROUP).quantize(weight, 4, moments).dequantized()  # type: ignore[arg-type]
+    moments.gram[3] = moments.gram[:, 3] = 0
+    got = GPTQ(group=GROUP).quantize(weight, 4, moments).dequantized()
     assert not got[:, 3].any()
 
 
@@ -277,10 +278,10 @@ def test_awq_clipping_never_loses(name: str) -> None:
     for weight, moments in layers(name):
         found = {}
         for clip in (False, True):
-            made = AWQ(group=GROUP, clip=clip).quantize(weight, 4, moments)  # type: ignore[arg-type]
+            made = AWQ(group=GROUP, clip=clip).quantize(weight, 4, moments)
             wrong = (made.dequantized() - weight).unflatten(1, (-1, GROUP))
             starts = range(0, weight.shape[1], GROUP)
-            blocks = torch.stack([moments.gram[i : i + GROUP, i : i + GROUP] for i in starts])  # type: ignore[attr-defined]
+            blocks = torch.stack([moments.gram[i : i + GROUP, i : i + GROUP] for i in starts])
             found[clip] = (torch.einsum("ogi,gij->ogj", wrong, blocks) * wrong).sum(-1)
         assert (found[True] <= found[False] * (1 + 1e-5) + 1e-9).all()
 
@@ -297,8 +298,8 @@ def test_nupes_with_exponent_1_is_rounding_and_a_search_never_loses() -> None:
         plain = RTN(group=GROUP, symmetric=True).quantize(weight, 4, None)
         one = NUPES(group=GROUP, exponent=1.0).quantize(weight, 4, None)
         assert torch.equal(one.codes, plain.codes) and torch.equal(one.dequantized(), plain.dequantized())
-        best = NUPES(group=GROUP).quantize(weight, 4, moments)  # type: ignore[arg-type]
-        errors = [output_error(weight, made.dequantized(), moments) for made in (best, plain)]  # type: ignore[arg-type]
+        best = NUPES(group=GROUP).quantize(weight, 4, moments)
+        errors = [output_error(weight, made.dequantized(), moments) for made in (best, plain)]
         assert errors[0] <= errors[1]
 
 
@@ -390,7 +391,8 @@ def test_a_grid_is_found_and_kept(kind: str, seed: int) -> None:
 def test_kept_grids_compute_the_same(kind: str, tmp_path: Path) -> None:
     model = nn.Sequential(nn.Linear(64, 96), nn.GELU(), nn.Linear(96, 32)).requires_grad_(False)
     for i in (0, 2):
-        model[i].weight.data = on_grid(kind, *model[i].weight.shape, seed=i)
+        weight = model[i].weight
+        weight.data = on_grid(kind, weight.shape[0], weight.shape[1], seed=i)  # type: ignore[arg-type]
     given = tokopt.capture(model, (torch.randn(3, 64),))
     made = tokopt.optimize(given, "keep_grid", strict=True)
     assert made.history[-1].matches == 2 and made.semantics == "exact"
@@ -439,9 +441,9 @@ def test_what_cannot_be_is_refused(pipeline: str, reason: str) -> None:
         ("llama", [[0, 97]], "give token ids below 97"),
     ],
 )
-def test_bad_samples_are_refused(name: str, calibration: object, reason: str) -> None:
+def test_bad_samples_are_refused(name: str, calibration: Any, reason: str) -> None:
     with pytest.raises(TokoptError, match=reason):
-        tokopt.optimize(bundle(name), METHODS["gptq"], calibration=calibration)  # type: ignore[arg-type]
+        tokopt.optimize(bundle(name), METHODS["gptq"], calibration=calibration)
 
 
 def test_patterns_choose_layers() -> None:

@@ -30,6 +30,11 @@ from tokopt.kernels import ops
 Kind = Literal["self", "cross", "pooling"]
 Style = Literal["pre-norm", "post-norm", "parallel"]
 
+_WRAPPERS = (
+    *(aten.dropout, aten.clone, aten.contiguous, aten.to, aten._to_copy),
+    *(aten.view, aten.reshape, aten.transpose, aten.permute),
+)
+
 _WEIGHTED = (aten.linear, aten.addmm, aten.mm, aten.convolution, aten.conv1d, aten.conv2d)
 
 
@@ -139,11 +144,15 @@ def _projected_from(node: Node) -> set[Node]:
 
 
 def _unwrap(node: Node) -> Node:
-    while is_call(
-        node, aten.dropout, aten.clone, aten.contiguous, aten.view, aten.reshape, aten.transpose, aten.permute
-    ):
-        node = node.args[0]  # type: ignore[assignment]
-    return node
+    """Past what leaves a tensor's values as they are, or rounds them for one product."""
+    while True:
+        rounded = is_call(node, ops.fake_quantize)
+        if rounded or is_call(node, *_WRAPPERS):
+            node = node.args[0]  # type: ignore[assignment]
+            if rounded and is_call(node, aten.div):
+                node = node.args[0]  # type: ignore[assignment]
+        else:
+            return node
 
 
 def _block(site: Site, index: int) -> Block | NoBlock:
@@ -171,19 +180,33 @@ def _residual_add(site: Site) -> Node | str:
     upstream = ancestors(site.node)
     current = site.node
     while True:
-        users = value_users(current)
-        if len(users) != 1:
-            return "no residual add found: the attention's output is used in several places"
-        (user,) = users
-        if user.op == "output":
-            return "no residual add found: the attention's output leaves the model"
-        if is_call(user, aten.add) and not user.kwargs:
-            other = _other_operand(user, current)
-            if other in upstream and _same_shape(other, user):
-                return user
-        if not is_tensor(user):
-            return f"no residual add found: the attention's output goes into {user.target}"
-        current = user
+        following = _meeting(current)
+        if following is None:
+            several = len(value_users(current)) > 1
+            how = "is used in several places" if several else "leaves the model"
+            return f"no residual add found: the attention's output {how}"
+        if is_call(following, aten.add) and not following.kwargs:
+            other = _other_operand(following, current)
+            if other in upstream and _same_shape(other, following):
+                return following
+        if not is_tensor(following):
+            return f"no residual add found: the attention's output goes into {following.target}"
+        current = following
+
+
+def _meeting(node: Node) -> Node | None:
+    """The first node that everything made of ``node`` goes through, or None where some of it leaves the model."""
+    open_ = set(value_users(node))
+    for following in node.graph.nodes:
+        if following not in open_:
+            continue
+        if following.op == "output":
+            return None
+        if open_ == {following}:
+            return following
+        open_.remove(following)
+        open_.update(value_users(following))
+    return None
 
 
 def _other_operand(add: Node, operand: Node) -> Node | None:

@@ -30,6 +30,7 @@ from tokopt.analysis.graph import (
     tensor_inputs,
     value_users,
 )
+from tokopt.kernels import ops
 
 
 @dataclass(frozen=True)
@@ -556,25 +557,37 @@ class _Tracer:
         return Label(tuple(moved), self.stage_of(operands))
 
     def pool(self, node: Node) -> Label:
-        operand = node.args[0]
-        assert isinstance(operand, Node)
-        label = self.only(node)
-        rank = len(sizes(operand))
-        dims = node.args[1] if len(node.args) > 1 and node.args[1] is not None else list(range(rank))
-        pooled = {d % rank for d in ([dims] if isinstance(dims, int) else dims)}  # type: ignore[union-attr]
-        keepdim = bool(argument(node, 2, "keepdim", False))
+        label, pooled = self.only(node), _reduced(node)
         for axis in label.axes:
-            if axis.dim in pooled:
-                if axis.stop is not None:
-                    continue
+            if axis.dim in pooled and axis.stop is None:
                 if not axis.plain or len(label.axes) > 1 or len(pooled) > 1:
                     raise _Cannot("it pools tokens together with another axis")
                 self.trace.edits.append(Pool(node, axis, label.stage))
-        kept = [a for a in label.axes if a.dim not in pooled]
-        shift = 0 if keepdim else 1
-        return Label(
-            tuple(replace(a, dim=a.dim - shift * sum(p < a.dim for p in pooled)) for a in kept), label.stage
-        )
+        return _without(label, node, pooled)
+
+    def extreme(self, node: Node) -> Label:
+        label, pooled = self.only(node), _reduced(node)
+        if any(axis.dim in pooled for axis in label.axes):
+            raise _Cannot("the largest over tokens")
+        return _without(label, node, pooled)
+
+
+def _reduced(node: Node) -> set[int]:
+    """The axes that a sum, mean or maximum takes away."""
+    operand = node.args[0]
+    assert isinstance(operand, Node)
+    rank = len(sizes(operand))
+    dims = node.args[1] if len(node.args) > 1 and node.args[1] is not None else list(range(rank))
+    return {d % rank for d in ([dims] if isinstance(dims, int) else dims)}  # type: ignore[union-attr]
+
+
+def _without(label: Label, node: Node, reduced: set[int]) -> Label:
+    """The token axes that are left, where they are now."""
+    shift = 0 if argument(node, 2, "keepdim", False) else 1
+    kept = [a for a in label.axes if a.dim not in reduced]
+    return Label(
+        tuple(replace(a, dim=a.dim - shift * sum(r < a.dim for r in reduced)) for a in kept), label.stage
+    )
 
 
 _RULES: list[tuple[tuple[object, ...], Callable[[_Tracer, Node], Label | None]]] = [
@@ -598,12 +611,13 @@ _RULES: list[tuple[tuple[object, ...], Callable[[_Tracer, Node], Label | None]]]
     ((aten.cat,), _Tracer.cat),
     ((aten.stack,), _Tracer.stack),
     ((aten.mean, aten.sum), _Tracer.pool),
+    ((aten.amax, aten.amin), _Tracer.extreme),
     (
         (aten.dropout, aten.clone, aten.contiguous, aten.to, aten._to_copy, aten.alias, aten.detach),
         _Tracer.same,
     ),
     ((aten.type_as,), _Tracer.first),
-    ((aten.ones_like, aten.zeros_like), _Tracer.same),
+    ((aten.ones_like, aten.zeros_like, ops.fake_quantize), _Tracer.same),
 ]
 
 

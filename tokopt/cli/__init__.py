@@ -92,6 +92,13 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--strict", action="store_true", help="exit with 3 when a pass refuses a site or changes nothing"
     )
+    p.add_argument(
+        "--calibrate",
+        nargs="+",
+        metavar="FILE",
+        help="real inputs for passes that measure: images, .npy, .npz, or text for a language model",
+    )
+    _colours(p)
     p.add_argument("--dump", type=Path, metavar="DIR", help="write the program's code there after every pass")
     p.add_argument(
         "--reproducers", type=Path, metavar="DIR", help="where to write a reproducer when a pass fails"
@@ -130,12 +137,7 @@ def _parser() -> argparse.ArgumentParser:
         "inputs", nargs="*", metavar="FILE", help="inputs (default: the example stored in the artifact)"
     )
     p.add_argument("-o", "--output", type=Path, metavar="FILE", help="save to .npy or .npz")
-    p.add_argument(
-        "--mean", type=_numbers, default=(0.485, 0.456, 0.406), help="of each colour (default: ImageNet's)"
-    )
-    p.add_argument(
-        "--std", type=_numbers, default=(0.229, 0.224, 0.225), help="of each colour (default: ImageNet's)"
-    )
+    _colours(p)
     _threads(p)
 
     p = verb(
@@ -191,6 +193,18 @@ def _parser() -> argparse.ArgumentParser:
         help="the largest normalised mean squared error that is fine",
     )
 
+    p = verb(
+        "compare",
+        "measure what a pipeline cost, on real inputs: cosine, or KL, top-1 and perplexity",
+        "tokopt compare smollm2.bundle.tokopt w4.bundle.tokopt text.txt",
+    )
+    p.add_argument("artifact", metavar="MODEL", help=_MODEL)
+    p.add_argument("other", metavar="MODEL", help="what was made of it")
+    p.add_argument(
+        "inputs", nargs="+", metavar="FILE", help="images, .npy, .npz, or text for a language model"
+    )
+    _colours(p)
+
     verb("passes", "list the passes with their options", "tokopt passes")
     return parser
 
@@ -203,6 +217,15 @@ def _artifact_and_pipeline(parser: argparse.ArgumentParser) -> None:
 def _output(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "-o", "--output", type=Path, required=True, metavar="DIR", help="the artifact to write"
+    )
+
+
+def _colours(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--mean", type=_numbers, default=(0.485, 0.456, 0.406), help="of each colour (default: ImageNet's)"
+    )
+    parser.add_argument(
+        "--std", type=_numbers, default=(0.229, 0.224, 0.225), help="of each colour (default: ImageNet's)"
     )
 
 

@@ -4,12 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from tokopt.cli.models import require
 from tokopt.errors import InputError
 from tokopt.runtime.manifest import ProgramEntry, Tensor
+from tokopt.runtime.text import Tokenizer
+
+if TYPE_CHECKING:
+    from tokopt.analysis.calibration import Sample
+    from tokopt.bundle import Bundle
 
 IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 
@@ -41,6 +47,43 @@ def read_inputs(
     raise InputError(
         f"inputs are one .npz, or .npy files in the order of {', '.join(names)}, or images; not {paths}"
     )
+
+
+TEXT = (".txt", ".md", ".rst")
+WINDOW = 512
+"""Tokens of one calibration sample of text."""
+
+
+def read_samples(
+    paths: Sequence[str], bundle: Bundle, mean: Sequence[float], std: Sequence[float]
+) -> list[Sample]:
+    """Samples for calibration: every file that ``run`` takes, one by one; text in windows for a language model."""
+    if bundle.task != "causal-lm":
+        entry = ProgramEntry(
+            tuple(Tensor(**vars(spec)) for spec in bundle.main.inputs),
+            tuple(Tensor(**vars(spec)) for spec in bundle.main.outputs),
+            {},
+            {},
+        )
+        names = [spec.name for spec in bundle.main.inputs]
+        feeds = (read_inputs([path], entry, mean, std) for path in paths)
+        return [[feed[name] for name in names if name in feed] for feed in feeds]
+    if bundle.tokenizer is None or bundle.generation is None:
+        raise InputError("the bundle has no tokenizer to read text with; capture the model from its folder")
+    tokenizer = Tokenizer(bundle.tokenizer, bundle.generation.vocabulary)
+    window = min(WINDOW, bundle.generation.context)
+    samples: list[Sample] = []
+    for path in paths:
+        if Path(path).suffix.lower() not in TEXT:
+            raise InputError(
+                f"{path} is no text ({', '.join(TEXT)}), which a language model is calibrated with"
+            )
+        try:
+            ids = tokenizer.encode(Path(path).read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError) as error:
+            raise InputError(f"{path} is no readable text: {error}") from error
+        samples += [ids[start : start + window] for start in range(0, len(ids), window)]
+    return samples
 
 
 def _numpy_file(path: str):

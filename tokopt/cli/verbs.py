@@ -37,14 +37,17 @@ def capture(args: Namespace, screen: Screen) -> int:
 def optimize(args: Namespace, screen: Screen) -> int:
     """Run a pipeline and save the result as an artifact of target torch."""
     import tokopt
+    from tokopt.cli.inputs import read_samples
     from tokopt.debug import dump_to
     from tokopt.pipeline import Context, as_pipeline
 
     pipeline = as_pipeline(args.pipeline)
     observers = (dump_to(args.dump),) if args.dump else ()
-    context = Context(strict=args.strict, observers=observers, reproducers=args.reproducers)
     with screen.step(f"Optimising {args.artifact} with {pipeline}"):
-        bundle, report = pipeline.run(read_bundle(args.artifact), context)
+        given = read_bundle(args.artifact)
+        samples = read_samples(args.calibrate, given, args.mean, args.std) if args.calibrate else None
+        context = Context(args.strict, observers, args.reproducers, samples)
+        bundle, report = pipeline.run(given, context)
         path = tokopt.export(bundle, args.output, target="torch")
     _show_report(report, screen)
     screen.line(f"{path}: {bundle.pipeline} ({bundle.semantics})")
@@ -296,6 +299,19 @@ def bisect(args: Namespace, screen: Screen) -> int:
     screen.line(f"first pass above {found.tolerance:g}: {culprit or 'none'}")
     screen.finish({**dataclasses.asdict(found), "culprit": culprit})
     return FAILED if culprit else OK
+
+
+def compare(args: Namespace, screen: Screen) -> int:
+    """How far two models are apart on real inputs, in terms of their task."""
+    from tokopt.analysis.fidelity import fidelity
+    from tokopt.cli.inputs import read_samples
+
+    with screen.step(f"Comparing {args.artifact} with {args.other}"):
+        before, after = read_bundle(args.artifact), read_bundle(args.other)
+        found = fidelity(before, after, read_samples(args.inputs, before, args.mean, args.std))
+    screen.table(("measure", "value"), [(name, value) for name, value in found.as_dict().items()])
+    screen.finish(found.as_dict())
+    return OK
 
 
 def passes(args: Namespace, screen: Screen) -> int:

@@ -88,7 +88,7 @@ class _Forced(Interpreter):
         forced = next(self.given)
         outputs = list(own) if isinstance(own, (tuple, list)) else [own]
         share = DIFFERENT_BY_RANK if n.target == ops.energy_match.default else DIFFERENT
-        found = _compare_steps(own, forced[0], n) if _rounds(n) else _compare(outputs, forced)
+        found = _compare_steps(outputs[0], forced[0], n) if _rounds(n) else _compare(outputs, forced)
         self.compared.append(Selection(n.name, *found, share))
         return tuple(forced) if isinstance(own, (tuple, list)) else forced[0]
 
