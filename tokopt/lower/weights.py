@@ -25,9 +25,10 @@ def pack_weights(model: ir.Model) -> None:
 def _pack(graph: ir.Graph, node: ir.Node) -> None:
     readers = [use.node for use in node.outputs[0].uses()]
     products = [reader for reader in readers if _reads_transposed(reader)]
-    if not products or len(products) < len(readers):
-        return  # the function's body serves any other use
     codes, scale, zero = (_array(value) for value in node.inputs)
+    if not products or len(products) < len(readers):
+        _expand(graph, node, codes, scale, zero)
+        return
     weight = _dequantize(graph, node, codes, scale, zero)
     graph.insert_before(node, weight)
     for product in products:
@@ -39,6 +40,28 @@ def _pack(graph: ir.Graph, node: ir.Node) -> None:
     for reader in [use.node for use in weight.outputs[0].uses()]:
         if reader.op_type == "Gemm":
             _gemm_to_matmul(graph, reader, weight.outputs[0])
+    graph.remove(node, safe=True)
+
+
+def _expand(graph: ir.Graph, node: ir.Node, codes: np.ndarray, scale: np.ndarray, zero: np.ndarray) -> None:
+    """A weight that is computed with before it is multiplied: in ops that engines evaluate once, when they load.
+
+    ``DequantizeLinear`` they keep for a product to take it in, and would evaluate it in every run.
+    """
+    outputs, groups = scale.shape
+    names = [value.name for value in node.inputs if value is not None]
+    kind = ml_dtypes.uint4 if codes.max(initial=0) < 16 else np.uint8
+    packed = put_initializer(graph, f"{names[0]}_packed", codes.reshape(outputs, groups, -1).astype(kind))
+    middle = put_initializer(graph, f"{names[2]}_middle", zero[..., None].astype(np.float32))
+    steps = put_initializer(graph, f"{names[1]}_steps", scale[..., None])
+    shape = put_initializer(graph, f"{names[0]}_shape", np.array(codes.shape, np.int64))
+    wide = ir.node("Cast", [packed], attributes={"to": ir.DataType.FLOAT})
+    centred = ir.node("Sub", [wide.outputs[0], middle])
+    scaled = ir.node("Mul", [centred.outputs[0], steps])
+    flat = ir.node("Reshape", [scaled.outputs[0], shape])
+    graph.insert_before(node, [wide, centred, scaled, flat])
+    flat.outputs[0].type, flat.outputs[0].shape = node.outputs[0].type, node.outputs[0].shape
+    node.outputs[0].replace_all_uses_with(flat.outputs[0])
     graph.remove(node, safe=True)
 
 
