@@ -42,6 +42,12 @@ class QuantizedWeight:
     group: int
     exponent: float = 1.0
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of an artifact: codes of 4 bits where all fit, else of 8, and a float32 scale per group."""
+        packed = 2 if int(self.codes.max()) < 16 else 1
+        return self.codes.numel() // packed + 4 * self.scale.numel()
+
     def dequantized(self) -> Tensor:
         """The weight [out, in] that it stands for."""
         return signed_power(
@@ -158,7 +164,7 @@ class Quantization(Pass):
             weight, moments = linear.matrix(module), known.get(linear.input)
             quantized = self.apply(module, linear, bits[linear.node], moments)
             sizes[0] += 4 * weight.numel()
-            sizes[1] += weight.numel() * bits[linear.node] // 8 + 4 * quantized.scale.numel()
+            sizes[1] += quantized.nbytes
             errors.append((output_error(weight, quantized.dequantized(), moments), linear.path))
         name = "forward" if bundle.task == "encoder" else "step"
         quantized_bundle = bundle.with_program(name, reexport(bundle.main, module))

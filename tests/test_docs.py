@@ -88,7 +88,8 @@ def test_examples_in_docstrings_run(name: str) -> None:
 
 
 def test_every_pass_is_documented() -> None:
-    text = "".join((ROOT / "docs" / page).read_text() for page in ("merge-and-prune.md", "kv-eviction.md"))
+    pages = ("merge-and-prune.md", "kv-eviction.md", "quantization.md")
+    text = "".join((ROOT / "docs" / page).read_text() for page in pages)
     readme = (ROOT / "README.md").read_text()
     for name in PASSES:
         assert f"\n## {name}\n" in text and f"| `{name}` |" in readme
