@@ -37,10 +37,10 @@ def quality_table(model: str, policies: Report) -> list[str]:
     lines = [f"## Quality: {model} (weights expanded from 4-bit blocks)", ""]
     lines += [
         f"Perplexity of {WINDOWS} x {SCORED} tokens of Python's documentation after prompts of "
-        f"{' and '.join(lengths)} tokens, over that of the full cache ({baselines}); retrieval of a five-digit code "
-        f"hidden in {' and '.join(context.split()[1] for context in contexts)} tokens of it ({len(DEPTHS)} depths "
+        f"{_listed(lengths)} tokens, over that of the full cache ({baselines}); retrieval of a five-digit code "
+        f"hidden in {_listed([context.split()[1] for context in contexts])} tokens of it ({len(DEPTHS)} depths "
         "each): exact answers, and nats per token of the answer. Budgets are shares of the prompt; slots are chosen "
-        f"again after every {EVERY} tokens.",
+        f"again after every {EVERY} tokens. –: not measured.",
         "",
         "| policy | "
         + " | ".join(f"perplexity after {length}, {n}" for length in lengths for n in names)
@@ -51,14 +51,18 @@ def quality_table(model: str, policies: Report) -> list[str]:
     ]
     for policy, scores in policies.items():
         cells = [
-            f"{math.exp(scores[prompt][share] - full[prompt][share]) - 1:+.1%}" if prompt in scores else ""
+            f"{math.exp(scores[prompt][share] - full[prompt][share]) - 1:+.1%}" if prompt in scores else "–"
             for prompt in prompts
             for share in shares
         ]
         found = [retrieved(scores, share) for share in shares if set(contexts) <= set(scores)]
-        cells += [f"{e:.0%}, {n:.2f}" for e, n in found] or [""] * len(shares)
+        cells += [f"{e:.0%}, {n:.2f}" for e, n in found] or ["–"] * len(shares)
         lines.append(f"| {policy} | " + " | ".join(cells) + " |")
     return [*lines, ""]
+
+
+def _listed(words: list[str]) -> str:
+    return " and ".join([", ".join(words[:-1]), words[-1]] if len(words) > 1 else words)
 
 
 def measures(scores: Report, kind: str) -> list[str]:
@@ -77,7 +81,7 @@ def speed_table(model: str, contexts: Report) -> list[str]:
     lines = [f"## Speed: {model}, budget {BUDGET} slots, batch 1", ""]
     lines += [
         "Milliseconds per token, evictions included, and the ratio to the full cache in the same rounds; megabytes of "
-        "cache allocated.",
+        "cache allocated. –: not measured.",
         "",
         "| policy | " + " | ".join(f"{c} tokens: ms | ratio | MB" for c in contexts) + " |",
         "|---" * (1 + 3 * len(contexts)) + "|",
@@ -88,7 +92,7 @@ def speed_table(model: str, contexts: Report) -> list[str]:
             f"{1e3 * c[policy]['median'] / EVERY:.1f} | {c[policy]['ratio_median']:.2f} | "
             f"{c[policy]['bytes'] / 1e6:.0f}"
             if policy in c
-            else "not measured | |"
+            else "– | – | –"
             for c in columns
         ]
         lines.append(f"| {policy} | " + " | ".join(cells) + " |")
