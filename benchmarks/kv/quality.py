@@ -19,7 +19,7 @@ from benchmarks.kv.policies import EVERY
 from tokopt.runtime import LanguageModel, language
 from tokopt.runtime.sampling import log_probabilities
 
-PROMPTS = {"SmolLM2-135M-Instruct": (1024, 4096), "Gemma-3-270M": (1024, 4096)}
+PROMPTS = {"SmolLM2-135M-Instruct": (1024, 4096), "Gemma-3-270M": (1024,)}
 SCORED, WINDOWS = 256, 8
 """Perplexity: tokens read before eviction by model, tokens scored after it, and texts."""
 

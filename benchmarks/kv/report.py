@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from matplotlib import pyplot
 
-from benchmarks.kv.policies import BUDGET, EVERY
+from benchmarks.kv.policies import BUDGET, EVERY, POLICIES
 from benchmarks.kv.quality import DEPTHS, SCORED, WINDOWS
 
 Report = Mapping[str, Any]
@@ -101,11 +102,7 @@ def speed_table(model: str, contexts: Report) -> list[str]:
 
 def draw(report: Report, folder: Path) -> None:
     """``kv-quality.png`` and ``kv-speed.png``."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
+    pyplot.switch_backend("Agg")
     pyplot.rcParams.update({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False})
     models = report["quality"]
     columns = max(len(measures(policies["full"], "perplexity")) for policies in models.values()) + 1
@@ -138,9 +135,11 @@ def _draw_quality(axes: Any, model: str, policies: Report) -> None:
     axes[-1].axhline(100 * retrieved(full, str(shares[0]))[0], color="black", lw=0.8, ls="--", label="full")
     for axis, prompt in zip(axes, prompts, strict=False):
         tokens = prompt.split()[1]
-        axis.set(title=f"{model}: perplexity over full cache, %, after {tokens} tokens", ylim=(0, None))
-    axes[-1].set(title="hidden codes found, %", ylim=(-4, 104))
-    for axis in axes:
+        axis.set(title=f"{model}, prompt of {tokens}:\nperplexity over full cache, %", ylim=(0, None))
+    axes[-1].set(title=f"{model}:\nhidden codes found, %", ylim=(-4, 104))
+    for axis in axes[len(prompts) : -1]:
+        axis.set_axis_off()
+    for axis in (*axes[: len(prompts)], axes[-1]):
         axis.set_xscale("log", base=2)
         axis.set_xticks(shares, [f"1/{round(1 / share)}" for share in shares])
         axis.set_xlabel("budget, share of the prompt")
@@ -159,9 +158,11 @@ def _draw_speed(axes: Any, contexts: Report) -> None:
 
 
 def _style(policy: str) -> dict[str, Any]:
+    """One colour per policy in every chart."""
     if policy in ("full", "random"):
         return {"color": "black" if policy == "full" else "grey", "ls": "--", "marker": "o", "ms": 3}
-    return {"marker": "o", "ms": 3, "lw": 1.2}
+    colours = pyplot.get_cmap("tab20").colors  # type: ignore[attr-defined]
+    return {"color": colours[list(POLICIES).index(policy)], "marker": "o", "ms": 3, "lw": 1.2}
 
 
 def _save(figure: Any, path: Path) -> None:
