@@ -24,6 +24,7 @@ bench: $(VENV)/.installed  ## the measured tables of benchmarks/results
 	$(BIN)/python -m benchmarks.vision
 	$(BIN)/python -m benchmarks.decode
 	$(BIN)/python -m benchmarks.kv
+	$(BIN)/python -m benchmarks.quantize
 
 # Torch first and pinned: a dependency resolved before it could pull another build of several gigabytes.
 $(VENV)/.installed: pyproject.toml constraints.txt
