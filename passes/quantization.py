@@ -22,7 +22,7 @@ from tokopt.kernels import ops
 from tokopt.pipeline import Context, Pass, PassResult, Refusal
 from tokopt.rewrite import call, put_parameter, reexport
 
-Moments_ = dict[Node, Moments]
+Known = dict[Node, Moments]
 """Moments of the tensors that linears read."""
 
 MORE_BITS = 8
@@ -134,10 +134,10 @@ class Quantization(Pass):
         """Why a weight [out, in] cannot be quantized."""
         return None if weight.dtype == torch.float32 else f"its weight is {weight.dtype}, not float32"
 
-    def prepare(self, module: GraphModule, linears: list[Linear], known: Moments_) -> None:
+    def prepare(self, module: GraphModule, linears: list[Linear], known: Known) -> None:
         """Rewrite the float graph and its moments, in place, before anything is quantized."""
 
-    def bits_of(self, module: GraphModule, linears: list[Linear], known: Moments_) -> dict[Node, int]:
+    def bits_of(self, module: GraphModule, linears: list[Linear], known: Known) -> dict[Node, int]:
         """Bits per linear."""
         return {linear.node: MORE_BITS for linear in linears}
 
@@ -182,9 +182,7 @@ class Quantization(Pass):
                 linears.append(linear)
         return linears, tuple(refusals)
 
-    def _moments(
-        self, bundle: Bundle, module: GraphModule, linears: list[Linear], context: Context
-    ) -> Moments_:
+    def _moments(self, bundle: Bundle, module: GraphModule, linears: list[Linear], context: Context) -> Known:
         if context.calibration is None and self.needs_moments():
             raise PassError(
                 f"{self.name} needs inputs to calibrate with: pass calibration=[...] to optimize, or --calibrate on "
@@ -241,7 +239,7 @@ class WeightQuantization(Quantization):
         replace_weight(module, linear, quantized)
         return quantized
 
-    def bits_of(self, module: GraphModule, linears: list[Linear], known: Moments_) -> dict[Node, int]:
+    def bits_of(self, module: GraphModule, linears: list[Linear], known: Known) -> dict[Node, int]:
         """Those whose output gains most per byte get more until the average is reached."""
         chosen = {linear.node: self.bits for linear in linears}
         if self.average <= self.bits:

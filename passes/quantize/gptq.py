@@ -10,7 +10,7 @@ from torch import Tensor
 
 from tokopt.analysis.calibration import Moments
 from tokopt.errors import PassError
-from tokopt.passes.quantization import QuantizedWeight, WeightQuantization, fit_grid
+from tokopt.passes.quantization import Grid, QuantizedWeight, WeightQuantization, fit_grid
 
 BLOCK = 128
 """Columns whose errors are handed on to the rest of the weight together."""
@@ -42,36 +42,53 @@ class GPTQ(WeightQuantization):
         return True
 
     def quantize(self, weight: Tensor, bits: int, moments: Moments | None) -> QuantizedWeight:
-        """Codes by columns."""
+        """Codes by columns; errors are handed on at once inside a block, and beyond it block by block."""
         assert moments is not None
         weight = weight.clone()
+        weight[:, moments.gram.diagonal() == 0] = 0
+        order = self._order(moments)
+        columns = _Columns(self, bits, weight, order, _factor(moments.gram[order][:, order], self.damp))
+        for start in range(0, len(order), BLOCK):
+            columns.round_block(start, min(start + BLOCK, len(order)))
+        return QuantizedWeight(columns.codes.byte(), columns.scale, columns.zero.byte(), self.group)
+
+    def _order(self, moments: Moments) -> Tensor:
         diagonal = moments.gram.diagonal()
-        weight[:, diagonal == 0] = 0
-        columns = (
-            diagonal.argsort(descending=True, stable=True) if self.order else torch.arange(weight.shape[1])
-        )
-        factor = _factor(moments.gram[columns][:, columns], self.damp)
-        grid = fit_grid(weight, bits, self.group, symmetric=self.symmetric)
-        scale, zero = grid.scale.clone(), grid.zero.clone()
-        codes = torch.empty_like(weight)
-        left = weight[:, columns].clone()
-        for start in range(0, left.shape[1], BLOCK):
-            stop = min(start + BLOCK, left.shape[1])
-            errors = torch.empty(left.shape[0], stop - start)
-            for i in range(start, stop):
-                column = int(columns[i])
-                place = column // self.group
-                if not self.order and column % self.group == 0:
-                    fitted = fit_grid(left[:, i : i + self.group], bits, self.group, symmetric=self.symmetric)
-                    scale[:, place], zero[:, place] = fitted.scale[:, 0], fitted.zero[:, 0]
-                s, z = scale[:, place], zero[:, place]
-                code = grid.rounded(left[:, i, None, None], s[:, None], z[:, None])[:, 0, 0]
-                codes[:, column] = code
-                error = (left[:, i] - (code - z) * s) / factor[i, i]
-                left[:, i:stop] -= error[:, None] * factor[i, i:stop]
-                errors[:, i - start] = error
-            left[:, stop:] -= errors @ factor[start:stop, stop:]
-        return QuantizedWeight(codes.to(torch.uint8), scale, zero.to(torch.uint8), self.group)
+        return diagonal.argsort(descending=True, stable=True) if self.order else torch.arange(len(diagonal))
+
+    def grid(self, weight: Tensor, bits: int) -> Grid:
+        """The grid of round-to-nearest."""
+        return fit_grid(weight, bits, self.group, symmetric=self.symmetric)
+
+
+class _Columns:
+    """A weight [out, in] while its columns are rounded: what is left of each, and what became of it."""
+
+    def __init__(self, method: GPTQ, bits: int, weight: Tensor, order: Tensor, factor: Tensor) -> None:
+        self.method, self.bits, self.order, self.factor = method, bits, order, factor
+        self.grid = method.grid(weight, bits)
+        self.scale, self.zero = self.grid.scale.clone(), self.grid.zero.clone()
+        self.codes = torch.empty_like(weight)
+        self.left = weight[:, order].clone()
+
+    def round_block(self, start: int, stop: int) -> None:
+        """Round columns ``start`` to ``stop`` of the order."""
+        errors = [self._round(i, stop) for i in range(start, stop)]
+        self.left[:, stop:] -= torch.stack(errors, dim=1) @ self.factor[start:stop, stop:]
+
+    def _round(self, i: int, stop: int) -> Tensor:
+        """Round one column and take its error, which is returned over ``U_ii``, from the block's other columns."""
+        column, group = int(self.order[i]), self.method.group
+        place = column // group
+        if not self.method.order and column % group == 0:
+            fitted = self.method.grid(self.left[:, i : i + group], self.bits)
+            self.scale[:, place], self.zero[:, place] = fitted.scale[:, 0], fitted.zero[:, 0]
+        scale, zero = self.scale[:, place], self.zero[:, place]
+        code = self.grid.rounded(self.left[:, i, None, None], scale[:, None], zero[:, None])[:, 0, 0]
+        self.codes[:, column] = code
+        error = (self.left[:, i] - (code - zero) * scale) / self.factor[i, i]
+        self.left[:, i:stop] -= error[:, None] * self.factor[i, i:stop]
+        return error
 
 
 def _factor(gram: Tensor, damp: float) -> Tensor:
