@@ -17,7 +17,7 @@ import difflib
 import math
 import re
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import UnionType
@@ -51,13 +51,18 @@ class Context:
     ``strict`` turns a pass that changed nothing, or that refused a site, into a :class:`PassRefused`.
     ``observers`` see every pass. ``reproducers`` is the folder that receives the input bundle and the
     pipeline text of a pass that failed; None writes nothing. ``calibration`` holds real inputs for the passes that
-    measure (see :data:`tokopt.analysis.calibration.Sample`); it is iterated several times.
+    measure (see :data:`tokopt.analysis.calibration.Sample`), which iterate over it once each.
     """
 
     strict: bool = False
     observers: tuple[Observer, ...] = ()
     reproducers: Path | None = None
     calibration: Iterable[Sample] | None = None
+
+    def __post_init__(self) -> None:
+        """Keep what can be iterated only once."""
+        if isinstance(self.calibration, Iterator):
+            object.__setattr__(self, "calibration", list(self.calibration))
 
 
 @dataclass(frozen=True)

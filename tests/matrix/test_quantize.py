@@ -341,6 +341,14 @@ def test_it_is_deterministic() -> None:
 
 
 @llama
+def test_a_generator_serves_several_passes() -> None:
+    made = tokopt.optimize(
+        bundle("llama"), f"smoothquant,{METHODS['gptq']}", calibration=iter(samples("llama")), strict=False
+    )
+    assert all(step.matches for step in made.history)
+
+
+@llama
 def test_dynamic_scales_are_per_token() -> None:
     """A token is rounded as if it were alone, however large the others are."""
     made = quantized("llama", "int8")

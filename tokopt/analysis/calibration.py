@@ -62,9 +62,7 @@ def collect(
             watch.run(*program_inputs(bundle, sample), enable_io_processing=False)
         count += 1
     if not count:
-        raise InputError(
-            "the calibration data is empty; pass a list of inputs (a generator is used up by one reading)"
-        )
+        raise InputError("the calibration data is empty; pass a list of inputs")
     return watch.moments
 
 
