@@ -24,7 +24,8 @@ def tokenizer() -> Library:
     return library
 
 
-@pytest.fixture(scope="module")
+# Of the session: a module's fixture is made again when a worker runs another module in between.
+@pytest.fixture(scope="session")
 def artifacts(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Exported artifacts of one model: ``full`` and ``small``, whose cache is bounded."""
     folder = tmp_path_factory.mktemp("language")

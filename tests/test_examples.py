@@ -57,7 +57,8 @@ def run(*command: str | Path, cwd: Path = ROOT) -> str:
     return done.stdout
 
 
-@pytest.fixture(scope="module")
+# Of the session: a module's fixture is made again when a worker runs another module in between.
+@pytest.fixture(scope="session")
 def answer(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, Path]]:
     """What ``examples/generate.py`` prints, and the artifact it made."""
     folder = tmp_path_factory.mktemp("smollm2")
@@ -67,7 +68,7 @@ def answer(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, Path
     yield printed, folder / "smollm2.tokopt"
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def language_model(answer: tuple[str, Path]) -> LanguageModel:
     model = load(answer[1], threads=1)
     assert isinstance(model, LanguageModel)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import copy
+from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -77,11 +78,13 @@ def quantized(name: str, pipeline: str) -> Bundle:
     return tokopt.optimize(bundle(name), pipeline, calibration=samples(name))
 
 
-def grouped(names: list[str] | tuple[str, ...]) -> list[object]:
-    return [
-        pytest.param(name, marks=[pytest.mark.xdist_group(f"decoder-{name}")] if name in DECODERS else [])
-        for name in names
-    ]
+def group(name: str) -> Any:
+    """The mark that keeps the tests of one architecture in one worker, which captures it once."""
+    return pytest.mark.xdist_group(f"{'decoder' if name in DECODERS else 'encoder'}-{name}")
+
+
+def grouped(names: Iterable[str]) -> list[object]:
+    return [pytest.param(name, marks=group(name)) for name in names]
 
 
 # --- round to nearest, on everything ----------------------------------------------------------------------
@@ -120,7 +123,7 @@ def round_weights(model: nn.Module) -> nn.Module:
     return model
 
 
-@pytest.mark.parametrize("name", list(ZOO))
+@pytest.mark.parametrize("name", grouped(ZOO))
 def test_every_encoder_computes_with_rounded_weights(name: str) -> None:
     entry = ZOO[name]
     made = quantized(name, METHODS["rtn"])
@@ -132,7 +135,7 @@ def test_every_encoder_computes_with_rounded_weights(name: str) -> None:
         assert_close(entry, inputs, got, expected)
 
 
-@pytest.mark.parametrize("name", grouped(list(DECODERS)))
+@pytest.mark.parametrize("name", grouped(DECODERS))
 def test_every_decoder_computes_with_rounded_weights(name: str) -> None:
     model = round_weights(language.model(name))
     wanted = capture_lm(model, generation=getattr(model, "generation", None))
@@ -196,7 +199,7 @@ COMPOSED += [("modernbert", "int8", "tome{r=4}"), ("llama", "rtn", "h2o{budget=1
 
 @pytest.mark.parametrize(
     ("name", "method", "other"),
-    [pytest.param(*c, marks=[pytest.mark.xdist_group(f"decoder-{c[0]}")]) for c in COMPOSED],
+    [pytest.param(*c, marks=group(c[0])) for c in COMPOSED],
 )
 def test_composes_with_tokens_and_caches(name: str, method: str, other: str) -> None:
     """In either order the same program."""
@@ -233,7 +236,7 @@ def test_rounding_is_to_the_nearest_point(seed: int, bits: int, symmetric: bool,
     torch.testing.assert_close(error, nearest, atol=1e-5 * float(weight.abs().max()), rtol=1e-4)
 
 
-@pytest.mark.parametrize("name", ["vit", "llama"])
+@pytest.mark.parametrize("name", grouped(("vit", "llama")))
 def test_gptq_loses_less_than_rounding_in_every_layer(name: str) -> None:
     for weight, moments in layers(name):
         plain = RTN(group=GROUP).quantize(weight, 4, None).dequantized()
@@ -272,7 +275,7 @@ def test_dead_inputs_get_no_weight() -> None:
     assert not got[:, 3].any()
 
 
-@pytest.mark.parametrize("name", ["vit", "llama"])
+@pytest.mark.parametrize("name", grouped(("vit", "llama")))
 def test_awq_clipping_never_loses(name: str) -> None:
     """By the error that every group's own inputs cause; over all groups together it may only nearly hold."""
     for weight, moments in layers(name):
