@@ -1,0 +1,67 @@
+"""Products of one tensor become one product, and the graph computes the same; export compares it."""
+
+from __future__ import annotations
+
+import collections
+from pathlib import Path
+
+import onnx
+import pytest
+import torch
+from torch import Tensor, nn
+
+import tokopt
+from tokopt.runtime import load
+
+
+class Projections(nn.Module):
+    """x [batch, tokens, 32] through three linears, the first with an output of its own; another reads what follows."""
+
+    def __init__(self, bias: bool) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.query, self.key, self.value = (nn.Linear(32, out, bias=bias) for out in (48, 16, 16))
+        self.out = nn.Linear(16, 32)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        key, value = self.key(x), self.value(x)
+        return self.query(x), key, self.out(key * value.sigmoid())
+
+
+PIPELINES = ("", "rtn{group=16}", "rtn{group=16 bits=8 symmetric=true}", "int8", "int8{activations=static}")
+
+
+def exported(bias: bool, pipeline: str, folder: Path) -> tuple[tokopt.Bundle, Path]:
+    x = torch.randn(2, 5, 32)
+    bundle = tokopt.capture(Projections(bias), (x,))
+    bundle = tokopt.optimize(bundle, pipeline, calibration=[x])
+    return bundle, tokopt.export(bundle, folder / "model.tokopt")
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("pipeline", PIPELINES)
+def test_three_products_are_one(pipeline: str, bias: bool, tmp_path: Path) -> None:
+    """Names and order of the outputs stay, whichever of them come from the split."""
+    bundle, path = exported(bias, pipeline, tmp_path)
+    graph = onnx.load(path / "forward.onnx", load_external_data=False).graph
+    kinds = collections.Counter(node.op_type for node in graph.node)
+    assert (kinds["MatMul"], kinds["Split"]) == (2, 1)
+    assert kinds["Add"] == 1 + bias  # the biases are one too
+    assert [value.name for value in graph.output] == [spec.name for spec in bundle.forward.outputs]
+    x = torch.randn(3, 5, 32)
+    model = load(path, threads=1)
+    for got, wanted in zip(model(x.numpy()).values(), bundle(x), strict=True):
+        torch.testing.assert_close(torch.from_numpy(got), wanted, atol=3e-2, rtol=1e-1)
+
+
+def test_unlike_weights_stay_apart(tmp_path: Path) -> None:
+    """Two of four bits and one of eight: two products."""
+    x = torch.randn(2, 5, 32)
+    bundle = tokopt.capture(Projections(bias=True), (x,))
+    bundle = tokopt.optimize(bundle, 'rtn{group=16 skip=["query"]},rtn{group=16 bits=8 only=["query"]}')
+    assert [step.matches for step in bundle.history] == [3, 1]
+    path = tokopt.export(bundle, tmp_path / "model.tokopt")
+    graph = onnx.load(path / "forward.onnx", load_external_data=False).graph
+    assert [node.op_type for node in graph.node].count("MatMul") == 3
+    types = {i.data_type for i in graph.initializer} & {onnx.TensorProto.UINT4, onnx.TensorProto.UINT8}
+    assert types == {onnx.TensorProto.UINT4, onnx.TensorProto.UINT8}
