@@ -13,7 +13,6 @@ from torch.nn.functional import linear as linear_product
 
 from tokopt.analysis.calibration import Moments
 from tokopt.analysis.linears import Linear
-from tokopt.bundle import Semantics
 from tokopt.passes.quantization import Quantization, QuantizedWeight, replace_weight
 from tokopt.rewrite import call, put_parameter
 
@@ -49,11 +48,13 @@ class KeepGrid(Quantization):
     ``d (q - 8)``, plus the sums of x over the blocks times ``m + 8 d``: exact, and engines keep their fast kernels,
     which know no fractional zero points.
 
+    The program is the one before up to rounding. It counts as approximate since engines multiply such weights with
+    activations of 8 bits.
+
     Rules. A linear whose weight is not reproduced to 1e-6 of each block's largest entry is refused.
     """
 
     name: ClassVar[str] = "keep_grid"
-    semantics: ClassVar[Semantics] = "exact"
 
     def fault(self, weight: Tensor) -> str | None:
         """Weights on no grid."""
