@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnxruntime
 
 from tokopt.errors import InputError, TokoptError
+from tokopt.runtime.engines import PORTABLE, Sessions
 from tokopt.runtime.manifest import Manifest, file_path
 from tokopt.runtime.numerics import OutputCheck
 from tokopt.runtime.sampling import LogitsProcessor, Sampling, choose, log_probabilities
@@ -82,11 +82,11 @@ class LanguageModel:
     >>> model.generate(["One prompt", "another"], max_tokens=20)          # doctest: +SKIP
     """
 
-    def __init__(
-        self, path: Path, manifest: Manifest, sessions: Mapping[str, onnxruntime.InferenceSession]
-    ) -> None:
+    def __init__(self, path: Path, manifest: Manifest, sessions: Sessions) -> None:
         assert manifest.generation is not None
         self.path, self.manifest, self.sessions = path, manifest, sessions
+        for name in manifest.programs:
+            sessions.best(name, batch=1)  # what cannot be loaded is refused now
         self.settings = manifest.generation
         self.statistics = Statistics()
         self._tokenizer: Tokenizer | None = None
@@ -177,11 +177,17 @@ class LanguageModel:
         return np.concatenate(found)
 
     def selftest(self) -> dict[str, tuple[OutputCheck, ...]]:
-        """Run every program on the inputs stored in the artifact; its outputs compared with those stored."""
-        return {
-            name: run_selftest(self.path, self.manifest, name, session)
-            for name, session in self.sessions.items()
-        }
+        """Run every form of every program on the inputs stored in the artifact; its outputs compared with those stored.
+
+        The key is the program's name, for the form of a batch of one with that form's name: ``step.onnxruntime``.
+        """
+        found = {}
+        for name in self.manifest.programs:
+            for form in self.sessions.forms(name):
+                key, rows = (name, None) if form == PORTABLE else (f"{name}.{form}", 1)
+                session = self.sessions.get(name, form)
+                found[key] = run_selftest(self.path, self.manifest, name, session, rows)
+        return found
 
     def __repr__(self) -> str:
         return f"<LanguageModel {self.path.name}: {len(self.manifest.states) // 2 - 1} layers>"
@@ -279,8 +285,9 @@ class _Session:
     def __init__(self, model: LanguageModel, batch: int, slots: int) -> None:
         manifest = model.manifest
         self.buffers = Buffers(manifest.states, batch, capacity(slots))
-        self.program = Bound(model.sessions["step"], manifest.programs["step"], self.buffers)
-        self.compactor = model.sessions.get("compact")
+        self.program = Bound(model.sessions.best("step", batch), manifest.programs["step"], self.buffers)
+        compacts = "compact" in manifest.programs
+        self.compactor = model.sessions.best("compact", batch) if compacts else None
         self.every, self.since = model.settings.compact_every, 0
         self.endless = model.settings.endless
         self.used = dict.fromkeys(self.buffers.slots, 0)

@@ -9,19 +9,12 @@ from typing import Any
 import numpy as np
 import onnxruntime
 
-from tokopt.errors import ArtifactError, InputError, MissingDependencyError, TokoptError
+from tokopt.errors import ArtifactError, InputError, TokoptError
+from tokopt.runtime.engines import PORTABLE, Provider, Sessions
 from tokopt.runtime.language import LanguageModel
-from tokopt.runtime.manifest import Manifest, ProgramEntry, Tensor, file_fault, file_path, read_manifest
+from tokopt.runtime.manifest import Manifest, ProgramEntry, Tensor, file_fault, read_manifest
 from tokopt.runtime.numerics import OutputCheck
 from tokopt.runtime.selftest import run_selftest
-
-Provider = str | tuple[str, Mapping[str, object]]
-"""The name of an ONNX Runtime execution provider, alone or with its options."""
-
-_CPU = "CPUExecutionProvider"
-
-ACTIVATIONS = ("session.qdq_matmulnbits_accuracy_level", "4")
-"""Products with weights in 4 or 8 bits round what they read to 8 bits per block, which is fast."""
 
 
 def load(
@@ -47,7 +40,7 @@ def load(
     folder = Path(path)
     manifest = read_manifest(folder)
     for name, entry in manifest.programs.items():
-        if "onnx" not in entry.files:
+        if PORTABLE not in entry.files:
             raise ArtifactError(
                 f"{folder} holds no ONNX form of program {name!r}, only {', '.join(entry.files)}; open it with "
                 "tokopt.open_bundle, or export the bundle with target='onnx'"
@@ -55,13 +48,10 @@ def load(
     for name, file in manifest.files.items() if verify else ():
         if fault := file_fault(folder, name, file):
             raise ArtifactError(fault)
-    sessions = {
-        name: _session(file_path(folder, entry.files["onnx"]), providers, threads)
-        for name, entry in manifest.programs.items()
-    }
+    sessions = Sessions(folder, manifest, providers, threads)
     if manifest.task == "causal-lm":
         return LanguageModel(folder, manifest, sessions)
-    return Model(folder, manifest, manifest.programs["forward"], sessions["forward"])
+    return Model(folder, manifest, manifest.programs["forward"], sessions.get("forward"))
 
 
 class Model:
@@ -188,52 +178,6 @@ class Outputs(Mapping[str, np.ndarray]):
 
     def __repr__(self) -> str:
         return "Outputs(" + ", ".join(f"{k}={v.dtype}{list(v.shape)}" for k, v in self.items()) + ")"
-
-
-def _session(
-    path: Path, providers: Sequence[Provider] | None, threads: int | None
-) -> onnxruntime.InferenceSession:
-    names, options = _providers(providers)
-    settings = onnxruntime.SessionOptions()
-    settings.log_severity_level = 3  # errors only: what matters is raised
-    settings.add_session_config_entry(*ACTIVATIONS)
-    if threads is not None:
-        if isinstance(threads, bool) or not isinstance(threads, int) or threads < 1:
-            raise InputError(f"threads is {threads!r}, it must be a positive integer, or None for all cores")
-        settings.intra_op_num_threads = threads
-    try:
-        session = onnxruntime.InferenceSession(path, settings, providers=names, provider_options=options)
-    except Exception as error:  # ONNX Runtime raises several unrelated classes
-        reason = " ".join(str(error).split())
-        raise ArtifactError(f"ONNX Runtime {onnxruntime.__version__} cannot load {path}: {reason}") from error
-    if names[0] not in session.get_providers():
-        raise MissingDependencyError(
-            f"{names[0]} could not start and ONNX Runtime fell back to {', '.join(session.get_providers())}; "
-            f"check its driver and libraries, or pass providers=[{_CPU!r}]"
-        )
-    return session
-
-
-def _providers(providers: Sequence[Provider] | None) -> tuple[list[str], list[dict[str, object]]]:
-    """Names and options, each name proved to be available."""
-    chosen = [_CPU] if providers is None else [providers] if isinstance(providers, str) else list(providers)
-    pairs = [(item, {}) if isinstance(item, str) else (item[0], dict(item[1])) for item in chosen]
-    available = onnxruntime.get_available_providers()
-    if not pairs:
-        raise InputError(f"providers is empty; choose among {', '.join(available)}")
-    for name, _ in pairs:
-        if name in available:
-            continue
-        if name in onnxruntime.get_all_providers():
-            raise MissingDependencyError(
-                f"{name} is not part of the installed ONNX Runtime, which has {', '.join(available)}; for "
-                "NVIDIA GPUs install tokopt[gpu]"
-            )
-        raise InputError(
-            f"{name!r} is no execution provider of ONNX Runtime; there are {', '.join(available)}, and more "
-            "with tokopt[gpu]"
-        )
-    return [name for name, _ in pairs], [options for _, options in pairs]
 
 
 def _as_array(value: Any, tensor: Tensor) -> np.ndarray:

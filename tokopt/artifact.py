@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from tokopt.bundle import AppliedPass, AxisRange, Bundle, Program, State, TensorSpec
 from tokopt.errors import ArtifactError, TokoptError
+from tokopt.runtime.engines import ONE_ROW, PORTABLE
 from tokopt.runtime.manifest import (
     MANIFEST,
     SELFTEST,
@@ -42,7 +43,6 @@ if TYPE_CHECKING:
 
 TARGETS = ("onnx", "torch")
 _TOKENIZER = "tokenizer.json"
-_SUFFIX = {"onnx": "onnx", "torch": "pt2"}
 
 
 def export(
@@ -167,7 +167,7 @@ def verify(path: str | Path) -> VerifyReport:
 
 
 def _selftest(path: Path, manifest: Manifest) -> dict[str, tuple[OutputCheck, ...]]:
-    if all("onnx" in entry.files for entry in manifest.programs.values()):
+    if all(PORTABLE in entry.files for entry in manifest.programs.values()):
         found = load(path, verify=False).selftest()
         return found if isinstance(found, dict) else {"forward": found}
     bundle = open_bundle(path)
@@ -244,23 +244,29 @@ def _write_programs(
     *,
     check: bool,
     tolerance: float | None,
-) -> dict[str, str]:
-    """Write every program in the form of ``target``; return the file of each."""
-    files = {name: f"{name}.{_SUFFIX[target]}" for name in bundle.programs}
+) -> dict[str, dict[str, str]]:
+    """Write every program in the forms of ``target``; return the file of each form."""
+    files: dict[str, dict[str, str]] = {}
     if target == "torch":
         import torch
 
         for name, program in bundle.programs.items():
-            say(f"saving {files[name]}")
-            torch.export.save(program.exported, folder / files[name])
+            files[name] = {"torch": f"{name}.pt2"}
+            say(f"saving {name}.pt2")
+            torch.export.save(program.exported, folder / f"{name}.pt2")
         return files
 
     from tokopt.lower.onnx import WeightFile, lower
+    from tokopt.lower.onnxruntime import lower_for_cpu
 
     weights = WeightFile(folder)
     for name, program in bundle.programs.items():
         say(f"lowering {name} to ONNX" + (" and comparing" if check else ""))
-        lower(program, folder, name, weights=weights, metadata=metadata, check=check, tolerance=tolerance)
+        path = lower(
+            program, folder, name, weights=weights, metadata=metadata, check=check, tolerance=tolerance
+        )
+        fused = lower_for_cpu(program, path, check=check, tolerance=tolerance)
+        files[name] = {PORTABLE: path.name} | ({ONE_ROW: fused.name} if fused else {})
     return files
 
 
@@ -321,15 +327,16 @@ def _load_program(path: Path, manifest: Manifest, name: str) -> Program:
     )
 
 
-def _manifest(bundle: Bundle, files: Mapping[str, str], entries: Mapping[str, FileEntry]) -> Manifest:
-    form = {suffix: target for target, suffix in _SUFFIX.items()}
+def _manifest(
+    bundle: Bundle, files: Mapping[str, Mapping[str, str]], entries: Mapping[str, FileEntry]
+) -> Manifest:
     return Manifest(
         programs={
             name: ProgramEntry(
                 tuple(Tensor(**vars(spec)) for spec in program.inputs),
                 tuple(Tensor(**vars(spec)) for spec in program.outputs),
                 {axis: Range(**vars(bounds)) for axis, bounds in program.ranges.items()},
-                {form[files[name].rsplit(".", 1)[1]]: files[name]},
+                files[name],
             )
             for name, program in bundle.programs.items()
         },

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +14,7 @@ from tokopt.bundle import Program
 from tokopt.errors import LoweringError
 from tokopt.lower.selections import expose_selections, run_with_selections, selects
 from tokopt.runtime.numerics import LIMITS, check_output
+from tokopt.runtime.state import run_in_place
 
 ACTIVATIONS = "session.qdq_matmulnbits_accuracy_level"
 """How ONNX Runtime multiplies with block-quantized weights: 1 in float32, 4 with activations of 8 bits."""
@@ -21,12 +22,20 @@ ACTIVATIONS = "session.qdq_matmulnbits_accuracy_level"
 Example = tuple[torch.Tensor, ...]
 
 
-def check_parity(program: Program, path: Path, name: str, *, tolerance: float | None = None) -> None:
+def check_parity(
+    program: Program,
+    path: Path,
+    name: str,
+    *,
+    tolerance: float | None = None,
+    shared: Mapping[str, str] | None = None,
+) -> None:
     """Compare the ONNX file at ``path`` with ``program`` on the example and other sizes of its named axes.
 
     Where the program chooses tokens and rounding alone made the two choose differently, they are compared
     again with the same choice (see :mod:`tokopt.lower.selections`). ``tolerance`` replaces the largest NMSE
-    that the dtype of an output allows. Raises LoweringError naming the output, its NMSE and the sizes.
+    that the dtype of an output allows. ``shared`` (``{output: input}``) are caches written in place. Raises
+    LoweringError naming the output, its NMSE and the sizes.
     """
     session = _session(path, name)
     tolerance = _coarsest(program) if tolerance is None else tolerance
@@ -40,10 +49,10 @@ def check_parity(program: Program, path: Path, name: str, *, tolerance: float | 
                 raise
             continue  # the exported program refuses these sizes, so nothing is promised for them
         where = f"program {name!r}{sizes}"
-        actual = _run(session, program, inputs, where)
+        actual = _run(session, program, inputs, where, shared=shared or {})
         fault = _fault(program, expected, actual, tolerance)
         if fault and selects(program):
-            fault = _fault_given_selections(program, path, name, inputs, tolerance)
+            fault = _fault_given_selections(program, path, name, inputs, tolerance, shared or {})
         if fault:
             raise LoweringError(
                 f"{where}: {fault}; if the example inputs of capture are noise, give it real ones, else report "
@@ -73,7 +82,12 @@ def _fault(
 
 
 def _fault_given_selections(
-    program: Program, path: Path, name: str, inputs: Example, tolerance: float | None
+    program: Program,
+    path: Path,
+    name: str,
+    inputs: Example,
+    tolerance: float | None,
+    shared: Mapping[str, str],
 ) -> str | None:
     """The first output or selection that still differs when both forms choose the same tokens."""
     copy, names = expose_selections(path)
@@ -82,7 +96,7 @@ def _fault_given_selections(
     finally:
         copy.unlink()
     every = [value.name for value in session.get_outputs()]
-    found = dict(zip(every, _run(session, program, inputs, f"program {name!r}", every), strict=True))
+    found = dict(zip(every, _run(session, program, inputs, f"program {name!r}", every, shared), strict=True))
     given = [[found[output] for output in outputs] for outputs in names]
     expected, selections = run_with_selections(program, inputs, given)
     for selection in selections:
@@ -112,10 +126,10 @@ def resized_examples(program: Program) -> Iterator[tuple[str, Example]]:
         near = old - 1 if old > low else old + 1
         for size in sorted({low, near} - {old}):
             if size <= high:
-                yield _words({**sizes, axis: size}), _resized(program, axis, size)
+                yield _words({**sizes, axis: size}), resized(program, axis, size)
 
 
-def _resized(program: Program, axis: str, size: int) -> Example:
+def resized(program: Program, axis: str, size: int) -> Example:
     """The example with ``axis`` cut to ``size``, or grown by starting again."""
     result = []
     for spec, tensor in zip(program.inputs, program.example, strict=True):
@@ -149,12 +163,13 @@ def _run(
     inputs: Example,
     where: str,
     outputs: Sequence[str] | None = None,
+    shared: Mapping[str, str] | None = None,
 ) -> list[np.ndarray]:
     """The values of ``outputs``, by default those of the program."""
     outputs = outputs or [spec.name for spec in program.outputs]
     feed = {spec.name: tensor.numpy(force=True) for spec, tensor in zip(program.inputs, inputs, strict=True)}
     try:
-        return [np.asarray(value) for value in session.run(outputs, feed)]
+        return run_in_place(session, outputs, feed, shared or {})
     except Exception as error:  # ONNX Runtime raises several unrelated classes
         raise LoweringError(f"ONNX Runtime fails on {where}: {_line(error)}; report it") from error
 
