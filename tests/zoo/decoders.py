@@ -17,7 +17,7 @@ VOCABULARY, CONTEXT, WINDOW = 97, 320, 7
 
 SHAPE: dict[str, Any] = {
     "vocab_size": VOCABULARY,
-    "hidden_size": 48,
+    "hidden_size": 64,
     "intermediate_size": 80,
     "num_hidden_layers": 2,
     "num_attention_heads": 4,
@@ -123,7 +123,7 @@ DECODERS: MappingProxyType[str, Callable[[], nn.Module]] = MappingProxyType(
         "gpt2": _hugging_face(
             "GPT2",
             vocab_size=VOCABULARY,
-            n_embd=48,
+            n_embd=64,
             n_layer=2,
             n_head=4,
             n_positions=CONTEXT,

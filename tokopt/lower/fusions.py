@@ -24,6 +24,8 @@ def merge_products(model: ir.Model) -> None:
     for products in groups.values():
         if len(products) > 1:
             _merge(model.graph, products)
+    for split in [node for node in model.graph if node.op_type == "Split"]:
+        _merge_sums(model.graph, split)
 
 
 def _kind(weight: ir.Value | None) -> tuple[object, ...] | None:
@@ -77,6 +79,22 @@ def _split(
     for part, end in zip(parts.outputs, ends, strict=True):
         part.type, part.shape = end.type, end.shape
         take_over(part, end)
+
+
+def _merge_sums(graph: ir.Graph, split: ir.Node) -> None:
+    """``split(a) + split(b)``, part by part, as ``split(a + b)``."""
+    ends = list(split.outputs)
+    users = [_only_user(end, "Add") for end in ends]
+    others = [_other(user, end) for user, end in zip(users, ends, strict=True)]
+    second = others[0].producer() if others[0] is not None else None
+    if second is None or second is split or second.op_type != "Split" or list(second.outputs) != others:
+        return
+    same = second.inputs[1] is split.inputs[1] and second.attributes == split.attributes
+    if not same or any(_only_user(other, "Add") is None for other in second.outputs):
+        return
+    whole = _insert(graph, users[0], "Add", [split.inputs[0], second.inputs[0]])  # type: ignore[arg-type]
+    sizes = [int(size) for size in _numpy(split.inputs[1])]
+    _split(graph, users[0], whole, [user.outputs[0] for user in users], sizes)  # type: ignore[arg-type,union-attr]
 
 
 def _later(graph: ir.Graph, anchor: ir.Node, operand: ir.Value | None) -> ir.Node:

@@ -112,7 +112,7 @@ def _site(node: ir.Node) -> _Site | None:
     if not same_place or heads is None or channels is None or key_heads is None:
         return None
     plain = query.dtype == ir.DataType.FLOAT and not node.attributes.get_int("is_causal", 0)
-    fits = _static(keys.inputs[0], 3) == channels and not channels % 8
+    fits = _static(keys.inputs[0], 3) == channels == _static(values.inputs[0], 3) and not channels % 8
     return _Site(node, keys, values, heads, key_heads, channels) if plain and fits else None
 
 
@@ -253,17 +253,20 @@ def _rotation(site: _Site, queries: ir.Value, keys: ir.Value) -> _Rotation | Non
 def _unsplit(graph: ir.Graph, site: _Site, value: ir.Value) -> ir.Value:
     """[batch, heads, tokens, channels] as [batch, tokens, heads x channels]: what it was made of, where it was."""
     inner = value.producer()
-    if inner is not None and inner.op_type == "Transpose" and _permutation(inner) == HEADS_INNER:
-        view = inner.inputs[0].producer()  # type: ignore[union-attr]
-        if view is not None and view.op_type == "Reshape":
-            flat = view.inputs[0]
-            if flat is not None and flat.shape is not None and len(flat.shape) == 3:
-                return flat
-    outer = ir.node("Transpose", [value], attributes={"perm": HEADS_INNER})
-    shape = put_initializer(graph, "rows_of_heads", np.array([0, 0, -1], np.int64))
-    flat = ir.node("Reshape", [outer.outputs[0], shape])
-    graph.insert_before(site.keys, [outer, flat])
-    return flat.outputs[0]
+    if _permutation(inner) == HEADS_INNER:
+        split = inner.inputs[0]  # type: ignore[union-attr]
+        view = split.producer()  # type: ignore[union-attr]
+        flat = view.inputs[0] if view is not None and view.op_type == "Reshape" else None
+        if flat is not None and _rank(flat) == 3:
+            return flat
+        nodes = []
+    else:
+        nodes = [ir.node("Transpose", [value], attributes={"perm": HEADS_INNER})]
+        split = nodes[0].outputs[0]
+    shape = put_initializer(graph, "heads_together", np.array([0, 0, -1], np.int64))
+    nodes.append(ir.node("Reshape", [split, shape]))
+    graph.insert_before(site.keys, nodes)
+    return nodes[-1].outputs[0]
 
 
 def _packed(parts: Sequence[ir.Value]) -> list[ir.Value | None] | None:
@@ -299,8 +302,10 @@ def _replace(graph: ir.Graph, site: _Site, fused: ir.Node) -> None:
     take_over(outer.outputs[0], old)
 
 
-def _permutation(node: ir.Node) -> list[int] | None:
-    return list(node.attributes.get_ints("perm", ())) if node.op_type == "Transpose" else None
+def _permutation(node: ir.Node | None) -> list[int] | None:
+    if node is None or node.op_type != "Transpose":
+        return None
+    return list(node.attributes.get_ints("perm", ()))
 
 
 def _rank(value: ir.Value) -> int | None:
