@@ -1,9 +1,10 @@
-"""Opening programs on an execution engine: ONNX Runtime by default."""
+"""Opening programs on an execution engine: ONNX Runtime, or OpenVINO by name."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any, Protocol
 
 import onnxruntime
 
@@ -12,6 +13,11 @@ from tokopt.runtime.manifest import Manifest, file_path
 
 Provider = str | tuple[str, Mapping[str, object]]
 """The name of an ONNX Runtime execution provider, alone or with its options."""
+
+Backend = str | tuple[str, Mapping[str, object]]
+"""``"onnxruntime"``, or ``"openvino"``, alone or with OpenVINO's properties."""
+
+BACKENDS = ("onnxruntime", "openvino")
 
 PORTABLE, ONE_ROW = "onnx", "onnxruntime"
 """Forms of a program: what any engine reads, and what ONNX Runtime's CPU kernels run faster for a batch of one."""
@@ -22,13 +28,30 @@ ACTIVATIONS = ("session.qdq_matmulnbits_accuracy_level", "4")
 _CPU = "CPUExecutionProvider"
 
 
+class Session(Protocol):
+    """What runs a program."""
+
+    def run(self, outputs: Any, feed: Any, /) -> Any:
+        """The named outputs for named inputs."""
+
+
+def open_backend(backend: Backend, path: Path, threads: int | None) -> Session:
+    """The program at ``path`` on a backend other than ONNX Runtime; raises InputError for an unknown name."""
+    name, options = (backend, {}) if isinstance(backend, str) else backend
+    if name != "openvino":
+        raise InputError(f"there is no backend {name!r}; choose among {', '.join(BACKENDS)}")
+    from tokopt.runtime.openvino import OpenVINOSession
+
+    return OpenVINOSession(path, options, check_threads(threads))
+
+
 class Sessions:
     """The ONNX Runtime sessions of an artifact: one per program and form, opened when first asked for."""
 
     def __init__(
         self, folder: Path, manifest: Manifest, providers: Sequence[Provider] | None, threads: int | None
     ) -> None:
-        self.folder, self.manifest, self.threads = folder, manifest, _threads(threads)
+        self.folder, self.manifest, self.threads = folder, manifest, check_threads(threads)
         self.names, self.options = _providers(providers)
         self._open: dict[tuple[str, str], onnxruntime.InferenceSession] = {}
 
@@ -76,7 +99,8 @@ def _session(
     return session
 
 
-def _threads(threads: int | None) -> int | None:
+def check_threads(threads: int | None) -> int | None:
+    """The number of threads, proved to be one; raises InputError."""
     if threads is not None and (isinstance(threads, bool) or not isinstance(threads, int) or threads < 1):
         raise InputError(f"threads is {threads!r}, it must be a positive integer, or None for all cores")
     return threads

@@ -7,12 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnxruntime
 
 from tokopt.errors import ArtifactError, InputError, TokoptError
-from tokopt.runtime.engines import PORTABLE, Provider, Sessions
+from tokopt.runtime.engines import PORTABLE, Backend, Provider, Session, Sessions, open_backend
 from tokopt.runtime.language import LanguageModel
-from tokopt.runtime.manifest import Manifest, ProgramEntry, Tensor, file_fault, read_manifest
+from tokopt.runtime.manifest import Manifest, ProgramEntry, Tensor, file_fault, file_path, read_manifest
 from tokopt.runtime.numerics import OutputCheck
 from tokopt.runtime.selftest import run_selftest
 
@@ -20,6 +19,7 @@ from tokopt.runtime.selftest import run_selftest
 def load(
     path: str | Path,
     *,
+    backend: Backend = "onnxruntime",
     providers: Sequence[Provider] | None = None,
     threads: int | None = None,
     verify: bool = True,
@@ -29,7 +29,9 @@ def load(
     An encoder is loaded as a :class:`Model`, a causal language model as a
     :class:`~tokopt.runtime.language.LanguageModel`.
 
-    ``providers`` are ONNX Runtime execution providers in order of preference, by default the CPU alone;
+    ``backend`` is ``"onnxruntime"``, or for encoders ``"openvino"`` (extra ``tokopt[openvino]``), which may come with
+    OpenVINO's properties: ``("openvino", {"INFERENCE_PRECISION_HINT": "bf16"})``; it computes in float32 unless
+    told so. ``providers`` are ONNX Runtime execution providers in order of preference, by default the CPU alone;
     ``threads`` bounds the threads of one operator (default: all cores). ``verify=False`` skips the SHA-256 of
     every file, not the checks of the manifest.
 
@@ -48,10 +50,31 @@ def load(
     for name, file in manifest.files.items() if verify else ():
         if fault := file_fault(folder, name, file):
             raise ArtifactError(fault)
+    if backend != "onnxruntime":
+        return _other_backend(folder, manifest, backend, providers, threads)
     sessions = Sessions(folder, manifest, providers, threads)
     if manifest.task == "causal-lm":
         return LanguageModel(folder, manifest, sessions)
     return Model(folder, manifest, manifest.programs["forward"], sessions.get("forward"))
+
+
+def _other_backend(
+    folder: Path,
+    manifest: Manifest,
+    backend: Backend,
+    providers: Sequence[Provider] | None,
+    threads: int | None,
+) -> Model:
+    if providers is not None:
+        raise InputError("providers belong to the backend onnxruntime; leave them out")
+    if manifest.task == "causal-lm":
+        raise InputError(
+            f"{folder} is a language model, whose cache OpenVINO cannot write in place; run it with the default "
+            "backend"
+        )
+    program = manifest.programs["forward"]
+    session = open_backend(backend, file_path(folder, program.files[PORTABLE]), threads)
+    return Model(folder, manifest, program, session)
 
 
 class Model:
@@ -61,9 +84,7 @@ class Model:
     name. One output is returned as an array, several as :class:`Outputs`.
     """
 
-    def __init__(
-        self, path: Path, manifest: Manifest, program: ProgramEntry, session: onnxruntime.InferenceSession
-    ) -> None:
+    def __init__(self, path: Path, manifest: Manifest, program: ProgramEntry, session: Session) -> None:
         self.path, self.manifest, self.signature, self.session = path, manifest, program, session
         self._outputs = [tensor.name for tensor in program.outputs]
         self._dtypes = [np.dtype(tensor.dtype) for tensor in program.inputs]
@@ -73,7 +94,7 @@ class Model:
 
         Raises InputError, before anything runs, for a wrong name, count, dtype, rank or size, for a named
         axis that differs between inputs or leaves its range, for an empty axis, and for NaN or infinity.
-        Raises TokoptError when ONNX Runtime fails on inputs that fit the signature (a token id outside the
+        Raises TokoptError when the engine fails on inputs that fit the signature (a token id outside the
         vocabulary, for example).
         """
         values = self.run(*arrays, **named)
@@ -85,9 +106,9 @@ class Model:
         self._check(feed)
         try:
             values = self.session.run(self._outputs, feed)
-        except Exception as error:  # ONNX Runtime raises several unrelated classes
+        except Exception as error:  # engines raise several unrelated classes
             reason = " ".join(str(error).split())
-            raise TokoptError(f"ONNX Runtime failed in {self.path} on inputs that fit: {reason}") from error
+            raise TokoptError(f"the engine failed in {self.path} on inputs that fit: {reason}") from error
         return Outputs(zip(self._outputs, values, strict=True))
 
     def selftest(self) -> tuple[OutputCheck, ...]:

@@ -27,7 +27,8 @@ def bipartite_match(metric: TensorType, size: FLOAT, r: INT64, prefix: int) -> t
     cut = op.Reshape(r, [1])
     _, order = op.TopK(best, count, axis=-1, largest=1, sorted=1)
     merged = op.Slice(order, [0], cut, [1])
-    rest, _ = op.TopK(op.Slice(order, cut, LAST, [1]), count - cut, axis=-1, largest=0, sorted=1)
+    others = op.Slice(order, cut, LAST, [1])
+    rest, _ = op.TopK(others, op.Shape(others, start=1, end=2), axis=-1, largest=0, sorted=1)
     batch = op.Shape(size, start=0, end=1)
     slots_b = op.Range(0, op.Squeeze(op.Shape(padding_b, start=1, end=2)), 1)
     keep = op.Concat(

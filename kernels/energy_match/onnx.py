@@ -23,7 +23,8 @@ def energy_match(
     cut = removed * 2
     a = op.Slice(order, [0], cut, [1], [2])
     b = op.Slice(order, [1], cut, [1], [2])
-    rest, _ = op.TopK(op.Slice(order, cut, LAST, [1]), count - cut, axis=-1, largest=0, sorted=1)
+    others = op.Slice(order, cut, LAST, [1])
+    rest, _ = op.TopK(others, op.Shape(others, start=1, end=2), axis=-1, largest=0, sorted=1)
     # One b stays in the comparison when r is 0: ArgMax needs something to choose from.
     candidates = op.Slice(order, [1], op.Max(cut, [2]), [1], [2])
     unit_a = op.GatherND(unit, op.Unsqueeze(a, [2]), batch_dims=1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -99,7 +100,7 @@ def test_a_sum_that_overflows_is_no_infinity(double: Model, value: float) -> Non
 
 
 def test_values_that_only_the_graph_can_refuse(embed: Model) -> None:
-    with pytest.raises(TokoptError, match=r"ONNX Runtime failed .* on inputs that fit") as caught:
+    with pytest.raises(TokoptError, match=r"the engine failed .* on inputs that fit") as caught:
         embed(np.full((1, 2), VOCABULARY), np.ones((1, 2, 1), np.float32))
     assert "\n" not in str(caught.value)
 
@@ -187,3 +188,44 @@ def test_external_data_cannot_reach_outside_the_folder(tmp_path: Path) -> None:
         name = f"{len(location)}.tokopt"
         with pytest.raises(ArtifactError, match="cannot load"):
             load(write(tmp_path / name, doc, {"forward.onnx": model.SerializeToString()}))
+
+
+# --- OpenVINO ------------------------------------------------------------------------------------------------
+
+
+def test_openvino_gives_the_same(double: Model, embed: Model) -> None:
+    """Inputs are checked alike; the self-test runs on the engine that was asked for."""
+    other = load(double.path, backend="openvino", threads=1)
+    np.testing.assert_array_equal(other(X), 2 * X)
+    assert all(check.ok for check in other.selftest())
+    with pytest.raises(InputError, match="NaN or infinity"):
+        other(np.full_like(X, np.nan))
+    several, wanted = load(embed.path, backend="openvino")(IDS, mask=MASK), embed(IDS, mask=MASK)
+    assert list(several) == list(wanted)
+    for name in wanted:
+        np.testing.assert_allclose(several[name], wanted[name], rtol=1e-6)
+
+
+def test_openvino_takes_its_own_options(double: Model) -> None:
+    load(double.path, backend=("openvino", {"INFERENCE_PRECISION_HINT": "bf16"}))
+    with pytest.raises(InputError, match=r"OpenVINO cannot compile .*; check the options"):
+        load(double.path, backend=("openvino", {"INFERENCE_PRECISION_HINT": "f3"}))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"backend": "tvm"}, "there is no backend 'tvm'; choose among onnxruntime, openvino"),
+        ({"backend": "openvino", "providers": ["CPUExecutionProvider"]}, "leave them out"),
+        ({"backend": "openvino", "threads": 0}, "threads is 0"),
+    ],
+)
+def test_bad_backends_are_refused(double: Model, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        load(double.path, **options)
+
+
+def test_openvino_missing_names_the_extra(double: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "openvino", None)
+    with pytest.raises(MissingDependencyError, match=r"install tokopt\[openvino\]"):
+        load(double.path, backend="openvino")

@@ -1,0 +1,81 @@
+"""Encoder programs on OpenVINO, which reads the same ONNX file."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from tokopt.errors import ArtifactError, InputError, MissingDependencyError
+
+DEFAULTS: Mapping[str, object] = {"INFERENCE_PRECISION_HINT": "f32", "PERFORMANCE_HINT": "LATENCY"}
+"""OpenVINO would round to bfloat16 where the processor can, and compute what no export has checked."""
+
+
+class OpenVINOSession:
+    """A program compiled by OpenVINO for the CPU, run like a session of ONNX Runtime."""
+
+    def __init__(self, path: Path, options: Mapping[str, object], threads: int | None) -> None:
+        """Compile the ONNX file at ``path``; ``options`` are OpenVINO's own properties.
+
+        Raises MissingDependencyError without the extra ``openvino``, ArtifactError when OpenVINO cannot read the
+        file, InputError for options it does not know.
+        """
+        try:
+            import openvino
+        except ImportError as error:
+            raise MissingDependencyError(
+                "the backend openvino needs OpenVINO; install tokopt[openvino]"
+            ) from error
+        core = openvino.Core()
+        try:
+            program = core.read_model(*_source(path))
+        except RuntimeError as error:
+            raise ArtifactError(
+                f"OpenVINO {openvino.__version__} cannot read {path}: {_reason(error)}; run it with the default backend"
+            ) from error
+        settings = {**DEFAULTS, **options}
+        if threads is not None:
+            settings["INFERENCE_NUM_THREADS"] = threads
+        try:
+            compiled = core.compile_model(program, "CPU", settings)
+        except (RuntimeError, TypeError) as error:
+            raise InputError(
+                f"OpenVINO cannot compile {path} with {settings}: {_reason(error)}; check the options"
+            ) from error
+        self._places = {name: i for i, output in enumerate(compiled.outputs) for name in output.names}
+        self._request = compiled.create_infer_request()
+
+    def run(self, outputs: Sequence[str], feed: Mapping[str, np.ndarray]) -> list[np.ndarray]:
+        """The named outputs for named inputs, as arrays of their own."""
+        results = self._request.infer(dict(feed), share_inputs=True)
+        return [results[self._places[name]].copy() for name in outputs]
+
+
+def _source(path: Path) -> tuple[Any, ...]:
+    """What OpenVINO reads: the file itself, or its content with the model-local functions inlined."""
+    try:
+        import onnx
+        import onnx.inliner
+    except ImportError as error:
+        raise MissingDependencyError("the backend openvino needs onnx; install tokopt[openvino]") from error
+    plain = onnx.load(path, load_external_data=False)
+    if not plain.functions:
+        return (str(path),)
+    operators = {node.op_type for function in plain.functions for node in function.node}
+    kinds = {given.type.tensor_type.elem_type for given in plain.graph.input}
+    if "TopK" in operators and kinds != {onnx.TensorProto.FLOAT}:
+        raise ArtifactError(
+            f"{path} chooses tokens of a text, whose padding has equal scores, and OpenVINO orders equal scores "
+            "arbitrarily; run it with the default backend"
+        )
+    model = onnx.inliner.inline_local_functions(onnx.load(path))
+    return model.SerializeToString(), b""
+
+
+def _reason(error: Exception) -> str:
+    """The lines of an OpenVINO error that say something, without the places in its own source."""
+    lines = [line.strip() for line in str(error).splitlines()]
+    return " ".join(line for line in lines if line and not line.startswith(("Exception from", "Check '")))
