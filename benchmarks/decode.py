@@ -195,7 +195,7 @@ def _prompt(engine: Engine) -> np.ndarray:
 def measure(folder: Path, prompt: int, threads: int, rounds: int) -> list[Timing]:
     """The plain export, tokopt's step, and tokopt's loop, in turns."""
     kinds = {"concat": "concat", "step": "tokopt", "generate": "tokopt"}
-    engines = [Engine(kind, kind, folder / where, 1, prompt, threads) for kind, where in kinds.items()]  # type: ignore[arg-type]
+    engines = [Engine(kind, kind, folder / where, 1, prompt, threads) for kind, where in kinds.items()]
     return compare(engines, rounds)
 
 

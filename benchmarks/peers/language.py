@@ -1,0 +1,261 @@
+"""SmolLM2-135M-Instruct on every engine: the prompt, then one token at a time.
+
+A call decodes :data:`benchmarks.decode.TOKENS` tokens after a prompt that was read before and is gone back to every
+time. OpenVINO GenAI cannot go back: its calls read the prompt too, and what counts is the time per token that it
+reports itself. Reading is timed from an empty cache to the first logits. All engines get the same token ids.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks.decode import TOKENS, _load, _prompt
+from benchmarks.timing import Engine
+
+PROMPTS = (64, 1024)
+
+PEERS: Mapping[str, tuple[str, str]] = {
+    "transformers": ("transformers", "hf"),
+    "llama.cpp, the file's 4 bits": ("llama.cpp", "model.gguf"),
+    "onnxruntime-genai, int4": ("genai", "genai"),
+    "OpenVINO GenAI, the file's 4 bits": ("openvino-genai", "model.gguf"),
+}
+"""Name in the tables -> kind of engine, and what it reads."""
+
+METHODS = ("float32", "rtn, 8 bits", "gptq, groups of 16", "keep_grid")
+"""tokopt's artifacts, by their names in :mod:`benchmarks.quantize`."""
+
+
+def engines(folder: Path, size: int, threads: int, reading: bool) -> dict[str, Engine]:
+    """Every engine by name, to decode after ``size`` tokens, or to read them."""
+    from benchmarks.quantize import artifact
+
+    suffix = "-read" if reading else ""
+    made = {
+        name: Engine(name, f"{kind}{suffix}", folder / file, 1, size, threads)
+        for name, (kind, file) in PEERS.items()
+    }
+    for method in METHODS:
+        kind = "tokopt-read" if reading else "step"
+        path = artifact("SmolLM2-135M-Instruct", method)
+        made[f"tokopt {method}"] = Engine(f"tokopt {method}", kind, path, 1, size, threads)
+    return made
+
+
+def prepare(folder: Path) -> None:
+    """What the peers read."""
+    import subprocess
+    import sys
+
+    from examples.data import smollm2, smollm2_gguf
+
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, target in (("hf", smollm2()), ("model.gguf", smollm2_gguf())):
+        if not (folder / name).exists():
+            (folder / name).symlink_to(target)
+    if not (folder / "genai").exists():
+        command = [sys.executable, "-m", "onnxruntime_genai.models.builder", "-i", folder / "hf", "-o"]
+        command += [folder / "genai", "-p", "int4", "-e", "cpu", "-c", folder / "work"]
+        subprocess.run([*command, "--extra_options", "int4_accuracy_level=4"], check=False)
+
+
+# --- transformers -----------------------------------------------------------------------------------------
+
+
+def transformers_call(engine: Engine) -> Callable[[], object]:
+    """Greedy decoding with a cache that is cut back."""
+    import torch
+
+    model, cache, read = _transformers(engine)
+    prompt = torch.from_numpy(_prompt(engine))
+    first = read(prompt)
+
+    @torch.no_grad()
+    def call() -> None:
+        token = first
+        cache.crop(engine.size)
+        for _ in range(TOKENS):
+            token = model(token, past_key_values=cache).logits[:, -1:].argmax(-1)
+
+    return call
+
+
+def transformers_read(engine: Engine) -> Callable[[], object]:
+    """The prompt, from an empty cache."""
+    import torch
+
+    _, cache, read = _transformers(engine)
+    prompt = torch.from_numpy(_prompt(engine))
+
+    def call() -> None:
+        cache.crop(0)
+        read(prompt)
+
+    return call
+
+
+def _transformers(engine: Engine) -> tuple[Any, Any, Callable[[Any], Any]]:
+    import torch
+    from transformers import AutoModelForCausalLM, DynamicCache
+
+    torch.set_num_threads(engine.threads)
+    model: Any = AutoModelForCausalLM.from_pretrained(engine.artifact, dtype=torch.float32).eval()
+    cache = DynamicCache(config=model.config)
+
+    @torch.no_grad()
+    def read(tokens: Any) -> Any:
+        return model(tokens, past_key_values=cache, logits_to_keep=1).logits.argmax(-1)
+
+    return model, cache, read
+
+
+# --- llama.cpp --------------------------------------------------------------------------------------------
+
+
+def llama_call(engine: Engine) -> Callable[[], object]:
+    """Decoding after the prompt; what lies behind it in the cache is dropped by the next evaluation."""
+    model = _llama(engine)
+    model.eval(_prompt(engine)[0].tolist())
+    first = _likeliest(model)
+
+    def call() -> None:
+        model.n_tokens, token = engine.size, first
+        for _ in range(TOKENS):
+            model.eval([token])
+            token = _likeliest(model)
+
+    return call
+
+
+def llama_read(engine: Engine) -> Callable[[], object]:
+    """The prompt, from an empty cache."""
+    model, prompt = _llama(engine), _prompt(engine)[0].tolist()
+
+    def call() -> None:
+        model.reset()
+        model.eval(prompt)
+
+    return call
+
+
+def _likeliest(model: Any) -> int:
+    pointer = model._ctx.get_logits()
+    return int(np.ctypeslib.as_array(pointer, shape=(model.n_vocab(),)).argmax())
+
+
+def _llama(engine: Engine) -> Any:
+    llama_cpp: Any = importlib.import_module("llama_cpp")
+
+    # Without this, repacked kernels are chosen that some virtual machines announce and do not have.
+    original = llama_cpp.llama_model_default_params
+
+    def parameters() -> Any:
+        made = original()
+        made.use_extra_bufts = False
+        return made
+
+    llama_cpp.llama_model_default_params = parameters
+    llama_cpp.llama_cpp.llama_model_default_params = parameters
+    return llama_cpp.Llama(
+        str(engine.artifact),
+        n_ctx=engine.size + TOKENS + 8,
+        n_batch=512,
+        n_threads=engine.threads,
+        n_threads_batch=engine.threads,
+        verbose=False,
+    )
+
+
+# --- onnxruntime-genai ------------------------------------------------------------------------------------
+
+
+def genai_call(engine: Engine) -> Callable[[], object]:
+    """Decoding after the prompt, gone back to by ``rewind_to``."""
+    generator = _genai(engine)
+    generator.append_tokens(_prompt(engine).astype(np.int32))
+
+    def call() -> None:
+        for _ in range(TOKENS):
+            generator.generate_next_token()
+        generator.rewind_to(engine.size)
+
+    return call
+
+
+def genai_read(engine: Engine) -> Callable[[], object]:
+    """The prompt, by a new generator."""
+    prompt = _prompt(engine).astype(np.int32)
+    make = _genai_maker(engine)
+    return lambda: make().append_tokens(prompt)
+
+
+def _genai(engine: Engine) -> Any:
+    return _genai_maker(engine)()
+
+
+def _genai_maker(engine: Engine) -> Callable[[], Any]:
+    genai: Any = importlib.import_module("onnxruntime_genai")
+
+    config = genai.Config(str(engine.artifact))
+    options = {"intra_op_num_threads": engine.threads}
+    config.overlay(json.dumps({"model": {"decoder": {"session_options": options}}}))
+    model = genai.Model(config)
+
+    def make() -> Any:
+        options = genai.GeneratorParams(model)
+        options.set_search_options(max_length=engine.size + 2 * TOKENS + 8, do_sample=False)
+        return genai.Generator(model, options)
+
+    return make
+
+
+# --- OpenVINO GenAI ---------------------------------------------------------------------------------------
+
+
+def openvino_call(engine: Engine) -> Callable[[], float]:
+    """The time per token that the pipeline reports, times the tokens of a call."""
+    run = _openvino_genai(engine, TOKENS + 1)
+    return lambda: run().get_tpot().mean / 1e3 * TOKENS
+
+
+def openvino_read(engine: Engine) -> Callable[[], float]:
+    """The time to the first token that the pipeline reports."""
+    run = _openvino_genai(engine, 1)
+    return lambda: run().get_ttft().mean / 1e3
+
+
+def _openvino_genai(engine: Engine, new: int) -> Callable[[], Any]:
+    import openvino
+
+    openvino_genai: Any = importlib.import_module("openvino_genai")
+
+    pipeline = openvino_genai.LLMPipeline(
+        str(engine.artifact),
+        "CPU",
+        {"INFERENCE_NUM_THREADS": engine.threads, "INFERENCE_PRECISION_HINT": "f32"},
+    )
+    prompt = _prompt(engine)
+    inputs = openvino_genai.TokenizedInputs(openvino.Tensor(prompt), openvino.Tensor(np.ones_like(prompt)))
+    config = openvino_genai.GenerationConfig(max_new_tokens=new, ignore_eos=True)
+    return lambda: pipeline.generate(inputs, config).perf_metrics
+
+
+# --- tokopt -----------------------------------------------------------------------------------------------
+
+
+def tokopt_read(engine: Engine) -> Callable[[], object]:
+    """The prompt, from an empty cache."""
+    from tokopt.runtime import language
+
+    model, prompt = _load(engine), _prompt(engine).tolist()
+
+    def call() -> None:
+        language._Session(model, 1, engine.size + 1).prefill(prompt)
+
+    return call

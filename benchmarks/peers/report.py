@@ -1,0 +1,118 @@
+"""The tables of ``peers.md``."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from benchmarks.decode import TOKENS
+
+FLOORS = (0.99, 0.97)
+"""Cosines at which tokopt's fastest engine is set against the fastest peer."""
+
+Timings = Sequence[Mapping[str, Any]]
+
+
+def markdown(report: Mapping[str, Any]) -> str:
+    """All that was measured, as text."""
+    lines = ["# tokopt against other engines", ""]
+    lines += [*_vision(report), *_language(report), *_limits(report)]
+    return "\n".join([*lines, "```json", json.dumps(report["machine"], indent=1), "```", ""])
+
+
+def fastest_ratio(
+    timings: Timings, quality: Mapping[str, Any], floor: float
+) -> tuple[str, str, float] | None:
+    """tokopt's fastest engine and the fastest peer of at least that cosine, and the ratio of their times."""
+    good = [t for t in timings if quality[t["name"]].get("cosine", 0.0) >= floor]
+    ours = [t for t in good if t["name"].startswith("tokopt")]
+    peers = [t for t in good if not t["name"].startswith("tokopt")]
+    if not ours or not peers:
+        return None
+    best, peer = (min(side, key=lambda t: t["median"]) for side in (ours, peers))
+    return best["name"], peer["name"], peer["median"] / best["median"]
+
+
+def _vision(report: Mapping[str, Any]) -> list[str]:
+    quality = report.get("vision/quality")
+    if not quality:
+        return []
+    batches = {
+        key.rsplit("/", 1)[1]: value for key, value in report.items() if key.startswith("vision/time/")
+    }
+    heads = "".join(f" batch {batch}: ms | fastest |" for batch in batches)
+    lines = ["## DINOv2 ViT-S/14, 224 px", "", f"| engine | cosine | smallest |{heads}"]
+    lines.append("|---" * (3 + 2 * len(batches)) + "|")
+    for name, values in quality.items():
+        if "reason" in values:
+            continue
+        cells = [f"{values['cosine']:.4f}", f"{values['smallest']:.4f}"]
+        for timings in batches.values():
+            row = next((t for t in timings if t["name"] == name), None)
+            cells.append(f"{1e3 * row['median']:.1f} | {1e3 * row['minimum']:.1f}" if row else "– | –")
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    lines.append("")
+    for batch, timings in batches.items():
+        for floor in FLOORS:
+            if found := fastest_ratio(timings, quality, floor):
+                ours, peer, ratio = found
+                lines.append(
+                    f"- Batch {batch}, cosine at least {floor}: {ours} is {ratio:.2f}x as fast as {peer}."
+                )
+    lines += [f"- Left out: {n}: {v['reason']}" for n, v in quality.items() if "reason" in v]
+    return [*lines, ""]
+
+
+def _language(report: Mapping[str, Any]) -> list[str]:
+    parts = {
+        key: value for key, value in report.items() if key.startswith(("language/decode", "language/read"))
+    }
+    if not parts:
+        return []
+    lines = ["## SmolLM2-135M-Instruct", ""]
+    lines += ["Its float32 weights were themselves expanded from a file of 4-bit blocks.", ""]
+    for key, timings in parts.items():
+        _, what, prompt = key.split("/")
+        tokens = TOKENS if what == "decode" else int(prompt)
+        calls = TOKENS if what == "decode" else 1
+        title = f"Decoding after {prompt} tokens" if what == "decode" else f"Reading {prompt} tokens"
+        lines += [f"### {title}", "", "| engine | tokens/s | at its fastest | ms |", "|---|---|---|---|"]
+        for t in timings:
+            rate, best = tokens / t["median"], tokens / t["minimum"]
+            lines.append(f"| {t['name']} | {rate:.1f} | {best:.1f} | {1e3 * t['median'] / calls:.1f} |")
+        peers = [t for t in timings if not t["name"].startswith("tokopt")]
+        fastest = min(peers, key=lambda t: t["median"])
+        ratios = [
+            f"{t['name']} {fastest['median'] / t['median']:.2f}x"
+            for t in timings
+            if t["name"].startswith("tokopt")
+        ]
+        lines += ["", f"Against the fastest peer ({fastest['name']}): " + ", ".join(ratios) + ".", ""]
+    lines += [f"- Left out: {name}: {why}" for name, why in report.get("language/missing", {}).items()]
+    return [*lines, ""]
+
+
+def _limits(report: Mapping[str, Any]) -> list[str]:
+    rates = report.get("limits/rates")
+    if not rates:
+        return []
+    lines = ["## Limits", "", *(f"- {name}: {value:.1f}" for name, value in rates.items()), ""]
+    lines += [
+        "| step | bytes to read | floor, ms | measured, ms | where the time goes, ms |",
+        "|---|---|---|---|---|",
+    ]
+    for key, value in report.items():
+        if not key.startswith("limits/step/"):
+            continue
+        _, _, method, prompt = key.split("/")
+        floor = value["bytes"] / rates["read, GB/s"] / 1e6
+        row = next(
+            (t for t in report.get(f"language/decode/{prompt}", ()) if t["name"] == f"tokopt {method}"), None
+        )
+        measured = f"{1e3 * row['median'] / TOKENS:.1f}" if row else "–"
+        spent = ", ".join(f"{name} {ms:.1f}" for name, ms in list(value["profile"].items())[:5])
+        lines.append(
+            f"| {method}, prompt {prompt} | {value['bytes'] / 1e6:.0f} MB | {floor:.1f} | {measured} | {spent} |"
+        )
+    return [*lines, ""]

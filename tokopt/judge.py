@@ -1,0 +1,119 @@
+"""What an artifact costs in quality, run as it will be deployed and compared with another on real inputs."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from tokopt.errors import InputError
+from tokopt.runtime import LanguageModel, Model, language, load
+
+Sample = Any
+"""Inputs of an encoder in their order, one of them alone; or the token ids of a text."""
+
+CHUNK = 64
+"""Tokens of a text that are predicted in one call."""
+
+
+@dataclass(frozen=True)
+class Floor:
+    """The least quality that is accepted: ``cosine>=0.99``, or ``KL<=0.05``.
+
+    Measures of an encoder are ``cosine`` (mean over the samples' vectors) and ``worst`` (the smallest); of a language
+    model ``KL`` (nats), ``top1`` (share of equal first choices) and ``perplexity`` (ratio to the original's).
+    """
+
+    measure: str
+    sign: str
+    limit: float
+
+    @classmethod
+    def parse(cls, text: str) -> Floor:
+        """Read a floor; raises InputError.
+
+        >>> Floor.parse("KL<=0.05")
+        Floor(measure='KL', sign='<=', limit=0.05)
+        """
+        found = re.fullmatch(r"\s*(\w+)\s*(>=|<=)\s*([-+.\deE]+)\s*", text)
+        try:
+            assert found is not None
+            return cls(found[1], found[2], float(found[3]))
+        except (AssertionError, ValueError) as error:
+            raise InputError(f"{text!r} is no floor; write one like cosine>=0.99 or KL<=0.05") from error
+
+    def holds(self, quality: Mapping[str, float]) -> bool:
+        """Whether the quality is good enough; raises InputError for a measure that is not there."""
+        if self.measure not in quality:
+            raise InputError(f"{self.measure!r} is not measured here; choose among {', '.join(quality)}")
+        value = quality[self.measure]
+        return value >= self.limit if self.sign == ">=" else value <= self.limit
+
+    def __str__(self) -> str:
+        return f"{self.measure}{self.sign}{self.limit:g}"
+
+
+def judge(original: Path, other: Path, samples: Iterable[Sample], threads: int | None) -> dict[str, float]:
+    """The measures of :class:`Floor` for ``other`` against ``original``, both artifacts of target onnx.
+
+    Of a text the first half is read as a prompt, so an eviction policy has dropped what it will when the second half
+    is predicted, each token from those before it. Raises InputError when there is no sample, or a text is too short.
+    """
+    models = [load(path, threads=threads) for path in (original, other)]
+    if isinstance(models[0], LanguageModel):
+        rows = [_predictions(models, np.asarray(sample).reshape(-1).tolist()) for sample in samples]
+    else:
+        rows = [_vectors(models, sample) for sample in samples]
+    if not rows:
+        raise InputError("there is no sample to judge by; give at least two inputs")
+    table = np.concatenate(rows)
+    if not isinstance(models[0], LanguageModel):
+        return {"cosine": float(table.mean()), "worst": float(table.min())}
+    kl, top1, before, after = table.mean(0)
+    return {"KL": float(kl), "top1": float(top1), "perplexity": float(np.exp(after - before))}
+
+
+def _vectors(models: Sequence[Model], sample: Sample) -> np.ndarray:
+    """The cosine of every vector of the first output."""
+    given = [np.asarray(x) for x in (sample if isinstance(sample, (list, tuple)) else [sample])]
+    wanted, got = (next(iter(model.run(*given).values())).astype(np.float64) for model in models)
+    lengths = np.linalg.norm(wanted, axis=-1) * np.linalg.norm(got, axis=-1)
+    return ((wanted * got).sum(-1) / np.maximum(lengths, 1e-30)).reshape(-1)
+
+
+def _predictions(models: Sequence[LanguageModel], ids: Sequence[int]) -> np.ndarray:
+    """KL, equal first choices, and both negative log-likelihoods of every token of the second half."""
+    if len(ids) < 4:
+        raise InputError(f"a text of {len(ids)} tokens is too short to judge by; give longer ones")
+    half = len(ids) // 2
+    sessions = [language._Session(model, 1, len(ids)) for model in models]
+    for session in sessions:
+        session.prefill([ids[:half]])
+    rows = []
+    for start in range(half, len(ids) - 1, CHUNK):
+        part = np.array([ids[start : min(start + CHUNK, len(ids) - 1)]])
+        places = np.arange(part.shape[1])
+        old, new = (_log_softmax(s.step(part, start + places[None], places)[0]) for s in sessions)
+        following = np.array(ids[start + 1 : start + 1 + len(places)])
+        rows.append(
+            np.stack(
+                [
+                    (np.exp(old) * (old - new)).sum(-1),
+                    old.argmax(-1) == new.argmax(-1),
+                    -old[places, following],
+                    -new[places, following],
+                ],
+                axis=1,
+            )
+        )
+    return np.concatenate(rows)
+
+
+def _log_softmax(logits: np.ndarray) -> np.ndarray:
+    x = logits.astype(np.float64)
+    x -= x.max(-1, keepdims=True)
+    return x - np.log(np.exp(x).sum(-1, keepdims=True))

@@ -1,0 +1,294 @@
+"""Search the pipeline that is fastest on this machine among those that are good enough.
+
+Every candidate is exported, run by the runtime on inputs that calibration has not seen, and timed in turns with the
+model as it was. Methods of one kind come first; what misses the floor is not combined with anything, and combinations
+are tried in the order of the speed that their parts promise, until the time is up.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import secrets
+import shutil
+import statistics
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from tokopt.artifact import export
+from tokopt.bundle import Bundle
+from tokopt.errors import InputError, TokoptError
+from tokopt.judge import Floor, Sample, judge
+from tokopt.pipeline import optimize, parse
+from tokopt.runners import interleaved_times
+
+SPACES: Mapping[str, tuple[tuple[str, ...], ...]] = {
+    "encoder": (
+        ("tome{target=0.75}", "tome{target=0.5}", "tome{target=0.35}", "tome{target=0.25}"),
+        ("int8", "smoothquant,int8{activations=static}", "rtn{bits=8}"),
+    ),
+    "causal-lm": (
+        ("streaming{budget=0.5}", "h2o{budget=0.5}", "expected_attention{budget=0.5}"),
+        ("keep_grid", "rtn{bits=8}", "gptq{group=16 order=true}", "rtn"),
+    ),
+}
+"""Task -> kinds of methods, and the candidates of each; at most one of each kind is in a pipeline."""
+
+GAIN = 1.05
+"""The least speed-up that is called one: two timings of the same program differ by less than this."""
+
+ROUNDS = 7
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One candidate: its quality, and its speed as a ratio to the model itself; or the reason why there is none."""
+
+    pipeline: str
+    quality: Mapping[str, float] = field(default_factory=dict)
+    speedup: float | None = None
+    milliseconds: float | None = None
+    megabytes: float | None = None
+    reason: str = ""
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """All trials of a search, in order, and what was not tried for want of time."""
+
+    floor: Floor
+    trials: tuple[Trial, ...]
+    untried: tuple[str, ...] = ()
+
+    @property
+    def winner(self) -> Trial | None:
+        """The fastest trial that reaches the floor and is faster than the model itself; None: no gain."""
+        good = [t for t in self.trials if t.speedup and t.speedup >= GAIN and self.floor.holds(t.quality)]
+        return max(good, key=lambda t: t.speedup or 0.0, default=None)
+
+    @property
+    def front(self) -> tuple[Trial, ...]:
+        """Trials that no other beats in speed and quality both, the fastest first."""
+        timed = [trial for trial in self.trials if trial.speedup]
+        timed.sort(key=lambda trial: (trial.speedup or 0.0, self._quality(trial)), reverse=True)
+        found: list[Trial] = []
+        for trial in timed:
+            if not found or self._quality(trial) > self._quality(found[-1]):
+                found.append(trial)
+        return tuple(found)
+
+    def _quality(self, trial: Trial) -> float:
+        value = trial.quality[self.floor.measure]
+        return value if self.floor.sign == ">=" else -value
+
+    def as_dict(self) -> dict[str, Any]:
+        """A JSON-ready form."""
+        return {
+            "floor": str(self.floor),
+            "winner": self.winner.pipeline if self.winner else None,
+            "front": [trial.pipeline for trial in self.front],
+            "trials": [asdict(trial) for trial in self.trials],
+            "untried": list(self.untried),
+        }
+
+
+@dataclass(frozen=True)
+class Machine:
+    """How candidates are timed: threads of the engine, and the tokens a language model has read before."""
+
+    threads: int | None = None
+    prompt: int = 256
+
+
+def tune(
+    bundle: Bundle,
+    samples: Sequence[Sample],
+    folder: str | Path,
+    *,
+    floor: str = "",
+    candidates: Sequence[Sequence[str]] = (),
+    minutes: float = 30.0,
+    machine: Machine | None = None,
+    progress: Callable[[str], None] | None = None,
+) -> Tuning:
+    """Find the fastest pipeline for ``bundle`` whose quality on ``samples`` reaches ``floor``.
+
+    Samples of even places calibrate, the others judge. ``floor`` is a :class:`~tokopt.judge.Floor` in words, by
+    default ``cosine>=0.99`` or ``KL<=0.05``. ``candidates`` replaces :data:`SPACES`: kinds of methods, of which a
+    pipeline takes at most one each. No trial begins after ``minutes``. ``progress`` is called with a line per step.
+
+    ``folder`` keeps what was measured (``trials.json``), so that the same search goes on where it stopped; the winner's
+    artifact (``best.tokopt``), its pipeline (``pipeline.txt``, empty when nothing gains) and, with matplotlib, the
+    picture ``pareto.png``.
+
+    Raises InputError for fewer than two samples, a bad floor or candidate, and a folder of another search.
+    """
+    if len(samples) < 2:
+        raise InputError(
+            "tuning needs at least two samples, one to calibrate with and one to judge by; give more"
+        )
+    wanted = Floor.parse(floor or {"encoder": "cosine>=0.99", "causal-lm": "KL<=0.05"}[bundle.task])
+    kinds = [list(kind) for kind in candidates] or [list(kind) for kind in SPACES[bundle.task]]
+    for text in (text for kind in kinds for text in kind):
+        parse(text)  # a misspelt candidate is refused before anything runs
+    search = _Search(bundle, samples, Path(folder), machine or Machine(), progress or (lambda line: None))
+    end = time.monotonic() + 60 * minutes
+    untried: list[str] = []
+    for text in _candidates(kinds, search.trials, wanted):
+        if text in search.trials:
+            continue
+        if time.monotonic() >= end:
+            untried.append(text)
+            continue
+        search.try_one(text, wanted)
+    found = Tuning(wanted, tuple(search.trials.values()), tuple(untried))
+    search.finish(found)
+    return found
+
+
+def _candidates(kinds: Sequence[Sequence[str]], trials: Mapping[str, Trial], floor: Floor) -> Iterator[str]:
+    """Single methods; then combinations of those that reached the floor, the most promising first."""
+    for kind in kinds:
+        yield from kind
+    combined: list[tuple[tuple[str, ...], float]] = [((), 1.0)]
+    for kind in kinds:
+        good = [trials[text] for text in kind if text in trials and _reaches(trials[text], floor)]
+        combined += [
+            ((*parts, t.pipeline), speed * (t.speedup or 0.0)) for parts, speed in combined for t in good
+        ]
+    pairs = [(",".join(parts), speed) for parts, speed in combined if len(parts) > 1]
+    for text, _ in sorted(pairs, key=lambda pair: -pair[1]):
+        yield text
+
+
+def _reaches(trial: Trial, floor: Floor) -> bool:
+    return trial.speedup is not None and floor.holds(trial.quality)
+
+
+class _Search:
+    """One search and its folder."""
+
+    def __init__(
+        self,
+        bundle: Bundle,
+        samples: Sequence[Sample],
+        folder: Path,
+        machine: Machine,
+        say: Callable[[str], None],
+    ) -> None:
+        self.bundle, self.folder, self.machine, self.say = bundle, folder, machine, say
+        self.calibration, self.judged = list(samples[::2]), list(samples[1::2])
+        folder.mkdir(parents=True, exist_ok=True)
+        self.baseline = folder / "original.tokopt"
+        if not self.baseline.exists():
+            say("exporting the model as it is")
+            export(bundle, self.baseline)
+        self.key = self._key(samples)
+        self.trials = self._read()
+
+    def try_one(self, text: str, floor: Floor) -> None:
+        """Measure one candidate and keep what was found."""
+        path = self.folder / "candidate.tokopt"
+        try:
+            trial = self._measure(text, path)
+        except TokoptError as error:
+            trial = Trial(text, reason=str(error))
+        best = Tuning(floor, tuple(self.trials.values())).winner
+        self.trials[text] = trial
+        if Tuning(floor, tuple(self.trials.values())).winner not in (None, best):
+            shutil.rmtree(self.folder / "best.tokopt", ignore_errors=True)
+            path.rename(self.folder / "best.tokopt")
+        shutil.rmtree(path, ignore_errors=True)
+        _write(
+            self.folder / "trials.json", json.dumps({"search": self.key, "trials": self._rows()}, indent=1)
+        )
+
+    def _measure(self, text: str, path: Path) -> Trial:
+        self.say(f"{text}: optimizing")
+        made = optimize(self.bundle, text, calibration=self.calibration)
+        if not any(step.matches for step in made.history[len(self.bundle.history) :]):
+            return Trial(text, reason="it changed nothing")
+        self.say(f"{text}: exporting")
+        export(made, path, overwrite=True)
+        self.say(f"{text}: judging and timing")
+        quality = judge(self.baseline, path, self.judged, self.machine.threads)
+        prompt = self.machine.prompt if self.bundle.task == "causal-lm" else None
+        paths = [str(self.baseline), str(path)]
+        rounds = list(interleaved_times(paths, ROUNDS, None, self.machine.threads, prompt))
+        return Trial(
+            text,
+            quality,
+            speedup=statistics.median(before / after for before, after in rounds),
+            milliseconds=1e3 * statistics.median(after for _, after in rounds),
+            megabytes=sum(file.stat().st_size for file in path.iterdir()) / 1e6,
+        )
+
+    def finish(self, found: Tuning) -> None:
+        """Write the winning pipeline and the picture."""
+        _write(self.folder / "pipeline.txt", f"{found.winner.pipeline}\n" if found.winner else "")
+        if find_spec("matplotlib") is None:
+            self.say("pareto.png needs matplotlib; install tokopt[bench]")
+        else:
+            _draw(found, self.folder / "pareto.png")
+
+    def _key(self, samples: Sequence[Sample]) -> str:
+        """What the measurements depend on."""
+        digest = hashlib.sha256((self.baseline / "manifest.json").read_bytes())
+        digest.update(json.dumps(asdict(self.machine)).encode())
+        for sample in samples:
+            for part in sample if isinstance(sample, (list, tuple)) else [sample]:
+                digest.update(np.ascontiguousarray(part).tobytes())
+        return digest.hexdigest()
+
+    def _read(self) -> dict[str, Trial]:
+        path = self.folder / "trials.json"
+        if not path.exists():
+            return {}
+        stored = json.loads(path.read_text())
+        if stored["search"] != self.key:
+            raise InputError(
+                f"{self.folder} holds a search with another model, other samples or settings; choose another folder"
+            )
+        return {row["pipeline"]: Trial(**row) for row in stored["trials"]}
+
+    def _rows(self) -> list[dict[str, Any]]:
+        return [asdict(trial) for trial in self.trials.values()]
+
+
+def _write(path: Path, text: str) -> None:
+    """Replace a file at once."""
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def _draw(found: Tuning, path: Path) -> None:
+    """Quality against speed: every trial a point, the front a line, the floor dashed."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(8, 5), layout="constrained")
+    timed = [trial for trial in found.trials if trial.speedup]
+    for trial in timed:
+        point = trial.speedup or 0.0, trial.quality[found.floor.measure]
+        axes.plot(*point, "o", color="tab:green" if trial is found.winner else "tab:blue")
+        axes.annotate(trial.pipeline, point, textcoords="offset points", xytext=(5, 4), fontsize=7)
+    front = [(trial.speedup or 0.0, trial.quality[found.floor.measure]) for trial in found.front]
+    axes.plot(*zip(*front, strict=True), color="tab:blue", alpha=0.4) if front else None
+    axes.axhline(found.floor.limit, linestyle="--", color="gray", label=f"floor: {found.floor}")
+    axes.set_xlabel("speed, times that of the model itself")
+    axes.set_ylabel(found.floor.measure)
+    axes.legend()
+    temporary = path.with_name(f".{path.name}")
+    figure.savefig(temporary, format="png", dpi=120)
+    pyplot.close(figure)
+    os.replace(temporary, path)
