@@ -7,10 +7,13 @@ divergence of at most 0.05. What is measured is kept in the folder ``tuned-<mode
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 
 import numpy as np
 import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import tokopt
 from examples.data import class_feature, dinov2_small, photograph_views, smollm2

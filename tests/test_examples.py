@@ -159,3 +159,16 @@ def test_bad_prompts_are_refused_before_anything_runs(language_model: LanguageMo
         language_model.generate([])
     with pytest.raises(InputError, match=r"a cache of \d+ slots for a batch of \d+ takes .* GiB"):
         language_model.generate([(1,) * 8000] * 1000)
+
+
+@pytest.mark.skipif(not REAL_DATA, reason="real photographs and weights need the extra tokopt[bench]")
+def test_tuning_finds_a_pipeline_for_a_real_dinov2(tmp_path: Path) -> None:
+    """A small image: what is measured is real, what wins is the machine's affair."""
+    script = ROOT / "examples" / "tune.py"
+    command = (sys.executable, script, "--size", "112", "--minutes", "0.2", "--folder", tmp_path / "tuned")
+    out = run(*command, cwd=tmp_path)
+    assert "tome{target=0.5}" in out and "best:" in out
+    assert {"original.tokopt", "trials.json", "pipeline.txt"} <= {
+        p.name for p in (tmp_path / "tuned").iterdir()
+    }
+    assert "optimizing" not in run(*command[:-4], "--minutes", "0", *command[-2:], cwd=tmp_path)  # it goes on
