@@ -36,7 +36,7 @@ def test_cancellation_is_no_fault_but_another_program_is() -> None:
     other = ((x + 1e4 / 1.1) * 1.1 - 1e4).numpy()
     assert nmse(expected[0].numpy(), other) > LIMITS["float32"]
     assert rounds_alike(program, (x,), expected, [other])
-    assert not rounds_alike(program, (x,), expected, [(x * 1.101).numpy()])
+    assert not rounds_alike(program, (x,), expected, [(x * 1.2).numpy()])
 
 
 @pytest.mark.parametrize("wrong", [np.nan, 1e-3])

@@ -33,10 +33,11 @@ def check_parity(
 ) -> None:
     """Compare the ONNX file at ``path`` with ``program`` on the example and other sizes of its named axes.
 
-    Where both are equally far from the program's float64 values, they agree as far as float32 can
-    (see :mod:`tokopt.lower.precision`). Where the program chooses tokens and rounding alone made the two choose differently, they are compared
-    again with the same choice (see :mod:`tokopt.lower.selections`). ``tolerance`` replaces the largest NMSE
-    that the dtype of an output allows. ``shared`` (``{output: input}``) are caches written in place. Raises
+    Where both are as far from the program's float64 values, they agree as well as float32 can (see
+    :mod:`tokopt.lower.precision`). Where the program chooses tokens and rounding alone made the two choose
+    differently, they are compared again with the same choice (see :mod:`tokopt.lower.selections`). ``tolerance``
+    replaces the largest NMSE that the dtype of an output allows. ``shared`` (``{output: input}``) are caches
+    written in place. Raises
     LoweringError naming the output, its NMSE and the sizes.
     """
     session = _session(path, name)
