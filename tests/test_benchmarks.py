@@ -11,6 +11,8 @@ pytest.importorskip("psutil")
 pytest.importorskip("rich")
 
 import tokopt
+from benchmarks.peers.report import fastest_ratio
+from benchmarks.peers.report import markdown as peers_markdown
 from benchmarks.quality import cosines, predict
 from benchmarks.timing import _timing
 from benchmarks.vision import FULL, QUICK, Scale, with_options
@@ -81,3 +83,34 @@ def test_images_become_normalised_squares() -> None:
     assert pixels.shape == (6, 3, 42, 42) and pixels.dtype == np.float32
     grey = data.preprocess([np.full((28, 28), 255, np.uint8)], 14)[0]
     np.testing.assert_allclose(grey[:, 0, 0], (1 - data.MEAN) / data.DEVIATION, rtol=1e-6)
+
+
+def test_peers_report_compares_equal_fidelity() -> None:
+    """A peer or an artifact below the floor does not count, however fast it is."""
+    timings = [
+        {"name": name, "median": seconds, "minimum": seconds}
+        for name, seconds in (("torch", 4.0), ("int8", 1.0), ("tokopt", 3.0), ("tokopt `tome`", 0.5))
+    ]
+    quality = {
+        "torch": {"cosine": 1.0},
+        "int8": {"cosine": 0.98},
+        "tokopt": {"cosine": 0.999},
+        "tokopt `tome`": {"cosine": 0.975},
+    }
+    assert fastest_ratio(timings, quality, 0.99) == ("tokopt", "torch", 4 / 3)
+    assert fastest_ratio(timings, quality, 0.97) == ("tokopt `tome`", "int8", 2.0)
+    assert fastest_ratio(timings, quality, 1.01) is None
+
+
+def test_peers_report_is_written_from_what_there_is() -> None:
+    """Nothing measured, no section; an engine that did not start is named with its reason."""
+    rows = [
+        {"name": name, "median": seconds, "minimum": seconds}
+        for name, seconds in (("llama.cpp", 0.08), ("tokopt keep_grid", 0.04))
+    ]
+    text = peers_markdown(
+        {"machine": {}, "language/decode/64": rows, "language/missing": {"genai": "ImportError: no module"}}
+    )
+    assert "DINOv2" not in text and "Left out: genai: ImportError: no module" in text
+    assert "| llama.cpp | 100.0 | 100.0 | 10.0 |" in text
+    assert "Against the fastest peer (llama.cpp): tokopt keep_grid 2.00x." in text

@@ -42,7 +42,7 @@ PIPELINES = (
     "",
     "int8",
     _STATIC,
-    *(f"tome{{r={r}}},{_STATIC}" for r in (8, 12, 16, 20)),
+    *(f"tome{{r={r}}},{_STATIC}" for r in (8, 12, 16)),
     "tome{r=16},int8",
 )
 ENGINES: Mapping[str, str] = {
