@@ -21,12 +21,12 @@ from benchmarks.timing import Engine
 PROMPTS = (64, 1024)
 
 PEERS: Mapping[str, tuple[str, str]] = {
-    "transformers": ("transformers", "hf"),
     "llama.cpp, the file's 4 bits": ("llama.cpp", "model.gguf"),
     "onnxruntime-genai, int4": ("genai", "genai"),
     "OpenVINO GenAI, the file's 4 bits": ("openvino-genai", "model.gguf"),
+    "transformers": ("transformers", "hf"),
 }
-"""Name in the tables -> kind of engine, and what it reads."""
+"""Name in the tables -> kind of engine, and what it reads; the first is what the others are compared with."""
 
 METHODS = ("float32", "rtn, 8 bits", "gptq, groups of 16", "keep_grid")
 """tokopt's artifacts, by their names in :mod:`benchmarks.quantize`."""
