@@ -20,9 +20,10 @@ from tokopt import tuning
 from tokopt.errors import InputError
 from tokopt.judge import Floor, judge
 from tokopt.runners import interleaved_times
+from tokopt.runtime.manifest import read_manifest
 from tokopt.tuning import GAIN, Machine, Trial, Tuning
 
-FLOOR = Floor.parse("cosine>=0.9")
+FLOOR = Floor.parse("cosine>=0.9", "encoder")
 
 
 @pytest.fixture(scope="module")
@@ -51,14 +52,15 @@ def speeds(monkeypatch: pytest.MonkeyPatch, ratios: list[float]) -> list[list[st
 
 
 def test_floors_are_read_and_compared() -> None:
-    assert Floor.parse(" KL <= 5e-2 ") == Floor("KL", "<=", 0.05)
-    assert str(Floor.parse("cosine>=0.990")) == "cosine>=0.99"
-    assert Floor.parse("KL<=0.05").holds({"KL": 0.05}) and not Floor.parse("KL<=0.05").holds({"KL": 0.051})
+    assert Floor.parse(" KL <= 5e-2 ", "causal-lm") == Floor("KL", "<=", 0.05)
+    assert str(Floor.parse("cosine>=0.990", "encoder")) == "cosine>=0.99"
+    assert Floor("KL", "<=", 0.05).holds({"KL": 0.05}) and not Floor("KL", "<=", 0.05).holds({"KL": 0.051})
     for text in ("cosine", "cosine>0.9", "cosine>=x", ">=1"):
         with pytest.raises(InputError, match="is no floor; write one like"):
-            Floor.parse(text)
-    with pytest.raises(InputError, match="'KL' is not measured here; choose among cosine"):
-        Floor.parse("KL<=1").holds({"cosine": 1.0})
+            Floor.parse(text, "encoder")
+    for text, task in (("cosine>=0.9", "causal-lm"), ("kl<=1", "causal-lm"), ("KL<=1", "encoder")):
+        with pytest.raises(InputError, match="is not measured of this model; choose among"):
+            Floor.parse(text, task)
 
 
 POINTS = st.lists(st.tuples(st.integers(1, 6), st.integers(0, 6)), max_size=8)
@@ -98,7 +100,7 @@ def test_search_combines_what_reached_the_floor(
     combined = [f"{text},rtn{{bits=8 group=16}}" for text in reversed(good)]  # the faster one first
     assert [trial.pipeline for trial in found.trials[4:]] == combined
     assert len(timed) == 3 + len(combined)
-    assert "no grid" in found.trials[3].reason or "changed nothing" in found.trials[3].reason
+    assert found.trials[3].reason == "keep_grid changed nothing; tokopt optimize says why"
     assert found.winner is found.trials[-1]
     kept = sorted(path.name for path in (tmp_path / "t").iterdir())
     assert kept == ["best.tokopt", "original.tokopt", "pareto.png", "pipeline.txt", "trials.json"]
@@ -124,6 +126,37 @@ def test_search_goes_on_where_it_stopped(
     assert json.loads((tmp_path / "t/trials.json").read_text())["trials"][1]["pipeline"] == "tome{r=2}"
     with pytest.raises(InputError, match="choose another folder"):
         tokopt.tune(model, images(6), tmp_path / "t", candidates=[["tome{r=1}"]])
+
+
+def test_another_model_is_another_search(model: tokopt.Bundle, tmp_path: Path) -> None:
+    """Even before the first trial."""
+    tokopt.tune(model, images(), tmp_path / "t", candidates=[["tome{r=1}"]], minutes=0)
+    other = tokopt.optimize(model, "rtn{bits=8 group=16}")
+    with pytest.raises(InputError, match="choose another folder"):
+        tokopt.tune(other, images(), tmp_path / "t", candidates=[["tome{r=1}"]], minutes=0)
+
+
+def test_another_floor_chooses_among_what_was_measured(
+    model: tokopt.Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The artifact that stays is the one that the text names."""
+    timed = speeds(monkeypatch, [1.2, 1.6])
+    candidates = [["tome{r=1}", "tome{r=5}"]]
+
+    def winner(floor: str) -> str:
+        tokopt.tune(model, images(), tmp_path / "t", candidates=candidates, floor=floor)
+        text = (tmp_path / "t/pipeline.txt").read_text().strip()
+        best = tmp_path / "t/best.tokopt"
+        assert (read_manifest(best).pipeline if best.exists() else "") == text
+        return text
+
+    assert winner("cosine>=-1") == "tome{r=5}"
+    trials = json.loads((tmp_path / "t/trials.json").read_text())["trials"]
+    qualities = [trial["quality"]["cosine"] for trial in trials]
+    assert qualities[0] > qualities[1]
+    assert winner(f"cosine>={sum(qualities) / 2}") == "tome{r=1}"
+    assert winner("cosine>=1.1") == ""
+    assert len(timed) == 2
 
 
 def test_no_trial_begins_when_the_time_is_up(model: tokopt.Bundle, tmp_path: Path) -> None:

@@ -16,6 +16,9 @@ from tokopt.runtime import LanguageModel, Model, language, load
 Sample = Any
 """Inputs of an encoder in their order, one of them alone; or the token ids of a text."""
 
+MEASURES = {"encoder": ("cosine", "worst"), "causal-lm": ("KL", "top1", "perplexity")}
+"""Task -> what :func:`judge` measures."""
+
 CHUNK = 64
 """Tokens of a text that are predicted in one call."""
 
@@ -33,23 +36,26 @@ class Floor:
     limit: float
 
     @classmethod
-    def parse(cls, text: str) -> Floor:
-        """Read a floor; raises InputError.
+    def parse(cls, text: str, task: str) -> Floor:
+        """Read a floor for models of a task; raises InputError.
 
-        >>> Floor.parse("KL<=0.05")
+        >>> Floor.parse("KL<=0.05", "causal-lm")
         Floor(measure='KL', sign='<=', limit=0.05)
         """
         found = re.fullmatch(r"\s*(\w+)\s*(>=|<=)\s*([-+.\deE]+)\s*", text)
         try:
             assert found is not None
-            return cls(found[1], found[2], float(found[3]))
+            floor = cls(found[1], found[2], float(found[3]))
         except (AssertionError, ValueError) as error:
             raise InputError(f"{text!r} is no floor; write one like cosine>=0.99 or KL<=0.05") from error
+        if floor.measure not in MEASURES[task]:
+            raise InputError(
+                f"{floor.measure!r} is not measured of this model; choose among {', '.join(MEASURES[task])}"
+            )
+        return floor
 
     def holds(self, quality: Mapping[str, float]) -> bool:
-        """Whether the quality is good enough; raises InputError for a measure that is not there."""
-        if self.measure not in quality:
-            raise InputError(f"{self.measure!r} is not measured here; choose among {', '.join(quality)}")
+        """Whether the quality is good enough."""
         value = quality[self.measure]
         return value >= self.limit if self.sign == ">=" else value <= self.limit
 

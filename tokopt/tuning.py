@@ -134,10 +134,10 @@ def tune(
         raise InputError(
             "tuning needs at least two samples, one to calibrate with and one to judge by; give more"
         )
-    wanted = Floor.parse(floor or {"encoder": "cosine>=0.99", "causal-lm": "KL<=0.05"}[bundle.task])
-    kinds = [list(kind) for kind in candidates] or [list(kind) for kind in SPACES[bundle.task]]
-    for text in (text for kind in kinds for text in kind):
-        parse(text)  # a misspelt candidate is refused before anything runs
+    usual = {"encoder": "cosine>=0.99", "causal-lm": "KL<=0.05"}[bundle.task]
+    wanted = Floor.parse(floor or usual, bundle.task)
+    # One spelling of each; a misspelt candidate is refused before anything runs.
+    kinds = [[str(parse(text)) for text in kind] for kind in candidates or SPACES[bundle.task]]
     search = _Search(bundle, samples, Path(folder), machine or Machine(), progress or (lambda line: None))
     end = time.monotonic() + 60 * minutes
     untried: list[str] = []
@@ -169,7 +169,7 @@ def _candidates(kinds: Sequence[Sequence[str]], trials: Mapping[str, Trial], flo
 
 
 def _reaches(trial: Trial, floor: Floor) -> bool:
-    return trial.speedup is not None and floor.holds(trial.quality)
+    return trial.speedup is not None and trial.speedup >= 1.0 and floor.holds(trial.quality)
 
 
 class _Search:
@@ -186,12 +186,13 @@ class _Search:
         self.bundle, self.folder, self.machine, self.say = bundle, folder, machine, say
         self.calibration, self.judged = list(samples[::2]), list(samples[1::2])
         folder.mkdir(parents=True, exist_ok=True)
-        self.baseline = folder / "original.tokopt"
-        if not self.baseline.exists():
-            say("exporting the model as it is")
-            export(bundle, self.baseline)
+        self.baseline, self.best = folder / "original.tokopt", ""
         self.key = self._key(samples)
         self.trials = self._read()
+        if not (folder / "trials.json").exists() or not self.baseline.exists():
+            say("exporting the model as it is")
+            export(bundle, self.baseline, overwrite=self.baseline.exists())
+            self._keep()
 
     def try_one(self, text: str, floor: Floor) -> None:
         """Measure one candidate and keep what was found."""
@@ -205,16 +206,21 @@ class _Search:
         if Tuning(floor, tuple(self.trials.values())).winner not in (None, best):
             shutil.rmtree(self.folder / "best.tokopt", ignore_errors=True)
             path.rename(self.folder / "best.tokopt")
+            self.best = text
         shutil.rmtree(path, ignore_errors=True)
-        _write(
-            self.folder / "trials.json", json.dumps({"search": self.key, "trials": self._rows()}, indent=1)
-        )
+        self._keep()
+
+    def _keep(self) -> None:
+        rows = [asdict(trial) for trial in self.trials.values()]
+        content = {"search": self.key, "best": self.best, "trials": rows}
+        _write(self.folder / "trials.json", json.dumps(content, indent=1))
 
     def _measure(self, text: str, path: Path) -> Trial:
         self.say(f"{text}: optimizing")
         made = optimize(self.bundle, text, calibration=self.calibration)
-        if not any(step.matches for step in made.history[len(self.bundle.history) :]):
-            return Trial(text, reason="it changed nothing")
+        idle = [step.text for step in made.history[len(self.bundle.history) :] if not step.matches]
+        if idle:
+            return Trial(text, reason=f"{', '.join(idle)} changed nothing; tokopt optimize says why")
         self.say(f"{text}: exporting")
         export(made, path, overwrite=True)
         self.say(f"{text}: judging and timing")
@@ -231,17 +237,28 @@ class _Search:
         )
 
     def finish(self, found: Tuning) -> None:
-        """Write the winning pipeline and the picture."""
-        _write(self.folder / "pipeline.txt", f"{found.winner.pipeline}\n" if found.winner else "")
+        """Write the winning pipeline, its artifact if another floor chose it, and the picture."""
+        winner = found.winner.pipeline if found.winner else ""
+        if winner != self.best:
+            shutil.rmtree(self.folder / "best.tokopt", ignore_errors=True)
+            if winner:
+                self.say(f"{winner}: exporting the best again")
+                made = optimize(self.bundle, winner, calibration=self.calibration)
+                export(made, self.folder / "best.tokopt")
+            self.best = winner
+            self._keep()
+        _write(self.folder / "pipeline.txt", f"{winner}\n" if winner else "")
         if find_spec("matplotlib") is None:
             self.say("pareto.png needs matplotlib; install tokopt[bench]")
         else:
             _draw(found, self.folder / "pareto.png")
 
     def _key(self, samples: Sequence[Sample]) -> str:
-        """What the measurements depend on."""
-        digest = hashlib.sha256((self.baseline / "manifest.json").read_bytes())
-        digest.update(json.dumps(asdict(self.machine)).encode())
+        """What the measurements depend on: the model, how it is timed, and the samples."""
+        exported = self.bundle.main.exported
+        digest = hashlib.sha256(f"{self.machine} {exported.graph}".encode())
+        for tensor in exported.state_dict.values():
+            digest.update(np.ascontiguousarray(tensor.detach().float().numpy()).data)
         for sample in samples:
             for part in sample if isinstance(sample, (list, tuple)) else [sample]:
                 digest.update(np.ascontiguousarray(part).tobytes())
@@ -256,10 +273,8 @@ class _Search:
             raise InputError(
                 f"{self.folder} holds a search with another model, other samples or settings; choose another folder"
             )
+        self.best = stored["best"]
         return {row["pipeline"]: Trial(**row) for row in stored["trials"]}
-
-    def _rows(self) -> list[dict[str, Any]]:
-        return [asdict(trial) for trial in self.trials.values()]
 
 
 def _write(path: Path, text: str) -> None:

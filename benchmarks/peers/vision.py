@@ -40,7 +40,6 @@ PEERS: Mapping[str, tuple[str, str]] = {
 _STATIC = "smoothquant,int8{activations=static}"
 PIPELINES = (
     "",
-    "int8",
     _STATIC,
     *(f"tome{{r={r}}},{_STATIC}" for r in (8, 12, 16)),
     "tome{r=16},int8",
