@@ -260,7 +260,7 @@ def test_memory_is_what_the_budget_says() -> None:
     got.generate(prompt(100), max_tokens=50)
     slots = BUDGET + EVERY
     assert got.statistics.cache_slots == slots
-    per_slot = 2 * (2 * 2 * 12 * 4 + 2 * 4) + 8  # two layers of keys, values and masses; positions
+    per_slot = 2 * (2 * 2 * 16 * 4 + 2 * 4) + 8  # two layers of keys, values and masses; positions
     assert got.statistics.cache_bytes == slots * per_slot + 8 + 8  # one length, one budget
 
 

@@ -110,9 +110,9 @@ def test_artifact_generates_what_the_bundle_generates(pipeline: str) -> None:
     logits = driver.follow([ids], [list(got.tokens)], EVERY)
     assert logits[:-1, 0].argmax(-1).tolist() == list(got.tokens)
     slots = model.statistics.cache_slots
-    per_slot = 2 * 2 * 2 * (12 + 2 * 4 * 12 // GROUP)  # layers, kinds, heads: codes, and scales and zeros
+    per_slot = 2 * 2 * 2 * (16 + 2 * 4 * 16 // GROUP)  # layers, kinds, heads: codes, and scales and zeros
     extra = 8 + (2 * 2 * 4 if "h2o" in pipeline else 0)  # positions, and the masses of two layers
-    recent = 2 * 2 * 2 * 12 * 4 * (RESIDUAL + GROUP + EVERY)
+    recent = 2 * 2 * 2 * 16 * 4 * (RESIDUAL + GROUP + EVERY)
     assert model.statistics.cache_bytes <= slots * (per_slot + extra) + recent + 3 * 8
 
 
@@ -162,7 +162,7 @@ def test_values_round_to_half_a_scale() -> None:
 @pytest.mark.parametrize(
     ("pipeline", "reason"),
     {
-        "kivi{group=5}": "have 12 channels of torch.float32; KIVI needs float32 and a multiple of group=5",
+        "kivi{group=5}": "have 16 channels of torch.float32; KIVI needs float32 and a multiple of group=5",
         "kivi{every=8}": "every=8 at least the group",
         "kivi{group=4 residual=-1}": "residual=-1 not negative",
         f"knorm{{budget=[20,13] recent=4}},{TEXT}": "give all one budget",

@@ -123,7 +123,7 @@ DECODERS: MappingProxyType[str, Callable[[], nn.Module]] = MappingProxyType(
         "gpt2": _hugging_face(
             "GPT2",
             vocab_size=VOCABULARY,
-            n_embd=64,
+            n_embd=96,
             n_layer=2,
             n_head=4,
             n_positions=CONTEXT,
