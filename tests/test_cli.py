@@ -196,6 +196,19 @@ def test_bench_times_in_turns(capsys: pytest.CaptureFixture[str], folder: Path) 
     assert all(0 < r["min_ms"] <= r["median_ms"] for r in data["results"])
 
 
+def test_another_engine_computes_the_same(
+    capsys: pytest.CaptureFixture[str], folder: Path, tmp_path: Path
+) -> None:
+    artifact, out = folder / "merged.onnx.tokopt", [tmp_path / "a.npy", tmp_path / "b.npy"]
+    for path, extra in zip(out, ((), ("--backend", "openvino")), strict=True):
+        answer(capsys, "run", artifact, "-o", path, *extra)
+    np.testing.assert_allclose(np.load(out[1]), np.load(out[0]), atol=1e-4)
+    timed = answer(capsys, "bench", artifact, "--rounds", 2, "--backend", "openvino", "--threads", 1)
+    assert timed["results"][0]["min_ms"] > 0
+    error = complaint(capsys, 2, "run", folder / "plain.tokopt", "--backend", "openvino")
+    assert "is of target torch" in error
+
+
 def test_bisect_names_the_first_pass_that_moves_an_output_too_far(
     capsys: pytest.CaptureFixture[str], folder: Path
 ) -> None:

@@ -42,6 +42,17 @@ def test_vision_merges_a_real_dinov2_and_draws_it(tmp_path: Path) -> None:
     assert (tmp_path / "dinov2-merged.tokopt" / "manifest.json").exists()
 
 
+@pytest.mark.skipif(not REAL_DATA, reason="real photographs and weights need the extra tokopt[bench]")
+def test_quantizing_a_real_dinov2(tmp_path: Path) -> None:
+    """Static 8 bits keep the features and a quarter of the bytes."""
+    command = [sys.executable, ROOT / "examples" / "quantize.py", "smoothquant,int8{activations=static}"]
+    out = run(*command, "--size", "112", "--rounds", "2", "--output", tmp_path, cwd=tmp_path)
+    table = {line.split()[0]: [float(x) for x in line.split()[1:]] for line in out.splitlines()[-2:]}
+    full, small = table["float32"], table["smoothquant,int8{activations=static}"]
+    assert full[1:3] == [1, 1] and small[1] > 0.99
+    assert small[0] < 0.3 * full[0]
+
+
 # --- a language model with real weights: one artifact for all ------------------------------------------------
 
 PROMPTS = (

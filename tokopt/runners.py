@@ -14,6 +14,7 @@ import numpy as np
 
 from tokopt.errors import ArtifactError, InputError, TokoptError
 from tokopt.runtime import LanguageModel, language, load
+from tokopt.runtime.engines import Backend
 from tokopt.runtime.manifest import Manifest, ProgramEntry, read_manifest
 from tokopt.runtime.selftest import read_selftest
 
@@ -48,15 +49,22 @@ class Runner:
         return stored
 
 
-def open_runner(path: str | Path, threads: int | None = None) -> Runner:
-    """Open an artifact; raises ArtifactError."""
+def open_runner(path: str | Path, threads: int | None = None, backend: Backend = "onnxruntime") -> Runner:
+    """Open an artifact; ``backend`` is what executes ONNX.
+
+    Raises ArtifactError, and InputError for a backend that cannot execute it.
+    """
     folder = Path(path)
     manifest = read_manifest(folder)
     if "forward" not in manifest.programs:
         raise ArtifactError(f"{folder} is a language model; use it with: tokopt generate {folder} PROMPT")
     if "onnx" in manifest.programs["forward"].files:
-        model = load(folder, threads=threads)
+        model = load(folder, threads=threads, backend=backend)
         return Runner(folder, manifest, lambda feed: model.run(**feed))
+    if backend != "onnxruntime":
+        raise InputError(
+            f"{folder} is of target torch; export it for {backend} with: tokopt export {folder} -o DIR"
+        )
     import torch
 
     import tokopt
@@ -106,6 +114,7 @@ def interleaved_times(
     batch: int | None,
     threads: int | None,
     prompt: int | None = None,
+    backend: Backend = "onnxruntime",
 ) -> Iterator[tuple[float, ...]]:
     """Yield, per round, the seconds that one call of each artifact took.
 
@@ -120,7 +129,9 @@ def interleaved_times(
         workers: list[Connection] = []
         for path in paths:
             here, there = context.Pipe()
-            process = context.Process(target=_worker, args=(there, path, batch, threads, prompt), daemon=True)
+            process = context.Process(
+                target=_worker, args=(there, path, batch, threads, prompt, backend), daemon=True
+            )
             process.start()
             there.close()
             stack.callback(process.join, 10)
@@ -146,15 +157,22 @@ def _answer(worker: Connection, path: str) -> float:
     return answer
 
 
-def _encoder(path: str, batch: int | None, threads: int | None) -> Callable[[], object]:
-    runner = open_runner(path, threads)
+def _encoder(path: str, batch: int | None, threads: int | None, backend: Backend) -> Callable[[], object]:
+    runner = open_runner(path, threads, backend)
     feed = runner.example(batch)
     return lambda: runner.run(feed)
 
 
-def _worker(pipe: Connection, path: str, batch: int | None, threads: int | None, prompt: int | None) -> None:
+def _worker(
+    pipe: Connection,
+    path: str,
+    batch: int | None,
+    threads: int | None,
+    prompt: int | None,
+    backend: Backend,
+) -> None:
     try:
-        call = _encoder(path, batch, threads) if prompt is None else decoder(path, prompt, threads)
+        call = _encoder(path, batch, threads, backend) if prompt is None else decoder(path, prompt, threads)
         call()  # the first one allocates
         pipe.send(0.0)
         while True:

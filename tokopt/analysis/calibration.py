@@ -13,6 +13,7 @@ from torch.fx import GraphModule, Interpreter, Node
 from tokopt.analysis.graph import sizes
 from tokopt.bundle import Bundle
 from tokopt.errors import InputError
+from tokopt.progress import track
 
 Sample = Tensor | np.ndarray | Sequence[Tensor] | Sequence[np.ndarray] | Sequence[int]
 """The inputs of ``forward`` in order, or one alone; for a language model the ids of a text."""
@@ -57,7 +58,7 @@ def collect(
     """
     watch = _Watch(module, {node: Moments.empty(sizes(node)[-1]) for node in nodes})
     count = 0
-    for sample in samples:
+    for sample in track(samples, "Calibrating"):
         with torch.no_grad():
             watch.run(*program_inputs(bundle, sample), enable_io_processing=False)
         count += 1

@@ -139,6 +139,7 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("-o", "--output", type=Path, metavar="FILE", help="save to .npy or .npz")
     _colours(p)
     _threads(p)
+    _backend(p)
 
     p = verb(
         "generate",
@@ -178,6 +179,7 @@ def _parser() -> argparse.ArgumentParser:
         "--batch", type=_positive, metavar="N", help="batch size (default: that of the stored example)"
     )
     _threads(p)
+    _backend(p)
 
     p = verb(
         "bisect",
@@ -264,6 +266,15 @@ def _colours(parser: argparse.ArgumentParser) -> None:
 def _threads(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--threads", type=_positive, metavar="N", help="threads of the engine (default: all cores)"
+    )
+
+
+def _backend(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--backend",
+        choices=("onnxruntime", "openvino"),
+        default="onnxruntime",
+        help="the engine (default: onnxruntime; openvino takes encoders)",
     )
 
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from importlib.util import find_spec
+
+from tokopt.progress import spinner
 
 Cell = str | int | float | None
 
@@ -36,7 +38,7 @@ class Screen:
     @contextmanager
     def step(self, text: str) -> Iterator[None]:
         """Show that something slow is under way, on a terminal only."""
-        with _spinner(text):
+        with spinner(text):
             yield
 
     def finish(self, data: object) -> None:
@@ -82,15 +84,3 @@ def _rich_table(headers: Sequence[str], rows: list[list[str]], right: list[bool]
     for row in rows:
         table.add_row(*map(Text, row))
     Console().print(table)
-
-
-def _spinner(text: str):
-    if not (sys.stderr.isatty() and find_spec("rich")):
-        return nullcontext()
-    from rich.console import Console
-    from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
-
-    columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
-    progress = Progress(*columns, console=Console(stderr=True), transient=True)
-    progress.add_task(text, total=None)
-    return progress

@@ -169,7 +169,7 @@ def run(args: Namespace, screen: Screen) -> int:
     from tokopt.cli.inputs import read_inputs
     from tokopt.runners import open_runner
 
-    runner = open_runner(args.artifact, args.threads)
+    runner = open_runner(args.artifact, args.threads, args.backend)
     feed = read_inputs(args.inputs, runner.program, args.mean, args.std) if args.inputs else runner.example()
     outputs = {name: np.asarray(value) for name, value in runner.run(feed).items()}
     if args.output is not None:
@@ -263,7 +263,9 @@ def bench(args: Namespace, screen: Screen) -> int:
     from tokopt.runners import interleaved_times
 
     with screen.step(f"Timing {len(args.artifacts)} artifacts, {args.rounds} rounds"):
-        rounds = list(interleaved_times(args.artifacts, args.rounds, args.batch, args.threads))
+        rounds = list(
+            interleaved_times(args.artifacts, args.rounds, args.batch, args.threads, backend=args.backend)
+        )
     results = []
     for index, path in enumerate(args.artifacts):
         seconds = [r[index] for r in rounds]
