@@ -9,6 +9,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 from torch.fx import GraphModule
+from torch.nn.functional import avg_pool1d
 from torch.nn.functional import linear as linear_product
 
 from tokopt.analysis.calibration import Moments
@@ -73,20 +74,23 @@ class KeepGrid(Quantization):
         replace_weight(module, linear, grid.weight)
         if grid.offset is not None:
             node = linear.node
-            blocks = torch.eye(grid.offset.shape[1]).repeat_interleave(grid.weight.group, dim=1)
-            tables = [put_parameter(module, node, None, table) for table in (blocks, grid.offset)]
+            group = grid.weight.group
+            table = put_parameter(module, node, None, group * grid.offset)
             with module.graph.inserting_after(node):
-                whole = call(module.graph, add_offset, node, linear.input, *tables, like=node)
+                whole = call(module.graph, add_offset, node, linear.input, table, group, like=node)
             node.replace_all_uses_with(whole, delete_user_cb=lambda user: user is not whole)
         return grid.weight
 
 
-def add_offset(product: Tensor, x: Tensor, blocks: Tensor, offset: Tensor) -> Tensor:
-    """The product, plus the sums of x over blocks of inputs times ``offset`` [out, blocks].
+def add_offset(product: Tensor, x: Tensor, offset: Tensor, group: int) -> Tensor:
+    """The product, plus the means of x over blocks of ``group`` inputs times ``offset`` [out, blocks].
 
-    ``blocks`` [blocks, in] says which inputs belong to a block: summing by a product is one fast call.
+    A mean is one pooling without a table to read; dividing by a power of two, it is as exact as the sum.
     """
-    return product + linear_product(linear_product(x, blocks), offset)
+    means = (
+        avg_pool1d(x.flatten(0, -2), group).unflatten(0, x.shape[:-1]) if x.ndim > 3 else avg_pool1d(x, group)
+    )
+    return product + linear_product(means, offset)
 
 
 def find_grid(weight: Tensor) -> BlockGrid | None:
