@@ -12,10 +12,14 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from tokopt.kernels import cuda
+from tokopt.kernels.launch import CUDA_OPS
+
 if TYPE_CHECKING:
     import onnx_ir as ir
 
 OPS = (
+    "attention_mass",
     "bipartite_match",
     "cache_mask",
     "cache_write",
@@ -46,6 +50,8 @@ def _register(name: str) -> None:
     reference = import_module(f"tokopt.kernels.{name}.reference")
     op = torch.library.custom_op(f"tokopt::{name}", getattr(reference, name), mutates_args=())
     op.register_fake(reference.fake)
+    if name in CUDA_OPS and cuda.available():
+        op.register_kernel("cuda")(cuda.implementation(name))
 
 
 for _name in OPS:

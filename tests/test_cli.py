@@ -199,14 +199,24 @@ def test_bench_times_in_turns(capsys: pytest.CaptureFixture[str], folder: Path) 
 def test_another_engine_computes_the_same(
     capsys: pytest.CaptureFixture[str], folder: Path, tmp_path: Path
 ) -> None:
-    artifact, out = folder / "merged.onnx.tokopt", [tmp_path / "a.npy", tmp_path / "b.npy"]
+    artifact, out = folder / "merged.onnx.tokopt", [tmp_path / "a.npz", tmp_path / "b.npz"]
     for path, extra in zip(out, ((), ("--backend", "openvino")), strict=True):
         answer(capsys, "run", artifact, "-o", path, *extra)
-    np.testing.assert_allclose(np.load(out[1]), np.load(out[0]), atol=1e-4)
+    with np.load(out[0]) as one, np.load(out[1]) as other:
+        assert list(one) == list(other)
+        for name in one:
+            np.testing.assert_allclose(other[name], one[name], atol=1e-4)
     timed = answer(capsys, "bench", artifact, "--rounds", 2, "--backend", "openvino", "--threads", 1)
     assert timed["results"][0]["min_ms"] > 0
     error = complaint(capsys, 2, "run", folder / "plain.tokopt", "--backend", "openvino")
     assert "is of target torch" in error
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the refusal is that of a machine without a GPU")
+def test_torch_cuda_is_refused_without_a_device(capsys: pytest.CaptureFixture[str], folder: Path) -> None:
+    assert "finds no CUDA device" in complaint(
+        capsys, 2, "run", folder / "plain.tokopt", "--backend", "torch-cuda"
+    )
 
 
 def test_bisect_names_the_first_pass_that_moves_an_output_too_far(

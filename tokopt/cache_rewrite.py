@@ -48,11 +48,9 @@ class Attention:
         mask = self.mask[:, :, None] if heads == 1 else self.mask.unflatten(1, (self.key.shape[1], -1))
         return logits.masked_fill(~mask, -torch.inf)
 
-    def mass(self, logits: Tensor) -> Tensor:
+    def mass(self) -> Tensor:
         """Attention that each slot gets, summed over real queries and their heads [batch, key heads, slots, 1]."""
-        real = (self.positions >= 0)[:, None, None, :, None]
-        weights = torch.where(real, logits.softmax(dim=-1), 0.0)
-        return weights.sum(dim=(2, 3))[..., None]
+        return ops.attention_mass(self.query, self.key, self.mask, self.positions, self.scale)
 
 
 def in_float32(x: Tensor) -> Tensor:

@@ -6,17 +6,22 @@ import multiprocessing
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
+from copy import deepcopy
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from tokopt.errors import ArtifactError, InputError, TokoptError
+from tokopt.errors import ArtifactError, InputError, MissingDependencyError, TokoptError
 from tokopt.runtime import LanguageModel, language, load
 from tokopt.runtime.engines import Backend
 from tokopt.runtime.manifest import Manifest, ProgramEntry, read_manifest
 from tokopt.runtime.selftest import read_selftest
+
+if TYPE_CHECKING:
+    from torch.export import ExportedProgram
 
 Feed = dict[str, np.ndarray]
 
@@ -50,14 +55,18 @@ class Runner:
 
 
 def open_runner(path: str | Path, threads: int | None = None, backend: Backend = "onnxruntime") -> Runner:
-    """Open an artifact; ``backend`` is what executes ONNX.
+    """Open an artifact.
 
-    Raises ArtifactError, and InputError for a backend that cannot execute it.
+    ``backend`` executes ONNX; an artifact of target ``torch`` is executed by torch on the CPU, or with ``"torch-cuda"``
+    on a GPU with the CUDA kernels of the token ops. Raises ArtifactError, InputError for a backend that cannot execute
+    it, and MissingDependencyError where there is no GPU.
     """
     folder = Path(path)
     manifest = read_manifest(folder)
     if "forward" not in manifest.programs:
         raise ArtifactError(f"{folder} is a language model; use it with: tokopt generate {folder} PROMPT")
+    if backend == "torch-cuda":
+        return _torch_runner(folder, manifest, "cuda")
     if "onnx" in manifest.programs["forward"].files:
         model = load(folder, threads=threads, backend=backend)
         return Runner(folder, manifest, lambda feed: model.run(**feed))
@@ -65,24 +74,42 @@ def open_runner(path: str | Path, threads: int | None = None, backend: Backend =
         raise InputError(
             f"{folder} is of target torch; export it for {backend} with: tokopt export {folder} -o DIR"
         )
+    if threads is not None:
+        import torch
+
+        torch.set_num_threads(threads)
+    return _torch_runner(folder, manifest, "cpu")
+
+
+def _torch_runner(folder: Path, manifest: Manifest, device: str) -> Runner:
+    """An artifact of target ``torch`` on a device."""
     import torch
 
     import tokopt
 
-    if threads is not None:
-        torch.set_num_threads(threads)
+    if device == "cuda" and not torch.cuda.is_available():
+        raise MissingDependencyError(
+            f"torch {torch.__version__} finds no CUDA device; leave out --backend torch-cuda"
+        )
     program = tokopt.open_bundle(folder).forward
-    module = program.exported.module(check_guards=False)
+    module = module_on(program.exported, device)
     inputs, outputs = [spec.name for spec in program.inputs], [spec.name for spec in program.outputs]
 
     @torch.no_grad()
     def run(feed: Feed) -> Mapping[str, np.ndarray]:
         if missing := [name for name in inputs if name not in feed]:
             raise InputError(f"input {missing[0]!r} is missing; the program takes {', '.join(inputs)}")
-        values = module(*(torch.from_numpy(feed[name]) for name in inputs))
-        return dict(zip(outputs, (value.numpy() for value in values), strict=True))
+        values = module(*(torch.from_numpy(feed[name]).to(device) for name in inputs))
+        return dict(zip(outputs, (value.cpu().numpy() for value in values), strict=True))
 
     return Runner(folder, manifest, run)
+
+
+def module_on(exported: ExportedProgram, device: str) -> Callable[..., Any]:
+    """A program with its weights, and all tensors that it makes itself, on ``device``; the one given stays as it is."""
+    from torch.export.passes import move_to_device_pass
+
+    return move_to_device_pass(deepcopy(exported), device).module(check_guards=False)
 
 
 STEPS = 8

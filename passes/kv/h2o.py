@@ -30,7 +30,7 @@ class H2O(KVEviction):
 
     def observe(self, attention: Attention, *memory: Tensor) -> tuple[Tensor, ...]:
         """Add what this call's queries attend to."""
-        return (memory[0] + attention.mass(attention.logits()),)
+        return (memory[0] + attention.mass(),)
 
     def score(self, cached: Cached, *memory: Tensor) -> Tensor:
         """The accumulated mass."""

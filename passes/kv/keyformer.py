@@ -48,7 +48,9 @@ class Keyformer(KVEviction):
         temperature = 1 + COOLING * generated
         logits = logits / temperature[:, None, None, None, None]
         counting = torch.where(generated > 0, generated + attention.query.shape[2], 0)
-        return (mass + attention.mass(logits), counting)
+        real = (attention.positions >= 0)[:, None, None, :, None]
+        weights = torch.where(real, logits.softmax(dim=-1), 0.0)
+        return (mass + weights.sum(dim=(2, 3))[..., None], counting)
 
     def carry(self, *memory: Tensor) -> tuple[Tensor, ...]:
         """After the prompt, begin to count."""

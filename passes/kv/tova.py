@@ -39,7 +39,7 @@ class TOVA(KVEviction):
             attention.positions[:, -1:],
             attention.scale,
         )
-        mass = last.mass(last.logits()).sum(dim=1, keepdim=True) / attention.query.shape[1]
+        mass = last.mass().sum(dim=1, keepdim=True) / attention.query.shape[1]
         return (torch.where((last.positions >= 0)[:, :, None, None], mass, memory[0]),)
 
     def score(self, cached: Cached, *memory: Tensor) -> Tensor:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from tests.kernels import naive
+from tests.kernels.host import host_form
 from tokopt.kernels import attach_functions, onnx_translations, ops
 
 Arrays = tuple[np.ndarray, ...]
@@ -88,6 +89,31 @@ def cache_world(heads: int) -> dict[str, Callable[[dict], Tensor]]:
     }
 
 
+def attention_world(mask_heads: int) -> dict[str, Callable[[dict], Tensor]]:
+    """r + 1 queries of four heads, and as many slots as there are tokens of two; every query sees one at least."""
+
+    def floats(heads: int, own: bool) -> Callable[[dict], Tensor]:
+        def make(world: dict) -> Tensor:
+            batch, slots = world["size"].shape
+            shape = (batch, heads, world["r"] + 1 if own else slots, world["metric"].shape[2])
+            return torch.randn(shape, generator=world["generator"])
+
+        return make
+
+    def mask(world: dict) -> Tensor:
+        batch, slots = world["size"].shape
+        shape = (batch, mask_heads, world["r"] + 1, slots)
+        return (torch.rand(shape, generator=world["generator"]) < 0.5) | torch.eye(
+            *shape[2:], dtype=torch.bool
+        )
+
+    def positions(world: dict) -> Tensor:
+        shape = (world["size"].shape[0], world["r"] + 1)
+        return torch.randint(-1, 3, shape, generator=world["generator"])
+
+    return {"query": floats(4, True), "key": floats(2, False), "mask": mask, "positions": positions}
+
+
 def packed_world(group: int) -> dict[str, Callable[[dict], Tensor]]:
     """Keys of as many slots as there are tokens, and codes with the scales of groups of ``group`` slots."""
 
@@ -122,6 +148,8 @@ def weight_world(group: int) -> dict[str, Callable[[dict], Tensor]]:
 
 
 CASES = (
+    Case("attention_mass", {"scale": 0.5}, inputs=attention_world(1), most=lambda free: free - 1),
+    Case("attention_mass", {"scale": 2.0}, inputs=attention_world(4), most=lambda free: free - 1),
     Case("bipartite_match", {"prefix": 0}),
     Case("bipartite_match", {"prefix": 1}),
     Case("bipartite_match", {"prefix": 5}),
@@ -156,7 +184,9 @@ CASES = (
 )
 
 
-def world(case: Case, batch: int, tokens: int, r: int, seed: int, padding: int = 0) -> dict:
+def world(
+    case: Case, batch: int, tokens: int, r: int, seed: int, padding: int = 0, channels: int = 8
+) -> dict:
     """Random arguments for ``case``, with ``padding`` tokens of size 0 at random places of each row."""
     generator = torch.Generator().manual_seed(seed)
 
@@ -169,10 +199,10 @@ def world(case: Case, batch: int, tokens: int, r: int, seed: int, padding: int =
     order = torch.cat([torch.arange(prefix).expand(batch, prefix), prefix + shuffled(tokens - prefix)], dim=1)
     result = {
         "generator": generator,
-        "metric": torch.randn(batch, tokens, 8, generator=generator) + 0.5,
+        "metric": torch.randn(batch, tokens, channels, generator=generator) + 0.5,
         "size": size,
         "score": torch.randn(batch, tokens, generator=generator),
-        "x": torch.randn(batch, tokens, 6, generator=generator),
+        "x": torch.randn(batch, tokens, max(1, channels - 2), generator=generator),
         "r": r,
         "keep": order[:, : tokens - r].contiguous(),
         "drop": order[:, tokens - r :].contiguous(),
@@ -186,14 +216,17 @@ def world(case: Case, batch: int, tokens: int, r: int, seed: int, padding: int =
 
 def arrays(outputs: Tensor | tuple[Tensor, ...]) -> Arrays:
     outputs = outputs if isinstance(outputs, tuple | list) else (outputs,)
-    return tuple(output.numpy() for output in outputs)
+    return tuple((o.float() if o.dtype == torch.bfloat16 else o).numpy() for o in outputs)
 
 
 def expected(case: Case, arguments: dict) -> Arrays:
     """The naive float64 result."""
     function = getattr(naive, case.op)
     assert list(inspect.signature(function).parameters) == case.arguments
-    result = function(*(a.numpy() if isinstance(a, Tensor) else a for a in arguments.values()))
+    wide = {
+        n: a.float() if isinstance(a, Tensor) and a.is_floating_point() else a for n, a in arguments.items()
+    }
+    result = function(*(a.numpy() if isinstance(a, Tensor) else a for a in wide.values()))
     return result if isinstance(result, tuple) else (result,)
 
 
@@ -268,8 +301,16 @@ def run_session(bare: onnxruntime.InferenceSession, inputs: tuple[Tensor, ...]) 
     return tuple(np.asarray(output) for output in outputs)
 
 
-FORMS: dict[str, Callable[[Case, dict], Arrays]] = {
+Form = Callable[[Case, dict], Arrays]
+
+FORMS: dict[str, Form] = {
     "reference": lambda case, arguments: arrays(getattr(ops, case.op)(*arguments.values())),
     "program": lambda case, arguments: arrays(program_form(case)(*tensors(arguments))),
     "onnx": lambda case, arguments: run_session(session(case), tensors(arguments)),
 }
+
+KERNELS: dict[str, Form] = {
+    "in order": lambda case, arguments: arrays(host_form(case.op)(*arguments.values())),
+    "in reverse": lambda case, arguments: arrays(host_form(case.op, reverse=True)(*arguments.values())),
+}
+"""The CUDA source on the CPU, with the threads of a block one after another."""

@@ -222,3 +222,20 @@ def dequantize_weight(codes: np.ndarray, scale: np.ndarray, zero: np.ndarray, gr
 def fake_quantize(x: np.ndarray, scale: float, zero: int) -> np.ndarray:
     codes = np.clip(np.rint(x.astype(np.float64) / scale) + zero, -128, 127)
     return ((codes - zero) * scale).astype(np.float32)
+
+
+def attention_mass(
+    query: np.ndarray, key: np.ndarray, mask: np.ndarray, positions: np.ndarray, scale: float
+) -> Arrays:
+    def one(row: int) -> tuple:
+        q, k = query[row].astype(np.float64), key[row].astype(np.float64)
+        mass = np.zeros((k.shape[0], k.shape[1], 1))
+        for head in range(len(q)):
+            keys = head // (len(q) // len(k))
+            sees = mask[row][head if len(mask[row]) > 1 else 0]
+            for i in np.flatnonzero(positions[row] >= 0):
+                weights = np.where(sees[i], np.exp(scale * k[keys] @ q[head, i]), 0)
+                mass[keys, :, 0] += weights / weights.sum()
+        return (mass.astype(np.float32),)
+
+    return per_row(len(query), one)

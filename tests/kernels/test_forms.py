@@ -10,8 +10,10 @@ from hypothesis import strategies as st
 from tests.kernels.forms import (
     CASES,
     FORMS,
+    KERNELS,
     Call,
     Case,
+    Form,
     bare_session,
     expected,
     onnx_form,
@@ -62,10 +64,13 @@ COMPARING = [
 ]
 
 
-@forms
+every_form = pytest.mark.parametrize("form", {**FORMS, **KERNELS}.values(), ids=[*FORMS, *KERNELS])
+
+
+@every_form
 @pytest.mark.parametrize("case", COMPARING, ids=str)
 @pytest.mark.parametrize("seed", range(5))
-def test_ties_go_to_the_lowest_index(case: Case, form: str, seed: int):
+def test_ties_go_to_the_lowest_index(case: Case, form: Form, seed: int):
     """Signs in 16 dimensions and 16 tokens: all means, norms and cosines are exact, and most are tied."""
     arguments = world(case, 2, case.prefix + 16, 6, seed)
     generator = torch.Generator().manual_seed(seed)
@@ -73,20 +78,20 @@ def test_ties_go_to_the_lowest_index(case: Case, form: str, seed: int):
         arguments["metric"] = torch.randint(0, 2, (2, case.prefix + 16, 16), generator=generator) * 2.0 - 1
     else:
         arguments["score"] = torch.randint(0, 3, (2, case.prefix + 16), generator=generator).float()
-    assert_equal(FORMS[form](case, arguments), expected(case, arguments))
+    assert_equal(form(case, arguments), expected(case, arguments))
 
 
 LINEAR = Case("energy_match", {"prefix": 1, "margin": -1.0})
 
 
-@forms
+@every_form
 @pytest.mark.parametrize("seed", range(5))
-def test_energy_ties(form: str, seed: int):
+def test_energy_ties(form: Form, seed: int):
     """With a margin of -1 the energy is a sum of exact numbers, and many are tied."""
     arguments = world(LINEAR, 2, 17, 6, seed)
     generator = torch.Generator().manual_seed(seed)
     arguments["metric"] = torch.randint(0, 2, (2, 17, 4), generator=generator) * 2.0 - 1
-    assert_equal(FORMS[form](LINEAR, arguments), expected(LINEAR, arguments))
+    assert_equal(form(LINEAR, arguments), expected(LINEAR, arguments))
 
 
 @cases

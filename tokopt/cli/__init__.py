@@ -272,9 +272,9 @@ def _threads(parser: argparse.ArgumentParser) -> None:
 def _backend(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--backend",
-        choices=("onnxruntime", "openvino"),
+        choices=("onnxruntime", "openvino", "torch-cuda"),
         default="onnxruntime",
-        help="the engine (default: onnxruntime; openvino takes encoders)",
+        help="the engine (default: onnxruntime; torch-cuda takes artifacts of target torch)",
     )
 
 
