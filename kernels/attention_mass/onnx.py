@@ -4,11 +4,16 @@ from tokopt.kernels.opset import BOOL, FLOAT, INFINITY, INT64, TOKOPT, TensorTyp
 
 
 @script(TOKOPT, default_opset=op)
-def attention_mass(query: TensorType, key: TensorType, mask: BOOL, positions: INT64, scale: float) -> FLOAT:
-    """See :func:`tokopt.kernels.attention_mass.reference.attention_mass`.
+def grouped_heads(x: TensorType, heads: int) -> TensorType:
+    """[B, all heads, ...] as [B, heads, heads of each, ...]."""
+    count = op.Reshape(op.Constant(value_int=heads), [1])
+    shape = op.Concat(op.Shape(x, start=0, end=1), count, [-1], op.Shape(x, start=2), axis=0)
+    return op.Reshape(x, shape)
 
-    ``query`` [B, key heads, heads of each, tokens, channels], and ``mask`` with the same axes, 1 where it is shared.
-    """
+
+@script(TOKOPT, default_opset=op)
+def attention_mass(query: TensorType, key: TensorType, mask: BOOL, positions: INT64, scale: float) -> FLOAT:
+    """See :func:`tokopt.kernels.attention_mass.reference.attention_mass`; query and mask have grouped heads."""
     factor = op.Constant(value_float=scale)
     keys = op.Unsqueeze(op.Transpose(op.Cast(key, to=FLOAT.dtype), perm=[0, 1, 3, 2]), [2])
     logits = op.MatMul(op.Cast(query, to=FLOAT.dtype), keys) * factor
@@ -17,17 +22,12 @@ def attention_mass(query: TensorType, key: TensorType, mask: BOOL, positions: IN
     return op.Unsqueeze(op.ReduceSum(op.Where(real, weights, 0.0), [2, 3], keepdims=0), [3])
 
 
-FUNCTIONS = (attention_mass,)
-_mass = node(attention_mass)
+FUNCTIONS = (grouped_heads, attention_mass)
+_group, _mass = node(grouped_heads), node(attention_mass)
 
 
 def translation(query, key, mask, positions, scale: float):
-    """Group the heads that share keys."""
-    groups = [key.shape[1], query.shape[1] // key.shape[1]]
-    sees = op.Unsqueeze(mask, [2]) if mask.shape[1] == 1 else _grouped(mask, groups)
-    return _mass(_grouped(query, groups), key, sees, positions, scale)
-
-
-def _grouped(x, groups: list[int]):
-    """[B, heads, ...] as [B, key heads, heads of each, ...]."""
-    return op.Reshape(x, op.Concat(op.Shape(x, start=0, end=1), groups, op.Shape(x, start=2), axis=0))
+    """Group the heads that share keys; a mask of one head is a group of its own."""
+    heads = key.shape[1]
+    grouped = _group(mask, 1 if mask.shape[1] == 1 else heads)
+    return _mass(_group(query, heads), key, grouped, positions, scale)
