@@ -33,7 +33,7 @@ class Buffers:
 
     def __init__(self, states: Sequence[StateEntry], batch: int, slots: int, device: str = "cpu") -> None:
         self.states = {state.name: state for state in states}
-        axes = [_slot_axis(state) for state in states]
+        axes = [slot_axis(state.axes) for state in states]
         self.slots = {axis: slots for axis in axes if axis is not None}
         self.batch, self.device = batch, device
         self._check_memory(self.slots)
@@ -58,7 +58,7 @@ class Buffers:
         if any(slots[axis] > size for axis, size in self.slots.items()):
             self._check_memory(slots)
         for name, state in self.states.items():
-            axis = _slot_axis(state)
+            axis = slot_axis(state.axes)
             if axis is None or slots[axis] == self.slots[axis]:
                 continue
             old, new = self.values[name].numpy(), self._initial(state, slots)
@@ -200,8 +200,9 @@ def run_checked(run: Callable[..., Any], *arguments: object) -> Any:
         raise TokoptError(f"ONNX Runtime failed on inputs that fit: {reason}") from error
 
 
-def _slot_axis(state: StateEntry) -> str | None:
-    return next((axis for axis in state.axes if isinstance(axis, str) and axis != "batch"), None)
+def slot_axis(axes: Sequence[str | int]) -> str | None:
+    """Which axis of a state counts slots; None for a state without one."""
+    return next((axis for axis in axes if isinstance(axis, str) and axis != "batch"), None)
 
 
 def _available_memory() -> int | None:
