@@ -80,6 +80,10 @@ class Profile:
     opt: int
     max: int
 
+    def __str__(self) -> str:
+        """The spelling of ``--profile``: ``1:8:32``, or ``1024`` for a single size."""
+        return str(self.min) if self.min == self.max else f"{self.min}:{self.opt}:{self.max}"
+
 
 @dataclass(frozen=True)
 class PluginEntry:
@@ -360,7 +364,9 @@ def _program(value: Json, where: str) -> ProgramEntry:
                 raise _Invalid(f"{where}.ranges lacks the axis {_short(axis)} of input {_short(tensor.name)}")
     engine = _optional(entry.get("engine"), f"{where}.engine", _engine)
     if (engine is None) != (ENGINE not in files):
-        raise _Invalid(f"{where} has {'no engine' if engine is None else 'an engine'}, which its files contradict")
+        raise _Invalid(
+            f"{where} has {'no engine' if engine is None else 'an engine'}, which its files contradict"
+        )
     for axis in engine.profiles if engine else ():
         if axis not in ranges:
             raise _Invalid(f"{where}.engine.profiles names {_short(axis)}, which is no axis of an input")

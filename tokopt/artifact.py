@@ -75,7 +75,9 @@ def export(
     if target not in TARGETS:
         raise ArtifactError(f"there is no target {target!r}; choose among {', '.join(TARGETS)}")
     if engine is not None and target != "tensorrt":
-        raise InputError(f"engine options mean nothing to the target {target!r}; leave them out, or export to tensorrt")
+        raise InputError(
+            f"engine options mean nothing to the target {target!r}; leave them out, or export to tensorrt"
+        )
     say = progress or (lambda line: None)
     path = Path(path)
     _check_place(path, overwrite)

@@ -15,7 +15,10 @@ from tokopt.runtime.state import slot_axis
 SLOTS = 2048
 """Slots of a cache, where nothing else is said and the model's context is not shorter."""
 
-LARGEST = {"encoder": {"batch": 32, "tokens": 512}, "causal-lm": {"batch": 8, "tokens": PREFILL, "rows": PREFILL}}
+LARGEST = {
+    "encoder": {"batch": 32, "tokens": 512},
+    "causal-lm": {"batch": 8, "tokens": PREFILL, "rows": PREFILL},
+}
 """Where an axis has no end of its own; the example's size where it is larger."""
 
 _TEXT = re.compile(r"([^=]+)=(\d+)(?::(\d+):(\d+))?")
@@ -33,13 +36,17 @@ def parse_profiles(texts: Sequence[str]) -> dict[str, Profile]:
     for text in texts:
         match = _TEXT.fullmatch(text)
         if match is None:
-            raise InputError(f"{text!r} is no profile; write axis=min:opt:max, for example batch=1:8:32, or axis=size")
+            raise InputError(
+                f"{text!r} is no profile; write axis=min:opt:max, for example batch=1:8:32, or axis=size"
+            )
         axis, low = match[1], int(match[2])
         profile = Profile(low, int(match[3] or low), int(match[4] or low))
         if axis in found:
             raise InputError(f"the profile of axis {axis!r} is given twice; give it once")
         if not 1 <= profile.min <= profile.opt <= profile.max:
-            raise InputError(f"the sizes of the profile {text!r} are not in order; write 1 <= min <= opt <= max")
+            raise InputError(
+                f"the sizes of the profile {text!r} are not in order; write 1 <= min <= opt <= max"
+            )
         found[axis] = profile
     return found
 
@@ -53,13 +60,18 @@ def choose_profiles(bundle: Bundle, given: Mapping[str, Profile]) -> dict[str, d
     """
     slots = {axis for state in bundle.states if (axis := slot_axis(state.axes)) is not None}
     chosen = {
-        name: {axis: given.get(axis) or _default(bundle, program, axis, slots) for axis in _example_sizes(program)}
+        name: {
+            axis: given.get(axis) or _default(bundle, program, axis, slots)
+            for axis in _example_sizes(program)
+        }
         for name, program in bundle.programs.items()
     }
     known = {axis for axes in chosen.values() for axis in axes}
     for axis in given:
         if axis not in known:
-            raise InputError(f"there is no axis {axis!r} to give a profile; the model has {', '.join(sorted(known))}")
+            raise InputError(
+                f"there is no axis {axis!r} to give a profile; the model has {', '.join(sorted(known))}"
+            )
     for name, program in bundle.programs.items():
         _check(program, chosen[name])
         fewest = min((p.max for axis, p in chosen[name].items() if axis in slots), default=None)
@@ -87,7 +99,7 @@ def _check(program: Program, profiles: Mapping[str, Profile]) -> None:
         if profile.min < bounds.min or (bounds.max is not None and profile.max > bounds.max):
             most = "" if bounds.max is None else f" to {bounds.max}"
             raise InputError(
-                f"the profile {axis}={profile.min}:{profile.opt}:{profile.max} leaves the sizes that the program "
+                f"the profile {axis}={profile} leaves the sizes that the program "
                 f"takes, from {bounds.min}{most}; choose sizes among them"
             )
 

@@ -64,7 +64,9 @@ class EngineBuilder:
         self._check_options()
         self._log = _log(self.trt)
 
-    def build(self, portable: Path, name: str, *, check: bool, tolerance: float | None) -> tuple[Path, EngineEntry]:
+    def build(
+        self, portable: Path, name: str, *, check: bool, tolerance: float | None
+    ) -> tuple[Path, EngineEntry]:
         """Write the engine of program ``name`` beside its portable ONNX file; return it and its manifest entry.
 
         ``check`` compares the graph that TensorRT gets with the exported program, on ONNX Runtime, since the engine
@@ -83,7 +85,11 @@ class EngineBuilder:
 
     def _check_options(self) -> None:
         if self.builder == RTX:
-            known = [f"sm_{cc.removeprefix('SM')}" for cc in self.trt.ComputeCapability.__members__ if cc[-1].isdigit()]
+            known = [
+                f"sm_{cc.removeprefix('SM')}"
+                for cc in self.trt.ComputeCapability.__members__
+                if cc[-1].isdigit()
+            ]
             if self.arch not in known:
                 raise LoweringError(
                     f"TensorRT-RTX {self.trt.__version__} builds no engines for {self.arch}, only for "
@@ -109,7 +115,9 @@ class EngineBuilder:
         config.add_optimization_profile(self._profile(builder, name, profiles))
         if self.builder == RTX:
             config.num_compute_capabilities = 1
-            config.set_compute_capability(getattr(self.trt.ComputeCapability, self.arch.upper().replace("_", "")), 0)
+            config.set_compute_capability(
+                getattr(self.trt.ComputeCapability, self.arch.upper().replace("_", "")), 0
+            )
         if self.options.workspace is not None:
             limit = int(self.options.workspace * 2**30)
             config.set_memory_pool_limit(self.trt.MemoryPoolType.WORKSPACE, limit)
@@ -123,12 +131,16 @@ class EngineBuilder:
         made = builder.create_optimization_profile()
         for tensor in self.bundle.programs[name].inputs:
             sizes = [Profile(a, a, a) if isinstance(a, int) else profiles[a] for a in tensor.axes]
-            made.set_shape(tensor.name, *([getattr(size, end) for size in sizes] for end in ("min", "opt", "max")))
+            made.set_shape(
+                tensor.name, *([getattr(size, end) for size in sizes] for end in ("min", "opt", "max"))
+            )
         return made
 
     def _allow_decomposition(self, network: Any) -> None:
-        """Attention that no fused kernel computes (float32, for example) may become a product, a softmax and another."""
-        kind = getattr(self.trt.LayerType, "ATTENTION_INPUT", None)  # older versions parse Attention into its parts
+        """Attention that no fused kernel computes, in float32 for example, may become two products and a softmax."""
+        kind = getattr(
+            self.trt.LayerType, "ATTENTION_INPUT", None
+        )  # older versions parse Attention into its parts
         for i in range(network.num_layers):
             layer = network.get_layer(i)
             if layer.type == kind:
@@ -151,8 +163,8 @@ class EngineBuilder:
     def _refusal(self, name: str, reason: str) -> LoweringError:
         title = {"tensorrt": "TensorRT"}.get(self.builder, "TensorRT-RTX")
         return LoweringError(
-            f"{title} {self.trt.__version__} refuses program {name!r}: {' '.join(reason.split())}; run the portable ONNX "
-            "(target='onnx'), or leave out the pass that made this operator"
+            f"{title} {self.trt.__version__} refuses program {name!r}: {' '.join(reason.split())}; run the portable "
+            "ONNX (target='onnx'), or leave out the pass that made this operator"
         )
 
 

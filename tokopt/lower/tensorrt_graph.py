@@ -1,15 +1,16 @@
 """What TensorRT reads in the place of the portable ONNX graph: the same function in the ops that its builder takes.
 
 - Model-local functions are inlined, and no value is called ``_...``: the builder confuses such names.
+- A ``Loop`` has its condition, which is optional in ONNX.
 - Slots of the cache have a fixed number where an optimisation profile says so: only such a cache is written in place.
 - Caches that are no floats are scattered: ``TensorScatter`` takes floats alone.
-- Quantization has positive steps and no zero points. What is not so is moved out of the quantized product, where it is a
-  constant or a product of the inputs' sums over the blocks of the weight, so that the product itself stays in 8 or 4 bits.
+- Quantization has positive steps and no zero points. What is not so is moved out of the quantized product, where it
+  is a constant, or a product of the inputs' sums over the blocks of the weight; the product itself keeps 8 or 4 bits.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import ml_dtypes
 import numpy as np
@@ -37,6 +38,7 @@ def rewrite_for_tensorrt(model: ir.Model, fixed: Mapping[str, int]) -> None:
             _make_symmetric(model.graph, node)
     passes.RemoveUnusedNodesPass()(model)
     passes.InlinePass()(model)
+    _give_loops_a_condition(model.graph)
     passes.NameFixPass()(model)
     _rename(model)
 
@@ -46,6 +48,13 @@ def _fix_axes(graph: ir.Graph, fixed: Mapping[str, int]) -> None:
         if value.shape is not None:
             sizes = [dim if isinstance(dim, int) else fixed.get(dim.value or "", dim) for dim in value.shape]
             value.shape = ir.Shape(sizes)
+
+
+def _give_loops_a_condition(graph: ir.Graph) -> None:
+    """The parser does not know a condition that is left out, and the body reads it."""
+    for node in graph.all_nodes():
+        if node.op_type == "Loop" and not node.domain and node.inputs[1] is None:
+            node.replace_input_with(1, put_initializer(graph, "always", np.array(True)))
 
 
 def _rename(model: ir.Model) -> None:
@@ -186,7 +195,9 @@ def _add_block_sums(graph: ir.Graph, product: ir.Node, offset: ir.Value, blocks:
     """Add to ``x @ weight`` the sums of x over the blocks, times their offsets [blocks, out]."""
     x = product.inputs[0]
     assert x is not None and x.shape is not None
-    split = put_initializer(graph, f"split_{blocks}", np.array([*[0] * (len(x.shape) - 1), blocks, -1], np.int64))
+    split = put_initializer(
+        graph, f"split_{len(x.shape)}_{blocks}", np.array([*[0] * (len(x.shape) - 1), blocks, -1], np.int64)
+    )
     axis = put_initializer(graph, "last_axis", np.array([-1], np.int64))
     parted = ir.node("Reshape", [x, split])
     sums = ir.node("ReduceSum", [parted.outputs[0], axis], attributes={"keepdims": 0})
@@ -205,5 +216,3 @@ def _add_after(graph: ir.Graph, node: ir.Node, operand: ir.Value | np.ndarray) -
     take_over(added.outputs[0], old)
     added.replace_input_with(0, old)
     graph.insert_after(node, added)
-
-
