@@ -16,9 +16,9 @@ from typing import Any
 
 import onnx_ir as ir
 
-from tokopt.bundle import AxisRange, Bundle, Program
+from tokopt.bundle import Bundle, Program
 from tokopt.errors import InputError, LoweringError
-from tokopt.lower.parity import check_parity, resized
+from tokopt.lower.parity import check_rewritten, resized
 from tokopt.lower.profiles import choose_profiles, parse_profiles
 from tokopt.lower.tensorrt_graph import rewrite_for_tensorrt
 from tokopt.runtime.cuda import device_arch
@@ -69,15 +69,17 @@ class EngineBuilder:
     ) -> tuple[Path, EngineEntry]:
         """Write the engine of program ``name`` beside its portable ONNX file; return it and its manifest entry.
 
-        ``check`` compares the graph that TensorRT gets with the exported program, on ONNX Runtime, since the engine
-        may be for a GPU that is not here. Raises LoweringError when they disagree and when TensorRT refuses the
+        ``check`` compares the graph that TensorRT gets with the portable one, on ONNX Runtime, since the engine may be
+        for a GPU that is not here. Raises LoweringError when they disagree and when TensorRT refuses the
         graph, naming the operator and the module of the model that it comes from.
         """
         profiles = self.profiles[name]
         fixed = {axis: profile.min for axis, profile in profiles.items() if profile.min == profile.max}
         with _rewritten(portable, fixed) as path:
+            if loop := _loop(path):
+                raise self._refusal(name, f"{loop} is a Loop, on which its builder crashes")
             if check:
-                check_parity(_fixed(self.bundle.programs[name], fixed), path, name, tolerance=tolerance)
+                check_rewritten(_resized(self.bundle.programs[name], fixed), portable, path, tolerance)
             engine = self._serialize(path, name, profiles)
         target = portable.with_name(f"{name}.{self.arch}.engine")
         target.write_bytes(engine)
@@ -168,11 +170,10 @@ class EngineBuilder:
         )
 
 
-def _fixed(program: Program, sizes: Mapping[str, int]) -> Program:
-    """``program`` with an example of these sizes, which its axes keep."""
+def _resized(program: Program, sizes: Mapping[str, int]) -> Program:
+    """``program`` with an example of these sizes."""
     for axis, size in sizes.items():
-        ranges = {**program.ranges, axis: AxisRange(size, size)}
-        program = replace(program, example=resized(program, axis, size), ranges=ranges)
+        program = replace(program, example=resized(program, axis, size))
     return program
 
 
@@ -193,9 +194,25 @@ def _parser_fault(parser: Any, path: Path) -> str:
     """The first error: the operator, the module of the user's model that it comes from, and the parser's words."""
     error = parser.get_error(0)
     node = next((node for node in ir.load(path).graph.all_nodes() if node.name == error.node_name()), None)
-    scope = node.metadata_props.get("namespace", "") if node is not None else ""
-    where = f" of {scope}" if scope else ""
-    return f"{error.node_operator() or 'a weight'}{where} cannot be read ({error.desc()})"
+    what = _where(node) if node is not None else error.node_operator() or "a weight"
+    return f"{what} cannot be read ({error.desc().split(' [checkMacros')[0].strip()})"
+
+
+def _loop(path: Path) -> str | None:
+    """Where the first loop of the graph is; None without one."""
+    node = next((node for node in ir.load(path).graph.all_nodes() if node.op_type == "Loop"), None)
+    return None if node is None else _where(node)
+
+
+def _where(node: ir.Node) -> str:
+    """The operator in the program, and the module of the user's model that it comes from.
+
+    Scopes are written as ``: Flat/model: ViTModel/model.layers.0: ViTLayer/farthest_point: tokopt.farthest_point``.
+    """
+    scopes = [scope.partition(":") for scope in node.metadata_props.get("namespace", "").split("/")]
+    if len(scopes) < 2:
+        return node.op_type
+    return f"{scopes[-1][2].strip()} at {scopes[-2][0] or 'the top'}"
 
 
 def _log(trt: Any) -> Any:

@@ -1,7 +1,6 @@
 """What TensorRT reads in the place of the portable ONNX graph: the same function in the ops that its builder takes.
 
 - Model-local functions are inlined, and no value is called ``_...``: the builder confuses such names.
-- A ``Loop`` has its condition, which is optional in ONNX.
 - Slots of the cache have a fixed number where an optimisation profile says so: only such a cache is written in place.
 - Caches that are no floats are scattered: ``TensorScatter`` takes floats alone.
 - Quantization has positive steps and no zero points. What is not so is moved out of the quantized product, where it
@@ -38,7 +37,6 @@ def rewrite_for_tensorrt(model: ir.Model, fixed: Mapping[str, int]) -> None:
             _make_symmetric(model.graph, node)
     passes.RemoveUnusedNodesPass()(model)
     passes.InlinePass()(model)
-    _give_loops_a_condition(model.graph)
     passes.NameFixPass()(model)
     _rename(model)
 
@@ -50,18 +48,12 @@ def _fix_axes(graph: ir.Graph, fixed: Mapping[str, int]) -> None:
             value.shape = ir.Shape(sizes)
 
 
-def _give_loops_a_condition(graph: ir.Graph) -> None:
-    """The parser does not know a condition that is left out, and the body reads it."""
-    for node in graph.all_nodes():
-        if node.op_type == "Loop" and not node.domain and node.inputs[1] is None:
-            node.replace_input_with(1, put_initializer(graph, "always", np.array(True)))
-
-
 def _rename(model: ir.Model) -> None:
-    for node in model.graph.all_nodes():
-        for value in node.outputs:
-            if value.name and value.name.startswith("_") and not value.is_graph_output():
-                value.name = f"value{value.name}"
+    values = [value for node in model.graph.all_nodes() for value in node.outputs]
+    values += [value for graph in model.graph.subgraphs() for value in graph.inputs]
+    for value in values:
+        if value.name and value.name.startswith("_") and not value.is_graph_output():
+            value.name = f"value{value.name}"
 
 
 # --- caches -----------------------------------------------------------------------------------------------
