@@ -184,6 +184,7 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--top-k", type=int, default=0, metavar="K", help="draw from the K likeliest tokens")
     p.add_argument("--seed", type=int, metavar="N", help="repeat the same draws")
     _threads(p)
+    _backend(p)
 
     p = verb("verify", "check an artifact's hashes and run its self-test", "tokopt verify vit.tokopt")
     p.add_argument("artifact", metavar="ARTIFACT")

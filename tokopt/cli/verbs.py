@@ -233,7 +233,7 @@ def generate(args: Namespace, screen: Screen) -> int:
     """Continue a prompt, or answer it as one message of a conversation."""
     from tokopt.runtime import LanguageModel, Sampling, load
 
-    model = load(args.artifact, threads=args.threads)
+    model = load(args.artifact, threads=args.threads, backend=args.backend)
     if not isinstance(model, LanguageModel):
         raise InputError(f"{args.artifact} is no language model; run it with: tokopt run {args.artifact}")
     sampling = Sampling(
