@@ -122,7 +122,7 @@ FAULTS = {
     "unprintable": (put(f"{FORWARD}/inputs/0/name", "a\n"), "no printable name"),
     "surrogate": (put(f"{FORWARD}/inputs/0/name", "\ud800"), "no printable name"),
     "nameless": (put(f"{FORWARD}/inputs/0/name", ""), "no printable name"),
-    "unlisted": (put(f"{FORWARD}/files", {"onnx": "other.onnx"}), "'other.onnx', which files does not list"),
+    "unlisted": (put(f"{FORWARD}/files/onnx", "other.onnx"), "'other.onnx', which files does not list"),
     "unlisted-selftest": (put("selftest", "x"), "selftest names 'x'"),
     "no-engine": (put(f"{FORWARD}/engine", None), "step has no engine, which its files contradict"),
     "an-engine": (put(f"{FORWARD}/files", {"onnx": "forward.onnx"}), "an engine, which its files contradict"),

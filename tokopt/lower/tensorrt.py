@@ -193,8 +193,12 @@ def _rewritten(portable: Path, fixed: Mapping[str, int]) -> Iterator[Path]:
 def _parser_fault(parser: Any, path: Path) -> str:
     """The first error: the operator, the module of the user's model that it comes from, and the parser's words."""
     error = parser.get_error(0)
-    node = next((node for node in ir.load(path).graph.all_nodes() if node.name == error.node_name()), None)
-    what = _where(node) if node is not None else error.node_operator() or "a weight"
+    operator = error.node_operator() or error.func().removeprefix(
+        "import"
+    )  # attributes are read without a node
+    nodes = [node for node in ir.load(path).graph.all_nodes() if node.op_type == operator]
+    named = [node for node in nodes if node.name == error.node_name()] or nodes
+    what = f"{operator} of {_where(named[0])}" if len(named) == 1 else operator
     return f"{what} cannot be read ({error.desc().split(' [checkMacros')[0].strip()})"
 
 
