@@ -76,7 +76,7 @@ def test_quantized_models_build(name: str, pipeline: str, tmp_path: Path) -> Non
     [
         ("llama", f"streaming{{{EVICTION}}}"),
         ("gpt2", f"h2o{{{EVICTION}}},rtn{{group=16}}"),
-        ("gemma3", "kivi"),
+        ("gemma3", "kivi{group=8 every=32}"),
     ],
 )
 def test_language_models_build(name: str, pipeline: str, tmp_path: Path) -> None:

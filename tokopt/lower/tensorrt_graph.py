@@ -2,6 +2,7 @@
 
 - Model-local functions are inlined, and no value is called ``_...``: the builder confuses such names.
 - Slots of the cache have a fixed number where an optimisation profile says so: only such a cache is written in place.
+- Unsigned bytes are floats between inputs and outputs: the builder takes them nowhere else.
 - Caches that are no floats are scattered: ``TensorScatter`` takes floats alone.
 - Quantization has positive steps and no zero points. What is not so is moved out of the quantized product, where it
   is a constant, or a product of the inputs' sums over the blocks of the weight; the product itself keeps 8 or 4 bits.
@@ -37,6 +38,7 @@ def rewrite_for_tensorrt(model: ir.Model, fixed: Mapping[str, int]) -> None:
             _make_symmetric(model.graph, node)
     passes.RemoveUnusedNodesPass()(model)
     passes.InlinePass()(model)
+    _widen_bytes(model.graph)
     passes.NameFixPass()(model)
     _rename(model)
 
@@ -46,6 +48,29 @@ def _fix_axes(graph: ir.Graph, fixed: Mapping[str, int]) -> None:
         if value.shape is not None:
             sizes = [dim if isinstance(dim, int) else fixed.get(dim.value or "", dim) for dim in value.shape]
             value.shape = ir.Shape(sizes)
+
+
+def _widen_bytes(graph: ir.Graph) -> None:
+    """Let unsigned bytes (of a quantized cache) be floats of the same value between the inputs and the outputs."""
+    bytes_in = [value for value in graph.inputs if value.dtype == ir.DataType.UINT8]
+    bytes_out = [value for value in graph.outputs if value.dtype == ir.DataType.UINT8]
+    for node in graph.all_nodes():
+        if node.op_type == "Cast" and node.attributes.get_int("to") == ir.DataType.UINT8:
+            node.attributes["to"] = ir.AttrInt64("to", ir.DataType.FLOAT)
+        for value in node.outputs:
+            if value.dtype == ir.DataType.UINT8:
+                value.dtype = ir.DataType.FLOAT
+    for value in bytes_in:
+        wide = ir.node("Cast", [value], attributes={"to": ir.DataType.FLOAT})
+        value.replace_all_uses_with(wide.outputs[0])
+        wide.replace_input_with(0, value)
+        graph.insert_before(graph[0], wide)
+    for value in bytes_out:
+        narrow = ir.node("Cast", [value], attributes={"to": ir.DataType.UINT8})
+        narrow.outputs[0].type, narrow.outputs[0].shape = ir.TensorType(ir.DataType.UINT8), value.shape
+        graph.append(narrow)
+        take_over(narrow.outputs[0], value)
+        narrow.replace_input_with(0, value)
 
 
 def _rename(model: ir.Model) -> None:
