@@ -25,15 +25,15 @@ def bindings() -> Any:
     return runtime
 
 
-def device_arch() -> str:
+def device_arch(remedy: str) -> str:
     """The compute capability of the current GPU, ``"sm_86"``.
 
-    Raises MissingDependencyError without ``cuda.bindings``, InputError without a GPU.
+    Raises MissingDependencyError without ``cuda.bindings``, InputError without a GPU, which ends with ``remedy``.
     """
     cuda = bindings()
     error, device = cuda.cudaGetDevice()
     if error != cuda.cudaError_t.cudaSuccess:
-        raise InputError(f"there is no NVIDIA GPU that CUDA can use here ({error.name})")
+        raise InputError(f"there is no NVIDIA GPU that CUDA can use here ({error.name}); {remedy}")
     kind = cuda.cudaDeviceAttr
     parts = (kind.cudaDevAttrComputeCapabilityMajor, kind.cudaDevAttrComputeCapabilityMinor)
     return "sm_" + "".join(str(cuda.cudaDeviceGetAttribute(part, device)[1]) for part in parts)

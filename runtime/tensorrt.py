@@ -95,7 +95,7 @@ class Engines:
         GPU, MissingDependencyError without TensorRT."""
         self.folder, self.manifest = folder, manifest
         builder, self.trt = import_tensorrt()
-        found = Installed(builder, self.trt.__version__, device_arch())
+        found = Installed(builder, self.trt.__version__, device_arch("load it with the default backend"))
         for name, entry in manifest.programs.items():
             assert entry.engine is not None
             check_engine(folder, name, entry.engine, found)

@@ -282,4 +282,4 @@ def test_missing_gpu_is_said_without_torch(artifact: Path) -> None:
         [sys.executable, "-c", code], capture_output=True, text=True, check=True, env=hidden
     )
     assert done.stdout.startswith("InputError there is no NVIDIA GPU that CUDA can use here")
-    assert done.stdout.endswith("False\n")
+    assert done.stdout.endswith("; load it with the default backend False\n")

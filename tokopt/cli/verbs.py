@@ -73,11 +73,12 @@ def export(args: Namespace, screen: Screen) -> int:
 
 def _engine_options(args: Namespace) -> EngineOptions | None:
     """What the command says of engines; None when it says nothing."""
-    if not (args.arch or args.profile or args.workspace or args.timing_cache):
+    given = (args.arch, tuple(args.profile), args.workspace, args.timing_cache)
+    if given == (None, (), None, None):
         return None
     from tokopt.lower.tensorrt import EngineOptions
 
-    return EngineOptions(args.arch, tuple(args.profile), args.workspace, args.timing_cache)
+    return EngineOptions(*given)
 
 
 def inspect(args: Namespace, screen: Screen) -> int:

@@ -26,6 +26,10 @@ from tokopt.runtime.manifest import ARCH, EngineEntry, Profile
 from tokopt.runtime.tensorrt import RTX, import_tensorrt
 
 
+NO_ARCH = "say what to build for: EngineOptions(arch='sm_86'), --arch sm_86"
+NO_GPU = "TensorRT builds on the GPU; export where there is one, or install tokopt[tensorrt-rtx] alone"
+
+
 @dataclass(frozen=True)
 class EngineOptions:
     """What to build engines for.
@@ -59,7 +63,7 @@ class EngineBuilder:
         without a GPU that could say its ``arch``, LoweringError for an ``arch`` that TensorRT does not build for."""
         self.bundle, self.options = bundle, options
         self.builder, self.trt = import_tensorrt()
-        self.arch = options.arch or device_arch()
+        self.arch = options.arch or device_arch(NO_ARCH)
         self.profiles = choose_profiles(bundle, parse_profiles(options.profiles))
         self._check_options()
         self._log = _log(self.trt)
@@ -99,14 +103,15 @@ class EngineBuilder:
                 )
             if self.options.timing_cache is not None:
                 raise InputError("TensorRT-RTX measures nothing while it builds; leave the timing cache out")
-        elif self.arch != device_arch():
+        elif (own := device_arch(NO_GPU)) != self.arch:
             raise LoweringError(
-                f"TensorRT {self.trt.__version__} builds for the GPU that it finds, {device_arch()}, not for "
-                f"{self.arch}; export on a machine with that GPU, or install tokopt[tensorrt-rtx] alone"
+                f"TensorRT {self.trt.__version__} builds for the GPU that it finds, {own}, not for {self.arch}; "
+                "export on a machine with that GPU, or install tokopt[tensorrt-rtx] alone"
             )
 
     def _serialize(self, path: Path, name: str, profiles: Mapping[str, Profile]) -> Any:
         """The engine of the ONNX file at ``path``, as a buffer."""
+        self._log.errors.clear()
         builder = self.trt.Builder(self._log)
         network = builder.create_network(1 << int(self.trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
         parser = self.trt.OnnxParser(network, self._log)
