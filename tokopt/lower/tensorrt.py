@@ -25,7 +25,6 @@ from tokopt.runtime.cuda import device_arch
 from tokopt.runtime.manifest import ARCH, EngineEntry, Profile
 from tokopt.runtime.tensorrt import RTX, import_tensorrt
 
-
 NO_ARCH = "say what to build for: EngineOptions(arch='sm_86'), --arch sm_86"
 NO_GPU = "TensorRT builds on the GPU; export where there is one, or install tokopt[tensorrt-rtx] alone"
 
