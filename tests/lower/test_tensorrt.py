@@ -49,7 +49,7 @@ def artifact(merged: tokopt.Bundle, tmp_path_factory: pytest.TempPathFactory) ->
 # --- what builds ------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["vit", "bert", "swin", "beit", "modernbert", "explicit_softmax"])
+@pytest.mark.parametrize("name", ["vit", "bert", "swin", "modernbert"])
 def test_models_build(name: str, tmp_path: Path) -> None:
     """One of every kind; ``tests/matrix/test_backends.py`` builds every architecture, merged."""
     tokopt.export(captured(name), tmp_path / "model.tokopt", target="tensorrt", engine=AMPERE)
@@ -63,7 +63,7 @@ def test_models_build(name: str, tmp_path: Path) -> None:
         ("vit", "rtn{group=16}"),
         ("vit", "rtn{bits=8 group=16}"),
         ("vit", "rtn{group=16 symmetric=true}"),
-        ("bert", "tome{r=4},cast{dtype=float16}"),
+        ("vit", "cast{dtype=float16}"),
     ],
 )
 def test_quantized_models_build(name: str, pipeline: str, tmp_path: Path) -> None:
@@ -75,8 +75,8 @@ def test_quantized_models_build(name: str, pipeline: str, tmp_path: Path) -> Non
     ("name", "pipeline"),
     [
         ("llama", f"streaming{{{EVICTION}}}"),
-        ("gpt2", f"h2o{{{EVICTION}}},rtn{{group=16}}"),
-        ("gemma3", "kivi{group=8 every=32}"),
+        ("gpt2", f"h2o{{{EVICTION}}}"),
+        ("llama", "kivi{group=8 every=32}"),
     ],
 )
 def test_language_models_build(name: str, pipeline: str, tmp_path: Path) -> None:

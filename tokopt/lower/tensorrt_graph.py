@@ -17,7 +17,7 @@ import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes import common as passes
 from onnx_ir.serde import deserialize_function
-from onnxscript import OnnxFunction
+from onnxscript import INT8, OnnxFunction
 
 from tokopt.kernels.opset import FLOAT, INT64, TOKOPT, TensorType, op, script
 from tokopt.lower.weights import put_initializer, take_over
@@ -118,7 +118,8 @@ def centred_quantize(x: FLOAT, scale: float, zero: int) -> FLOAT:
     """``tokopt::fake_quantize`` of x, plus ``zero * scale``: the codes are the same, the zero point is 0."""
     step = op.Constant(value_float=scale)
     shift = op.Cast(op.Constant(value_int=zero), to=FLOAT.dtype) * step
-    return op.DequantizeLinear(op.QuantizeLinear(x + shift, step), step)
+    middle = op.Cast(op.Constant(value_int=0), to=INT8.dtype)
+    return op.DequantizeLinear(op.QuantizeLinear(x + shift, step, middle), step, middle)
 
 
 def _centre(model: ir.Model, node: ir.Node) -> None:
@@ -134,7 +135,7 @@ def _centre(model: ir.Model, node: ir.Node) -> None:
     for reader in readers:
         if reader not in others:
             weight = _expanded(reader.inputs[1].producer())  # type: ignore[union-attr]
-            _add_after(graph, reader, -shift * weight.sum(axis=0))
+            _then(graph, reader, "Add", -shift * weight.sum(axis=0))
     if others:
         back = ir.node("Sub", [rounded, put_initializer(graph, f"{rounded.name}_shift", shift)])
         graph.insert_after(node, back)
@@ -176,35 +177,38 @@ def _expanded(node: ir.Node | None) -> np.ndarray:
 
 
 def _make_symmetric(graph: ir.Graph, node: ir.Node) -> None:
-    """``codes * step + offset`` per block in the place of a weight with zero points or negative steps."""
+    """A weight with zero points or negative steps as ``codes * step``, and what is missing after its products."""
     if not _is_weight(node):
         return
     codes, scale, zero = _parts(node)
     four = node.inputs[0].dtype in (ir.DataType.INT4, ir.DataType.UINT4)  # type: ignore[union-attr]
     unsigned = node.inputs[0].dtype in (ir.DataType.UINT4, ir.DataType.UINT8)  # type: ignore[union-attr]
     middle = (8 if four else 128) if unsigned else 0
-    if not unsigned and not zero.any() and (scale > 0).all():
+    centred, negative = (zero == middle).all(), scale < 0
+    if centred and not unsigned and (scale > 0).all():
         return
-    rows = len(codes) // len(scale)
-    negative = scale < 0
-    # -1 - c has the range of c, which -c has not.
-    signed = np.where(negative.repeat(rows, 0), -1 - (codes - middle), codes - middle)
-    offset = np.where(negative, zero - middle + 1, middle - zero) * np.abs(scale)
-    kind = ml_dtypes.int4 if four else np.int8
-    name = node.outputs[0].name
+    products = [use.node for use in node.outputs[0].uses()]
+    blocks, name = len(scale), node.outputs[0].name
+    signed = codes - middle
+    if blocks == 1 and centred:
+        for product in products:
+            _then(graph, product, "Mul", np.where(negative[0], -1, 1).astype(scale.dtype))
+    else:
+        # -1 - c has the range of c, which -c has not.
+        signed = np.where(negative.repeat(len(codes) // blocks, 0), -1 - signed, signed)
+        offset = np.where(negative, zero - middle + 1, middle - zero) * np.abs(scale)
+        sums = put_initializer(graph, f"{name}_offset", offset.astype(scale.dtype))
+        for product in products:
+            _add_block_sums(graph, product, sums, blocks)
     steps = np.maximum(np.abs(scale), np.finfo(scale.dtype).tiny)  # a step of 0 is refused; its codes are 0
-    operands = [signed.astype(kind), steps if "block_size" in node.attributes else steps[0]]
-    values = [
-        put_initializer(graph, f"{name}_{part}", array)
-        for part, array in zip(("codes", "steps"), operands, strict=True)
-    ]
+    operands = {
+        "codes": signed.astype(ml_dtypes.int4 if four else np.int8),
+        "steps": steps if "block_size" in node.attributes else steps[0],
+    }
+    values = [put_initializer(graph, f"{name}_{part}", array) for part, array in operands.items()]
     made = ir.node("DequantizeLinear", values, attributes=dict(node.attributes))
     made.outputs[0].type, made.outputs[0].shape = node.outputs[0].type, node.outputs[0].shape
     graph.insert_before(node, made)
-    if offset.any():
-        sums = put_initializer(graph, f"{name}_offset", offset.astype(np.float32))
-        for product in [use.node for use in node.outputs[0].uses()]:
-            _add_block_sums(graph, product, sums, len(scale))
     node.outputs[0].replace_all_uses_with(made.outputs[0])
 
 
@@ -220,16 +224,16 @@ def _add_block_sums(graph: ir.Graph, product: ir.Node, offset: ir.Value, blocks:
     sums = ir.node("ReduceSum", [parted.outputs[0], axis], attributes={"keepdims": 0})
     scaled = ir.node("MatMul", [sums.outputs[0], offset])
     graph.insert_before(product, [parted, sums, scaled])
-    _add_after(graph, product, scaled.outputs[0])
+    _then(graph, product, "Add", scaled.outputs[0])
 
 
-def _add_after(graph: ir.Graph, node: ir.Node, operand: ir.Value | np.ndarray) -> None:
-    """Let everything that reads ``node`` read its sum with ``operand``."""
+def _then(graph: ir.Graph, node: ir.Node, operation: str, operand: ir.Value | np.ndarray) -> None:
+    """Let everything that reads ``node`` read what an operation makes of it and ``operand``."""
     old = node.outputs[0]
     if isinstance(operand, np.ndarray):
-        operand = put_initializer(graph, f"{old.name}_constant", operand)
-    added = ir.node("Add", [old, operand])
-    added.outputs[0].type, added.outputs[0].shape = old.type, old.shape
-    take_over(added.outputs[0], old)
-    added.replace_input_with(0, old)
-    graph.insert_after(node, added)
+        operand = put_initializer(graph, f"{old.name}_{operation}", operand)
+    made = ir.node(operation, [old, operand])
+    made.outputs[0].type, made.outputs[0].shape = old.type, old.shape
+    take_over(made.outputs[0], old)
+    made.replace_input_with(0, old)
+    graph.insert_after(node, made)
