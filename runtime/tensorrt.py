@@ -106,11 +106,11 @@ class Engines:
         """The engine of a program, which takes any batch of its profile."""
         return self.get(program)
 
-    def get(self, program: str) -> Engine:
-        """The engine of a program; raises ArtifactError when TensorRT cannot load it."""
+    def get(self, program: str, form: str = ENGINE) -> Engine:
+        """The engine of a program, of which there is one form; raises ArtifactError when TensorRT cannot load it."""
         if program not in self._open:
             entry = self.manifest.programs[program]
-            path = file_path(self.folder, entry.files[ENGINE])
+            path = file_path(self.folder, entry.files[form])
             self._open[program] = Engine(self.trt, path, entry, self.stream)
         return self._open[program]
 

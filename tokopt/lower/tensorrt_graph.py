@@ -137,7 +137,7 @@ def _centre(model: ir.Model, node: ir.Node) -> None:
             weight = _expanded(reader.inputs[1].producer())  # type: ignore[union-attr]
             _then(graph, reader, "Add", -shift * weight.sum(axis=0))
     if others:
-        back = ir.node("Sub", [rounded, put_initializer(graph, f"{rounded.name}_shift", shift)])
+        back = ir.node("Sub", [rounded, put_initializer(graph, f"{rounded.name}_shift", np.array(shift))])
         graph.insert_after(node, back)
         for reader in others:
             for i, given in enumerate(reader.inputs):
