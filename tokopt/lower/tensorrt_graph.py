@@ -30,7 +30,7 @@ def rewrite_for_tensorrt(model: ir.Model, fixed: Mapping[str, int]) -> None:
     _fix_axes(model.graph, fixed)
     for node in list(model.graph):
         if node.domain == "tokopt" and node.op_type == "cache_write":
-            _write_by_index(model, node, fixed)
+            _write_by_index(model, node)
         elif node.domain == "tokopt" and node.op_type == "fake_quantize":
             _centre(model, node)
     for node in list(model.graph):
@@ -93,11 +93,10 @@ def cache_write_by_index(cache: TensorType, new: TensorType, length: INT64) -> T
     return op.ScatterElements(cache, index, new, axis=2)
 
 
-def _write_by_index(model: ir.Model, node: ir.Node, fixed: Mapping[str, int]) -> None:
+def _write_by_index(model: ir.Model, node: ir.Node) -> None:
     cache = node.inputs[0]
     assert cache is not None and cache.shape is not None
-    slots = cache.shape[-2]
-    in_place = cache.is_graph_input() and (isinstance(slots, int) or slots.value in fixed)
+    in_place = cache.is_graph_input() and isinstance(cache.shape[-2], int)
     if cache.dtype not in FLOATS or not in_place:
         _call(model, node, cache_write_by_index)
 
