@@ -1,4 +1,4 @@
-"""Opening programs on an execution engine: ONNX Runtime, or OpenVINO by name."""
+"""Opening programs on an execution engine: ONNX Runtime, or another by name."""
 
 from __future__ import annotations
 
@@ -10,14 +10,15 @@ import onnxruntime
 
 from tokopt.errors import ArtifactError, InputError, MissingDependencyError
 from tokopt.runtime.manifest import Manifest, file_path
+from tokopt.runtime.state import Bound, Buffers
 
 Provider = str | tuple[str, Mapping[str, object]]
 """The name of an ONNX Runtime execution provider, alone or with its options."""
 
 Backend = str | tuple[str, Mapping[str, object]]
-"""``"onnxruntime"``, or ``"openvino"``, alone or with OpenVINO's properties."""
+"""``"onnxruntime"``, ``"tensorrt"``, or ``"openvino"``, alone or with OpenVINO's properties."""
 
-BACKENDS = ("onnxruntime", "openvino")
+BACKENDS = ("onnxruntime", "openvino", "tensorrt")
 
 PORTABLE, ONE_ROW = "onnx", "onnxruntime"
 """Forms of a program: what any engine reads, and what ONNX Runtime's CPU kernels run faster for a batch of one."""
@@ -36,7 +37,7 @@ class Session(Protocol):
 
 
 def open_backend(backend: Backend, path: Path, threads: int | None) -> Session:
-    """The program at ``path`` on a backend other than ONNX Runtime; raises InputError for an unknown name."""
+    """The program at ``path`` on a backend that reads ONNX files; raises InputError for an unknown name."""
     name, options = (backend, {}) if isinstance(backend, str) else backend
     if name != "openvino":
         raise InputError(f"there is no backend {name!r}; choose among {', '.join(BACKENDS)}")
@@ -72,6 +73,14 @@ class Sessions:
             path = file_path(self.folder, self.manifest.programs[program].files[form])
             self._open[program, form] = _session(path, self.names, self.options, self.threads)
         return self._open[program, form]
+
+    def buffers(self, batch: int, slots: int) -> Buffers:
+        """The initial state of a language model."""
+        return Buffers(self.manifest.states, batch, slots)
+
+    def bind(self, program: str, buffers: Buffers) -> Bound:
+        """A program whose state stays in ``buffers``."""
+        return Bound(self.best(program, buffers.batch), self.manifest.programs[program], buffers)
 
     @property
     def _cpu(self) -> bool:

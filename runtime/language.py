@@ -6,7 +6,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -16,7 +16,7 @@ from tokopt.runtime.manifest import Manifest, file_path
 from tokopt.runtime.numerics import OutputCheck
 from tokopt.runtime.sampling import LogitsProcessor, Sampling, choose, log_probabilities
 from tokopt.runtime.selftest import run_selftest
-from tokopt.runtime.state import BLOCK, Bound, Buffers, capacity
+from tokopt.runtime.state import BLOCK, capacity
 from tokopt.runtime.text import TextStream, Tokenizer, render_chat
 
 PREFILL = 256
@@ -24,6 +24,9 @@ PREFILL = 256
 
 PADDING = -1
 """Position of padding."""
+
+if TYPE_CHECKING:
+    from tokopt.runtime.tensorrt import Engines
 
 Prompt = str | Sequence[int]
 """Text, or token ids."""
@@ -82,12 +85,13 @@ class LanguageModel:
     >>> model.generate(["One prompt", "another"], max_tokens=20)          # doctest: +SKIP
     """
 
-    def __init__(self, path: Path, manifest: Manifest, sessions: Sessions) -> None:
+    def __init__(self, path: Path, manifest: Manifest, sessions: Sessions | Engines) -> None:
         assert manifest.generation is not None
         self.path, self.manifest, self.sessions = path, manifest, sessions
         for name in manifest.programs:
             sessions.best(name, batch=1)  # what cannot be loaded is refused now
         self.settings = manifest.generation
+        self.prefill = min(PREFILL, manifest.programs["step"].ranges["tokens"].max or PREFILL)
         self.statistics = Statistics()
         self._tokenizer: Tokenizer | None = None
 
@@ -168,8 +172,8 @@ class LanguageModel:
         ids = self._ids(tokens)
         session = _Session(self, 1, len(ids))
         found = []
-        for start in range(0, len(ids), PREFILL):
-            part = np.array([ids[start : start + PREFILL]])
+        for start in range(0, len(ids), self.prefill):
+            part = np.array([ids[start : start + self.prefill]])
             positions = np.arange(start, start + part.shape[1])[None]
             logits = session.step(part, positions, np.arange(part.shape[1]))[0]
             following = ids[start + 1 : start + 1 + part.shape[1]]
@@ -181,6 +185,11 @@ class LanguageModel:
 
         The key is the program's name, for the form of a batch of one with that form's name: ``step.onnxruntime``.
         """
+        if not isinstance(self.sessions, Sessions):
+            raise InputError(
+                f"the stored inputs of {self.path} have another number of slots than its engines; run the "
+                "self-test with the default backend"
+            )
         found = {}
         for name in self.manifest.programs:
             for form in self.sessions.forms(name):
@@ -284,12 +293,12 @@ class _Session:
 
     def __init__(self, model: LanguageModel, batch: int, slots: int) -> None:
         manifest = model.manifest
-        self.buffers = Buffers(manifest.states, batch, capacity(slots))
-        self.program = Bound(model.sessions.best("step", batch), manifest.programs["step"], self.buffers)
+        self.buffers: Any = model.sessions.buffers(batch, capacity(slots))
+        self.program: Any = model.sessions.bind("step", self.buffers)
         compacts = "compact" in manifest.programs
         self.compactor = model.sessions.best("compact", batch) if compacts else None
         self.every, self.since = model.settings.compact_every, 0
-        self.endless = model.settings.endless
+        self.endless, self.longest = model.settings.endless, model.prefill
         self.used = dict.fromkeys(self.buffers.slots, 0)
 
     def prefill(self, prompts: Sequence[Sequence[int]]) -> np.ndarray:
@@ -301,7 +310,7 @@ class _Session:
             tokens[row, longest - len(ids) :] = ids
             positions[row, longest - len(ids) :] = np.arange(len(ids))
         logits = np.empty(0)
-        read, size = (self.step, self.every) if self.endless else (self._run, PREFILL)
+        read, size = (self.step, self.every) if self.endless else (self._run, self.longest)
         for start in range(0, longest, size):
             part = slice(start, start + size)
             logits = read(tokens[:, part], positions[:, part], np.array([-1]))

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path, PurePosixPath
@@ -16,10 +17,14 @@ from typing import TypeVar
 
 from tokopt.errors import ArtifactError
 
-FORMAT_VERSION = 1
-"""The newest format that this version reads and the one it writes; any change to the keys raises it."""
+FORMAT_VERSION = 2
+"""The newest format that this version reads and the one it writes; any change to the keys raises it.
+
+2: programs may have the key ``engine``.
+"""
 
 MANIFEST = "manifest.json"
+ENGINE = "tensorrt"  # the form of a program that is a TensorRT engine
 SELFTEST = "selftest.safetensors"
 
 DTYPES = frozenset(
@@ -29,6 +34,8 @@ DTYPES = frozenset(
 SEMANTICS = ("exact", "lossless", "approximate")
 TASKS = ("encoder", "causal-lm")
 _MAIN = {"encoder": "forward", "causal-lm": "step"}  # the program that every artifact of a task has
+BUILDERS = ("tensorrt", "tensorrt-rtx")
+ARCH = r"sm_[1-9][0-9]{1,2}"
 ROLES = ("input", "tokens", "positions", "mask", "state", "output", "logits", "score")
 
 _MAX_MANIFEST_BYTES = 16 * 2**20
@@ -66,13 +73,52 @@ class Range:
 
 
 @dataclass(frozen=True)
+class Profile:
+    """The sizes of an axis that an engine takes, both ends included, and the one it is fastest for."""
+
+    min: int
+    opt: int
+    max: int
+
+    def __str__(self) -> str:
+        """The spelling of ``--profile``: ``1:8:32``, or ``1024`` for a single size."""
+        return str(self.min) if self.min == self.max else f"{self.min}:{self.opt}:{self.max}"
+
+
+@dataclass(frozen=True)
+class PluginEntry:
+    """A TensorRT plugin that an engine calls: its name and the SHA-256 of its code."""
+
+    name: str
+    sha256: str
+
+
+@dataclass(frozen=True)
+class EngineEntry:
+    """What executes the engine of a program: no other builder or version, on no other compute capability.
+
+    ``builder`` is ``"tensorrt"`` or ``"tensorrt-rtx"``, ``arch`` a compute capability such as ``"sm_86"``.
+    """
+
+    builder: str
+    version: str
+    arch: str
+    profiles: Mapping[str, Profile]
+    plugins: tuple[PluginEntry, ...] = ()
+
+
+@dataclass(frozen=True)
 class ProgramEntry:
-    """One program: its signature, and the file of each form it has (``{"onnx": "forward.onnx"}``)."""
+    """One program: its signature, and the file of each form it has (``{"onnx": "forward.onnx"}``).
+
+    ``engine`` describes the form ``"tensorrt"``.
+    """
 
     inputs: tuple[Tensor, ...]
     outputs: tuple[Tensor, ...]
     ranges: Mapping[str, Range]
     files: Mapping[str, str]
+    engine: EngineEntry | None = None
 
 
 @dataclass(frozen=True)
@@ -303,7 +349,7 @@ def _check_links(manifest: Manifest) -> None:
 
 
 def _program(value: Json, where: str) -> ProgramEntry:
-    entry = _object(value, where, "inputs outputs ranges files")
+    entry = _object(value, where, "inputs outputs ranges files", optional="engine")
     inputs = _items(entry["inputs"], f"{where}.inputs", _tensor)
     outputs = _items(entry["outputs"], f"{where}.outputs", _tensor)
     ranges = _mapping(entry["ranges"], f"{where}.ranges", _range)
@@ -316,7 +362,45 @@ def _program(value: Json, where: str) -> ProgramEntry:
         for axis in tensor.axes:
             if isinstance(axis, str) and axis not in ranges:
                 raise _Invalid(f"{where}.ranges lacks the axis {_short(axis)} of input {_short(tensor.name)}")
-    return ProgramEntry(inputs, outputs, ranges, files)
+    engine = _optional(entry.get("engine"), f"{where}.engine", _engine)
+    if (engine is None) != (ENGINE not in files):
+        raise _Invalid(
+            f"{where} has {'no engine' if engine is None else 'an engine'}, which its files contradict"
+        )
+    for axis in engine.profiles if engine else ():
+        if axis not in ranges:
+            raise _Invalid(f"{where}.engine.profiles names {_short(axis)}, which is no axis of an input")
+    return ProgramEntry(inputs, outputs, ranges, files, engine)
+
+
+def _engine(value: Json, where: str) -> EngineEntry:
+    entry = _object(value, where, "builder version arch profiles plugins")
+    return EngineEntry(
+        _choice(entry["builder"], f"{where}.builder", BUILDERS),
+        _name(entry["version"], f"{where}.version"),
+        _arch(entry["arch"], f"{where}.arch"),
+        _mapping(entry["profiles"], f"{where}.profiles", _profile),
+        _items(entry["plugins"], f"{where}.plugins", _plugin),
+    )
+
+
+def _arch(value: Json, where: str) -> str:
+    text = _name(value, where)
+    if not re.fullmatch(ARCH, text):
+        raise _Invalid(f"{where} is {_short(text)}, it must be a compute capability such as 'sm_86'")
+    return text
+
+
+def _profile(value: Json, where: str) -> Profile:
+    entry = _object(value, where, "min opt max")
+    low = _integer(entry["min"], f"{where}.min", 1, _MAX_SIZE)
+    usual = _integer(entry["opt"], f"{where}.opt", low, _MAX_SIZE)
+    return Profile(low, usual, _integer(entry["max"], f"{where}.max", usual, _MAX_SIZE))
+
+
+def _plugin(value: Json, where: str) -> PluginEntry:
+    entry = _object(value, where, "name sha256")
+    return PluginEntry(_name(entry["name"], f"{where}.name"), _digest(entry["sha256"], f"{where}.sha256"))
 
 
 def _tensor(value: Json, where: str) -> Tensor:
@@ -380,10 +464,15 @@ def _range(value: Json, where: str) -> Range:
 
 def _file(value: Json, where: str) -> FileEntry:
     entry = _object(value, where, "sha256 size")
-    digest = _text(entry["sha256"], f"{where}.sha256")
-    if len(digest) != 64 or not set(digest) <= set("0123456789abcdef"):
-        raise _Invalid(f"{where}.sha256 is no SHA-256 in lower-case hexadecimal")
+    digest = _digest(entry["sha256"], f"{where}.sha256")
     return FileEntry(digest, _integer(entry["size"], f"{where}.size", 0, _MAX_FILE_BYTES))
+
+
+def _digest(value: Json, where: str) -> str:
+    digest = _text(value, where)
+    if len(digest) != 64 or not set(digest) <= set("0123456789abcdef"):
+        raise _Invalid(f"{where} is no SHA-256 in lower-case hexadecimal")
+    return digest
 
 
 def _axes(value: Json, where: str) -> tuple[Axis, ...]:
@@ -397,14 +486,14 @@ def _axis(value: Json, where: str) -> Axis:
     return _name(value, where) if isinstance(value, str) else _integer(value, where, 0, _MAX_SIZE)
 
 
-def _object(value: Json, where: str, keys: str) -> dict[str, Json]:
-    """A JSON object with exactly these keys."""
+def _object(value: Json, where: str, keys: str, optional: str = "") -> dict[str, Json]:
+    """A JSON object with exactly these keys, and perhaps the ``optional`` ones."""
     entry, expected = _dict(value, where), keys.split()
     for key in expected:
         if key not in entry:
             raise _Invalid(f"{where} lacks the key '{key}'")
     for key in entry:
-        if key not in expected:
+        if key not in (*expected, *optional.split()):
             raise _Invalid(f"{where} has the unknown key {_short(key)}")
     return entry
 

@@ -31,9 +31,10 @@ def load(
 
     ``backend`` is ``"onnxruntime"``, or for encoders ``"openvino"`` (extra ``tokopt[openvino]``), which may come with
     OpenVINO's properties: ``("openvino", {"INFERENCE_PRECISION_HINT": "bf16"})``; it computes in float32 unless
-    told so. ``providers`` are ONNX Runtime execution providers in order of preference, by default the CPU alone;
-    ``threads`` bounds the threads of one operator (default: all cores). ``verify=False`` skips the SHA-256 of
-    every file, not the checks of the manifest.
+    told so. ``"tensorrt"`` executes the engines of an artifact that was exported for the TensorRT and the GPU that
+    are here (extra ``tokopt[tensorrt-rtx]``, or ``tokopt[tensorrt]``). ``providers`` are ONNX Runtime execution
+    providers in order of preference, by default the CPU alone; ``threads`` bounds the threads of one operator
+    (default: all cores). ``verify=False`` skips the SHA-256 of every file, not the checks of the manifest.
 
     Raises ArtifactError when the artifact is damaged, foreign, newer or reaches outside its folder,
     InputError for an unknown provider or thread count, MissingDependencyError for a provider that is not
@@ -50,12 +51,28 @@ def load(
     for name, file in manifest.files.items() if verify else ():
         if fault := file_fault(folder, name, file):
             raise ArtifactError(fault)
+    if backend == "tensorrt":
+        return _load_engines(folder, manifest, providers, threads)
     if backend != "onnxruntime":
         return _other_backend(folder, manifest, backend, providers, threads)
     sessions = Sessions(folder, manifest, providers, threads)
     if manifest.task == "causal-lm":
         return LanguageModel(folder, manifest, sessions)
     return Model(folder, manifest, manifest.programs["forward"], sessions.get("forward"))
+
+
+def _load_engines(
+    folder: Path, manifest: Manifest, providers: Sequence[Provider] | None, threads: int | None
+) -> Any:
+    from tokopt.runtime.tensorrt import Engines, narrowed
+
+    if providers is not None or threads is not None:
+        raise InputError("providers and threads belong to the backend onnxruntime; leave them out")
+    manifest = narrowed(folder, manifest)
+    engines = Engines(folder, manifest)
+    if manifest.task == "causal-lm":
+        return LanguageModel(folder, manifest, engines)
+    return Model(folder, manifest, manifest.programs["forward"], engines.get("forward"))
 
 
 def _other_backend(

@@ -33,8 +33,8 @@ class Buffers:
 
     def __init__(self, states: Sequence[StateEntry], batch: int, slots: int, device: str = "cpu") -> None:
         self.states = {state.name: state for state in states}
-        axes = [_slot_axis(state) for state in states]
-        self.slots = {axis: slots for axis in axes if axis is not None}
+        axes = [slot_axis(state.axes) for state in states]
+        self.slots = self.fitting({axis: slots for axis in axes if axis is not None})
         self.batch, self.device = batch, device
         self._check_memory(self.slots)
         self.values = {name: self._value(self._initial(s, self.slots)) for name, s in self.states.items()}
@@ -53,12 +53,17 @@ class Buffers:
         """A copy of one state."""
         return np.array(self.values[name].numpy())
 
+    def fitting(self, slots: Mapping[str, int]) -> dict[str, int]:
+        """The sizes to allocate for at least so many slots by axis."""
+        return dict(slots)
+
     def resize(self, slots: Mapping[str, int]) -> None:
         """Give every slot axis its size; what is cut off must be free."""
+        slots = self.fitting(slots)
         if any(slots[axis] > size for axis, size in self.slots.items()):
             self._check_memory(slots)
         for name, state in self.states.items():
-            axis = _slot_axis(state)
+            axis = slot_axis(state.axes)
             if axis is None or slots[axis] == self.slots[axis]:
                 continue
             old, new = self.values[name].numpy(), self._initial(state, slots)
@@ -68,7 +73,7 @@ class Buffers:
             self.values[name] = self._value(new)
         self.slots = dict(slots)
 
-    def advance(self, session: onnxruntime.InferenceSession) -> None:
+    def advance(self, session: Any) -> None:
         """Run a program of nothing but state (``compact``): every state becomes its next value, in new memory."""
         inputs = {given.name for given in session.get_inputs()}
         states = [state for state in self.states.values() if state.name in inputs]
@@ -85,13 +90,16 @@ class Buffers:
 
     def _check_memory(self, slots: Mapping[str, int]) -> None:
         """Refuse what the machine cannot hold before it is allocated."""
-        wanted, free = self.bytes_for(slots), _available_memory()
+        wanted, free = self.bytes_for(slots), self._free_bytes()
         if free is not None and wanted > free:
             raise InputError(
                 f"a cache of {max(slots.values())} slots for a batch of {self.batch} takes "
                 f"{wanted / 2**30:.1f} GiB and {free / 2**30:.1f} GiB of memory are free; use a smaller batch, a "
                 "shorter prompt, or an eviction pass"
             )
+
+    def _free_bytes(self) -> int | None:
+        return _available_memory()
 
     def _value(self, array: np.ndarray) -> Any:
         return onnxruntime.OrtValue.ortvalue_from_numpy(array, self.device)
@@ -200,8 +208,9 @@ def run_checked(run: Callable[..., Any], *arguments: object) -> Any:
         raise TokoptError(f"ONNX Runtime failed on inputs that fit: {reason}") from error
 
 
-def _slot_axis(state: StateEntry) -> str | None:
-    return next((axis for axis in state.axes if isinstance(axis, str) and axis != "batch"), None)
+def slot_axis(axes: Sequence[str | int]) -> str | None:
+    """Which axis of a state counts slots; None for a state without one."""
+    return next((axis for axis in axes if isinstance(axis, str) and axis != "batch"), None)
 
 
 def _available_memory() -> int | None:

@@ -196,6 +196,36 @@ def test_bench_times_in_turns(capsys: pytest.CaptureFixture[str], folder: Path) 
     assert all(0 < r["min_ms"] <= r["median_ms"] for r in data["results"])
 
 
+def test_engines_are_built_and_shown(
+    capsys: pytest.CaptureFixture[str], folder: Path, tmp_path: Path
+) -> None:
+    path = tmp_path / "engine.tokopt"
+    options = ("--target", "tensorrt", "--arch", "sm_86", "--profile", "batch=1:2:4", "--workspace", "1")
+    answer(capsys, "export", folder / "merged.tokopt", "-o", path, *options)
+    engine = answer(capsys, "inspect", path)["programs"]["forward"]["engine"]
+    assert (engine["builder"], engine["arch"]) == ("tensorrt-rtx", "sm_86")
+    assert engine["profiles"] == {"batch": {"min": 1, "opt": 2, "max": 4}}
+    assert main(["inspect", str(path)]) == 0
+    assert "batch=1:2:4" in capsys.readouterr().out
+    answer(capsys, "run", path)  # the portable form, on the default backend
+    assert "--target tensorrt" in complaint(
+        capsys, 2, "run", folder / "merged.onnx.tokopt", "--backend", "tensorrt"
+    )
+
+
+def test_bad_engine_options(capsys: pytest.CaptureFixture[str], folder: Path, tmp_path: Path) -> None:
+    model, out = folder / "plain.tokopt", tmp_path / "engine.tokopt"
+    for extra, message in (
+        (("--target", "tensorrt", "--arch", "sm86"), "'sm86' is no compute capability"),
+        (("--target", "tensorrt", "--arch", "sm_90"), "builds no engines for sm_90, only for sm_75"),
+        (("--target", "tensorrt", "--profile", "batch=9:1"), "is no profile"),
+        (("--target", "tensorrt", "--arch", "sm_86", "--profile", "slots=9"), "there is no axis 'slots'"),
+        (("--target", "onnx", "--arch", "sm_86"), "mean nothing to the target 'onnx'"),
+    ):
+        assert message in complaint(capsys, 2, "export", model, "-o", out, *extra)
+    assert not out.exists()
+
+
 def test_another_engine_computes_the_same(
     capsys: pytest.CaptureFixture[str], folder: Path, tmp_path: Path
 ) -> None:

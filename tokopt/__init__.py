@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from tokopt.causal_lm import capture_lm
     from tokopt.errors import TokoptError
     from tokopt.frontend import capture
+    from tokopt.lower.tensorrt import EngineOptions
     from tokopt.pipeline import Context, Pass, PassResult, Pipeline, optimize, parse
     from tokopt.tuning import Machine, Tuning, tune
 
@@ -34,6 +35,7 @@ _HOME = {
     "export": "tokopt.artifact",
     "open_bundle": "tokopt.artifact",
     "verify": "tokopt.artifact",
+    "EngineOptions": "tokopt.lower.tensorrt",
     "tune": "tokopt.tuning",
     "Tuning": "tokopt.tuning",
     "Machine": "tokopt.tuning",
@@ -51,6 +53,7 @@ __all__ = [
     "AxisRange",
     "Bundle",
     "Context",
+    "EngineOptions",
     "Machine",
     "Pass",
     "PassResult",

@@ -18,11 +18,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tokopt.bundle import AppliedPass, AxisRange, Bundle, Program, State, TensorSpec
-from tokopt.errors import ArtifactError, TokoptError
+from tokopt.errors import ArtifactError, InputError, TokoptError
 from tokopt.runtime.engines import ONE_ROW, PORTABLE
 from tokopt.runtime.manifest import (
+    ENGINE,
     MANIFEST,
     SELFTEST,
+    EngineEntry,
     FileEntry,
     Manifest,
     PassEntry,
@@ -41,7 +43,9 @@ from tokopt.runtime.session import load
 if TYPE_CHECKING:
     import torch
 
-TARGETS = ("onnx", "torch")
+    from tokopt.lower.tensorrt import EngineBuilder, EngineOptions
+
+TARGETS = ("onnx", "torch", "tensorrt")
 _TOKENIZER = "tokenizer.json"
 
 
@@ -53,32 +57,47 @@ def export(
     overwrite: bool = False,
     check: bool = True,
     tolerance: float | None = None,
+    engine: EngineOptions | None = None,
     progress: Callable[[str], None] | None = None,
 ) -> Path:
     """Write ``bundle`` as an artifact directory at ``path`` and return that path.
 
     ``target="onnx"`` lowers every program to ONNX for :func:`tokopt.runtime.load`; ``check`` compares the
     result with the exported program first, with ``tolerance`` in place of the largest NMSE that a dtype
-    allows. ``target="torch"`` keeps the programs as ``.pt2`` files for :func:`open_bundle`. ``overwrite``
-    replaces an artifact that is already there. ``progress`` is called with a line per step.
+    allows. ``target="tensorrt"`` builds an engine beside each of these ONNX files, as ``engine`` says.
+    ``target="torch"`` keeps the programs as ``.pt2`` files for :func:`open_bundle`. ``overwrite`` replaces an
+    artifact that is already there. ``progress`` is called with a line per step.
 
     Raises LoweringError when a program cannot be lowered or does not compute the same, ArtifactError when
-    ``path`` is taken or its parent is missing. Nothing is left behind when it fails.
+    ``path`` is taken or its parent is missing, MissingDependencyError without the TensorRT that an engine takes, and
+    InputError for engine options that do not fit. Nothing is left behind when it fails.
     """
     if target not in TARGETS:
         raise ArtifactError(f"there is no target {target!r}; choose among {', '.join(TARGETS)}")
+    if engine is not None and target != "tensorrt":
+        raise InputError(
+            f"engine options mean nothing to the target {target!r}; leave them out, or export to tensorrt"
+        )
     say = progress or (lambda line: None)
     path = Path(path)
     _check_place(path, overwrite)
+    builder = _engine_builder(bundle, engine) if target == "tensorrt" else None
     with _replacing(path.absolute()) as folder:
         metadata = {"tokopt.pipeline": bundle.pipeline, "tokopt.semantics": bundle.semantics}
         files = _write_programs(bundle, folder, target, metadata, say, check=check, tolerance=tolerance)
+        engines: dict[str, EngineEntry] = {}
+        if builder is not None:
+            for name, forms in files.items():
+                say(f"building the engine of {name}")
+                portable = folder / forms[PORTABLE]
+                made, engines[name] = builder.build(portable, name, check=check, tolerance=tolerance)
+                forms[ENGINE] = made.name
         say("writing the self-test")
         _write_selftest(bundle, folder)
         if bundle.tokenizer is not None:
             (folder / _TOKENIZER).write_text(bundle.tokenizer, encoding="utf-8")
         entries = {item.name: describe_file(item) for item in sorted(folder.iterdir())}
-        (folder / MANIFEST).write_text(_manifest(bundle, files, entries).to_json(), encoding="utf-8")
+        (folder / MANIFEST).write_text(_manifest(bundle, files, engines, entries).to_json(), encoding="utf-8")
         read_manifest(folder)  # what is written can be read: names from the model are checked here
     return path
 
@@ -235,6 +254,12 @@ def _rename(folder: Path, path: Path, aside: Path) -> None:
     shutil.rmtree(aside, ignore_errors=True)
 
 
+def _engine_builder(bundle: Bundle, options: EngineOptions | None) -> EngineBuilder:
+    from tokopt.lower.tensorrt import EngineBuilder, EngineOptions
+
+    return EngineBuilder(bundle, options or EngineOptions())
+
+
 def _write_programs(
     bundle: Bundle,
     folder: Path,
@@ -328,7 +353,10 @@ def _load_program(path: Path, manifest: Manifest, name: str) -> Program:
 
 
 def _manifest(
-    bundle: Bundle, files: Mapping[str, Mapping[str, str]], entries: Mapping[str, FileEntry]
+    bundle: Bundle,
+    files: Mapping[str, Mapping[str, str]],
+    engines: Mapping[str, EngineEntry],
+    entries: Mapping[str, FileEntry],
 ) -> Manifest:
     return Manifest(
         programs={
@@ -337,6 +365,7 @@ def _manifest(
                 tuple(Tensor(**vars(spec)) for spec in program.outputs),
                 {axis: Range(**vars(bounds)) for axis, bounds in program.ranges.items()},
                 files[name],
+                engines.get(name),
             )
             for name, program in bundle.programs.items()
         },

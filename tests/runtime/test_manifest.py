@@ -17,6 +17,8 @@ from tokopt.errors import ArtifactError
 from tokopt.runtime.manifest import FORMAT_VERSION, describe_file, file_fault, file_path, parse_manifest
 
 FILE = MappingProxyType({"sha256": "0" * 64, "size": 3})
+SIZES = MappingProxyType({"min": 1, "opt": 2, "max": 8})
+FILES = ("forward.onnx", "step.sm_86.engine", "weights/a", "tokenizer.json", "s.safetensors")
 
 
 def good() -> Json:
@@ -28,7 +30,7 @@ def good() -> Json:
             tensor("new", "float32", "batch", 4),
         ],
         {"batch": {"min": 1, "max": None}, "tokens": {"min": 2, "max": 512}},
-        files={name: dict(FILE) for name in ("forward.onnx", "weights/a", "tokenizer.json", "s.safetensors")},
+        files={name: dict(FILE) for name in FILES},
         task="causal-lm",
         states=[
             {
@@ -51,8 +53,17 @@ def good() -> Json:
         },
         tokenizer="tokenizer.json",
         selftest="s.safetensors",
+        format_version=FORMAT_VERSION,
     )
-    doc["programs"]["step"] = doc["programs"].pop("forward")
+    step = doc["programs"]["step"] = doc["programs"].pop("forward")
+    step["files"]["tensorrt"] = "step.sm_86.engine"
+    step["engine"] = {
+        "builder": "tensorrt-rtx",
+        "version": "1.7.1",
+        "arch": "sm_86",
+        "profiles": {"batch": dict(SIZES)},
+        "plugins": [{"name": "a", "sha256": "0" * 64}],
+    }
     return doc
 
 
@@ -64,6 +75,13 @@ def test_written_and_read_back_it_is_the_same() -> None:
     manifest = parse_manifest(encode(good()))
     assert parse_manifest(manifest.to_json().encode()) == manifest
     assert json.loads(manifest.to_json()) == good()
+
+
+def test_format_1_knows_no_engines() -> None:
+    doc = good()
+    doc["format_version"] = 1
+    del doc["programs"]["step"]["engine"], doc["programs"]["step"]["files"]["tensorrt"]
+    assert parse_manifest(encode(doc)).programs["step"].engine is None
 
 
 def put(path: str, value: object) -> Json:
@@ -80,7 +98,7 @@ def put(path: str, value: object) -> Json:
 FORWARD = "programs/step"
 
 FAULTS = {
-    "newer": (put("format_version", FORMAT_VERSION + 1), "newer than 1.*update tokopt"),
+    "newer": (put("format_version", FORMAT_VERSION + 1), "newer than 2.*update tokopt"),
     "version-text": (put("format_version", "1"), "format_version is \"1\"|format_version is '1'"),
     "version-zero": (put("format_version", 0), "format_version is 0"),
     "unknown-key": (put("extra", 1), "unknown key 'extra'"),
@@ -104,8 +122,21 @@ FAULTS = {
     "unprintable": (put(f"{FORWARD}/inputs/0/name", "a\n"), "no printable name"),
     "surrogate": (put(f"{FORWARD}/inputs/0/name", "\ud800"), "no printable name"),
     "nameless": (put(f"{FORWARD}/inputs/0/name", ""), "no printable name"),
-    "unlisted": (put(f"{FORWARD}/files", {"onnx": "other.onnx"}), "'other.onnx', which files does not list"),
+    "unlisted": (put(f"{FORWARD}/files/onnx", "other.onnx"), "'other.onnx', which files does not list"),
     "unlisted-selftest": (put("selftest", "x"), "selftest names 'x'"),
+    "no-engine": (put(f"{FORWARD}/engine", None), "step has no engine, which its files contradict"),
+    "an-engine": (put(f"{FORWARD}/files", {"onnx": "forward.onnx"}), "an engine, which its files contradict"),
+    "arch": (put(f"{FORWARD}/engine/arch", "x86"), "a compute capability such as 'sm_86'"),
+    "builder": (put(f"{FORWARD}/engine/builder", "gcc"), "must be one of tensorrt, tensorrt-rtx"),
+    "profile-axis": (
+        put(f"{FORWARD}/engine/profiles", {"heads": dict(SIZES)}),
+        "'heads', which is no axis of an input",
+    ),
+    "profile-order": (
+        put(f"{FORWARD}/engine/profiles/batch/max", 1),
+        "max is 1, it must be an integer from 2",
+    ),
+    "plugin": (put(f"{FORWARD}/engine/plugins/0/sha256", "a"), "plugins.0..sha256 is no SHA-256"),
     "hash": (put("files/forward.onnx/sha256", "F" * 64), "no SHA-256"),
     "absurd-file": (put("files/forward.onnx/size", 2**70), "size is"),
     "unwired-state": (put("states/0/output", "gone"), "state 'past' is not wired"),

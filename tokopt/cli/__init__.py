@@ -111,7 +111,27 @@ def _parser() -> argparse.ArgumentParser:
     )
     p.add_argument("artifact", metavar="MODEL", help=_MODEL)
     _output(p)
-    p.add_argument("--target", choices=("onnx", "torch"), default="onnx", help="default: onnx")
+    p.add_argument("--target", choices=("onnx", "torch", "tensorrt"), default="onnx", help="default: onnx")
+    engine = p.add_argument_group("engines of the target tensorrt")
+    engine.add_argument(
+        "--arch", metavar="sm_86", help="compute capability (default: that of this machine's GPU)"
+    )
+    engine.add_argument(
+        "--profile",
+        action="append",
+        default=[],
+        metavar="batch=1:8:32",
+        help="smallest, most frequent and largest size of a named axis, or its only one (slots=1024); once per axis",
+    )
+    engine.add_argument(
+        "--workspace", type=float, metavar="GIB", help="bound of the builder's scratch memory"
+    )
+    engine.add_argument(
+        "--timing-cache",
+        type=Path,
+        metavar="FILE",
+        help="where TensorRT keeps measurements for the next build",
+    )
 
     p = verb(
         "inspect",
@@ -164,6 +184,7 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--top-k", type=int, default=0, metavar="K", help="draw from the K likeliest tokens")
     p.add_argument("--seed", type=int, metavar="N", help="repeat the same draws")
     _threads(p)
+    _backend(p)
 
     p = verb("verify", "check an artifact's hashes and run its self-test", "tokopt verify vit.tokopt")
     p.add_argument("artifact", metavar="ARTIFACT")
@@ -272,9 +293,9 @@ def _threads(parser: argparse.ArgumentParser) -> None:
 def _backend(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--backend",
-        choices=("onnxruntime", "openvino", "torch-cuda"),
+        choices=("onnxruntime", "openvino", "tensorrt", "torch-cuda"),
         default="onnxruntime",
-        help="the engine (default: onnxruntime; torch-cuda takes artifacts of target torch)",
+        help="the engine (default: onnxruntime; openvino takes encoders, tensorrt and torch-cuda their targets)",
     )
 
 

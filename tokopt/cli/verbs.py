@@ -13,9 +13,12 @@ from typing import TYPE_CHECKING
 from tokopt.cli.models import ExampleOptions, read_bundle
 from tokopt.cli.screen import Screen, si
 from tokopt.errors import InputError
+from tokopt.runtime.manifest import ENGINE
 
 if TYPE_CHECKING:
+    from tokopt.lower.tensorrt import EngineOptions
     from tokopt.pipeline import Report
+    from tokopt.runtime.manifest import Manifest
 
 OK, FAILED = 0, 1
 
@@ -59,12 +62,23 @@ def export(args: Namespace, screen: Screen) -> int:
     """Lower a bundle to its deployable form."""
     import tokopt
 
+    engine = _engine_options(args)
     with screen.step(f"Exporting {args.artifact} to {args.target}"):
-        path = tokopt.export(read_bundle(args.artifact), args.output, target=args.target)
+        path = tokopt.export(read_bundle(args.artifact), args.output, target=args.target, engine=engine)
     size = sum(file.stat().st_size for file in Path(path).iterdir())
     screen.line(f"{path}: {args.target}, {si(size)}B, checked against the captured program")
     screen.finish({"artifact": path, "target": args.target, "bytes": size})
     return OK
+
+
+def _engine_options(args: Namespace) -> EngineOptions | None:
+    """What the command says of engines; None when it says nothing."""
+    given = (args.arch, tuple(args.profile), args.workspace, args.timing_cache)
+    if given == (None, (), None, None):
+        return None
+    from tokopt.lower.tensorrt import EngineOptions
+
+    return EngineOptions(*given)
 
 
 def inspect(args: Namespace, screen: Screen) -> int:
@@ -115,9 +129,23 @@ def _inspect_manifest(manifest, screen: Screen) -> int:
         screen.line(f"{step.text}: {step.matches} sites changed, {step.semantics}")
         for note in step.notes:
             screen.line(f"  {note}")
+    _show_engines(manifest, screen)
     screen.table(("file", "bytes", "sha256"), [(n, f.size, f.sha256[:16]) for n, f in manifest.files.items()])
     screen.finish(dataclasses.asdict(manifest))
     return OK
+
+
+def _show_engines(manifest: Manifest, screen: Screen) -> None:
+    rows = []
+    for name, program in manifest.programs.items():
+        engine = program.engine
+        if engine is not None:
+            size = manifest.files[program.files[ENGINE]].size
+            profiles = " ".join(f"{axis}={p}" for axis, p in engine.profiles.items())
+            rows.append((name, engine.builder, engine.version, engine.arch, f"{si(size)}B", profiles))
+    if rows:
+        screen.table(("engine", "builder", "version", "arch", "size", "profiles"), rows)
+        screen.line()
 
 
 def estimate(args: Namespace, screen: Screen) -> int:
@@ -206,7 +234,7 @@ def generate(args: Namespace, screen: Screen) -> int:
     """Continue a prompt, or answer it as one message of a conversation."""
     from tokopt.runtime import LanguageModel, Sampling, load
 
-    model = load(args.artifact, threads=args.threads)
+    model = load(args.artifact, threads=args.threads, backend=args.backend)
     if not isinstance(model, LanguageModel):
         raise InputError(f"{args.artifact} is no language model; run it with: tokopt run {args.artifact}")
     sampling = Sampling(

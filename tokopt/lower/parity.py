@@ -14,7 +14,7 @@ from tokopt.bundle import Program
 from tokopt.errors import LoweringError
 from tokopt.lower.precision import rounds_alike
 from tokopt.lower.selections import expose_selections, run_with_selections, selects
-from tokopt.runtime.numerics import LIMITS, check_output
+from tokopt.runtime.numerics import LIMITS, SELFTEST_LIMITS, check_output
 from tokopt.runtime.state import run_in_place
 
 ACTIVATIONS = "session.qdq_matmulnbits_accuracy_level"
@@ -62,6 +62,27 @@ def check_parity(
             raise LoweringError(
                 f"{where}: {fault}; if the example inputs of capture are noise, give it real ones, else report "
                 "it, or pass check=False"
+            )
+
+
+def check_rewritten(program: Program, portable: Path, rewritten: Path, limit: float | None) -> None:
+    """Compare two ONNX files of ``program`` on its example, both on ONNX Runtime.
+
+    ``limit`` is the largest NMSE, by default what the dtype of an output allows, or more where rounding may choose
+    other tokens or steps. Raises LoweringError naming the output and its NMSE.
+    """
+    where = f"program {portable.stem!r}"
+    if limit is None:
+        limit = SELFTEST_LIMITS["approximate"] if selects(program) else _coarsest(program)
+    wanted, actual = (
+        _run(_session(path, portable.stem), program, program.example, where) for path in (portable, rewritten)
+    )
+    for spec, want, got in zip(program.outputs, wanted, actual, strict=True):
+        check = check_output(spec.name, want, got, limit)
+        if not check.ok:
+            raise LoweringError(
+                f"{where}: output {spec.name!r} of the graph for TensorRT differs from the portable one: NMSE "
+                f"{check.nmse:.2g}, at most {check.limit:.2g} is allowed; report it, or pass check=False"
             )
 
 
