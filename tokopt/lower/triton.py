@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import re
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -121,32 +121,31 @@ def _describe(manifest: Manifest, artifact: Path, serving: Serving) -> _Model:
     (name, program), *others = manifest.programs.items()
     if others:
         raise LoweringError(
-            f"the programs {', '.join(manifest.programs)} of {artifact} share a state, which Triton keeps for one program "
-            f"only; leave out the pass that added them ({manifest.pipeline}), or run the artifact with tokopt.runtime"
+            f"the programs {', '.join(manifest.programs)} of {artifact} share a state, which Triton keeps for one of "
+            f"them only; leave out the pass that added them ({manifest.pipeline}), or run it with tokopt.runtime"
         )
-    language = manifest.task == "causal-lm"
-    usable = [form for form in _BACKENDS if form == PORTABLE or (serving.gpu and not language)]
-    form = next((form for form in usable if form in program.files), None)
-    if form is None:
+    if serving.slots is not None and manifest.task != "causal-lm":
+        raise InputError(f"{artifact} is no language model, so it has no slots; leave them out")
+    form = _form(program.files, manifest, serving)
+    if form not in program.files:
         raise LoweringError(
             f"{artifact} holds program {name!r} as {', '.join(program.files)} only; export it with target='onnx'"
         )
-    if serving.slots is not None and not language:
-        raise InputError(f"{artifact} is no language model, so it has no slots; leave them out")
     kept = {state.name for state in manifest.states} | {state.output for state in manifest.states}
     inputs = tuple(tensor for tensor in program.inputs if tensor.name not in kept)
     outputs = tuple(tensor for tensor in program.outputs if tensor.name not in kept)
     most = program.ranges["batch"].max if "batch" in program.ranges else None
-    model = _Model(
-        file_path(artifact, program.files[form]),
-        form,
-        inputs,
-        outputs,
-        max_batch=min(serving.max_batch, most or serving.max_batch),
-    )
-    if language:
+    rows = min(serving.max_batch, most or serving.max_batch)
+    model = _Model(file_path(artifact, program.files[form]), form, inputs, outputs, rows)
+    if manifest.task == "causal-lm":
         return _as_sequence(model, manifest, serving)
     return model if _is_batched(inputs + outputs) else replace(model, max_batch=0)
+
+
+def _form(files: Mapping[str, str], manifest: Manifest, serving: Serving) -> str:
+    """The form of a program to serve: an engine only on GPUs, and only where the program is served as it is."""
+    usable = _BACKENDS if serving.gpu and manifest.task == "encoder" else (PORTABLE,)
+    return next((form for form in usable if form in files), PORTABLE)
 
 
 def _as_sequence(model: _Model, manifest: Manifest, serving: Serving) -> _Model:
@@ -158,8 +157,8 @@ def _as_sequence(model: _Model, manifest: Manifest, serving: Serving) -> _Model:
     states, slots = manifest.states, serving.slots or manifest.generation.context
     if [state.output for state in sorted(states, key=lambda s: s.name)] != sorted(s.output for s in states):
         raise LoweringError(
-            f"{model.file} has states whose outputs, sorted by name, are in another order than their inputs, and Triton "
-            "pairs the two by that order; rename the outputs"
+            f"the states of {model.file} are in another order when sorted by their outputs than by their inputs, and "
+            "Triton pairs the two by that order; rename the outputs"
         )
     inputs = tuple(tensor for tensor in model.inputs if tensor.name != ROWS)
     outputs = tuple(
