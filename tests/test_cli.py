@@ -249,6 +249,26 @@ def test_torch_cuda_is_refused_without_a_device(capsys: pytest.CaptureFixture[st
     )
 
 
+def test_export_for_triton_takes_a_bundle_or_an_onnx_artifact(
+    capsys: pytest.CaptureFixture[str], folder: Path, tmp_path: Path
+) -> None:
+    options = ("--target", "triton", "--max-batch", 4, "--instances", 2, "--threads", 1)
+    configs = []
+    for name in ("merged.tokopt", "merged.onnx.tokopt"):
+        (tmp_path / name).mkdir()
+        path = tmp_path / name / "vit"
+        data = answer(capsys, "export", folder / name, "-o", path, *options)
+        assert data["target"] == "triton"
+        assert data["bytes"] == sum(f.stat().st_size for f in path.rglob("*") if f.is_file())
+        configs.append((path / "config.pbtxt").read_text())
+    assert configs[0] == configs[1]
+    for setting in ('name: "vit"', "max_batch_size: 4", "count: 2", "intra_op_thread_count"):
+        assert setting in configs[0]
+    error = complaint(capsys, 2, "export", folder / "plain.tokopt", "-o", tmp_path / "x", "--max-batch", 4)
+    assert "--max-batch belongs to --target triton" in error
+    assert not (tmp_path / "x").exists()
+
+
 def test_bisect_names_the_first_pass_that_moves_an_output_too_far(
     capsys: pytest.CaptureFixture[str], folder: Path
 ) -> None:

@@ -108,6 +108,8 @@ def test_other_verbs_know_language_models(
         ("generate", "full.tokopt", "a", "--chat"): "chat template",
         ("generate", "nowhere.tokopt", "a"): "is no tokopt artifact",
         ("run", "full.tokopt"): "tokopt generate",
+        ("export", "small.tokopt", "-o", "x", "--target", "triton"): "step, compact",
+        ("export", "full.tokopt", "-o", "x", "--slots", "9"): "--slots belongs to --target triton",
         (
             "optimize",
             "full.bundle.tokopt",

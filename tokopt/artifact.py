@@ -80,9 +80,9 @@ def export(
         )
     say = progress or (lambda line: None)
     path = Path(path)
-    _check_place(path, overwrite)
+    check_place(path, overwrite)
     builder = _engine_builder(bundle, engine) if target == "tensorrt" else None
-    with _replacing(path.absolute()) as folder:
+    with replacing(path.absolute()) as folder:
         metadata = {"tokopt.pipeline": bundle.pipeline, "tokopt.semantics": bundle.semantics}
         files = _write_programs(bundle, folder, target, metadata, say, check=check, tolerance=tolerance)
         engines: dict[str, EngineEntry] = {}
@@ -208,7 +208,7 @@ def _as_numpy(tensor: torch.Tensor) -> Any:
     return (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).numpy(force=True)
 
 
-def _check_place(path: Path, overwrite: bool) -> None:
+def check_place(path: Path, overwrite: bool) -> None:
     if not path.parent.is_dir():
         raise ArtifactError(f"the folder {path.parent} does not exist; create it first")
     if not os.path.lexists(path):
@@ -220,7 +220,7 @@ def _check_place(path: Path, overwrite: bool) -> None:
 
 
 @contextmanager
-def _replacing(path: Path) -> Iterator[Path]:
+def replacing(path: Path) -> Iterator[Path]:
     """A new folder beside ``path`` that takes its name at the end, or disappears on any failure."""
     token = secrets.token_hex(4)
     folder = path.with_name(f".{path.name}.{token}.tmp")

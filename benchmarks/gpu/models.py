@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -71,7 +72,7 @@ def vit(blocks: int, channels: int, heads: int, patch: int, size: int) -> torch.
     return ViTModel(config, add_pooling_layer=False).eval().requires_grad_(False)
 
 
-def _call(module: torch.nn.Module, images: Tensor) -> Any:
+def _call(module: Callable[[Tensor], object], images: Tensor) -> Callable[[], object]:
     return torch.no_grad()(lambda: module(images))
 
 

@@ -18,7 +18,7 @@ def milliseconds(candidates: Mapping[str, Callable[[], object]]) -> dict[str, fl
             call()
     times: dict[str, list[float]] = {name: [] for name in candidates}
     for number in range(ROUNDS):
-        names = list(candidates) if number % 2 == 0 else list(reversed(candidates))
+        names = list(candidates) if number % 2 == 0 else list(candidates)[::-1]
         for name in names:
             flush.zero_()
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))

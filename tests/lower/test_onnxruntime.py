@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+from typing import Any
 
 import numpy as np
 import onnx
@@ -32,7 +33,8 @@ def logits(model: LanguageModel, ids: list[int], form: str) -> np.ndarray:
     """Logits [tokens, vocabulary]: a prompt in two parts, then one token at a time."""
     session = language._Session(model, 1, len(ids))
     session.program.session = model.sessions.get("step", form)
-    session.program.binding = session.program.session.io_binding()
+    engine: Any = session.program.session
+    session.program.binding = engine.io_binding()
     session.program.bind()
     parts = [slice(0, 5), slice(5, 9), *(slice(i, i + 1) for i in range(9, len(ids)))]
     found = []

@@ -111,7 +111,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     p.add_argument("artifact", metavar="MODEL", help=_MODEL)
     _output(p)
-    p.add_argument("--target", choices=("onnx", "torch", "tensorrt"), default="onnx", help="default: onnx")
+    p.add_argument(
+        "--target", choices=("onnx", "torch", "tensorrt", "triton"), default="onnx", help="default: onnx"
+    )
     engine = p.add_argument_group("engines of the target tensorrt")
     engine.add_argument(
         "--arch", metavar="sm_86", help="compute capability (default: that of this machine's GPU)"
@@ -132,6 +134,18 @@ def _parser() -> argparse.ArgumentParser:
         metavar="FILE",
         help="where TensorRT keeps measurements for the next build",
     )
+    triton = p.add_argument_group(
+        "--target triton",
+        "DIR is the model's folder in the repository of a Triton Inference Server: tokopt export vit.tokopt -o "
+        "models/vit --target triton --gpu",
+    )
+    triton.add_argument("--max-batch", type=_positive, metavar="N", help="rows computed at once (default: 8)")
+    triton.add_argument("--instances", type=_positive, metavar="N", help="copies of the model (default: 1)")
+    triton.add_argument("--gpu", action="store_true", default=None, help="on every GPU (default: on the CPU)")
+    triton.add_argument(
+        "--slots", type=_positive, metavar="N", help="tokens that a sequence can hold (default: the context)"
+    )
+    _threads(triton)
 
     p = verb(
         "inspect",
@@ -284,7 +298,7 @@ def _colours(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _threads(parser: argparse.ArgumentParser) -> None:
+def _threads(parser: argparse._ActionsContainer) -> None:
     parser.add_argument(
         "--threads", type=_positive, metavar="N", help="threads of the engine (default: all cores)"
     )

@@ -62,11 +62,27 @@ def export(args: Namespace, screen: Screen) -> int:
     """Lower a bundle to its deployable form."""
     import tokopt
 
+    options = {name: getattr(args, name) for name in _SERVING if getattr(args, name) is not None}
+    if options and args.target != "triton":
+        raise InputError(
+            f"--{next(iter(options)).replace('_', '-')} belongs to --target triton; leave it out"
+        )
     engine = _engine_options(args)
     with screen.step(f"Exporting {args.artifact} to {args.target}"):
-        path = tokopt.export(read_bundle(args.artifact), args.output, target=args.target, engine=engine)
-    size = sum(file.stat().st_size for file in Path(path).iterdir())
-    screen.line(f"{path}: {args.target}, {si(size)}B, checked against the captured program")
+        if args.target == "triton":
+            from tokopt.lower.triton import Serving, write_model
+
+            source = args.artifact if _deployed(args.artifact) else read_bundle(args.artifact)
+            if engine is not None:
+                raise InputError("engine options mean nothing to the target 'triton'; leave them out")
+            path = write_model(source, args.output, Serving(**options))
+        else:
+            path = tokopt.export(read_bundle(args.artifact), args.output, target=args.target, engine=engine)
+    size = sum(file.stat().st_size for file in Path(path).rglob("*") if file.is_file())
+    note = "checked against the captured program"
+    if args.target == "triton":
+        note = f"for tritonserver --model-repository={Path(path).absolute().parent}"
+    screen.line(f"{path}: {args.target}, {si(size)}B, {note}")
     screen.finish({"artifact": path, "target": args.target, "bytes": size})
     return OK
 
@@ -81,15 +97,23 @@ def _engine_options(args: Namespace) -> EngineOptions | None:
     return EngineOptions(*given)
 
 
-def inspect(args: Namespace, screen: Screen) -> int:
-    """Blocks of a program, or the manifest of an artifact that only holds ONNX."""
+_SERVING = ("max_batch", "instances", "gpu", "threads", "slots")
+
+
+def _deployed(name: str) -> Manifest | None:
+    """The manifest of an artifact that a bundle cannot be made of again; None for every other name."""
     from tokopt.runtime.manifest import read_manifest
 
-    folder = Path(args.artifact)
-    if (folder / "manifest.json").is_file():
-        manifest = read_manifest(folder)
-        if all("torch" not in entry.files for entry in manifest.programs.values()):
-            return _inspect_manifest(manifest, screen)
+    if not (Path(name) / "manifest.json").is_file():
+        return None
+    manifest = read_manifest(Path(name))
+    return None if any("torch" in entry.files for entry in manifest.programs.values()) else manifest
+
+
+def inspect(args: Namespace, screen: Screen) -> int:
+    """Blocks of a program, or the manifest of an artifact that only holds ONNX."""
+    if manifest := _deployed(args.artifact):
+        return _inspect_manifest(manifest, screen)
     with screen.step(f"Reading {args.artifact}"):
         bundle = read_bundle(args.artifact)
         from tokopt.analysis.cost import program_cost
@@ -119,7 +143,7 @@ def inspect(args: Namespace, screen: Screen) -> int:
     return OK
 
 
-def _inspect_manifest(manifest, screen: Screen) -> int:
+def _inspect_manifest(manifest: Manifest, screen: Screen) -> int:
     for name, program in manifest.programs.items():
         screen.line(f"{name}: {_spell(program.inputs)} -> {_spell(program.outputs)}")
     screen.line(f"passes: {manifest.pipeline or 'none'} ({manifest.semantics})")
