@@ -4,9 +4,9 @@ from tokopt.kernels.opset import BOOL, FLOAT, INFINITY, INT64, TOKOPT, TensorTyp
 
 
 @script(TOKOPT, default_opset=op)
-def grouped_heads(x: TensorType, heads: int) -> TensorType:
-    """[B, all heads, ...] as [B, heads, heads of each, ...]."""
-    count = op.Reshape(op.Constant(value_int=heads), [1])
+def grouped_heads(x: TensorType, key: TensorType) -> TensorType:
+    """[B, all heads, ...] as [B, key heads, heads of each, ...]; one head is a group of its own."""
+    count = op.Min(op.Shape(x, start=1, end=2), op.Shape(key, start=1, end=2))
     shape = op.Concat(op.Shape(x, start=0, end=1), count, [-1], op.Shape(x, start=2), axis=0)
     return op.Reshape(x, shape)
 
@@ -27,7 +27,5 @@ _group, _mass = node(grouped_heads), node(attention_mass)
 
 
 def translation(query, key, mask, positions, scale: float):
-    """Group the heads that share keys; a mask of one head is a group of its own."""
-    heads = key.shape[1]
-    grouped = _group(mask, 1 if mask.shape[1] == 1 else heads)
-    return _mass(_group(query, heads), key, grouped, positions, scale)
+    """Group the heads that share keys, which a function of its own does for each type."""
+    return _mass(_group(query, key), key, _group(mask, key), positions, scale)

@@ -24,7 +24,14 @@ from tests.zoo.decoders import CONTEXT, VOCABULARY
 from tokopt.errors import ArtifactError, InputError, LoweringError, MissingDependencyError, TokoptError
 from tokopt.lower.triton import IDLE_SECONDS, Serving, write_model
 from tokopt.runtime import load
-from tokopt.runtime.manifest import Manifest, describe_file, parse_manifest, read_manifest
+from tokopt.runtime.manifest import (
+    EngineEntry,
+    Manifest,
+    Profile,
+    describe_file,
+    parse_manifest,
+    read_manifest,
+)
 
 SLOTS = 40
 
@@ -145,21 +152,26 @@ def test_batch_stays_in_its_range(tmp_path: Path) -> None:
     assert read_config(write_model(scores, tmp_path / "score")).max_batch_size == 4
 
 
-def test_an_engine_is_served_on_gpus(encoder: Path, tmp_path: Path) -> None:
-    """A second form beside the ONNX file: its backend, its name, and nothing of the ONNX form."""
+@pytest.mark.parametrize(("builder", "served"), [("tensorrt", "tensorrt"), ("tensorrt-rtx", "onnxruntime")])
+def test_an_engine_is_served_on_gpus(encoder: Path, tmp_path: Path, builder: str, served: str) -> None:
+    """A second form beside the ONNX file: its backend, its name, its batch, and nothing of the ONNX form."""
 
     def build(manifest: Manifest) -> Manifest:
         (tmp_path / "changed.tokopt" / "forward.engine").write_bytes(b"an engine")
         entry = describe_file(tmp_path / "changed.tokopt" / "forward.engine")
         program = manifest.programs["forward"]
-        program = replace(program, files={**program.files, "tensorrt": "forward.engine"})
+        engine = EngineEntry(builder, "1.0", "sm_80", {"batch": Profile(1, 2, 4)})
+        program = replace(program, files={**program.files, "tensorrt": "forward.engine"}, engine=engine)
         files = {**manifest.files, "forward.engine": entry}
         return replace(manifest, programs={"forward": program}, files=files)
 
     both = changed(encoder, tmp_path, build)
     path = write_model(both, tmp_path / "gpu", Serving(gpu=True))
-    assert read_config(path).backend == "tensorrt"
-    assert [(f.name, f.read_bytes()) for f in (path / "1").iterdir()] == [("model.plan", b"an engine")]
+    config, files = read_config(path), {f.name: f.read_bytes() for f in (path / "1").iterdir()}
+    assert config.backend == served
+    assert config.max_batch_size == (4 if served == "tensorrt" else Serving().max_batch)
+    assert ("model.onnx" in files) == (served == "onnxruntime")
+    assert files.get("model.plan") == (b"an engine" if served == "tensorrt" else None)
     assert read_config(write_model(both, tmp_path / "cpu")).backend == "onnxruntime"
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import re
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -24,7 +24,17 @@ from tokopt.artifact import check_place, export, replacing
 from tokopt.errors import ArtifactError, InputError, LoweringError, MissingDependencyError
 from tokopt.lower.sequences import ROWS, weight_files, write_sequence_step
 from tokopt.runtime.engines import PORTABLE
-from tokopt.runtime.manifest import Axis, Manifest, StateEntry, Tensor, file_fault, file_path, read_manifest
+from tokopt.runtime.manifest import (
+    ENGINE,
+    Axis,
+    Manifest,
+    ProgramEntry,
+    StateEntry,
+    Tensor,
+    file_fault,
+    file_path,
+    read_manifest,
+)
 
 if TYPE_CHECKING:
     from tokopt.bundle import Bundle
@@ -34,8 +44,8 @@ CONFIG, VERSION, INITIAL_STATE = "config.pbtxt", "1", "initial_state"
 IDLE_SECONDS = 60
 """After so long without a request Triton ends a sequence and drops its state; its own default is 1."""
 
-_BACKENDS = {"tensorrt": ("tensorrt", "model.plan"), PORTABLE: ("onnxruntime", "model.onnx")}
-"""Form of a program -> Triton's backend and the file that it loads. A GPU takes the first form that there is."""
+_BACKENDS = {ENGINE: ("tensorrt", "model.plan"), PORTABLE: ("onnxruntime", "model.onnx")}
+"""Form of a program -> Triton's backend and the file that it loads."""
 
 _DTYPES = {"float16": "FP16", "bfloat16": "BF16", "float32": "FP32", "float64": "FP64"}
 """The names that are not numpy's in capitals."""
@@ -126,7 +136,7 @@ def _describe(manifest: Manifest, artifact: Path, serving: Serving) -> _Model:
         )
     if serving.slots is not None and manifest.task != "causal-lm":
         raise InputError(f"{artifact} is no language model, so it has no slots; leave them out")
-    form = _form(program.files, manifest, serving)
+    form = _form(program, manifest, serving)
     if form not in program.files:
         raise LoweringError(
             f"{artifact} holds program {name!r} as {', '.join(program.files)} only; export it with target='onnx'"
@@ -134,7 +144,8 @@ def _describe(manifest: Manifest, artifact: Path, serving: Serving) -> _Model:
     kept = {state.name for state in manifest.states} | {state.output for state in manifest.states}
     inputs = tuple(tensor for tensor in program.inputs if tensor.name not in kept)
     outputs = tuple(tensor for tensor in program.outputs if tensor.name not in kept)
-    most = program.ranges["batch"].max if "batch" in program.ranges else None
+    limits = program.engine.profiles if program.engine and form == ENGINE else program.ranges
+    most = limits["batch"].max if "batch" in limits else None
     rows = min(serving.max_batch, most or serving.max_batch)
     model = _Model(file_path(artifact, program.files[form]), form, inputs, outputs, rows)
     if manifest.task == "causal-lm":
@@ -142,10 +153,13 @@ def _describe(manifest: Manifest, artifact: Path, serving: Serving) -> _Model:
     return model if _is_batched(inputs + outputs) else replace(model, max_batch=0)
 
 
-def _form(files: Mapping[str, str], manifest: Manifest, serving: Serving) -> str:
-    """The form of a program to serve: an engine only on GPUs, and only where the program is served as it is."""
-    usable = _BACKENDS if serving.gpu and manifest.task == "encoder" else (PORTABLE,)
-    return next((form for form in usable if form in files), PORTABLE)
+def _form(program: ProgramEntry, manifest: Manifest, serving: Serving) -> str:
+    """The form of a program to serve: an engine only on GPUs, and only where the program is served as it is.
+
+    Triton loads engines of TensorRT, not those of TensorRT for RTX.
+    """
+    loads = program.engine is not None and program.engine.builder == "tensorrt"
+    return ENGINE if loads and serving.gpu and manifest.task == "encoder" else PORTABLE
 
 
 def _as_sequence(model: _Model, manifest: Manifest, serving: Serving) -> _Model:
