@@ -44,10 +44,17 @@ def implementation(name: str) -> Callable[..., Any]:
 def _build(name: str, scalar: str) -> Run:
     device = torch.cuda.current_device()
 
-    def run(kernel: str, grid: tuple[int, int], *arguments: Tensor | int | float | None) -> None:
+    def run(
+        kernel: str,
+        grid: tuple[int, int],
+        inputs: tuple[Tensor, ...],
+        scalars: tuple[int | float, ...],
+        outputs: tuple[Tensor, ...],
+    ) -> None:
         if 0 in grid:
             return
-        function, parameters = _function(name, scalar, kernel, device), Parameters(arguments)
+        function = _function(name, scalar, kernel, device)
+        parameters = Parameters(*inputs, *scalars, *outputs)
         stream = torch.cuda.current_stream().cuda_stream
         _driver("cuLaunchKernel", function, *grid, 1, BLOCK, 1, 1, 0, stream, parameters.address, 0)
 

@@ -2,7 +2,8 @@
 
 ``kernels/<op>/launch.py`` has one function ``launch(build, outputs, *arguments)`` that names the kernels of
 ``kernels/<op>/kernel.cu`` in order, with their grids and arguments. Scratch comes from torch's allocator, so launches
-may be captured in a CUDA graph.
+may be captured in a CUDA graph. It does not branch on sizes: TensorRT's plugins are derived from one run on symbolic
+ones (:mod:`tokopt.kernels.plugins`).
 """
 
 from __future__ import annotations
@@ -42,8 +43,15 @@ CUDA_OPS = (
 class Run(Protocol):
     """Launches one kernel of an op."""
 
-    def __call__(self, kernel: str, grid: tuple[int, int], *arguments: Tensor | int | float | None) -> None:
-        """``grid`` counts blocks, then rows of the batch. A Tensor is a pointer, None a null one."""
+    def __call__(
+        self,
+        kernel: str,
+        grid: tuple[int, int],
+        inputs: tuple[Tensor, ...],
+        scalars: tuple[int | float, ...],
+        outputs: tuple[Tensor, ...],
+    ) -> None:
+        """``grid`` counts blocks, then rows of the batch. A kernel takes its arguments in this order."""
         ...
 
 
@@ -79,7 +87,7 @@ def supports(arguments: tuple[Any, ...]) -> bool:
 
 def ceil(count: int, each: int) -> int:
     """Blocks of ``each`` that hold ``count``."""
-    return -(-count // each)
+    return (count + each - 1) // each
 
 
 def source(name: str) -> str:
@@ -98,16 +106,36 @@ def source(name: str) -> str:
     return expand(folder.joinpath(name, "kernel.cu").read_text())
 
 
+_KERNEL = re.compile(r'extern "C" __global__ void\s+(?:__launch_bounds__\([^)]*\)\s+)?(\w+)\s*\(([^)]*)\)')
+
+
+def signatures(name: str) -> dict[str, tuple[int, int, int]]:
+    """How many inputs, scalars and outputs the kernels of an op have, by kernel.
+
+    They come in this order, which TensorRT's plugins need; what a kernel does not write is ``const``.
+    """
+    found = {}
+    for kernel, parameters in _KERNEL.findall(source(name)):
+        kinds = [
+            "." if "*" not in p else "i" if p.lstrip().startswith("const ") else "o"
+            for p in parameters.split(",")
+        ]
+        if not re.fullmatch(r"i*\.*o*", "".join(kinds)):
+            raise ValueError(f"{name}: {kernel} has to take inputs, scalars and outputs in this order")
+        found[kernel] = (kinds.count("i"), kinds.count("."), kinds.count("o"))
+    return found
+
+
 class Parameters:
     """Arguments in the layout that ``cuLaunchKernel`` reads: the ``address`` of an array of pointers to them."""
 
-    def __init__(self, arguments: tuple[Tensor | int | float | None, ...]) -> None:
+    def __init__(self, *arguments: Tensor | int | float) -> None:
         self._values = [_in_c(value) for value in arguments]
         self._pointers = (ctypes.c_void_p * len(self._values))(*map(ctypes.addressof, self._values))
         self.address = ctypes.addressof(self._pointers)
 
 
-def _in_c(value: Tensor | int | float | None) -> Any:
-    if value is None or isinstance(value, Tensor):
-        return ctypes.c_void_p(None if value is None else value.data_ptr())
+def _in_c(value: Tensor | int | float) -> Any:
+    if isinstance(value, Tensor):
+        return ctypes.c_void_p(value.data_ptr())
     return ctypes.c_int(value) if isinstance(value, int) else ctypes.c_float(value)

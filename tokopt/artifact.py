@@ -92,6 +92,8 @@ def export(
                 portable = folder / forms[PORTABLE]
                 made, engines[name] = builder.build(portable, name, check=check, tolerance=tolerance)
                 forms[ENGINE] = made.name
+            for reason in builder.without_plugin:
+                say(f"no plugin for {reason}")
         say("writing the self-test")
         _write_selftest(bundle, folder)
         if bundle.tokenizer is not None:

@@ -21,8 +21,8 @@ struct Softmax {
 
 // top, sum [batch, heads, queries]; a grid of [tiles of queries, batch * heads].
 extern "C" __global__ void __launch_bounds__(BLOCK, 2) normalizers(
-    const Scalar *query, const Scalar *key, const bool *mask, float *top, float *sum, int heads, int key_heads,
-    int mask_heads, int queries, int slots, int channels, float scale) {
+    const Scalar *query, const Scalar *key, const bool *mask, int heads, int key_heads, int mask_heads, int queries,
+    int slots, int channels, float scale, float *top, float *sum) {
   int row = blockIdx.y / heads, head = blockIdx.y % heads;
   mask += (Index(row) * mask_heads + head % mask_heads) * queries * slots;
   Scaled rows{queries, query + Index(blockIdx.y) * queries * channels, channels, scale};
@@ -41,8 +41,8 @@ extern "C" __global__ void __launch_bounds__(BLOCK, 2) normalizers(
 // mass [batch, key heads, slots]; a grid of [tiles of slots, batch * key heads].
 extern "C" __global__ void __launch_bounds__(BLOCK, 2) masses(
     const Scalar *query, const Scalar *key, const bool *mask, const Index *positions, const float *top,
-    const float *sum, float *mass, int heads, int key_heads, int mask_heads, int queries, int slots, int channels,
-    float scale) {
+    const float *sum, int heads, int key_heads, int mask_heads, int queries, int slots, int channels, float scale,
+    float *mass) {
   int row = blockIdx.y / key_heads, each = heads / key_heads, first = row * heads + blockIdx.y % key_heads * each;
   positions += Index(row) * queries;
   Scaled rows{slots, key + Index(blockIdx.y) * slots * channels, channels, 1};

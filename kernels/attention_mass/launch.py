@@ -16,6 +16,6 @@ def launch(
     run = build(SCALARS[query.dtype])
     top, total = (query.new_empty((batch, heads, queries), dtype=torch.float32) for _ in range(2))
     grid = (ceil(queries, TILE), batch * heads)
-    run("normalizers", grid, query, key, mask, top, total, *sizes, float(scale))
+    run("normalizers", grid, (query, key, mask), (*sizes, float(scale)), (top, total))
     grid = (ceil(slots, TILE), batch * key_heads)
-    run("masses", grid, query, key, mask, positions, top, total, outputs, *sizes, float(scale))
+    run("masses", grid, (query, key, mask, positions, top, total), (*sizes, float(scale)), (outputs,))

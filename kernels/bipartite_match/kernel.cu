@@ -1,11 +1,12 @@
 // Bipartite soft matching without the matrix of scores; see reference.py for the meaning.
+#include "norms.cuh"
 #include "pairs.cuh"
 #include "ranks.cuh"
 
 // best[a], partner[a]: the most similar b of every a; a grid of [tiles of A, batch].
 extern "C" __global__ void __launch_bounds__(BLOCK) best_partners(
-    const Scalar *metric, const float *size, const float *inverse, float *best, int *partner, int tokens, int channels,
-    int prefix) {
+    const Scalar *metric, const float *size, const float *inverse, int tokens, int channels, int prefix,
+    float *best, int *partner) {
   Index start = Index(blockIdx.y) * tokens;
   metric += start * channels, size += start, inverse += start;
   int free = tokens - prefix;
@@ -26,9 +27,11 @@ extern "C" __global__ void __launch_bounds__(BLOCK) best_partners(
   }
 }
 
-// The three outputs: every thread places one token of the prefix, of A and of B.
-extern "C" __global__ void __launch_bounds__(BLOCK) place(
-    const int *rank, const int *partner, Index *keep, Index *drop, Index *dest, int tokens, int r, int prefix) {
+// The three outputs: every thread places one token of the prefix, of A and of B. `size` is not read: a TensorRT plugin
+// knows the number of tokens by an input that has it.
+extern "C" __global__ void __launch_bounds__(BLOCK)
+    place(const int *rank, const int *partner, const float *size, int tokens, int r, int prefix, Index *keep, Index *drop,
+          Index *dest) {
   int free = tokens - prefix, odd = prefix % 2, count = (free + 1 - odd) / 2, others = free - count;
   rank += Index(blockIdx.y) * count, partner += Index(blockIdx.y) * count;
   keep += Index(blockIdx.y) * (tokens - r), drop += Index(blockIdx.y) * r, dest += Index(blockIdx.y) * r;

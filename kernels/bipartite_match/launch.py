@@ -1,7 +1,7 @@
 """How the kernels of tokopt::bipartite_match are launched."""
 
 import torch
-from torch import Tensor
+from torch import Tensor, sym_max
 
 from tokopt.kernels.launch import BLOCK, SCALARS, TILE, WARPS, Build, ceil
 
@@ -15,8 +15,9 @@ def launch(
     run = build(SCALARS[metric.dtype])
     inverse, best = torch.empty_like(size), size.new_empty((batch, first))
     partner, rank = (torch.empty_like(best, dtype=torch.int32) for _ in range(2))
-    run("inverse_norms", (ceil(tokens, WARPS), batch), metric, inverse, tokens, channels)
-    sizes = (tokens, channels, prefix)
-    run("best_partners", (ceil(first, TILE), batch), metric, size, inverse, best, partner, *sizes)
-    run("ranks", (ceil(first, BLOCK), batch), best, rank, first)
-    run("place", (ceil(max(first, prefix), BLOCK), batch), rank, partner, *outputs, tokens, r, prefix)
+    run("inverse_norms", (ceil(tokens, WARPS), batch), (metric,), (tokens, channels), (inverse,))
+    grid = (ceil(first, TILE), batch)
+    run("best_partners", grid, (metric, size, inverse), (tokens, channels, prefix), (best, partner))
+    run("ranks", (ceil(first, BLOCK), batch), (best,), (first,), (rank,))
+    grid = (ceil(sym_max(first, prefix), BLOCK), batch)
+    run("place", grid, (rank, partner, size), (tokens, r, prefix), outputs)

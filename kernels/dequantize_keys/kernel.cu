@@ -3,7 +3,7 @@
 
 // A thread per channel and group as in quantize_keys; blockIdx.y is the row of the batch and the head.
 extern "C" __global__ void __launch_bounds__(BLOCK) dequantize(
-    const unsigned char *codes, const float *scale, const float *zero, float *x, int slots, int channels, int group) {
+    const unsigned char *codes, const float *scale, const float *zero, int slots, int channels, int group, float *x) {
   int place = blockIdx.x * BLOCK + threadIdx.x, part = place / channels, channel = place % channels;
   int first = part * group, count = min(group, slots - first), scales = slots * (channels / group);
   if (count <= 0) return;

@@ -10,4 +10,4 @@ def launch(build: Build, outputs: Tensor, codes: Tensor, scale: Tensor, zero: Te
     batch, heads, slots, channels = codes.shape
     group = channels // scale.shape[3]
     grid = (ceil(ceil(slots, group) * channels, BLOCK), batch * heads)
-    build("float")("dequantize", grid, codes, scale, zero, outputs, slots, channels, group)
+    build("float")("dequantize", grid, (codes, scale, zero), (slots, channels, group), (outputs,))

@@ -1,11 +1,12 @@
 // Energies of all tokens and the matching by their ranks, without the matrix of cosines; see reference.py.
+#include "norms.cuh"
 #include "pairs.cuh"
 #include "ranks.cuh"
 
 // energy[i] of every unprotected token; a grid of [tiles of tokens, batch].
 extern "C" __global__ void __launch_bounds__(BLOCK) energies(
-    const Scalar *metric, const float *size, const float *inverse, float *energy, int tokens, int channels, int prefix,
-    float margin) {
+    const Scalar *metric, const float *size, const float *inverse, int tokens, int channels, int prefix,
+    float margin, float *energy) {
   Index start = Index(blockIdx.y) * tokens;
   metric += start * channels, size += start + prefix, inverse += start;
   int free = tokens - prefix;
@@ -25,7 +26,7 @@ extern "C" __global__ void __launch_bounds__(BLOCK) energies(
 
 // keep and drop: of the 2 r highest, A and B in turns.
 extern "C" __global__ void __launch_bounds__(BLOCK)
-    place(const int *rank, Index *keep, Index *drop, int tokens, int r, int prefix) {
+    place(const int *rank, int tokens, int r, int prefix, Index *keep, Index *drop) {
   int count = tokens - prefix, i = blockIdx.x * BLOCK + threadIdx.x;
   rank += Index(blockIdx.y) * count, keep += Index(blockIdx.y) * (tokens - r), drop += Index(blockIdx.y) * r;
   int before = count_where(
@@ -42,8 +43,8 @@ extern "C" __global__ void __launch_bounds__(BLOCK)
 
 // dest of every dropped token; a grid of [tiles of A, batch].
 extern "C" __global__ void __launch_bounds__(BLOCK) partners(
-    const Scalar *metric, const float *size, const float *inverse, const Index *keep, const Index *drop, Index *dest,
-    int tokens, int channels, int r) {
+    const Scalar *metric, const float *size, const float *inverse, const Index *keep, const Index *drop, int tokens,
+    int channels, int r, Index *dest) {
   Index start = Index(blockIdx.y) * tokens;
   metric += start * channels, size += start, inverse += start;
   int slot = tokens - 2 * r;

@@ -1,7 +1,7 @@
 """How the kernels of tokopt::energy_match are launched."""
 
 import torch
-from torch import Tensor
+from torch import Tensor, sym_max
 
 from tokopt.kernels.launch import BLOCK, SCALARS, TILE, WARPS, Build, ceil
 
@@ -22,10 +22,10 @@ def launch(
     run = build(SCALARS[metric.dtype])
     inverse, energy = torch.empty_like(size), size.new_empty((batch, free))
     rank = torch.empty_like(energy, dtype=torch.int32)
-    run("inverse_norms", (ceil(tokens, WARPS), batch), metric, inverse, tokens, channels)
-    sizes = (tokens, channels, prefix)
-    run("energies", (ceil(free, TILE), batch), metric, size, inverse, energy, *sizes, float(margin))
-    run("ranks", (ceil(free, BLOCK), batch), energy, rank, free)
-    run("place", (ceil(max(free, prefix), BLOCK), batch), rank, keep, drop, tokens, r, prefix)
-    chosen = (metric, size, inverse, keep, drop, dest)
-    run("partners", (ceil(r, TILE), batch), *chosen, tokens, channels, r)
+    run("inverse_norms", (ceil(tokens, WARPS), batch), (metric,), (tokens, channels), (inverse,))
+    scalars = (tokens, channels, prefix, float(margin))
+    run("energies", (ceil(free, TILE), batch), (metric, size, inverse), scalars, (energy,))
+    run("ranks", (ceil(free, BLOCK), batch), (energy,), (free,), (rank,))
+    run("place", (ceil(sym_max(free, prefix), BLOCK), batch), (rank,), (tokens, r, prefix), (keep, drop))
+    chosen = (metric, size, inverse, keep, drop)
+    run("partners", (ceil(r, TILE), batch), chosen, (tokens, channels, r), (dest,))

@@ -1,10 +1,12 @@
 // Greedy farthest-point selection: one block per row holds the distance of every token to the chosen ones, and
 // computes those to the newest choice only, so there is no matrix of distances; see reference.py.
+#include "norms.cuh"
 #include "pairs.cuh"
 
 // DivPrune's first choice: start[i] is the distance of the nearest other token. A grid of [tiles of tokens, batch].
 extern "C" __global__ void __launch_bounds__(BLOCK) isolation(
-    const Scalar *metric, const float *size, const float *inverse, float *start, int tokens, int channels, int prefix) {
+    const Scalar *metric, const float *size, const float *inverse, int tokens, int channels, int prefix,
+    float *start) {
   Index first = Index(blockIdx.y) * tokens;
   metric += first * channels, size += first + prefix, inverse += first;
   int free = tokens - prefix;
@@ -20,7 +22,7 @@ extern "C" __global__ void __launch_bounds__(BLOCK) isolation(
 
 // The mean of the real tokens; a grid of [blocks of channels, batch].
 extern "C" __global__ void __launch_bounds__(BLOCK)
-    centres(const Scalar *metric, const float *size, float *centre, int tokens, int channels, int prefix) {
+    centres(const Scalar *metric, const float *size, int tokens, int channels, int prefix, float *centre) {
   int channel = blockIdx.x * BLOCK + threadIdx.x;
   if (channel >= channels) return;
   metric += Index(blockIdx.y) * tokens * channels, size += Index(blockIdx.y) * tokens;
@@ -32,7 +34,8 @@ extern "C" __global__ void __launch_bounds__(BLOCK)
 
 // The k-center start: less the squared distance to the centre; a warp per token.
 extern "C" __global__ void __launch_bounds__(BLOCK) centrality(
-    const Scalar *metric, const float *size, const float *centre, float *start, int tokens, int channels, int prefix) {
+    const Scalar *metric, const float *size, const float *centre, int tokens, int channels, int prefix,
+    float *start) {
   int free = tokens - prefix, i = blockIdx.x * (BLOCK / WARP) + threadIdx.x / WARP, lane = threadIdx.x % WARP;
   if (i >= free) return;
   metric += (Index(blockIdx.y) * tokens + prefix + i) * channels, centre += Index(blockIdx.y) * channels;
@@ -58,10 +61,10 @@ __device__ inline float distance(const Scalar *metric, const float *inverse, int
   return fmaxf(inverse ? 1 - sum : sum, 0);
 }
 
-// Choose and write both outputs; a grid of [1, batch]. `nearest` is scratch of `start`'s shape.
-extern "C" __global__ void __launch_bounds__(BLOCK) choose(
-    const Scalar *metric, const float *size, const float *inverse, const float *start, float *nearest, Index *keep,
-    Index *drop, int tokens, int channels, int r, int prefix) {
+// Choose and write both outputs; for a whole block.
+__device__ inline void choose(
+    const Scalar *metric, const float *size, const float *inverse, const float *start, int tokens, int channels,
+    int r, int prefix, float *nearest, Index *keep, Index *drop) {
   int free = tokens - prefix, chosen = free - r;
   Index row = blockIdx.y;
   metric += row * tokens * channels, size += row * tokens + prefix, start += row * free, nearest += row * free;
@@ -88,4 +91,18 @@ extern "C" __global__ void __launch_bounds__(BLOCK) choose(
         free, [=](int j) { return nearest[j]; }, [=](float value, int j) { return j < i && value == -INF; });
     if (i < free) (nearest[i] == -INF ? keep[prefix + before] : drop[i - before]) = prefix + i;
   }
+}
+
+// DivPrune; a grid of [1, batch]. `nearest` is scratch of `start`'s shape.
+extern "C" __global__ void __launch_bounds__(BLOCK) choose_by_angle(
+    const Scalar *metric, const float *size, const float *inverse, const float *start, int tokens, int channels,
+    int r, int prefix, float *nearest, Index *keep, Index *drop) {
+  choose(metric, size, inverse, start, tokens, channels, r, prefix, nearest, keep, drop);
+}
+
+// The k-center cover; as above.
+extern "C" __global__ void __launch_bounds__(BLOCK) choose_by_distance(
+    const Scalar *metric, const float *size, const float *start, int tokens, int channels, int r, int prefix,
+    float *nearest, Index *keep, Index *drop) {
+  choose(metric, size, nullptr, start, tokens, channels, r, prefix, nearest, keep, drop);
 }

@@ -20,13 +20,14 @@ def launch(
     free, sizes = tokens - prefix, (tokens, channels, prefix)
     run = build(SCALARS[metric.dtype])
     start, nearest = (size.new_empty((batch, free)) for _ in range(2))
-    inverse = None
+    choice = ((tokens, channels, r, prefix), (nearest, *outputs))
     if method == "divprune":
         inverse = torch.empty_like(size)
-        run("inverse_norms", (ceil(tokens, WARPS), batch), metric, inverse, tokens, channels)
-        run("isolation", (ceil(free, TILE), batch), metric, size, inverse, start, *sizes)
+        run("inverse_norms", (ceil(tokens, WARPS), batch), (metric,), (tokens, channels), (inverse,))
+        run("isolation", (ceil(free, TILE), batch), (metric, size, inverse), sizes, (start,))
+        run("choose_by_angle", (1, batch), (metric, size, inverse, start), *choice)
     else:
         centre = size.new_empty((batch, channels))
-        run("centres", (ceil(channels, BLOCK), batch), metric, size, centre, *sizes)
-        run("centrality", (ceil(free, WARPS), batch), metric, size, centre, start, *sizes)
-    run("choose", (1, batch), metric, size, inverse, start, nearest, *outputs, tokens, channels, r, prefix)
+        run("centres", (ceil(channels, BLOCK), batch), (metric, size), sizes, (centre,))
+        run("centrality", (ceil(free, WARPS), batch), (metric, size, centre), sizes, (start,))
+        run("choose_by_distance", (1, batch), (metric, size, start), *choice)

@@ -1,8 +1,8 @@
 // Which slots of a cache survive; see reference.py. blockIdx.y is the row of the batch and the head.
 #include "shared.cuh"
 
-extern "C" __global__ void __launch_bounds__(BLOCK) priorities(
-    const Scalar *score, const bool *used, float *priority, int heads, int slots, int sinks, int recent) {
+extern "C" __global__ void __launch_bounds__(BLOCK)
+    priorities(const Scalar *score, const bool *used, int heads, int slots, int sinks, int recent, float *priority) {
   int i = blockIdx.x * BLOCK + threadIdx.x;
   score += Index(blockIdx.y) * slots, priority += Index(blockIdx.y) * slots;
   used += Index(blockIdx.y / heads) * slots;
@@ -13,7 +13,7 @@ extern "C" __global__ void __launch_bounds__(BLOCK) priorities(
 }
 
 extern "C" __global__ void __launch_bounds__(BLOCK)
-    keep(const float *priority, const bool *used, const Index *budget, bool *kept, int heads, int slots) {
+    keep(const float *priority, const bool *used, const Index *budget, int heads, int slots, bool *kept) {
   int i = blockIdx.x * BLOCK + threadIdx.x;
   priority += Index(blockIdx.y) * slots, kept += Index(blockIdx.y) * slots;
   used += Index(blockIdx.y / heads) * slots;

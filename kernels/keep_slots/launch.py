@@ -14,5 +14,5 @@ def launch(
     grid = (ceil(slots, BLOCK), batch * heads)
     run = build(SCALARS[score.dtype])
     priority = torch.empty_like(score, dtype=torch.float32)
-    run("priorities", grid, score, used, priority, heads, slots, sinks, recent)
-    run("keep", grid, priority, used, budget, outputs, heads, slots)
+    run("priorities", grid, (score, used), (heads, slots, sinks, recent), (priority,))
+    run("keep", grid, (priority, used, budget), (heads, slots), (outputs,))

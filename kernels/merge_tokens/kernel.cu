@@ -15,8 +15,8 @@ __device__ void each_drop(const Index *dest, int r, int slot, Visit visit) {
 
 // A grid of [kept / warps of a block, batch].
 extern "C" __global__ void __launch_bounds__(BLOCK) merge(
-    const Scalar *x, const float *size, const Index *keep, const Index *drop, const Index *dest, Scalar *merged,
-    float *new_size, int tokens, int channels, int kept, int r) {
+    const Scalar *x, const float *size, const Index *keep, const Index *drop, const Index *dest, int tokens,
+    int channels, int kept, int r, Scalar *merged, float *new_size) {
   int slot = blockIdx.x * (BLOCK / WARP) + threadIdx.x / WARP, lane = threadIdx.x % WARP;
   if (slot >= kept) return;
   Index row = blockIdx.y;

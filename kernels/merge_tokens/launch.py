@@ -19,4 +19,4 @@ def launch(
     kept, r = keep.shape[1], drop.shape[1]
     sizes = (tokens, channels, kept, r)
     run = build(SCALARS[x.dtype])
-    run("merge", (ceil(kept, WARPS), batch), x, size, keep, drop, dest, *outputs, *sizes)
+    run("merge", (ceil(kept, WARPS), batch), (x, size, keep, drop, dest), sizes, outputs)

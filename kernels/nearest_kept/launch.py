@@ -11,6 +11,6 @@ def launch(build: Build, outputs: Tensor, metric: Tensor, keep: Tensor, drop: Te
     kept, r = keep.shape[1], drop.shape[1]
     run = build(SCALARS[metric.dtype])
     inverse = metric.new_empty((batch, tokens)).float()
-    run("inverse_norms", (ceil(tokens, WARPS), batch), metric, inverse, tokens, channels)
+    run("inverse_norms", (ceil(tokens, WARPS), batch), (metric,), (tokens, channels), (inverse,))
     sizes = (tokens, channels, kept, r, prefix)
-    run("nearest", (ceil(r, TILE), batch), metric, inverse, keep, drop, outputs, *sizes)
+    run("nearest", (ceil(r, TILE), batch), (metric, inverse, keep, drop), sizes, (outputs,))

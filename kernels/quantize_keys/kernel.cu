@@ -2,8 +2,8 @@
 #include "shared.cuh"
 
 // A thread per channel and group, the last of which may be no whole one; blockIdx.y is the row of the batch and the head.
-extern "C" __global__ void __launch_bounds__(BLOCK) quantize(
-    const float *x, unsigned char *codes, float *scale, float *zero, int slots, int channels, int group) {
+extern "C" __global__ void __launch_bounds__(BLOCK)
+    quantize(const float *x, int slots, int channels, int group, unsigned char *codes, float *scale, float *zero) {
   int place = blockIdx.x * BLOCK + threadIdx.x, part = place / channels, channel = place % channels;
   int first = part * group, count = min(group, slots - first), scales = slots * (channels / group);
   if (count <= 0) return;

@@ -9,4 +9,4 @@ def launch(build: Build, outputs: tuple[Tensor, ...], x: Tensor, group: int) -> 
     """A thread per channel and group of slots."""
     batch, heads, slots, channels = x.shape
     grid = (ceil(ceil(slots, group) * channels, BLOCK), batch * heads)
-    build("float")("quantize", grid, x, *outputs, slots, channels, group)
+    build("float")("quantize", grid, (x,), (slots, channels, group), outputs)

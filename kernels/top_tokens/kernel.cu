@@ -2,7 +2,7 @@
 #include "shared.cuh"
 
 extern "C" __global__ void __launch_bounds__(BLOCK)
-    top(const Scalar *score, Index *keep, Index *drop, int tokens, int r, int prefix) {
+    top(const Scalar *score, int tokens, int r, int prefix, Index *keep, Index *drop) {
   score += Index(blockIdx.y) * tokens + prefix, keep += Index(blockIdx.y) * (tokens - r), drop += Index(blockIdx.y) * r;
   int i = blockIdx.x * BLOCK + threadIdx.x, count = tokens - prefix, kept = count - r;
   int rank = rank_of(i, count, [=](int j) { return to_float(score[j]); });

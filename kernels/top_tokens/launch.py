@@ -1,6 +1,6 @@
 """How the kernel of tokopt::top_tokens is launched."""
 
-from torch import Tensor
+from torch import Tensor, sym_max
 
 from tokopt.kernels.launch import BLOCK, SCALARS, Build, ceil
 
@@ -9,4 +9,5 @@ def launch(build: Build, outputs: tuple[Tensor, ...], score: Tensor, r: int, pre
     """A thread per token."""
     batch, tokens = score.shape
     run = build(SCALARS[score.dtype])
-    run("top", (ceil(max(tokens - prefix, prefix), BLOCK), batch), score, *outputs, tokens, r, prefix)
+    grid = (ceil(sym_max(tokens - prefix, prefix), BLOCK), batch)
+    run("top", grid, (score,), (tokens, r, prefix), outputs)

@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 import ctypes
-import re
 import subprocess
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from tokopt.kernels.launch import BLOCK, Parameters, Run, launched, source
+from tokopt.kernels.launch import BLOCK, Parameters, Run, launched, signatures, source
+from tokopt.kernels.plugins import DTYPES, Expression, Launch, evaluate
 
 SHIM = Path(__file__).with_name("host_shim.h")
 ENTRY = 'extern "C" void host_{0}(void **a, int x, int y, int t, int back) {{ host::run({0}, a, x, y, t, back); }}\n'
-KERNEL = re.compile(r'extern "C" __global__ void\s+(?:__launch_bounds__\([^)]*\)\s+)?(\w+)\s*\(')
 
 
 def host_form(name: str, *, reverse: bool = False) -> Callable[..., Any]:
@@ -26,17 +26,18 @@ def host_form(name: str, *, reverse: bool = False) -> Callable[..., Any]:
 
 
 def _build(name: str, reverse: bool, scalar: str) -> Run:
-    def run(kernel: str, grid: tuple[int, int], *arguments: Tensor | int | float | None) -> None:
+    def run(
+        kernel: str,
+        grid: tuple[int, int],
+        inputs: tuple[Tensor, ...],
+        scalars: tuple[int | float, ...],
+        outputs: tuple[Tensor, ...],
+    ) -> None:
         function = getattr(library(name, scalar), f"host_{kernel}")
-        parameters = Parameters(arguments)
+        parameters = Parameters(*inputs, *scalars, *outputs)
         function(ctypes.c_void_p(parameters.address), *grid, BLOCK, reverse)
 
     return run
-
-
-def kernels(name: str) -> list[str]:
-    """The names of an op's kernels."""
-    return KERNEL.findall(source(name))
 
 
 @cache
@@ -44,8 +45,32 @@ def library(name: str, scalar: str) -> ctypes.CDLL:
     """An op's kernels for one scalar as a library of functions ``host_<kernel>``."""
     folder = Path(tempfile.mkdtemp(prefix="tokopt-kernels-"))
     code = folder / f"{name}.cpp"
-    code.write_text(source(name) + "".join(map(ENTRY.format, kernels(name))))
+    code.write_text(source(name) + "".join(map(ENTRY.format, signatures(name))))
     built = folder / f"{name}.so"
     flags = ("-std=c++17", "-O1", "-shared", "-fPIC", "-fno-gnu-unique", f"-DSCALAR={scalar}")
     subprocess.run(["g++", *flags, "-include", str(SHIM), str(code), "-o", str(built)], check=True)
     return ctypes.CDLL(str(built))
+
+
+def run_plugin(op: str, launch: Launch, inputs: Sequence[Tensor]) -> list[Tensor]:
+    """What the plugin of one kernel puts out: its launch, computed from the inputs' sizes, on the CPU."""
+
+    def value(expression: Expression) -> int:
+        return evaluate(expression, lambda i, axis: inputs[i].shape[axis], max)
+
+    outputs = [
+        torch.empty([value(size) for size in output.shape], dtype=_DTYPES[output.dtype])
+        for output in launch.outputs
+    ]
+    columns, rows = map(value, launch.grid)
+    scalars = [
+        value(scalar) for scalar in launch.scalars
+    ]  # floats as the integers of their bits, as in TensorRT
+    held = [tensor.contiguous() for tensor in inputs]
+    parameters = Parameters(*held, *scalars, *outputs)
+    function = getattr(library(op, launch.scalar), f"host_{launch.kernel}")
+    function(ctypes.c_void_p(parameters.address), columns, rows, BLOCK, False)
+    return outputs
+
+
+_DTYPES = {name: dtype for dtype, name in DTYPES.items()}

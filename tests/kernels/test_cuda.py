@@ -14,10 +14,9 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from tests.kernels.forms import CASES, KERNELS, Case, expected, world
-from tests.kernels.host import kernels
 from tokopt.errors import InputError
 from tokopt.kernels.cuda import compile_source, compiled
-from tokopt.kernels.launch import CUDA_OPS, SCALARS, launched
+from tokopt.kernels.launch import CUDA_OPS, SCALARS, launched, signatures
 
 ROOT = Path(__file__).resolve().parents[2]
 ROUNDED = {"metric", "x", "score", "query", "key"}
@@ -109,7 +108,7 @@ found = []
 for reverse in (False, True):
     host.library.cache_clear()
     y = torch.zeros(256)
-    host._build("bad", reverse, "float")("bad", (1, 1), y)
+    host._build("bad", reverse, "float")("bad", (1, 1), (), (), (y,))
     found.append(y)
 print("nan" if found[0].isnan().any() else "equal" if torch.equal(*found) else "differ")
 """
@@ -133,7 +132,7 @@ def test_kernels_compile_without_spills(name: str, arch: str) -> None:
     for scalar in SCALARS.values():
         code, log = compile_source(name, scalar, arch, "--ptxas-options=-v")
         assert code[:4] == b"\x7fELF"
-        assert all(f"'{kernel}'" in log for kernel in kernels(name))
+        assert all(f"'{kernel}'" in log for kernel in signatures(name))
         assert set(re.findall(r"(\d+) bytes spill", log)) == {"0"}
 
 

@@ -134,6 +134,11 @@ def _parser() -> argparse.ArgumentParser:
         metavar="FILE",
         help="where TensorRT keeps measurements for the next build",
     )
+    engine.add_argument(
+        "--plugins",
+        action="store_true",
+        help="compute token ops by CUDA kernels in the engine (TensorRT alone)",
+    )
     triton = p.add_argument_group(
         "--target triton",
         "DIR is the model's folder in the repository of a Triton Inference Server: tokopt export vit.tokopt -o "

@@ -89,8 +89,8 @@ def export(args: Namespace, screen: Screen) -> int:
 
 def _engine_options(args: Namespace) -> EngineOptions | None:
     """What the command says of engines; None when it says nothing."""
-    given = (args.arch, tuple(args.profile), args.workspace, args.timing_cache)
-    if given == (None, (), None, None):
+    given = (args.arch, tuple(args.profile), args.workspace, args.timing_cache, args.plugins)
+    if given == (None, (), None, None, False):
         return None
     from tokopt.lower.tensorrt import EngineOptions
 

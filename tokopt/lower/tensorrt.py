@@ -18,9 +18,11 @@ import onnx_ir as ir
 
 from tokopt.bundle import Bundle, Program
 from tokopt.errors import InputError, LoweringError
+from tokopt.kernels.plugins import register_plugins
 from tokopt.lower.parity import check_rewritten, resized
 from tokopt.lower.profiles import choose_profiles, parse_profiles
 from tokopt.lower.tensorrt_graph import rewrite_for_tensorrt
+from tokopt.lower.tensorrt_plugins import use_plugins, used_plugins
 from tokopt.runtime.cuda import device_arch
 from tokopt.runtime.manifest import ARCH, EngineEntry, Profile
 from tokopt.runtime.tensorrt import RTX, import_tensorrt
@@ -36,7 +38,8 @@ class EngineOptions:
     ``arch`` is the compute capability of the GPU, ``"sm_86"``; by default that of this machine's GPU. ``profiles``
     spell sizes of named axes: ``"batch=1:8:32"`` are the smallest, the most frequent and the largest, ``"slots=1024"``
     is the only one. ``workspace`` bounds the builder's scratch memory in GiB. ``timing_cache`` is a file in which
-    TensorRT keeps what it has measured for the next build.
+    TensorRT keeps what it has measured for the next build. ``plugins`` computes token ops by their CUDA kernels inside
+    the engine, which takes TensorRT (TensorRT-RTX has no plugins in Python) and the extra ``cuda``.
 
     Raises InputError for values that mean nothing.
     """
@@ -45,6 +48,7 @@ class EngineOptions:
     profiles: Sequence[str] = ()
     workspace: float | None = None
     timing_cache: Path | None = None
+    plugins: bool = False
 
     def __post_init__(self) -> None:
         if self.arch is not None and not re.fullmatch(ARCH, self.arch):
@@ -55,7 +59,7 @@ class EngineOptions:
 
 
 class EngineBuilder:
-    """Builds the engines of one bundle."""
+    """Builds the engines of one bundle; ``without_plugin`` says which ops of the last one have none, and why."""
 
     def __init__(self, bundle: Bundle, options: EngineOptions) -> None:
         """Raise MissingDependencyError without TensorRT, InputError for profiles that do not fit the bundle and
@@ -66,6 +70,7 @@ class EngineBuilder:
         self.profiles = choose_profiles(bundle, parse_profiles(options.profiles))
         self._check_options()
         self._log = _log(self.trt)
+        self.without_plugin: list[str] = []
 
     def build(
         self, portable: Path, name: str, *, check: bool, tolerance: float | None
@@ -79,14 +84,25 @@ class EngineBuilder:
         profiles = self.profiles[name]
         fixed = {axis: profile.min for axis, profile in profiles.items() if profile.min == profile.max}
         with _rewritten(portable, fixed) as path:
-            if loop := _loop(path):
-                raise self._refusal(name, f"{loop} is a Loop, on which its builder crashes")
             if check:
                 check_rewritten(_resized(self.bundle.programs[name], fixed), portable, path, tolerance)
+            if self.options.plugins:
+                self._use_plugins(portable, path, fixed)
+            if loop := _loop(path):
+                raise self._refusal(name, f"{loop} is a Loop, on which its builder crashes")
+            plugins = used_plugins(ir.load(path), self.arch)
             engine = self._serialize(path, name, profiles)
         target = portable.with_name(f"{name}.{self.arch}.engine")
         target.write_bytes(engine)
-        return target, EngineEntry(self.builder, self.trt.__version__, self.arch, profiles)
+        return target, EngineEntry(self.builder, self.trt.__version__, self.arch, profiles, plugins)
+
+    def _use_plugins(self, portable: Path, path: Path, fixed: Mapping[str, int]) -> None:
+        """Write the graph at ``path`` again with plugins, after it was compared without: ONNX Runtime has none."""
+        register_plugins(self.arch)
+        model = ir.load(portable)
+        self.without_plugin = use_plugins(model)
+        rewrite_for_tensorrt(model, fixed)
+        ir.save(model, path)
 
     def _check_options(self) -> None:
         if self.builder == RTX:
@@ -102,6 +118,10 @@ class EngineBuilder:
                 )
             if self.options.timing_cache is not None:
                 raise InputError("TensorRT-RTX measures nothing while it builds; leave the timing cache out")
+            if self.options.plugins:
+                raise InputError(
+                    "TensorRT-RTX has no plugins in Python; leave plugins out, or install TensorRT"
+                )
         elif (own := device_arch(NO_GPU)) != self.arch:
             raise LoweringError(
                 f"TensorRT {self.trt.__version__} builds for the GPU that it finds, {own}, not for {self.arch}; "
@@ -112,7 +132,9 @@ class EngineBuilder:
         """The engine of the ONNX file at ``path``, as a buffer."""
         self._log.errors.clear()
         builder = self.trt.Builder(self._log)
-        network = builder.create_network(1 << int(self.trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
+        flags = self.trt.NetworkDefinitionCreationFlag
+        chosen = [flags.STRONGLY_TYPED] + [flags.PREFER_AOT_PYTHON_PLUGINS] * self.options.plugins
+        network = builder.create_network(sum(1 << int(flag) for flag in chosen))
         parser = self.trt.OnnxParser(network, self._log)
         if not parser.parse_from_file(str(path)):
             raise self._refusal(name, _parser_fault(parser, path))
