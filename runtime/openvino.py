@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +64,7 @@ def _source(path: Path) -> tuple[Any, ...]:
     except ImportError as error:
         raise MissingDependencyError("the backend openvino needs onnx; install tokopt[openvino]") from error
     plain = onnx.load(path, load_external_data=False)
-    if not plain.functions:
+    if not plain.functions and not (multiplies_bytes() and _byte_weights(plain)):
         return (str(path),)
     operators = {node.op_type for function in plain.functions for node in function.node}
     kinds = {given.type.tensor_type.elem_type for given in plain.graph.input}
@@ -72,7 +74,50 @@ def _source(path: Path) -> tuple[Any, ...]:
             "arbitrarily; run it with the default backend"
         )
     model = onnx.inliner.inline_local_functions(onnx.load(path))
+    if multiplies_bytes():
+        sign_weights(model)
     return model.SerializeToString(), b""
+
+
+@cache
+def multiplies_bytes() -> bool:
+    """Whether the processor has sums of products of bytes (VNNI); where nobody says, it has not."""
+    information = Path("/proc/cpuinfo")
+    return information.is_file() and bool(
+        re.search(r"\b(avx512_vnni|avx_vnni|asimddp)\b", information.read_text())
+    )
+
+
+def sign_weights(model: Any) -> None:
+    """Let weights of unsigned bytes around 128 be signed bytes, in place.
+
+    OpenVINO multiplies these by integers; the unsigned are in the file since integers saturate without VNNI.
+    """
+    from onnx import TensorProto, numpy_helper
+
+    initializers = {tensor.name: tensor for tensor in model.graph.initializer}
+    for node in _byte_weights(model):
+        codes, middle = (initializers[name] for name in (node.input[0], node.input[2]))
+        array = numpy_helper.to_array(codes)
+        if codes.data_type == TensorProto.UINT8 and (numpy_helper.to_array(middle) == 128).all():
+            codes.CopyFrom(numpy_helper.from_array((array ^ 128).view(np.int8), codes.name))
+        if codes.data_type == TensorProto.INT8:  # it may have several readers
+            del node.input[2]
+
+
+def _byte_weights(model: Any) -> list[Any]:
+    """The nodes that expand a weight of unsigned bytes with zero points."""
+    from onnx import TensorProto
+
+    kinds = {tensor.name: tensor.data_type for tensor in model.graph.initializer}
+    return [
+        node
+        for node in model.graph.node
+        if node.op_type == "DequantizeLinear"
+        and len(node.input) == 3
+        and kinds.get(node.input[0]) == TensorProto.UINT8
+        and node.input[2] in kinds
+    ]
 
 
 def _reason(error: Exception) -> str:

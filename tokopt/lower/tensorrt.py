@@ -133,8 +133,10 @@ class EngineBuilder:
         self._log.errors.clear()
         builder = self.trt.Builder(self._log)
         flags = self.trt.NetworkDefinitionCreationFlag
-        chosen = [flags.STRONGLY_TYPED] + [flags.PREFER_AOT_PYTHON_PLUGINS] * self.options.plugins
-        network = builder.create_network(sum(1 << int(flag) for flag in chosen))
+        chosen = 1 << int(flags.STRONGLY_TYPED)
+        if self.options.plugins:
+            chosen |= 1 << int(flags.PREFER_AOT_PYTHON_PLUGINS)
+        network = builder.create_network(chosen)
         parser = self.trt.OnnxParser(network, self._log)
         if not parser.parse_from_file(str(path)):
             raise self._refusal(name, _parser_fault(parser, path))

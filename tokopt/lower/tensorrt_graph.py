@@ -190,7 +190,7 @@ def _make_symmetric(graph: ir.Graph, node: ir.Node) -> None:
     blocks, name = len(scale), node.outputs[0].name
     signed = codes - middle
     if blocks == 1 and centred:
-        for product in products:
+        for product in products if negative.any() else ():
             _then(graph, product, "Mul", np.where(negative[0], -1, 1).astype(scale.dtype))
     else:
         # -1 - c has the range of c, which -c has not.

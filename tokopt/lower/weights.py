@@ -78,13 +78,15 @@ def _dequantize(
     group = node.attributes.get_int("group")
     four = codes.max(initial=0) < 16 and zero.max(initial=0) < 16
     middle = 8 if four else 128
-    if (zero == middle).all():
+    columns = group == codes.shape[1]
+    # Bytes of whole columns are multiplied by bytes; without VNNI, processors saturate where one of the two is signed.
+    if (zero == middle).all() and (four or not columns):
         kind = ml_dtypes.int4 if four else np.int8
         parts = [(codes.astype(np.int16) - middle).astype(kind), scale]
     else:
         kind = ml_dtypes.uint4 if four else np.uint8
         parts = [codes.astype(kind), scale, zero.astype(kind)]
-    if group == codes.shape[1]:  # one group per output: a scale per column
+    if columns:  # one group per output: a scale per column
         parts = [parts[0], *(part[:, 0] for part in parts[1:])]
         attributes = {"axis": 1}
     else:
