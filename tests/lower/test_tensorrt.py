@@ -11,12 +11,15 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 import tokopt
+from examples.data import smollm2
 from tests.lower.encoders import text, vision
 from tests.matrix import language
 from tests.matrix.test_matrix import captured
@@ -89,6 +92,17 @@ def test_language_models_build(name: str, pipeline: str, tmp_path: Path) -> None
     engine = manifest.programs["step"].engine
     assert engine is not None
     assert engine.profiles["slots"] == Profile(64, 64, 64) and engine.profiles["tokens"] == Profile(1, 1, 16)
+
+
+def test_smollm2_builds_with_eviction(tmp_path: Path) -> None:
+    """The real weights, of the first two layers: the others are like them, and take a minute more."""
+    model: Any = AutoModelForCausalLM.from_pretrained(smollm2(), dtype=torch.float32)
+    model.model.layers = model.model.layers[:2]
+    model.config.num_hidden_layers = 2
+    bundle = tokopt.optimize(tokopt.capture_lm(model.eval().requires_grad_(False)), "h2o{budget=256}")
+    options = EngineOptions("sm_89", ("slots=512", "tokens=1:1:64"))
+    path = tokopt.export(bundle, tmp_path / "model.tokopt", target="tensorrt", engine=options)
+    assert (path / "step.sm_89.engine").stat().st_size > 4 * 49152 * 576  # the embedding alone
 
 
 def test_a_loop_is_refused_with_its_place(tmp_path: Path) -> None:
