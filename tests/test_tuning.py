@@ -113,6 +113,27 @@ def test_search_combines_what_reached_the_floor(
     )
 
 
+def test_a_users_own_metric_decides(
+    model: tokopt.Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It sees every artifact, and another metric is another search."""
+    speeds(monkeypatch, [1.2, 1.6])
+    candidates = [["tome{r=1}", "tome{r=5}"]]
+
+    def tokens_kept(artifact: Path) -> float:
+        return -float(read_manifest(artifact).pipeline.removeprefix("tome{r=").removesuffix("}"))
+
+    found = tokopt.tune(
+        model, images(), tmp_path / "t", candidates=candidates, metric=tokens_kept, floor="metric>=-3"
+    )
+    assert [trial.quality["metric"] for trial in found.trials] == [-1, -5]
+    assert found.winner is found.trials[0]
+    with pytest.raises(InputError, match="choose another folder"):
+        tokopt.tune(model, images(), tmp_path / "t", candidates=candidates)
+    with pytest.raises(InputError, match="'metric' is not measured of this model"):
+        tokopt.tune(model, images(), tmp_path / "u", candidates=candidates, floor="metric>=-3")
+
+
 def test_search_goes_on_where_it_stopped(
     model: tokopt.Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -19,6 +19,9 @@ Sample = Any
 MEASURES = {"encoder": ("cosine", "worst"), "causal-lm": ("KL", "top1", "perplexity")}
 """Task -> what :func:`judge` measures."""
 
+OWN = "metric"
+"""The measure of a user's own function."""
+
 CHUNK = 64
 """Tokens of a text that are predicted in one call."""
 
@@ -29,6 +32,7 @@ class Floor:
 
     Measures of an encoder are ``cosine`` (mean over the samples' vectors) and ``worst`` (the smallest); of a language
     model ``KL`` (nats), ``top1`` (share of equal first choices) and ``perplexity`` (ratio to the original's).
+    ``metric`` is what a user's own function says.
     """
 
     measure: str
@@ -36,8 +40,8 @@ class Floor:
     limit: float
 
     @classmethod
-    def parse(cls, text: str, task: str) -> Floor:
-        """Read a floor for models of a task; raises InputError.
+    def parse(cls, text: str, task: str, *own: str) -> Floor:
+        """Read a floor for models of a task, whose measures are joined by ``own``; raises InputError.
 
         >>> Floor.parse("KL<=0.05", "causal-lm")
         Floor(measure='KL', sign='<=', limit=0.05)
@@ -48,9 +52,10 @@ class Floor:
             floor = cls(found[1], found[2], float(found[3]))
         except (AssertionError, ValueError) as error:
             raise InputError(f"{text!r} is no floor; write one like cosine>=0.99 or KL<=0.05") from error
-        if floor.measure not in MEASURES[task]:
+        measures = (*MEASURES[task], *own)
+        if floor.measure not in measures:
             raise InputError(
-                f"{floor.measure!r} is not measured of this model; choose among {', '.join(MEASURES[task])}"
+                f"{floor.measure!r} is not measured of this model; choose among {', '.join(measures)}"
             )
         return floor
 

@@ -25,7 +25,7 @@ import numpy as np
 from tokopt.artifact import export
 from tokopt.bundle import Bundle
 from tokopt.errors import InputError, TokoptError
-from tokopt.judge import Floor, Sample, judge
+from tokopt.judge import OWN, Floor, Sample, judge
 from tokopt.pipeline import optimize, parse
 from tokopt.runners import interleaved_times
 
@@ -45,6 +45,9 @@ GAIN = 1.05
 """The least speed-up that is called one: two timings of the same program differ by less than this."""
 
 ROUNDS = 7
+
+Metric = Callable[[Path], float]
+"""A user's own measure of an artifact of target onnx, by its folder."""
 
 
 @dataclass(frozen=True)
@@ -114,6 +117,7 @@ def tune(
     *,
     floor: str = "",
     candidates: Sequence[Sequence[str]] = (),
+    metric: Metric | None = None,
     minutes: float = 30.0,
     machine: Machine | None = None,
     progress: Callable[[str], None] | None = None,
@@ -122,7 +126,8 @@ def tune(
 
     Samples of even places calibrate, the others judge. ``floor`` is a :class:`~tokopt.judge.Floor` in words, by
     default ``cosine>=0.99`` or ``KL<=0.05``. ``candidates`` replaces :data:`SPACES`: kinds of methods, of which a
-    pipeline takes at most one each. No trial begins after ``minutes``. ``progress`` is called with a line per step.
+    pipeline takes at most one each. ``metric`` is called with the folder of every candidate's artifact, and a floor can
+    speak of it: ``metric>=0.8``. No trial begins after ``minutes``. ``progress`` is called with a line per step.
 
     ``folder`` keeps what was measured (``trials.json``), so that the same search goes on where it stopped; the winner's
     artifact (``best.tokopt``), its pipeline (``pipeline.txt``, empty when nothing gains) and, with matplotlib, the
@@ -135,10 +140,11 @@ def tune(
             "tuning needs at least two samples, one to calibrate with and one to judge by; give more"
         )
     usual = {"encoder": "cosine>=0.99", "causal-lm": "KL<=0.05"}[bundle.task]
-    wanted = Floor.parse(floor or usual, bundle.task)
+    wanted = Floor.parse(floor or usual, bundle.task, *([OWN] if metric else []))
     # One spelling of each; a misspelt candidate is refused before anything runs.
     kinds = [[str(parse(text)) for text in kind] for kind in candidates or SPACES[bundle.task]]
-    search = _Search(bundle, samples, Path(folder), machine or Machine(), progress or (lambda line: None))
+    say = progress or (lambda line: None)
+    search = _Search(bundle, samples, Path(folder), machine or Machine(), metric, say)
     end = time.monotonic() + 60 * minutes
     untried: list[str] = []
     for text in _candidates(kinds, search.trials, wanted):
@@ -181,9 +187,11 @@ class _Search:
         samples: Sequence[Sample],
         folder: Path,
         machine: Machine,
+        metric: Metric | None,
         say: Callable[[str], None],
     ) -> None:
         self.bundle, self.folder, self.machine, self.say = bundle, folder, machine, say
+        self.metric = metric
         self.calibration, self.judged = list(samples[::2]), list(samples[1::2])
         folder.mkdir(parents=True, exist_ok=True)
         self.baseline, self.best = folder / "original.tokopt", ""
@@ -225,6 +233,8 @@ class _Search:
         export(made, path, overwrite=True)
         self.say(f"{text}: judging and timing")
         quality = judge(self.baseline, path, self.judged, self.machine.threads)
+        if self.metric is not None:
+            quality[OWN] = float(self.metric(path))
         prompt = self.machine.prompt if self.bundle.task == "causal-lm" else None
         paths = [str(self.baseline), str(path)]
         rounds = list(interleaved_times(paths, ROUNDS, None, self.machine.threads, prompt))
@@ -254,9 +264,10 @@ class _Search:
             _draw(found, self.folder / "pareto.png")
 
     def _key(self, samples: Sequence[Sample]) -> str:
-        """What the measurements depend on: the model, how it is timed, and the samples."""
+        """What the measurements depend on: the model, how it is timed and judged, and the samples."""
         exported = self.bundle.main.exported
-        digest = hashlib.sha256(f"{self.machine} {exported.graph}".encode())
+        own = getattr(self.metric, "__qualname__", "")
+        digest = hashlib.sha256(f"{self.machine} {own} {exported.graph}".encode())
         for tensor in exported.state_dict.values():
             digest.update(np.ascontiguousarray(tensor.detach().float().numpy()).data)
         for sample in samples:

@@ -259,6 +259,11 @@ def _parser() -> argparse.ArgumentParser:
     _output(p)
     p.add_argument("--floor", default="", metavar="F", help="default: cosine>=0.99, or KL<=0.05")
     p.add_argument(
+        "--metric",
+        metavar="module:function",
+        help='a measure of your own, of an artifact\'s folder: --metric mine:accuracy --floor "metric>=0.8"',
+    )
+    p.add_argument(
         "--candidates",
         action="append",
         default=[],

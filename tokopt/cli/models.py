@@ -91,19 +91,28 @@ def require(package: str, extra: str) -> None:
         )
 
 
-def _from_factory(name: str, options: ExampleOptions) -> _Model:
-    """Call ``module:factory``: it returns a module, or (module, args), or (module, args, dynamic)."""
+def imported(name: str) -> Any:
+    """The object ``module:name`` of the user; raises CaptureError."""
     module_name, _, attribute = name.partition(":")
     sys.path.insert(0, "")  # as `python -m` does: the user's module lies in the current folder
     try:
         target: Any = import_module(module_name)
         for part in attribute.split("."):
             target = getattr(target, part)
-        made = target()
     except Exception as error:
         raise CaptureError(f"{name}: {type(error).__name__}: {error}; see it with --traceback") from error
     finally:
         sys.path.remove("")
+    return target
+
+
+def _from_factory(name: str, options: ExampleOptions) -> _Model:
+    """Call ``module:factory``: it returns a module, or (module, args), or (module, args, dynamic)."""
+    factory = imported(name)
+    try:
+        made = factory()
+    except Exception as error:
+        raise CaptureError(f"{name}: {type(error).__name__}: {error}; see it with --traceback") from error
     parts = list(made) if isinstance(made, tuple) else [made]
     if not 1 <= len(parts) <= 3:
         raise CaptureError(

@@ -10,7 +10,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tokopt.cli.models import ExampleOptions, read_bundle
+from tokopt.cli.models import ExampleOptions, imported, read_bundle
 from tokopt.cli.screen import Screen, si
 from tokopt.errors import InputError
 from tokopt.runtime.manifest import ENGINE
@@ -381,6 +381,7 @@ def tune(args: Namespace, screen: Screen) -> int:
         args.output,
         floor=args.floor,
         candidates=args.candidates,
+        metric=imported(args.metric) if args.metric else None,
         minutes=args.minutes,
         machine=Machine(args.threads, args.prompt),
         progress=lambda line: print(line, file=sys.stderr) if sys.stderr.isatty() else None,
