@@ -280,11 +280,22 @@ class Plan:
         """The plan with plain counts where the number of tokens is fixed; PassError when it cannot be met."""
         if not self.steps:
             return self
-        counts = self.counts(size_hint(_tokens(self.steps[0].block)), trace)
+        tokens = size_hint(_tokens(self.steps[0].block))
+        counts = self.counts(tokens, trace)
         if self.dynamic:
+            self._check_example(tokens, counts)
             return self
         steps = (replace(step, removal=r) for step, r in zip(self.steps, counts, strict=True))
         return replace(self, steps=tuple(step for step in steps if not step.empty))
+
+    def _check_example(self, tokens: int, counts: Sequence[int]) -> None:
+        """A symbolic count of one in the example would be taken for one in every input."""
+        for step, count in zip(self.steps, counts, strict=True):
+            if isinstance(step.removal, Fraction) and count < 2:
+                raise PassError(
+                    f"block {step.block.index} ({step.block.site.path}) would lose {count} of the example's {tokens} "
+                    "tokens, and a share of a varying number has to remove two at least; capture with a longer example"
+                )
 
     def counts(self, tokens: int, trace: TokenTrace) -> list[int]:
         """Tokens that every step removes from an input of ``tokens``."""

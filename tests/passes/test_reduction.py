@@ -167,6 +167,14 @@ def test_a_fraction_that_some_length_cannot_spare_is_refused() -> None:
         tokopt.optimize(captured("bert"), "tome{keep=0.5 layers=[0]}")
 
 
+def test_an_example_too_short_for_a_share_is_refused() -> None:
+    """One token of a short example would be exported as one token of every input."""
+    with pytest.raises(
+        PassError, match=r"would lose 1 of the example's 21 tokens, .*; capture with a longer example"
+    ):
+        tokopt.optimize(captured("bert"), "tome{keep=0.95}")
+
+
 def test_strict_mode_turns_a_refusal_into_an_error_and_leaves_the_reason() -> None:
     bundle = captured("swin")
     assert "split into groups" in " ".join(tokopt.optimize(bundle, "tome{r=2}").history[-1].notes)
