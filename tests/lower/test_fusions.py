@@ -92,3 +92,21 @@ def test_factors_move_into_weights(pipeline: str, bias: bool, tmp_path: Path) ->
     tokens = 3 if pipeline == "int8" else 0  # the scales of tokens, one per product
     assert kinds["Mul"] == 2 + tokens
     assert tokopt.verify(path).ok
+
+
+def test_layers_that_share_zero_points_may_be_merged_with_different_ones(tmp_path: Path) -> None:
+    """Of two layers with equal weights, three products are one in the first, two in the second."""
+
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.linears = nn.ModuleList(nn.Linear(32, 32) for _ in range(6))
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.linears[0](x) * self.linears[1](x) + self.linears[2](x)
+            return self.linears[3](y[:, :1]) * self.linears[4](y) + self.linears[5](y)
+
+    x = torch.randn(2, 5, 32)
+    bundle = tokopt.optimize(tokopt.capture(Two(), (x,)), "int8{activations=static}", calibration=[x])
+    assert tokopt.verify(tokopt.export(bundle, tmp_path / "model.tokopt")).ok

@@ -117,7 +117,7 @@ def _merge(graph: ir.Graph, products: list[ir.Node]) -> None:
             operand = others[0]
             anchor = _later(graph, anchor, operand)
         elif not shared and all(_is_vector(other) for other in others):
-            name = f"{others[0].name}_merged"  # type: ignore[union-attr]
+            name = f"{first.outputs[0].name}_bias_merged"
             operand = put_initializer(graph, name, np.concatenate([_numpy(other) for other in others]))
         else:
             continue
@@ -207,9 +207,11 @@ def _side_by_side(graph: ir.Graph, weights: Sequence[ir.Value], before: ir.Node)
         )
     makers = [weight.producer() for weight in weights]
     operands = []
-    for i, given in enumerate(maker.inputs):
+    codes = maker.inputs[0].name  # type: ignore[union-attr]
+    for i in range(len(maker.inputs)):
         arrays = [_numpy(one.inputs[i]) for one in makers]  # type: ignore[union-attr]
-        operands.append(put_initializer(graph, f"{given.name}_merged", np.concatenate(arrays, axis=-1)))  # type: ignore[union-attr]
+        # Not by its own name: layers may share zero points and be merged with different ones.
+        operands.append(put_initializer(graph, f"{codes}_merged_{i}", np.concatenate(arrays, axis=-1)))
     made = ir.node("DequantizeLinear", operands, attributes=dict(maker.attributes))
     made.metadata_props.update(maker.metadata_props)
     made.outputs[0].type = weights[0].type
