@@ -126,13 +126,12 @@ def genai_logits(engine: Engine) -> Read:
     session = onnxruntime.InferenceSession(
         engine.artifact / "model.onnx", options, providers=["CPUExecutionProvider"]
     )
+    decoder = json.loads((engine.artifact / "genai_config.json").read_text())["model"]["decoder"]
+    empty = np.zeros((1, decoder["num_key_value_heads"], 0, decoder["head_size"]), np.float32)
 
     def read(ids: list[int]) -> NDArray[np.float32]:
-        feed = {"input_ids": np.array([ids]), "attention_mask": np.ones((1, len(ids)), np.int64)}
-        for given in session.get_inputs():
-            if given.name not in feed:
-                heads, channels = given.shape[1], given.shape[3]
-                feed[given.name] = np.zeros((1, heads, 0, channels), np.float32)
+        feed = {given.name: empty for given in session.get_inputs()}
+        feed |= {"input_ids": np.array([ids]), "attention_mask": np.ones((1, len(ids)), np.int64)}
         return np.asarray(session.run(["logits"], feed)[0])[0]
 
     return read
