@@ -20,6 +20,7 @@ from tokopt.bundle import Bundle
 from tokopt.errors import PassError
 from tokopt.kernels import ops
 from tokopt.pipeline import Context, Pass, PassResult, Refusal
+from tokopt.rescale import by_input
 from tokopt.rewrite import call, put_parameter, reexport
 
 Known = dict[Node, Moments]
@@ -240,7 +241,10 @@ class WeightQuantization(Quantization):
         return quantized
 
     def bits_of(self, module: GraphModule, linears: list[Linear], known: Known) -> dict[Node, int]:
-        """Those whose output gains most per byte get more until the average is reached."""
+        """Those whose outputs gain most per byte get more until the average is reached.
+
+        Linears that read one tensor get the same: engines compute them as one product.
+        """
         chosen = {linear.node: self.bits for linear in linears}
         if self.average <= self.bits:
             return chosen
@@ -253,12 +257,16 @@ class WeightQuantization(Quantization):
                 output_error(weight, self.quantize(weight, bits, moments).dequantized(), moments)
                 for bits in (self.bits, MORE_BITS)
             )
-            return (few - more) / weight.numel()
+            return few - more
 
-        for linear in sorted(linears, key=gain, reverse=True):
-            cost = (MORE_BITS - self.bits) * weights[linear.node].numel()
+        def size(group: list[Linear]) -> int:
+            return sum(weights[linear.node].numel() for linear in group)
+
+        gains = [(sum(map(gain, group)) / size(group), group) for group in by_input(linears)]
+        for _, group in sorted(gains, key=lambda pair: pair[0], reverse=True):
+            cost = (MORE_BITS - self.bits) * size(group)
             if cost <= room:
-                chosen[linear.node] = MORE_BITS
+                chosen.update((linear.node, MORE_BITS) for linear in group)
                 room -= cost
         return chosen
 

@@ -11,7 +11,7 @@ pytest.importorskip("psutil")
 pytest.importorskip("rich")
 
 import tokopt
-from benchmarks.peers.report import fastest_ratio
+from benchmarks.peers.report import fastest_ratio, floors
 from benchmarks.peers.report import markdown as peers_markdown
 from benchmarks.quality import cosines, predict
 from benchmarks.timing import _timing
@@ -100,6 +100,8 @@ def test_peers_report_compares_equal_fidelity() -> None:
     assert fastest_ratio(timings, quality, 0.99) == ("tokopt", "torch", 4 / 3)
     assert fastest_ratio(timings, quality, 0.97) == ("tokopt `tome`", "int8", 2.0)
     assert fastest_ratio(timings, quality, 1.01) is None
+    assert floors(timings, quality) == [0.98, 0.99, 0.97]
+    assert floors(timings[2:], quality) == [0.99, 0.97]
 
 
 def test_peers_report_is_written_from_what_there_is() -> None:
@@ -109,8 +111,14 @@ def test_peers_report_is_written_from_what_there_is() -> None:
         for name, seconds in (("llama.cpp", 0.08), ("tokopt keep_grid", 0.04))
     ]
     text = peers_markdown(
-        {"machine": {}, "language/decode/64": rows, "language/missing": {"genai": "ImportError: no module"}}
+        {
+            "machine": {},
+            "language/decode/64": rows,
+            "language/missing": {"genai": "ImportError: no module"},
+            "language/quality": {"tokopt keep_grid": {"KL": 0.0041}, "llama.cpp": {"reason": "it fails"}},
+        }
     )
     assert "DINOv2" not in text and "Left out: genai: ImportError: no module" in text
-    assert "| llama.cpp | 100.0 | 100.0 | 10.0 |" in text
+    assert "| llama.cpp | – | 100.0 | 100.0 | 10.0 |" in text
+    assert "| tokopt keep_grid | 0.004 | 200.0 | 200.0 | 5.0 |" in text
     assert "Against the fastest peer (llama.cpp): tokopt keep_grid 2.00x." in text

@@ -16,12 +16,16 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from benchmarks import quantize
 from benchmarks.machine import describe
 from benchmarks.peers import language, limits, vision
 from benchmarks.peers.report import markdown
 from benchmarks.progress import Progress
 from benchmarks.timing import Engine, Worker, compare
 from examples.data import cache_folder, write_atomically
+
+TEXT = quantize.WINDOW
+"""Tokens of a text that fidelity is measured on."""
 
 RESULTS = Path(__file__).parent.parent / "results"
 
@@ -66,8 +70,9 @@ def measure_vision(progress: Progress, folder: Path, threads: int, rounds: int) 
 
 
 def measure_language(progress: Progress, folder: Path, threads: int, rounds: int) -> None:
-    """Decoding after every prompt, and reading the longest."""
+    """Fidelity of every engine that changes weights, decoding after every prompt, and reading the longest."""
     language.prepare(folder)
+    judge_language(progress, folder, threads)
     kinds = [(prompt, False) for prompt in language.PROMPTS] + [(language.PROMPTS[-1], True)]
     for prompt, reading in kinds:
         engines = list(language.engines(folder, prompt, threads, reading).values())
@@ -75,13 +80,23 @@ def measure_language(progress: Progress, folder: Path, threads: int, rounds: int
         progress.once(key, lambda e=engines: timed(_startable(progress, e), rounds))
 
 
+def judge_language(progress: Progress, folder: Path, threads: int) -> None:
+    """Fidelity to the float32 model, or why it cannot be measured; the reference's own is none."""
+    quality, wanted = progress.values.get("language/quality", {}), []
+    for name, engine in language.engines(folder, TEXT, threads, False).items():
+        if name in quality or engine.kind == "transformers":
+            continue
+        print(name, file=sys.stderr, flush=True)
+        wanted = wanted or language.reference(threads)
+        quality[name] = _or_reason(lambda e=engine, w=wanted: language.fidelity(e, w))
+        progress.put("language/quality", quality)
+
+
 def measure_limits(progress: Progress, folder: Path, threads: int, rounds: int) -> None:
     """The machine's rates, what steps have to read, and their profiles."""
-    from benchmarks.quantize import artifact
-
     progress.once("limits/rates", lambda: limits.rates(threads))
     for method in language.METHODS:
-        path = artifact("SmolLM2-135M-Instruct", method)
+        path = quantize.artifact(language.MODEL, method)
         for prompt in language.PROMPTS:
             progress.once(
                 f"limits/step/{method}/{prompt}",

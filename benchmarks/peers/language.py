@@ -3,6 +3,9 @@
 A call decodes :data:`benchmarks.decode.TOKENS` tokens after a prompt that was read before and is gone back to every
 time. OpenVINO GenAI cannot go back: its calls read the prompt too, and what counts is the time per token that it
 reports itself. Reading is timed from an empty cache to the first logits. All engines get the same token ids.
+
+Fidelity is the KL divergence of an engine's next token from that of the float32 model, on the texts by which
+:mod:`benchmarks.quantize` judges: those that calibration has not seen.
 """
 
 from __future__ import annotations
@@ -14,10 +17,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from benchmarks.decode import TOKENS, _load, _prompt
 from benchmarks.timing import Engine
 
+MODEL = "SmolLM2-135M-Instruct"
 PROMPTS = (64, 1024)
 
 PEERS: Mapping[str, tuple[str, str]] = {
@@ -43,7 +48,7 @@ def engines(folder: Path, size: int, threads: int, reading: bool) -> dict[str, E
     }
     for method in METHODS:
         kind = "tokopt-read" if reading else "step"
-        path = artifact("SmolLM2-135M-Instruct", method)
+        path = artifact(MODEL, method)
         made[f"tokopt {method}"] = Engine(f"tokopt {method}", kind, path, 1, size, threads)
     return made
 
@@ -63,6 +68,98 @@ def prepare(folder: Path) -> None:
         command = [sys.executable, "-m", "onnxruntime_genai.models.builder", "-i", folder / "hf", "-o"]
         command += [folder / "genai", "-p", "int4", "-e", "cpu", "-c", folder / "work"]
         subprocess.run([*command, "--extra_options", "int4_accuracy_level=4"], check=False)
+
+
+# --- fidelity ---------------------------------------------------------------------------------------------
+
+
+def fidelity(engine: Engine, wanted: list[Any]) -> dict[str, float]:
+    """KL divergence from the wanted logits, share of equal first choices, and perplexity."""
+    from benchmarks import quantize
+
+    if engine.kind == "step":
+        got = quantize.outputs(MODEL, engine.name.removeprefix("tokopt "), engine.threads)
+    else:
+        readers = {"llama.cpp": llama_logits, "genai": genai_logits, "openvino-genai": openvino_logits}
+        read = readers[engine.kind](engine)
+        got = [read(text) for text in judged_texts()]
+    return quantize.quality(MODEL, wanted, got)
+
+
+def reference(threads: int) -> list[Any]:
+    """The float32 model's logits."""
+    from benchmarks import quantize
+
+    return quantize.outputs(MODEL, "float32", threads)
+
+
+def judged_texts() -> list[list[int]]:
+    """Token ids of every text."""
+    from benchmarks import quantize
+    from tokopt.runtime import load
+
+    return quantize.texts(load(quantize.artifact(MODEL, "float32")))[1::2]
+
+
+Read = Callable[[list[int]], NDArray[np.float32]]
+"""Token ids to the logits [tokens, vocabulary] after each."""
+
+
+def llama_logits(engine: Engine) -> Read:
+    """All logits of one evaluation."""
+    model = _llama(engine, logits_all=True)
+
+    def read(ids: list[int]) -> NDArray[np.float32]:
+        model.reset()
+        model.eval(ids)
+        return model.scores[: len(ids)].copy()
+
+    return read
+
+
+def genai_logits(engine: Engine) -> Read:
+    """The model that the builder wrote, by ONNX Runtime itself and with an empty cache."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = engine.threads
+    session = onnxruntime.InferenceSession(
+        engine.artifact / "model.onnx", options, providers=["CPUExecutionProvider"]
+    )
+    decoder = json.loads((engine.artifact / "genai_config.json").read_text())["model"]["decoder"]
+    empty = np.zeros((1, decoder["num_key_value_heads"], 0, decoder["head_size"]), np.float32)
+
+    def read(ids: list[int]) -> NDArray[np.float32]:
+        feed = {given.name: empty for given in session.get_inputs()}
+        feed |= {"input_ids": np.array([ids]), "attention_mask": np.ones((1, len(ids)), np.int64)}
+        return np.asarray(session.run(["logits"], feed)[0])[0]
+
+    return read
+
+
+def openvino_logits(engine: Engine) -> Read:
+    """The model that the pipeline makes of the file, by OpenVINO itself."""
+    import openvino
+
+    openvino_genai: Any = importlib.import_module("openvino_genai")
+
+    saved = engine.artifact.parent / "openvino_model.xml"
+    if not saved.exists():
+        openvino_genai.LLMPipeline(str(engine.artifact), "CPU", {"enable_save_ov_model": True})
+    settings = {"INFERENCE_NUM_THREADS": engine.threads, "INFERENCE_PRECISION_HINT": "f32"}
+    request = openvino.Core().compile_model(saved, "CPU", settings).create_infer_request()
+
+    def read(ids: list[int]) -> NDArray[np.float32]:
+        request.reset_state()
+        feed = {
+            "input_ids": np.array([ids]),
+            "attention_mask": np.ones((1, len(ids)), np.int64),
+            "position_ids": np.arange(len(ids))[None],
+            "beam_idx": np.zeros(1, np.int32),
+        }
+        return request.infer(feed)["logits"][0].copy()
+
+    return read
 
 
 # --- transformers -----------------------------------------------------------------------------------------
@@ -143,7 +240,7 @@ def _likeliest(model: Any) -> int:
     return int(np.ctypeslib.as_array(pointer, shape=(model.n_vocab(),)).argmax())
 
 
-def _llama(engine: Engine) -> Any:
+def _llama(engine: Engine, **options: Any) -> Any:
     llama_cpp: Any = importlib.import_module("llama_cpp")
 
     # Without this, repacked kernels are chosen that some virtual machines announce and do not have.
@@ -163,6 +260,7 @@ def _llama(engine: Engine) -> Any:
         n_threads=engine.threads,
         n_threads_batch=engine.threads,
         verbose=False,
+        **options,
     )
 
 

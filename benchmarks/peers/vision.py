@@ -180,6 +180,7 @@ def _openvino(engine: Engine, precision: str) -> Callable[[Images], Images]:
     import openvino
 
     core = openvino.Core()
+    _check_precision(core, precision)
     settings = {
         "INFERENCE_PRECISION_HINT": precision,
         "PERFORMANCE_HINT": "LATENCY",
@@ -189,9 +190,20 @@ def _openvino(engine: Engine, precision: str) -> Callable[[Images], Images]:
     return lambda images: request.infer({0: images}, share_inputs=True)[0].copy()
 
 
+def _check_precision(core: Any, precision: str) -> None:
+    """Raise where OpenVINO would compute in float32 although it was asked for bfloat16."""
+    known = core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+    if precision == "bf16" and "BF16" not in known:
+        raise RuntimeError("this processor has no bfloat16")
+
+
 def _tokopt(engine: Engine, backend: Any) -> Callable[[Images], Images]:
     from tokopt.runtime import load
 
+    if backend != "onnxruntime":
+        import openvino
+
+        _check_precision(openvino.Core(), "f32" if backend == "openvino" else "bf16")
     return load(engine.artifact, backend=backend, threads=engine.threads)
 
 

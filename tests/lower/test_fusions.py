@@ -65,3 +65,48 @@ def test_unlike_weights_stay_apart(tmp_path: Path) -> None:
     assert [node.op_type for node in graph.node].count("MatMul") == 3
     types = {i.data_type for i in graph.initializer} & {onnx.TensorProto.UINT4, onnx.TensorProto.UINT8}
     assert types == {onnx.TensorProto.UINT4, onnx.TensorProto.UINT8}
+
+
+class Scaled(nn.Module):
+    """A factor per channel after a product (LayerScale), and factors that have to stay: other readers, one number."""
+
+    def __init__(self, bias: bool) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.second, self.third = (nn.Linear(32, 32, bias=bias) for _ in range(3))
+        self.factors = nn.Parameter(torch.randn(3, 32))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.factors[0] * self.first(x)
+        y = self.second(x)
+        return x + y * self.factors[1] + y + 0.5 * self.third(x)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("pipeline", PIPELINES)
+def test_factors_move_into_weights(pipeline: str, bias: bool, tmp_path: Path) -> None:
+    x = torch.randn(2, 5, 32)
+    bundle = tokopt.optimize(tokopt.capture(Scaled(bias), (x,)), pipeline, calibration=[x])
+    path = tokopt.export(bundle, tmp_path / "model.tokopt")
+    kinds = collections.Counter(node.op_type for node in onnx.load(path / "forward.onnx").graph.node)
+    tokens = 3 if pipeline == "int8" else 0  # the scales of tokens, one per product
+    assert kinds["Mul"] == 2 + tokens
+    assert tokopt.verify(path).ok
+
+
+def test_layers_that_share_zero_points_may_be_merged_with_different_ones(tmp_path: Path) -> None:
+    """Of two layers with equal weights, three products are one in the first, two in the second."""
+
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.linears = nn.ModuleList(nn.Linear(32, 32) for _ in range(6))
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.linears[0](x) * self.linears[1](x) + self.linears[2](x)
+            return self.linears[3](y[:, :1]) * self.linears[4](y) + self.linears[5](y)
+
+    x = torch.randn(2, 5, 32)
+    bundle = tokopt.optimize(tokopt.capture(Two(), (x,)), "int8{activations=static}", calibration=[x])
+    assert tokopt.verify(tokopt.export(bundle, tmp_path / "model.tokopt")).ok

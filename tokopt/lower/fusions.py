@@ -1,8 +1,12 @@
-"""Products of one tensor with several weights as one product, in standard ops.
+"""Fewer and larger nodes around products with weights, in standard ops.
 
-Queries, keys and values are three products of one x, gate and up two: one call reads x once, quantizes it once, and
-pays for starting a kernel once, which is what a step of a single token mostly pays for. The weights are put side by
-side, the result is split; a factor that all parts share and the biases move before the split.
+A factor per channel after a product (LayerScale) is multiplied into the weight; of codes, into their scales, so that
+nothing is rounded anew.
+
+Products of one tensor with several weights become one product. Queries, keys and values are three products of one x,
+gate and up two: one call reads x once, quantizes it once, and pays for starting a kernel once, which is what a step of
+a single token mostly pays for. The weights are put side by side, the result is split; a factor that all parts share and
+the biases move before the split.
 """
 
 from __future__ import annotations
@@ -13,6 +17,59 @@ import numpy as np
 import onnx_ir as ir
 
 from tokopt.lower.weights import put_initializer, take_over
+
+
+def fold_factors(model: ir.Model) -> None:
+    """Multiply constant factors per output of ``MatMul(x, w)`` into w and the bias, in place."""
+    for node in list(model.graph):
+        if node.op_type == "Mul" and not node.domain:
+            for value, factor in (node.inputs, node.inputs[::-1]):
+                if _is_vector(factor) and _fold(model.graph, node, value, _numpy(factor)):
+                    break
+
+
+def _fold(graph: ir.Graph, node: ir.Node, value: ir.Value | None, factor: np.ndarray) -> bool:
+    """Fold the factor of ``value`` at ``node`` where a product, alone or with a bias, is all that made it."""
+    add = value.producer() if value is not None and _only_user(value, "Mul") is node else None
+    if value is None or add is None:
+        return False
+    bias = next((i for i, one in enumerate(add.inputs) if add.op_type == "Add" and _is_vector(one)), None)
+    made = value if bias is None else add.inputs[1 - bias]
+    product = made.producer() if made is not None else None
+    if product is None or product.op_type != "MatMul" or product.domain or len(made.uses()) > 1:  # type: ignore[union-attr]
+        return False
+    weight = product.inputs[1]
+    if _kind(weight) is None or _columns(weight) != factor.size or made.is_graph_output():  # type: ignore[union-attr]
+        return False
+    product.replace_input_with(1, _scaled(graph, weight, factor, product))  # type: ignore[arg-type]
+    if bias is not None:
+        given = add.inputs[bias]
+        name = f"{given.name}_times_{node.outputs[0].name}"  # type: ignore[union-attr]
+        add.replace_input_with(bias, put_initializer(graph, name, _numpy(given) * factor))
+    take_over(value, node.outputs[0])
+    graph.remove(node, safe=True)
+    return True
+
+
+def _scaled(graph: ir.Graph, weight: ir.Value, factor: np.ndarray, product: ir.Node) -> ir.Value:
+    """The weight [in, out] of a product with its columns multiplied by a factor each."""
+    maker = weight.producer()
+    name = f"{weight.name}_times_{product.outputs[0].name}"
+    if maker is None:
+        return put_initializer(graph, name, _numpy(weight) * factor)
+    codes, scale, *zero = maker.inputs
+    steps = put_initializer(graph, name, _numpy(scale) * factor)
+    made = ir.node("DequantizeLinear", [codes, steps, *zero], attributes=dict(maker.attributes))
+    made.metadata_props.update(maker.metadata_props)
+    made.outputs[0].type, made.outputs[0].shape = weight.type, weight.shape
+    graph.insert_before(product, made)
+    return made.outputs[0]
+
+
+def _is_vector(value: ir.Value | None) -> bool:
+    """Whether a value is a constant along the last axis of what it is combined with."""
+    known = value is not None and value.const_value is not None and value.shape is not None
+    return known and len(value.shape) == 1 and value.shape[0] != 1  # type: ignore[union-attr,arg-type]
 
 
 def merge_products(model: ir.Model) -> None:
@@ -59,8 +116,8 @@ def _merge(graph: ir.Graph, products: list[ir.Node]) -> None:
         if shared and len(set(others)) == 1:
             operand = others[0]
             anchor = _later(graph, anchor, operand)
-        elif not shared and all(_is_bias(other) for other in others):
-            name = f"{others[0].name}_merged"  # type: ignore[union-attr]
+        elif not shared and all(_is_vector(other) for other in others):
+            name = f"{first.outputs[0].name}_bias_merged"
             operand = put_initializer(graph, name, np.concatenate([_numpy(other) for other in others]))
         else:
             continue
@@ -129,15 +186,6 @@ def _other(user: ir.Node | None, value: ir.Value) -> ir.Value | None:
     return user.inputs[1] if user.inputs[0] is value else user.inputs[0]
 
 
-def _is_bias(value: ir.Value | None) -> bool:
-    return (
-        value is not None
-        and value.const_value is not None
-        and value.shape is not None
-        and len(value.shape) == 1
-    )
-
-
 def _columns(weight: ir.Value | None) -> int:
     assert weight is not None and weight.shape is not None
     size = weight.shape[-1]
@@ -159,9 +207,11 @@ def _side_by_side(graph: ir.Graph, weights: Sequence[ir.Value], before: ir.Node)
         )
     makers = [weight.producer() for weight in weights]
     operands = []
-    for i, given in enumerate(maker.inputs):
+    codes = maker.inputs[0].name  # type: ignore[union-attr]
+    for i in range(len(maker.inputs)):
         arrays = [_numpy(one.inputs[i]) for one in makers]  # type: ignore[union-attr]
-        operands.append(put_initializer(graph, f"{given.name}_merged", np.concatenate(arrays, axis=-1)))  # type: ignore[union-attr]
+        # Not by its own name: layers may share zero points and be merged with different ones.
+        operands.append(put_initializer(graph, f"{codes}_merged_{i}", np.concatenate(arrays, axis=-1)))
     made = ir.node("DequantizeLinear", operands, attributes=dict(maker.attributes))
     made.metadata_props.update(maker.metadata_props)
     made.outputs[0].type = weights[0].type

@@ -27,8 +27,10 @@ import tokopt.kernels
 from tokopt import __version__
 from tokopt.bundle import Program
 from tokopt.errors import LoweringError
-from tokopt.lower.fusions import merge_products
+from tokopt.lower.fusions import fold_factors, merge_products
 from tokopt.lower.parity import check_parity
+from tokopt.lower.real_tokens import assume_real_tokens
+from tokopt.lower.unread import drop_unread
 from tokopt.lower.weights import pack_weights
 from tokopt.rewrite import axis_names
 
@@ -115,6 +117,7 @@ def lower(
     when the two disagree.
     """
     _check_dtypes(program, name)
+    program = drop_unread(program)
     model = _export(program, name)
     model.producer_name, model.producer_version = "tokopt", __version__
     model.metadata_props.update(metadata or {})
@@ -124,7 +127,9 @@ def lower(
     _simplify(model)
     expand_rotary_tables(model)
     pack_weights(model)
+    fold_factors(model)
     merge_products(model)
+    assume_real_tokens(model)
     passes.RemoveUnusedNodesPass()(model)
     # Only now: shape inference inside a body, where inputs have no shape, gets the rank of Max wrong.
     tokopt.kernels.attach_functions(model)

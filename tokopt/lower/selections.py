@@ -22,6 +22,7 @@ from torch.fx import Interpreter, Node
 
 from tokopt.bundle import Program
 from tokopt.kernels import ROUNDINGS, SELECTIONS, ops
+from tokopt.lower.real_tokens import plain_name
 
 CHOICES = SELECTIONS + ROUNDINGS
 
@@ -61,7 +62,7 @@ def expose_selections(path: Path) -> tuple[Path, list[list[str]]]:
     model = ir.load(path)
     names = []
     for node in model.graph:
-        if node.domain == "tokopt" and node.op_type in CHOICES:
+        if node.domain == "tokopt" and plain_name(node) in CHOICES:
             names.append([str(value.name) for value in node.outputs])
             known = {value.name for value in model.graph.outputs}
             model.graph.outputs.extend(value for value in node.outputs if value.name not in known)
