@@ -12,6 +12,7 @@ import torch
 
 from tokopt.kernels.opset import TOKOPT
 from tokopt.kernels.plugins import PLUGIN_OPS, Described, Launch, NotAPlugin, plugin_code, trace
+from tokopt.lower.real_tokens import plain_name
 from tokopt.lower.weights import take_over
 from tokopt.runtime.manifest import PluginEntry
 
@@ -37,11 +38,12 @@ def use_plugins(model: ir.Model) -> list[str]:
     """
     refused = []
     for node in list(model.graph.all_nodes()):
-        if node.domain == TOKOPT.domain and node.op_type in PLUGIN_OPS:
+        op = plain_name(node)
+        if node.domain == TOKOPT.domain and op in PLUGIN_OPS:
             try:
-                _replace(node, _arguments(model, node))
+                _replace(node, op, _arguments(model, node, op))
             except NotAPlugin as reason:
-                refused.append(f"{node.op_type} {node.name}: {reason}")
+                refused.append(f"{op} {node.name}: {reason}")
     return refused
 
 
@@ -57,13 +59,13 @@ def used_plugins(model: ir.Model, arch: str) -> tuple[PluginEntry, ...]:
     return tuple(sorted(entries, key=lambda entry: (entry.name, entry.sha256)))
 
 
-def _arguments(model: ir.Model, node: ir.Node) -> dict[str, Argument]:
+def _arguments(model: ir.Model, node: ir.Node, op: str) -> dict[str, Argument]:
     """What the op is called with, by the names of its reference."""
     function = model.functions[node.op_identifier()]
     names = (str(parameter.name) for parameter in function.inputs)
     given: Given = dict(zip(names, node.inputs, strict=True))
-    given = {**given, **_COMPOSED.get(node.op_type, lambda given: {})(given)}
-    reference = getattr(import_module(f"tokopt.kernels.{node.op_type}.reference"), node.op_type)
+    given = {**given, **_COMPOSED.get(op, lambda given: {})(given)}
+    reference = getattr(import_module(f"tokopt.kernels.{op}.reference"), op)
     found: dict[str, Argument] = {}
     for name, parameter in inspect.signature(reference).parameters.items():
         value = given.get(name)
@@ -81,14 +83,14 @@ def _arguments(model: ir.Model, node: ir.Node) -> dict[str, Argument]:
     return found
 
 
-def _replace(node: ir.Node, arguments: Mapping[str, Argument]) -> None:
+def _replace(node: ir.Node, op: str, arguments: Mapping[str, Argument]) -> None:
     """Put the chain of kernels before ``node``, whose outputs it takes over."""
     values = {name: value for name, value in arguments.items() if isinstance(value, ir.Value)}
     described = {name: _described(v) if isinstance(v, ir.Value) else v for name, v in arguments.items()}
-    launches, results = trace(node.op_type, described)
+    launches, results = trace(op, described)
     for launch in launches:
         made = ir.node(
-            f"{node.op_type}_{launch.kernel}",
+            f"{op}_{launch.kernel}",
             [values[name] for name in launch.inputs],
             attributes={"launch": launch.to_json()},
             domain=TOKOPT.domain,
