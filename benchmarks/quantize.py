@@ -72,6 +72,9 @@ MODELS: Mapping[str, Mapping[str, str]] = {
         "rtn": "rtn",
         "gptq": "gptq",
         "awq": "awq",
+        "rtn, symmetric": "rtn{symmetric=true}",
+        "gptq, ordered": "gptq{order=true}",
+        "gptq, 4.5 bits": "gptq{order=true average=4.5}",
         "gptq, groups of 16": "gptq{group=16 order=true}",
     },
 }
