@@ -89,6 +89,9 @@ TIMED = {
 
 SENTENCES, LONGEST = 48, 128
 
+ROUNDINGS = 1e-8
+"""The NMSE allowed between SmolLM2's artifact and program: two right orders of summation differ by up to 3e-9."""
+
 
 # --- data -------------------------------------------------------------------------------------------------
 
@@ -146,7 +149,8 @@ def build(model: str, method: str, path: Path) -> None:
     else:
         bundle = tokopt.capture_lm(smollm2())
         samples = texts(load(work_folder() / f"{model} float32.tokopt"))[::2] if pipeline else []
-    tokopt.export(tokopt.optimize(bundle, pipeline, calibration=samples), path)
+    tolerance = ROUNDINGS if model == "SmolLM2-135M-Instruct" else None
+    tokopt.export(tokopt.optimize(bundle, pipeline, calibration=samples), path, tolerance=tolerance)
 
 
 def artifact(model: str, method: str) -> Path:
