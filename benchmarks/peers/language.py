@@ -28,13 +28,13 @@ PROMPTS = (64, 1024)
 PEERS: Mapping[str, tuple[str, str]] = {
     "llama.cpp, the file's 4 bits": ("llama.cpp", "model.gguf"),
     "onnxruntime-genai, int4": ("genai", "genai"),
-    "OpenVINO GenAI, the file's 4 bits": ("openvino-genai", "model.gguf"),
+    "OpenVINO GenAI, from the file": ("openvino-genai", "model.gguf"),
     "transformers": ("transformers", "hf"),
 }
 """Name in the tables -> kind of engine, and what it reads; the first is what the others are compared with."""
 
-METHODS = ("float32", "rtn, 8 bits", "gptq, groups of 16", "keep_grid")
-"""tokopt's artifacts, by their names in :mod:`benchmarks.quantize`."""
+METHODS = ("float32", "rtn, 8 bits", "rtn, symmetric", "gptq, ordered", "gptq, 4.5 bits", "keep_grid")
+"""tokopt's artifacts, by their names in :mod:`benchmarks.quantize`; symmetric 4 bits are what onnxruntime-genai has."""
 
 
 def engines(folder: Path, size: int, threads: int, reading: bool) -> dict[str, Engine]:
