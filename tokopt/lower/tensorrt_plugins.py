@@ -77,7 +77,7 @@ def _arguments(model: ir.Model, node: ir.Node, op: str) -> dict[str, Argument]:
             constant = ir.convenience.get_const_tensor(value)
             if constant is None:
                 raise NotAPlugin(f"its {name} is computed from sizes of the inputs")
-            found[name] = int(constant.numpy())
+            found[name] = int(constant.numpy().item())
         else:
             found[name] = value
     return found
