@@ -9,13 +9,17 @@ from pathlib import Path
 
 import psutil
 
+INSTRUCTIONS = ("avx2", "avx512f", "avx_vnni", "avx512_vnni", "avx512_bf16", "amx_int8", "amx_bf16")
+"""What decides how fast quantized and half-precision products are."""
+
 PACKAGES = ("tokopt", "torch", "transformers", "onnx", "onnxruntime", "numpy")
 
 
 def describe(threads: int) -> dict[str, object]:
-    """CPU model, cores, memory, system and package versions, as JSON values."""
+    """CPU model and instructions, cores, memory, system and package versions, as JSON values."""
     return {
         "cpu": cpu_model(),
+        "instructions": instructions(),
         "cores": os.cpu_count(),
         "threads_used": threads,
         "memory_gb": round(psutil.virtual_memory().total / 2**30, 1),
@@ -26,13 +30,20 @@ def describe(threads: int) -> dict[str, object]:
 
 
 def cpu_model() -> str:
-    """The processor's name as the system reports it."""
+    """The processor's name as the system reports it; virtual machines often shorten it."""
+    return _reported("model name") or platform.processor() or platform.machine()
+
+
+def instructions() -> list[str]:
+    """Which of :data:`INSTRUCTIONS` the processor has."""
+    known = _reported("flags").split()
+    return [name for name in INSTRUCTIONS if name in known]
+
+
+def _reported(field: str) -> str:
     info = Path("/proc/cpuinfo")
-    if info.exists():
-        for line in info.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    return platform.processor() or platform.machine()
+    lines = info.read_text().splitlines() if info.exists() else []
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith(field)), "")
 
 
 def installed(package: str) -> str | None:
