@@ -91,7 +91,7 @@ def multiplies_bytes() -> bool:
 def sign_weights(model: Any) -> None:
     """Let weights of unsigned bytes around 128 be signed bytes, in place.
 
-    OpenVINO multiplies these by integers; the unsigned are in the file since integers saturate without VNNI.
+    These OpenVINO was measured with; the unsigned are in the file since sums of products saturate without VNNI.
     """
     from onnx import TensorProto, numpy_helper
 
