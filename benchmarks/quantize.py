@@ -76,6 +76,9 @@ MODELS: Mapping[str, Mapping[str, str]] = {
         "gptq, ordered": "gptq{order=true}",
         "gptq, 4.5 bits": "gptq{order=true average=4.5}",
         "gptq, groups of 16": "gptq{group=16 order=true}",
+        "keep_grid, 8-bit cache": "keep_grid,int8_kv",
+        "rtn, 8 bits, 8-bit cache": "rtn{bits=8},int8_kv",
+        "gptq, ordered, 8-bit cache": "gptq{order=true},int8_kv",
     },
 }
 """Model -> name in the tables -> pipeline; the first is what the others are compared with."""

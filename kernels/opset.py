@@ -14,7 +14,7 @@ from inspect import signature
 from typing import Any, get_args, get_type_hints
 
 from onnx.defs import OpSchema
-from onnxscript import BOOL, FLOAT, INT64, UINT8, OnnxFunction, script, values
+from onnxscript import BOOL, FLOAT, INT8, INT64, UINT8, OnnxFunction, script, values
 from onnxscript.onnx_opset import opset23
 from onnxscript.onnx_types import TensorType
 
@@ -22,6 +22,7 @@ __all__ = [
     "BOOL",
     "FLOAT",
     "INFINITY",
+    "INT8",
     "INT64",
     "LAST",
     "TOKOPT",
@@ -47,7 +48,13 @@ INFINITY = float("inf")
 LAST = [2**63 - 1]
 """The end of a slice that runs to the end of its axis."""
 
-_TENSORS = {FLOAT: "tensor(float)", INT64: "tensor(int64)", BOOL: "tensor(bool)", UINT8: "tensor(uint8)"}
+_TENSORS = {
+    FLOAT: "tensor(float)",
+    INT64: "tensor(int64)",
+    BOOL: "tensor(bool)",
+    INT8: "tensor(int8)",
+    UINT8: "tensor(uint8)",
+}
 _ATTRIBUTES = {int: OpSchema.AttrType.INT, float: OpSchema.AttrType.FLOAT}
 _ANY = ["tensor(float16)", "tensor(bfloat16)", "tensor(float)", "tensor(double)", "tensor(bool)"]
 _ANY += [f"tensor({sign}int{bits})" for sign in ("", "u") for bits in (8, 16, 32, 64)]

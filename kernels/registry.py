@@ -23,6 +23,7 @@ OPS = (
     "bipartite_match",
     "cache_mask",
     "cache_write",
+    "dequantize_int8",
     "dequantize_keys",
     "dequantize_weight",
     "energy_match",
@@ -33,6 +34,7 @@ OPS = (
     "log_size",
     "merge_tokens",
     "nearest_kept",
+    "quantize_int8",
     "quantize_keys",
     "source_map",
     "top_tokens",
@@ -42,7 +44,7 @@ OPS = (
 SELECTIONS = ("bipartite_match", "energy_match", "farthest_point", "keep_slots", "nearest_kept", "top_tokens")
 """The ops that choose tokens; a rounding error may change their outputs at a near tie."""
 
-ROUNDINGS = ("fake_quantize",)
+ROUNDINGS = ("fake_quantize", "quantize_int8")
 """The ops that round to a grid; a rounding error may change their outputs by a whole step at a near tie."""
 
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from tokopt.passes.kv.expected_attention import ExpectedAttention
     from tokopt.passes.kv.h2o import H2O
+    from tokopt.passes.kv.int8_kv import Int8KV
     from tokopt.passes.kv.keydiff import KeyDiff
     from tokopt.passes.kv.keyformer import Keyformer
     from tokopt.passes.kv.kivi import KIVI
@@ -52,6 +53,7 @@ PASSES = {
     "expected_attention": "tokopt.passes.kv.expected_attention:ExpectedAttention",
     "random_kv": "tokopt.passes.kv.random:RandomEviction",
     "kivi": "tokopt.passes.kv.kivi:KIVI",
+    "int8_kv": "tokopt.passes.kv.int8_kv:Int8KV",
     "rtn": "tokopt.passes.quantize.rtn:RTN",
     "gptq": "tokopt.passes.quantize.gptq:GPTQ",
     "awq": "tokopt.passes.quantize.awq:AWQ",
@@ -77,6 +79,7 @@ __all__ = [
     "EViT",
     "ExpectedAttention",
     "Int8",
+    "Int8KV",
     "KCenter",
     "KNorm",
     "KeepGrid",

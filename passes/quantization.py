@@ -184,14 +184,10 @@ class Quantization(Pass):
         return linears, tuple(refusals)
 
     def _moments(self, bundle: Bundle, module: GraphModule, linears: list[Linear], context: Context) -> Known:
-        if context.calibration is None and self.needs_moments():
-            raise PassError(
-                f"{self.name} needs inputs to calibrate with: pass calibration=[...] to optimize, or --calibrate on "
-                "the command line"
-            )
-        if context.calibration is None or not self.uses_moments():
+        samples = context.samples(self.name) if self.needs_moments() else context.calibration
+        if samples is None or not self.uses_moments():
             return {}
-        return collect(bundle, module, [linear.input for linear in linears], context.calibration)
+        return collect(bundle, module, [linear.input for linear in linears], samples)
 
 
 @dataclass(frozen=True)

@@ -122,3 +122,8 @@ def test_peers_report_is_written_from_what_there_is() -> None:
     assert "| llama.cpp | – | 100.0 | 100.0 | 10.0 |" in text
     assert "| tokopt keep_grid | 0.004 | 200.0 | 200.0 | 5.0 |" in text
     assert "Against the fastest peer (llama.cpp): tokopt keep_grid 2.00x." in text
+    assert "KL at most" not in text  # llama.cpp's was not measured
+    judged = {"tokopt keep_grid": {"KL": 0.0041}, "llama.cpp": {"KL": 0.02}}
+    text = peers_markdown({"machine": {}, "language/decode/64": rows, "language/quality": judged})
+    assert "- KL at most 0.1: tokopt keep_grid is 2.00x as fast as llama.cpp." in text
+    assert "KL at most 0.01:" not in text

@@ -61,10 +61,12 @@ def test_every_pass_prints_only_what_differs_from_its_defaults(name: str) -> Non
     cls = load_pass(name)
     assert cls.name == name
     known = {"r": 99, "budget": 99, "residual": 99, "only": ("*mlp*",)}
-    option, value = next(pair for pair in known.items() if pair[0] in cls.__dataclass_fields__)
-    text = f"{name}{{{option}={format_value(value)}}}"
+    fields = {field.name for field in dataclasses.fields(cls)}
+    options = [pair for pair in known.items() if pair[0] in fields][:1]
+    assert options or not fields
+    text = name + "".join(f"{{{option}={format_value(value)}}}" for option, value in options)
     step = parse(text).passes[0]
-    assert step == cls(**{option: value})
+    assert step == cls(**dict(options))
     assert str(step) == text
     assert dataclasses.is_dataclass(cls) and cls.__dataclass_params__.frozen  # type: ignore[attr-defined]
 
@@ -153,7 +155,8 @@ def test_option_of_wrong_type_or_range_is_a_syntax_error(name: str, options: str
 
 
 @pytest.mark.parametrize(
-    "name", [name for name, home in PASSES.items() if "quantize" not in home and name != "kivi"]
+    "name",
+    [name for name, home in PASSES.items() if "quantize" not in home and name not in ("kivi", "int8_kv")],
 )
 def test_how_much_to_remove_must_be_said(name: str) -> None:
     with pytest.raises(PipelineSyntaxError, match=name):

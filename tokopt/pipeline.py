@@ -64,6 +64,15 @@ class Context:
         if isinstance(self.calibration, Iterator):
             object.__setattr__(self, "calibration", list(self.calibration))
 
+    def samples(self, name: str) -> Iterable[Sample]:
+        """The calibration inputs, for the pass of this name, which cannot do without; raises PassError."""
+        if self.calibration is None:
+            raise PassError(
+                f"{name} needs inputs to calibrate with: pass calibration=[...] to optimize, or --calibrate on the "
+                "command line"
+            )
+        return self.calibration
+
 
 @dataclass(frozen=True)
 class PassResult:

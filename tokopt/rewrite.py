@@ -108,6 +108,7 @@ def reexport(program: Program, module: GraphModule, *, deferred: bool = False) -
     for node in list(module.graph.nodes):
         if is_call(node, aten._assert_tensor_metadata):  # what it asserts of dtypes, export derives anew
             module.graph.erase_node(node)
+    _register_constants(module)
     module.graph.eliminate_dead_code()
     drop_unused(module)
     module.graph.lint()
@@ -171,6 +172,20 @@ def put_parameter(module: GraphModule, reader: Node, place: int | None, value: t
     if place is not None:
         reader.update_arg(place, node)
     return node
+
+
+def _register_constants(module: GraphModule) -> None:
+    """Make buffers of the constants that an export lifted; lifted again, they would get names that are not there."""
+    for node in list(module.graph.nodes):
+        if is_call(node, aten.lift_fresh_copy, aten.detach_) and node.args[0].op == "get_attr":
+            node.replace_all_uses_with(node.args[0])
+            module.graph.erase_node(node)
+        elif node.op == "get_attr":
+            path, _, name = str(node.target).rpartition(".")
+            owner = module.get_submodule(path)
+            if isinstance(value := owner.__dict__.get(name), torch.Tensor):
+                delattr(owner, name)
+                owner.register_buffer(name, value)
 
 
 def drop_unused(module: GraphModule) -> None:

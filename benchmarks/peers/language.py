@@ -33,7 +33,17 @@ PEERS: Mapping[str, tuple[str, str]] = {
 }
 """Name in the tables -> kind of engine, and what it reads; the first is what the others are compared with."""
 
-METHODS = ("float32", "rtn, 8 bits", "rtn, symmetric", "gptq, ordered", "gptq, 4.5 bits", "keep_grid")
+METHODS = (
+    "float32",
+    "rtn, 8 bits",
+    "rtn, 8 bits, 8-bit cache",
+    "rtn, symmetric",
+    "gptq, ordered",
+    "gptq, ordered, 8-bit cache",
+    "gptq, 4.5 bits",
+    "keep_grid",
+    "keep_grid, 8-bit cache",
+)
 """tokopt's artifacts, by their names in :mod:`benchmarks.quantize`; symmetric 4 bits are what onnxruntime-genai has."""
 
 

@@ -154,6 +154,8 @@ def runner(engine: Engine) -> Callable[[Images], Images]:
 def _torch(engine: Engine, dtype: str = "float32", compiled: bool = False) -> Callable[[Images], Images]:
     import torch
 
+    if dtype == "bfloat16" and not torch.cpu._is_avx512_bf16_supported():
+        raise RuntimeError("this processor has no bfloat16")
     torch.set_num_threads(engine.threads)
     model: Any = class_feature(dinov2_small(SIZE)).to(getattr(torch, dtype))
     model = torch.compile(model) if compiled else model

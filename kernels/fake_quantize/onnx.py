@@ -1,8 +1,6 @@
 """The ONNX form of tokopt::fake_quantize: the pair that engines turn into 8-bit products."""
 
-from onnxscript import INT8
-
-from tokopt.kernels.opset import FLOAT, TOKOPT, node, op, script
+from tokopt.kernels.opset import FLOAT, INT8, TOKOPT, node, op, script
 
 
 @script(TOKOPT, default_opset=op)

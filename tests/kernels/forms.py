@@ -130,6 +130,23 @@ def packed_world(group: int) -> dict[str, Callable[[dict], Tensor]]:
     return {"x": floats(6), "codes": codes, "scale": floats(6 // group), "zero": floats(6 // group)}
 
 
+def int8_world() -> dict[str, Callable[[dict], Tensor]]:
+    """Keys of as many slots as there are tokens, codes of them, and a scale per head and channel."""
+
+    def floats(world: dict, *shape: int) -> Tensor:
+        return torch.randn(shape, generator=world["generator"])
+
+    def shape(world: dict) -> tuple[int, ...]:
+        batch, slots = world["size"].shape
+        return batch, 2, slots, 6
+
+    return {
+        "x": lambda world: floats(world, *shape(world)),
+        "codes": lambda world: (floats(world, *shape(world)) * 50).clamp(-128, 127).to(torch.int8),
+        "scale": lambda world: floats(world, 2, 1, 6).abs() / 100 + 1e-3,  # some are small enough to clamp
+    }
+
+
 def weight_world(group: int) -> dict[str, Callable[[dict], Tensor]]:
     """Codes of a weight with as many inputs as tokens fit into groups, and their scales and zero points."""
 
@@ -173,6 +190,8 @@ CASES = (
     Case("quantize_keys", {"group": 6}, inputs=packed_world(6)),
     Case("dequantize_keys", inputs=packed_world(2)),
     Case("dequantize_keys", inputs=packed_world(6)),
+    Case("quantize_int8", inputs=int8_world()),
+    Case("dequantize_int8", inputs=int8_world()),
     Case("dequantize_weight", {"group": 4}, inputs=weight_world(4)),
     Case("dequantize_weight", {"group": 1}, inputs=weight_world(1)),
     Case("fake_quantize", {"scale": 0.25, "zero": 0}),

@@ -219,6 +219,17 @@ def dequantize_weight(codes: np.ndarray, scale: np.ndarray, zero: np.ndarray, gr
     return weight.astype(np.float32)
 
 
+def quantize_int8(x: np.ndarray, scale: np.ndarray) -> np.ndarray:
+    codes = np.zeros(x.shape, np.int8)
+    for b, h, s, c in np.ndindex(x.shape):
+        codes[b, h, s, c] = min(max(np.rint(x[b, h, s, c] / scale[h, 0, c]), -128), 127)
+    return codes
+
+
+def dequantize_int8(codes: np.ndarray, scale: np.ndarray) -> np.ndarray:
+    return (codes.astype(np.float64) * scale.astype(np.float64)).astype(np.float32)
+
+
 def fake_quantize(x: np.ndarray, scale: float, zero: int) -> np.ndarray:
     codes = np.clip(np.rint(x.astype(np.float64) / scale) + zero, -128, 127)
     return ((codes - zero) * scale).astype(np.float32)

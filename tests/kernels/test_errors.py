@@ -52,6 +52,11 @@ BAD = {
     ),
     "scale 0": (lambda: ops.fake_quantize(X, 0.0, 0), "scale=0.0 must be positive"),
     "zero far": (lambda: ops.fake_quantize(X, 1.0, 128), "zero=128 must be -128 to 127"),
+    "scale sizes": (
+        lambda: ops.quantize_int8(X[:, None], SIZE[:, None, :4]),
+        "scale [heads, 1, channels], got [2, 1, 9, 4] and [2, 1, 4]",
+    ),
+    "codes rank": (lambda: ops.dequantize_int8(X.to(torch.int8), X), "codes must be [batch, heads, slots"),
     "sinks negative": (lambda: ops.keep_slots(METRIC, INDEX > 0, INDEX[:, 0], -1, 0), "sinks=-1"),
     "other tokens": (
         lambda: ops.energy_match(METRIC, SIZE[:, 1:], 1, 1, 0.5),

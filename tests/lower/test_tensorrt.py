@@ -80,11 +80,12 @@ def test_quantized_models_build(name: str, pipeline: str, tmp_path: Path) -> Non
         ("llama", f"streaming{{{EVICTION}}}"),
         ("gpt2", f"h2o{{{EVICTION}}}"),
         ("llama", "kivi{group=8 every=32}"),
+        ("llama", f"h2o{{{EVICTION}}},int8_kv"),
     ],
 )
 def test_language_models_build(name: str, pipeline: str, tmp_path: Path) -> None:
     """Step and compact, with a cache of a fixed number of slots that is written in place."""
-    bundle = tokopt.optimize(language.bundle(name), pipeline)
+    bundle = tokopt.optimize(language.bundle(name), pipeline, calibration=samples(name))
     options = EngineOptions("sm_89", ("slots=64", "tokens=1:1:16"))
     path = tokopt.export(bundle, tmp_path / "model.tokopt", target="tensorrt", engine=options)
     manifest = read_manifest(path)

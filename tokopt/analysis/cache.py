@@ -64,7 +64,8 @@ def cached_attentions(program: Program, graph: Graph) -> list[CachedAttention]:
         state = names.get(key.args[0]) if is_call(key, ops.cache_write) else None  # type: ignore[union-attr]
         layer = state.removeprefix("keys_") if state else ""
         if not (layer.isdigit() and is_call(value, ops.cache_write) and is_call(mask, ops.cache_mask)):
-            raise PassRefused(f"{describe(node)} does not read keys and values directly from a cache")
+            order = "; put int8_kv last" if is_call(key, ops.dequantize_int8) else ""
+            raise PassRefused(f"{describe(node)} does not read keys and values directly from a cache{order}")
         found[int(layer)] = CachedAttention(int(layer), node, key, value, mask)  # type: ignore[arg-type]
     if len(found) != len(attention_nodes(graph)):
         raise PassRefused("two attentions read the same cache")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,6 +17,9 @@ from tokopt.progress import track
 
 Sample = Tensor | np.ndarray | Sequence[Tensor] | Sequence[np.ndarray] | Sequence[int]
 """The inputs of ``forward`` in order, or one alone; for a language model the ids of a text."""
+
+Observer = Callable[[Tensor], None]
+"""What is called with every value of a node."""
 
 
 @dataclass
@@ -51,12 +54,21 @@ class Moments:
 def collect(
     bundle: Bundle, module: GraphModule, nodes: Sequence[Node], samples: Iterable[Sample]
 ) -> dict[Node, Moments]:
-    """The moments of ``nodes`` over all samples.
+    """The moments of ``nodes`` over all samples; see :func:`observe`."""
+    moments = {node: Moments.empty(sizes(node)[-1]) for node in nodes}
+    observe(bundle, module, {node: moment.add for node, moment in moments.items()}, samples)
+    return moments
 
-    ``module`` is the graph of the bundle's main program. Only the moments are held, never the activations. Raises
-    InputError for samples that do not fit the program, and when there are none.
+
+def observe(
+    bundle: Bundle, module: GraphModule, observers: Mapping[Node, Observer], samples: Iterable[Sample]
+) -> None:
+    """Show every observer the values of its node, sample after sample.
+
+    ``module`` is the graph of the bundle's main program. Only what observers keep is held, never the activations.
+    Raises InputError for samples that do not fit the program, and when there are none.
     """
-    watch = _Watch(module, {node: Moments.empty(sizes(node)[-1]) for node in nodes})
+    watch = _Watch(module, observers)
     count = 0
     for sample in track(samples, "Calibrating"):
         with torch.no_grad():
@@ -64,7 +76,6 @@ def collect(
         count += 1
     if not count:
         raise InputError("the calibration data is empty; pass a list of inputs")
-    return watch.moments
 
 
 def program_inputs(bundle: Bundle, sample: Sample) -> tuple[Tensor, ...]:
@@ -104,15 +115,15 @@ def program_inputs(bundle: Bundle, sample: Sample) -> tuple[Tensor, ...]:
 
 
 class _Watch(Interpreter):
-    """Runs a graph and counts the values of some nodes."""
+    """Runs a graph and shows the values of some nodes."""
 
-    def __init__(self, module: GraphModule, moments: dict[Node, Moments]) -> None:
+    def __init__(self, module: GraphModule, observers: Mapping[Node, Observer]) -> None:
         super().__init__(module)
-        self.moments = moments
+        self.observers = observers
 
     def run_node(self, n: Node) -> object:
         result = super().run_node(n)
-        if n in self.moments:
+        if n in self.observers:
             assert isinstance(result, Tensor)
-            self.moments[n].add(result)
+            self.observers[n](result)
         return result

@@ -61,23 +61,40 @@ class Rotary:
 
 def rotaries(program: Program, module: GraphModule, layers: list[CachedAttention]) -> list[Rotary]:
     """The rotation of every layer's keys. Raises PassRefused for a layer whose keys are not rotated."""
+    made = []
+    for found in find_rotaries(program, module, layers):
+        if isinstance(found, PassRefused):
+            raise found
+        made.append(found)
+    return made
+
+
+def find_rotaries(
+    program: Program, module: GraphModule, layers: list[CachedAttention]
+) -> list[Rotary | PassRefused]:
+    """The rotation of every layer's keys, or why it is none."""
     run = Interpreter(module, garbage_collect_values=False)
     with torch.no_grad():
         run.run(*program.example, enable_io_processing=False)
     positions = input_nodes(program, module.graph)["positions"]
     kinds = _kinds(module, positions)
-    found: dict[tuple[Any, ...], Rotary] = {}
-    made = []
+    known: dict[tuple[Any, ...], Rotary] = {}
+    made: list[Rotary | PassRefused] = []
     for layer in layers:
         before = _before_rotation(layer.keys.args[1], kinds)  # type: ignore[arg-type]
         if before is None:
-            raise PassRefused(f"the keys of layer {layer.index} are not rotated by their positions (RoPE)")
+            reason = f"the keys of layer {layer.index} are not rotated by their positions (RoPE)"
+            made.append(PassRefused(reason))
+            continue
         probe = _Probe(run.env, module, before, layer.keys.args[1], positions)  # type: ignore[arg-type]
         angle = probe(1).flatten()[: probe.channels]  # layers that turn one probe alike share one measurement
-        known = (probe.channels, *(round(float(x), 5) for x in angle))
-        if known not in found:
-            found[known] = _measure(probe, layer.index)
-        made.append(found[known])
+        key = (probe.channels, *(round(float(x), 5) for x in angle))
+        try:
+            if key not in known:
+                known[key] = _measure(probe, layer.index)
+            made.append(known[key])
+        except PassRefused as reason:
+            made.append(reason)
     return made
 
 

@@ -75,7 +75,7 @@ def fuse_for_cpu(model: ir.Model) -> bool:
 
 @dataclass(frozen=True)
 class _Site:
-    """One attention over a cache: the node, the two writes before it, and its sizes."""
+    """One attention over a cache: the node, the two writes before it, its sizes; scales of a cache in 8 bits."""
 
     attention: ir.Node
     keys: ir.Node
@@ -83,6 +83,16 @@ class _Site:
     heads: int
     key_heads: int
     channels: int
+    scales: tuple[ir.Value, ir.Value] | None = None
+
+    def new(self, write: ir.Node) -> ir.Value:
+        """The new keys or values [batch, key heads, tokens, channels], before they are rounded to 8 bits."""
+        value = write.inputs[1]
+        assert value is not None
+        maker = value.producer() if self.scales is not None else None
+        given = value if maker is None else maker.inputs[0]
+        assert given is not None
+        return given
 
 
 @dataclass(frozen=True)
@@ -101,10 +111,13 @@ def _site(node: ir.Node) -> _Site | None:
     query, key, value, mask = node.inputs
     if query is None or key is None or value is None or mask is None or mask.dtype != ir.DataType.BOOL:
         return None
-    writes = key.producer(), value.producer()
-    if any(write is None or write.op_type != "cache_write" for write in writes):
+    scales = _scale(key), _scale(value)
+    keys, values = (
+        v.producer() if scale is None else v.producer().inputs[0].producer()  # type: ignore[union-attr]
+        for v, scale in zip((key, value), scales, strict=True)
+    )
+    if any(write is None or write.op_type != "cache_write" for write in (keys, values)):
         return None
-    keys, values = writes
     assert keys is not None and values is not None
     same_place = keys.inputs[2] is values.inputs[2] and keys.inputs[0].shape == values.inputs[0].shape  # type: ignore[union-attr]
     heads, channels = _static(query, 1), _static(query, 3)
@@ -113,7 +126,22 @@ def _site(node: ir.Node) -> _Site | None:
         return None
     plain = query.dtype == ir.DataType.FLOAT and not node.attributes.get_int("is_causal", 0)
     fits = _static(keys.inputs[0], 3) == channels == _static(values.inputs[0], 3) and not channels % 8
-    return _Site(node, keys, values, heads, key_heads, channels) if plain and fits else None
+    both = None if scales[0] is None or scales[1] is None else (scales[0], scales[1])
+    if not plain or not fits or (both is None and scales != (None, None)):
+        return None
+    return _Site(node, keys, values, heads, key_heads, channels, both)
+
+
+def _scale(value: ir.Value) -> ir.Value | None:
+    """The scale [key heads, 1, channels] of a cache in 8 bits that is read here and was written with the same one."""
+    node = value.producer()
+    if node is None or node.op_type != "dequantize_int8" or node.inputs[0] is None:
+        return None
+    write = node.inputs[0].producer()
+    new = write.inputs[1] if write is not None and len(write.inputs) > 1 else None
+    rounded = new.producer() if new is not None else None
+    same = rounded is not None and rounded.op_type == "quantize_int8" and rounded.inputs[1] is node.inputs[1]
+    return node.inputs[1] if same else None
 
 
 def _static(value: ir.Value | None, axis: int) -> int | None:
@@ -199,8 +227,8 @@ class _Shared:
 
 
 def _fuse_attention(graph: ir.Graph, site: _Site, shared: _Shared) -> None:
-    queries, keys, values = site.attention.inputs[0], site.keys.inputs[1], site.values.inputs[1]
-    assert queries is not None and keys is not None and values is not None
+    queries, keys, values = site.attention.inputs[0], site.new(site.keys), site.new(site.values)
+    assert queries is not None
     rotation = _rotation(site, queries, keys)
     if rotation is not None:
         queries, keys = queries.producer().inputs[0], keys.producer().inputs[0]  # type: ignore[union-attr]
@@ -221,9 +249,14 @@ def _fuse_attention(graph: ir.Graph, site: _Site, shared: _Shared) -> None:
         "do_rotary": int(rotation is not None),
         "rotary_interleaved": rotation.interleaved if rotation else 0,
     }
+    given.append(shared.bias(site))
+    if site.scales is not None:
+        given += [None, *(_four_axes(graph, scale) for scale in site.scales)]
+        kinds = ("k_quant_type", "v_quant_type")
+        attributes |= {**dict.fromkeys(kinds, "PER_CHANNEL"), "kv_cache_bit_width": 8}
     fused = ir.node(
         "GroupQueryAttention",
-        [*given, shared.bias(site)],
+        given,
         attributes=attributes,  # type: ignore[arg-type]
         domain=CONTRIB,
         num_outputs=3,
@@ -231,6 +264,12 @@ def _fuse_attention(graph: ir.Graph, site: _Site, shared: _Shared) -> None:
     fused.metadata_props.update(site.attention.metadata_props)
     graph.insert_before(site.keys, fused)
     _replace(graph, site, fused)
+
+
+def _four_axes(graph: ir.Graph, scale: ir.Value) -> ir.Value:
+    """A scale as [1, key heads, 1, channels]."""
+    assert scale.const_value is not None
+    return put_initializer(graph, f"{scale.name}_row", scale.const_value.numpy()[None])
 
 
 def _rotation(site: _Site, queries: ir.Value, keys: ir.Value) -> _Rotation | None:

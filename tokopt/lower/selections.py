@@ -33,6 +33,9 @@ DIFFERENT_BY_RANK = 0.1
 """The same where ranks alternate between merging and being merged into: a near tie then exchanges the roles of
 two tokens and redirects all that merge into them. A wrong form differs on half of the tokens."""
 
+SCALED = 14
+"""Inputs of an attention over a cache in 8 bits: its scales are the last two."""
+
 SLACK = 2
 """Tokens on which a selection may differ in any case: one pair that changed places."""
 
@@ -61,14 +64,37 @@ def expose_selections(path: Path) -> tuple[Path, list[list[str]]]:
     """A copy of the ONNX file beside it whose selections are outputs; returns it and their names, in order."""
     model = ir.load(path)
     names = []
-    for node in model.graph:
-        if node.domain == "tokopt" and plain_name(node) in CHOICES:
-            names.append([str(value.name) for value in node.outputs])
+    for node in list(model.graph):
+        chosen = [list(node.outputs)] if node.domain == "tokopt" and plain_name(node) in CHOICES else []
+        for values in chosen or [[value] for value in _new_codes(model.graph, node)]:
+            names.append([str(value.name) for value in values])
             known = {value.name for value in model.graph.outputs}
-            model.graph.outputs.extend(value for value in node.outputs if value.name not in known)
+            model.graph.outputs.extend(value for value in values if value.name not in known)
     copy = path.with_name(f"{path.stem}-selections.onnx")
     ir.save(model, copy)
     return copy, names
+
+
+def _new_codes(graph: ir.Graph, node: ir.Node) -> list[ir.Value]:
+    """What an attention that rounds keys and values itself wrote to its cache: their new tokens, as the op rounds them.
+
+    See :mod:`tokopt.lower.onnxruntime`.
+    """
+    if node.op_type != "GroupQueryAttention" or len(node.inputs) < SCALED:
+        return []
+    tokens, last = node.inputs[0], node.inputs[5]
+    count = ir.node("Shape", [tokens], attributes={"start": 1, "end": 2})
+    final = ir.node("Cast", [last], attributes={"to": ir.DataType.INT64})
+    one, axis = (ir.node("Constant", [], attributes={"value_ints": [value]}) for value in (1, 2))
+    end = ir.node("Add", [final.outputs[0], one.outputs[0]])
+    start = ir.node("Sub", [end.outputs[0], count.outputs[0]])
+    bounds = start.outputs[0], end.outputs[0], axis.outputs[0]
+    slices = [ir.node("Slice", [cache, *bounds]) for cache in node.outputs[1:]]
+    for made, cache in zip(slices, node.outputs[1:], strict=True):
+        made.outputs[0].type, made.outputs[0].name = cache.type, f"{cache.name}_new"
+        made.outputs[0].shape = ir.Shape([None] * 4)
+    graph.insert_after(node, [count, final, one, axis, end, start, *slices])
+    return [made.outputs[0] for made in slices]
 
 
 @dataclass
@@ -115,9 +141,8 @@ def _rounds(node: Node) -> bool:
 
 def _compare_steps(own: Tensor, given: Tensor, node: Node) -> tuple[int, int]:
     """How many numbers fell on another step, and how many there are; all of them if one fell further than the next."""
-    step = node.args[1]
-    assert isinstance(step, float)
-    apart = (own - given).abs() / step
+    step = node.args[1] if isinstance(node.args[1], float) else 1  # codes
+    apart = (own.float() - given.float()).abs() / step
     return (own.numel() if bool((apart > 1.5).any()) else int((apart > 0.5).sum())), own.numel()
 
 

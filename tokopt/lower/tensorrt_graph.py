@@ -2,7 +2,7 @@
 
 - Model-local functions are inlined, and no value is called ``_...``: the builder confuses such names.
 - Slots of the cache have a fixed number where an optimisation profile says so: only such a cache is written in place.
-- Unsigned bytes are floats between inputs and outputs: the builder takes them nowhere else.
+- Bytes of a cache are floats between inputs and outputs: the builder takes them nowhere else.
 - Caches that are no floats are scattered: ``TensorScatter`` takes floats alone.
 - Quantization has positive steps and no zero points. What is not so is moved out of the quantized product, where it
   is a constant, or a product of the inputs' sums over the blocks of the weight; the product itself keeps 8 or 4 bits.
@@ -22,6 +22,7 @@ from onnxscript import INT8, OnnxFunction
 from tokopt.kernels.opset import FLOAT, INT64, TOKOPT, TensorType, op, script
 from tokopt.lower.weights import put_initializer, take_over
 
+BYTES = (ir.DataType.UINT8, ir.DataType.INT8)
 FLOATS = (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
 
 
@@ -51,26 +52,47 @@ def _fix_axes(graph: ir.Graph, fixed: Mapping[str, int]) -> None:
 
 
 def _widen_bytes(graph: ir.Graph) -> None:
-    """Let unsigned bytes (of a quantized cache) be floats of the same value between the inputs and the outputs."""
-    bytes_in = [value for value in graph.inputs if value.dtype == ir.DataType.UINT8]
-    bytes_out = [value for value in graph.outputs if value.dtype == ir.DataType.UINT8]
+    """Let the bytes of a quantized cache be floats of the same value between the inputs and the outputs."""
+    bytes_in = [value for value in graph.inputs if value.dtype in BYTES]
+    bytes_out = [(value, value.dtype) for value in graph.outputs if value.dtype in BYTES]
     for node in graph.all_nodes():
-        if node.op_type == "Cast" and node.attributes.get_int("to") == ir.DataType.UINT8:
+        if any(_quantizes(value) for value in node.outputs):
+            continue
+        if node.op_type == "Cast" and node.attributes.get_int("to") in BYTES:
             node.attributes["to"] = ir.AttrInt64("to", ir.DataType.FLOAT)
         for value in node.outputs:
-            if value.dtype == ir.DataType.UINT8:
+            if value.dtype in BYTES:
                 value.dtype = ir.DataType.FLOAT
     for value in bytes_in:
-        wide = ir.node("Cast", [value], attributes={"to": ir.DataType.FLOAT})
+        wide = _convert(graph, value, value.dtype, ir.DataType.FLOAT)
         value.replace_all_uses_with(wide.outputs[0])
         wide.replace_input_with(0, value)
         graph.insert_before(graph[0], wide)
-    for value in bytes_out:
-        narrow = ir.node("Cast", [value], attributes={"to": ir.DataType.UINT8})
-        narrow.outputs[0].type, narrow.outputs[0].shape = ir.TensorType(ir.DataType.UINT8), value.shape
+    for value, kind in bytes_out:
+        narrow = _convert(graph, value, ir.DataType.FLOAT, kind)
         graph.append(narrow)
         take_over(narrow.outputs[0], value)
         narrow.replace_input_with(0, value)
+
+
+def _quantizes(value: ir.Value) -> bool:
+    """Whether a byte belongs to a product of bytes: a code of activations, or a zero point."""
+    return any(use.node.op_type in ("QuantizeLinear", "DequantizeLinear") for use in value.uses())
+
+
+def _convert(graph: ir.Graph, value: ir.Value, old: ir.DataType | None, new: ir.DataType | None) -> ir.Node:
+    """Bytes to floats or back: signed ones TensorRT does not cast, but quantizes with a scale of 1."""
+    if ir.DataType.INT8 in (old, new):
+        one = put_initializer(graph, "bytes_step", np.array(1, np.float32))
+        attributes = {"output_dtype": new} if new == ir.DataType.INT8 else {}
+        made = ir.node(
+            "QuantizeLinear" if attributes else "DequantizeLinear", [value, one], attributes=attributes
+        )
+    else:
+        made = ir.node("Cast", [value], attributes={"to": new})
+    assert new is not None
+    made.outputs[0].type, made.outputs[0].shape = ir.TensorType(new), value.shape
+    return made
 
 
 def _rename(model: ir.Model) -> None:

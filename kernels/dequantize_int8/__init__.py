@@ -1,0 +1,1 @@
+"""tokopt::dequantize_int8."""

@@ -1,0 +1,1 @@
+"""tokopt::quantize_int8."""

@@ -1,0 +1,185 @@
+"""Keys and values in 8 bits, with a scale per channel that calibration found."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+from torch.fx import Interpreter, Node
+
+from tokopt.analysis.cache import CachedAttention, cached_attentions
+from tokopt.analysis.calibration import observe
+from tokopt.analysis.graph import program_module, sizes
+from tokopt.analysis.rotary import Rotary, find_rotaries
+from tokopt.bundle import Bundle, Program, State
+from tokopt.cache_rewrite import ProgramEdit, state_program
+from tokopt.errors import PassError, PassRefused
+from tokopt.kernels import ops
+from tokopt.kernels.quantize_int8.reference import HIGH
+from tokopt.pipeline import Context, Pass, PassResult, Refusal
+from tokopt.rewrite import call, put_parameter
+
+TINY = 1e-8
+"""The smallest scale: a channel of zeros stays one."""
+
+
+@dataclass(frozen=True)
+class Int8KV(Pass):
+    """8-bit cache: ``x ~ code * scale``, a scale per head and channel from the largest value in calibration texts.
+
+    Channels of keys differ by orders of magnitude and keep their size from text to text (Hooper et al., KVQuant,
+    arXiv 2401.18079), so a constant scale per channel does for all tokens and costs nothing at run time. Rotary
+    embeddings turn pairs of channels into each other: what is measured of keys is the length of each pair, which no
+    position changes, so texts may become longer than those of calibration. What is larger than anything seen there
+    is clamped. A cache of float32 takes a quarter of its bytes, and so does what attention reads.
+
+    Rules. It composes with an eviction before it, which moves the codes as they are; one that re-rotates keys would
+    round them anew every time and is refused, and so are keys that are not float32.
+    """
+
+    name: ClassVar[str] = "int8_kv"
+
+    def requires(self, bundle: Bundle) -> None:
+        """Language models."""
+        if bundle.task != "causal-lm":
+            raise PassError(f"{self.name} works on language models; this bundle is an {bundle.task}")
+
+    def run(self, bundle: Bundle, context: Context) -> PassResult:
+        """Turn every layer's cache into codes, in ``step`` and in ``compact``."""
+        samples = context.samples(self.name)
+        step = bundle.programs["step"]
+        module = program_module(step)
+        try:
+            layers = cached_attentions(step, module.graph)
+            self._check(bundle, layers)
+        except PassRefused as reason:
+            return PassResult(bundle, 0, (), (Refusal("step", str(reason)),))
+        peaks = {
+            layer.index: (_Peak.of(layer.keys, rotary), _Peak.of(layer.values, None))
+            for layer, rotary in zip(layers, find_rotaries(step, module, layers), strict=True)
+        }
+        observe(bundle, module, {p.node: p.add for pair in peaks.values() for p in pair}, samples)
+        scales = {
+            f"{kind}_{index}": peak.scale
+            for index, pair in peaks.items()
+            for kind, peak in zip(("keys", "values"), pair, strict=True)
+        }
+        edit = _IntegerCache(bundle, module, layers, scales)
+        programs = {**bundle.programs, "step": edit.run()}
+        if "compact" in programs:
+            programs["compact"] = _export_compact(programs["compact"], scales, edit.states)
+        after = replace(bundle, programs=programs, states=tuple(edit.states.values()))
+        return PassResult(after, len(layers), (_note(scales),))
+
+    def _check(self, bundle: Bundle, layers: list[CachedAttention]) -> None:
+        if any(state.name == "shift" for state in bundle.states):
+            raise PassRefused(
+                "the eviction before it re-rotates keys, which would be rounded anew every time; leave out rerotate"
+            )
+        for layer in layers:
+            for write in (layer.keys, layer.values):
+                if (dtype := write.meta["val"].dtype) != torch.float32:
+                    raise PassRefused(f"layer {layer.index} keeps {dtype}; {self.name} takes float32")
+
+
+def _note(scales: dict[str, Tensor]) -> str:
+    numbers = sum(scale.numel() for scale in scales.values())
+    return f"a token takes {numbers} bytes of keys and values, before {4 * numbers}"
+
+
+@dataclass
+class _Peak:
+    """The largest that new keys or values [batch, heads, tokens, channels] become, per head and channel."""
+
+    node: Node
+    partners: list[int] | None
+    largest: Tensor
+
+    @classmethod
+    def of(cls, write: Node, rotary: Rotary | PassRefused | None) -> _Peak:
+        """Nothing seen yet of what a ``cache_write`` writes."""
+        node = write.args[1]
+        assert isinstance(node, Node)
+        _, heads, _, channels = sizes(node)
+        partners = list(rotary.partners) if isinstance(rotary, Rotary) else None
+        return cls(node, partners, torch.zeros(heads, 1, channels))
+
+    def add(self, x: Tensor) -> None:
+        """Count further tokens."""
+        size = x.abs()
+        if self.partners is not None:
+            alone = torch.tensor(self.partners) == torch.arange(x.shape[-1])
+            size = torch.hypot(size, size[..., self.partners].masked_fill(alone, 0.0))
+        self.largest = torch.maximum(self.largest, size.amax((0, 2))[:, None])
+
+    @property
+    def scale(self) -> Tensor:
+        """The step between two codes [heads, 1, channels]."""
+        return (self.largest / HIGH).clamp(min=TINY)
+
+
+@dataclass
+class _IntegerCache(ProgramEdit):
+    """``step`` writes codes, and its attentions read them multiplied by their scales."""
+
+    layers: list[CachedAttention]
+    scales: dict[str, Tensor]
+
+    def run(self) -> Program:
+        for layer in self.layers:
+            for kind, write in (("keys", layer.keys), ("values", layer.values)):
+                self._convert(f"{kind}_{layer.index}", layer, write)
+        return self.finish()
+
+    def _convert(self, name: str, layer: CachedAttention, write: Node) -> None:
+        graph, state = self.module.graph, self.states[name]
+        self.states[name] = replace(state, dtype="int8")
+        place = [spec.name for spec in self.inputs].index(name)
+        out = [spec.name for spec in self.outputs].index(state.output)
+        self.inputs[place] = replace(self.inputs[place], dtype="int8")
+        self.outputs[out] = replace(self.outputs[out], dtype="int8")
+        self.example[place] = ops.quantize_int8(self.example[place], self.scales[name])
+        scale = put_parameter(self.module, write, None, self.scales[name])
+        with graph.inserting_before(write):
+            codes = call(graph, ops.quantize_int8, write.args[1], scale, like=layer.node)
+        write.update_arg(1, codes)
+        with graph.inserting_after(write):
+            whole = call(graph, ops.dequantize_int8, write, scale, like=layer.node)
+        write.replace_all_uses_with(
+            whole, delete_user_cb=lambda user: user is not whole and user.op != "output"
+        )
+
+
+class _IntegerCompact(torch.nn.Module):
+    """``compact`` on the expanded cache; what it only moves has the codes that it had."""
+
+    def __init__(self, compact: Program, scales: dict[str, Tensor]) -> None:
+        super().__init__()
+        self.compact = compact
+        for name, scale in scales.items():
+            self.register_buffer(name, scale)
+        self.__dict__["_traced"] = program_module(compact)
+
+    def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
+        scales = [self._buffers.get(spec.name) for spec in self.compact.inputs]
+        given = [
+            tensor if scale is None else ops.dequantize_int8(tensor, scale)
+            for tensor, scale in zip(tensors, scales, strict=True)
+        ]
+        results = Interpreter(self.__dict__["_traced"]).run(*given, enable_io_processing=False)
+        return tuple(
+            result if scale is None else ops.quantize_int8(result, scale)
+            for result, scale in zip(results, scales, strict=True)
+        )
+
+
+def _export_compact(compact: Program, scales: dict[str, Tensor], states: dict[str, State]) -> Program:
+    """The program ``compact`` over codes."""
+    example = tuple(
+        ops.quantize_int8(tensor, scales[spec.name]) if spec.name in scales else tensor
+        for spec, tensor in zip(compact.inputs, compact.example, strict=True)
+    )
+    held = tuple(states[spec.name] for spec in compact.inputs)
+    return state_program(_IntegerCompact(compact, scales), held, example, compact.ranges)
