@@ -91,7 +91,7 @@ def test_a_wrong_form_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path) -> N
     """Were the masks dropped, export would say so."""
     shared = lowering._Shared
     monkeypatch.setattr(
-        shared, "bias", lambda self, site: self._make(site.keys, "Cast", [site.attention.inputs[3]], to=1)
+        shared, "bias", lambda self, site: self._make(site.place, "Cast", [site.attention.inputs[3]], to=1)
     )
     with pytest.raises(LoweringError, match="differs between ONNX Runtime and the exported program"):
         tokopt.export(bundle("llama"), tmp_path / "model.tokopt")

@@ -74,25 +74,32 @@ def fuse_for_cpu(model: ir.Model) -> bool:
 
 
 @dataclass(frozen=True)
+class _Cache:
+    """The keys or values that an attention reads: the write, what is written, and the scale of a cache in 8 bits.
+
+    ``new`` is [batch, key heads, tokens, channels] before it is rounded, ``scale`` [key heads, 1, channels].
+    """
+
+    write: ir.Node
+    new: ir.Value
+    scale: ir.Value | None
+
+
+@dataclass(frozen=True)
 class _Site:
-    """One attention over a cache: the node, the two writes before it, its sizes; scales of a cache in 8 bits."""
+    """One attention over a cache, and its sizes."""
 
     attention: ir.Node
-    keys: ir.Node
-    values: ir.Node
+    keys: _Cache
+    values: _Cache
     heads: int
     key_heads: int
     channels: int
-    scales: tuple[ir.Value, ir.Value] | None = None
 
-    def new(self, write: ir.Node) -> ir.Value:
-        """The new keys or values [batch, key heads, tokens, channels], before they are rounded to 8 bits."""
-        value = write.inputs[1]
-        assert value is not None
-        maker = value.producer() if self.scales is not None else None
-        given = value if maker is None else maker.inputs[0]
-        assert given is not None
-        return given
+    @property
+    def place(self) -> ir.Node:
+        """Where what this attention needs goes: before its cache is written."""
+        return self.keys.write
 
 
 @dataclass(frozen=True)
@@ -111,37 +118,34 @@ def _site(node: ir.Node) -> _Site | None:
     query, key, value, mask = node.inputs
     if query is None or key is None or value is None or mask is None or mask.dtype != ir.DataType.BOOL:
         return None
-    scales = _scale(key), _scale(value)
-    keys, values = (
-        v.producer() if scale is None else v.producer().inputs[0].producer()  # type: ignore[union-attr]
-        for v, scale in zip((key, value), scales, strict=True)
-    )
-    if any(write is None or write.op_type != "cache_write" for write in (keys, values)):
+    keys, values = _cache(key), _cache(value)
+    if keys is None or values is None or (keys.scale is None) != (values.scale is None):
         return None
-    assert keys is not None and values is not None
-    same_place = keys.inputs[2] is values.inputs[2] and keys.inputs[0].shape == values.inputs[0].shape  # type: ignore[union-attr]
-    heads, channels = _static(query, 1), _static(query, 3)
-    key_heads = _static(keys.inputs[0], 1)
+    held, other = keys.write.inputs[0], values.write.inputs[0]
+    same_place = keys.write.inputs[2] is values.write.inputs[2] and held.shape == other.shape  # type: ignore[union-attr]
+    heads, channels, key_heads = _static(query, 1), _static(query, 3), _static(held, 1)
     if not same_place or heads is None or channels is None or key_heads is None:
         return None
     plain = query.dtype == ir.DataType.FLOAT and not node.attributes.get_int("is_causal", 0)
-    fits = _static(keys.inputs[0], 3) == channels == _static(values.inputs[0], 3) and not channels % 8
-    both = None if scales[0] is None or scales[1] is None else (scales[0], scales[1])
-    if not plain or not fits or (both is None and scales != (None, None)):
-        return None
-    return _Site(node, keys, values, heads, key_heads, channels, both)
+    fits = _static(held, 3) == channels == _static(other, 3) and not channels % 8
+    return _Site(node, keys, values, heads, key_heads, channels) if plain and fits else None
 
 
-def _scale(value: ir.Value) -> ir.Value | None:
-    """The scale [key heads, 1, channels] of a cache in 8 bits that is read here and was written with the same one."""
-    node = value.producer()
-    if node is None or node.op_type != "dequantize_int8" or node.inputs[0] is None:
+def _cache(value: ir.Value) -> _Cache | None:
+    """What an attention reads, where it is a cache; one in 8 bits is written with the scale that it is read with."""
+    read, scale = value.producer(), None
+    if read is not None and read.op_type == "dequantize_int8":
+        codes, scale = read.inputs
+        read = codes.producer() if codes is not None else None
+    new = read.inputs[1] if read is not None and read.op_type == "cache_write" else None
+    if read is None or new is None:
         return None
-    write = node.inputs[0].producer()
-    new = write.inputs[1] if write is not None and len(write.inputs) > 1 else None
-    rounded = new.producer() if new is not None else None
-    same = rounded is not None and rounded.op_type == "quantize_int8" and rounded.inputs[1] is node.inputs[1]
-    return node.inputs[1] if same else None
+    if scale is not None:
+        rounded = new.producer()
+        if rounded is None or rounded.op_type != "quantize_int8" or rounded.inputs[1] is not scale:
+            return None
+        new = rounded.inputs[0]
+    return _Cache(read, new, scale) if new is not None else None
 
 
 def _static(value: ir.Value | None, axis: int) -> int | None:
@@ -176,13 +180,13 @@ class _Shared:
 
     def last_slots(self, site: _Site, tokens: ir.Value) -> ir.Value:
         """The last slot in use of every row after the write, int32 [batch]."""
-        length = site.keys.inputs[2]
+        length = site.keys.write.inputs[2]
         key = ("last", length)
         if key not in self.known:
-            count = self.size(site.keys, tokens, 1)
-            after = self._make(site.keys, "Add", [length, count])
-            last = self._make(site.keys, "Sub", [after, self._number([1])])
-            self.known[key] = self._make(site.keys, "Cast", [last], to=ir.DataType.INT32)
+            count = self.size(site.place, tokens, 1)
+            after = self._make(site.place, "Add", [length, count])
+            last = self._make(site.place, "Sub", [after, self._number([1])])
+            self.known[key] = self._make(site.place, "Cast", [last], to=ir.DataType.INT32)
         return self.known[key]
 
     def slots(self, site: _Site) -> ir.Value:
@@ -190,9 +194,9 @@ class _Shared:
         mask = site.attention.inputs[3]
         key = ("slots", mask)
         if key not in self.known:
-            count = self.size(site.keys, site.keys.inputs[0], 2)  # type: ignore[arg-type]
-            scalar = self._make(site.keys, "Squeeze", [count])
-            self.known[key] = self._make(site.keys, "Cast", [scalar], to=ir.DataType.INT32)
+            count = self.size(site.place, site.keys.write.inputs[0], 2)  # type: ignore[arg-type]
+            scalar = self._make(site.place, "Squeeze", [count])
+            self.known[key] = self._make(site.place, "Cast", [scalar], to=ir.DataType.INT32)
         return self.known[key]
 
     def bias(self, site: _Site) -> ir.Value:
@@ -202,39 +206,43 @@ class _Shared:
         if key not in self.known:
             seen = put_initializer(self.graph, "bias_seen", np.array(0, np.float32))
             hidden = put_initializer(self.graph, "bias_hidden", np.array(np.finfo(np.float32).min))
-            self.known[key] = self._make(site.keys, "Where", [mask, seen, hidden])
+            self.known[key] = self._make(site.place, "Where", [mask, seen, hidden])
         return self.known[key]
 
     def table(self, site: _Site, table: ir.Value) -> ir.Value:
         """A rotation table by row and token, [at least slots, half the channels]: the op wants one row per slot."""
         key = ("table", table, site.attention.inputs[3])
         if key not in self.known:
-            rows = self._make(site.keys, "Reshape", [table, self._number([-1, site.channels // 2])])
-            slots = self.size(site.keys, site.keys.inputs[0], 2)  # type: ignore[arg-type]
-            ends = self._make(site.keys, "Concat", [self._number([0, 0]), slots, self._number([0])], axis=0)
-            self.known[key] = self._make(site.keys, "Pad", [rows, ends])
+            rows = self._make(site.place, "Reshape", [table, self._number([-1, site.channels // 2])])
+            slots = self.size(site.place, site.keys.write.inputs[0], 2)  # type: ignore[arg-type]
+            ends = self._make(site.place, "Concat", [self._number([0, 0]), slots, self._number([0])], axis=0)
+            self.known[key] = self._make(site.place, "Pad", [rows, ends])
         return self.known[key]
 
     def rows(self, site: _Site, tokens: ir.Value) -> ir.Value:
         """Where each token's row of the tables is, int64 [batch, tokens]."""
-        key = ("rows", site.keys.inputs[2])
+        key = ("rows", site.keys.write.inputs[2])
         if key not in self.known:
-            shape = self._make(site.keys, "Shape", [tokens], start=0, end=2)
-            count = self._make(site.keys, "ReduceProd", [shape], keepdims=0)
-            index = self._make(site.keys, "Range", [self._number(0), count, self._number(1)])
-            self.known[key] = self._make(site.keys, "Reshape", [index, shape])
+            shape = self._make(site.place, "Shape", [tokens], start=0, end=2)
+            count = self._make(site.place, "ReduceProd", [shape], keepdims=0)
+            index = self._make(site.place, "Range", [self._number(0), count, self._number(1)])
+            self.known[key] = self._make(site.place, "Reshape", [index, shape])
         return self.known[key]
 
 
 def _fuse_attention(graph: ir.Graph, site: _Site, shared: _Shared) -> None:
-    queries, keys, values = site.attention.inputs[0], site.new(site.keys), site.new(site.values)
+    queries, keys, values = site.attention.inputs[0], site.keys.new, site.values.new
     assert queries is not None
     rotation = _rotation(site, queries, keys)
     if rotation is not None:
         queries, keys = queries.producer().inputs[0], keys.producer().inputs[0]  # type: ignore[union-attr]
     parts = [_unsplit(graph, site, value) for value in (queries, keys, values)]  # type: ignore[arg-type]
     tokens = parts[0]
-    given: list[ir.Value | None] = [*(_packed(parts) or parts), site.keys.inputs[0], site.values.inputs[0]]
+    given: list[ir.Value | None] = [
+        *(_packed(parts) or parts),
+        site.keys.write.inputs[0],
+        site.values.write.inputs[0],
+    ]
     given += [shared.last_slots(site, tokens), shared.slots(site)]
     if rotation is None:
         given += [None, None, None]
@@ -250,8 +258,8 @@ def _fuse_attention(graph: ir.Graph, site: _Site, shared: _Shared) -> None:
         "rotary_interleaved": rotation.interleaved if rotation else 0,
     }
     given.append(shared.bias(site))
-    if site.scales is not None:
-        given += [None, *(_four_axes(graph, scale) for scale in site.scales)]
+    if site.keys.scale is not None and site.values.scale is not None:
+        given += [None, *(_four_axes(graph, scale) for scale in (site.keys.scale, site.values.scale))]
         kinds = ("k_quant_type", "v_quant_type")
         attributes |= {**dict.fromkeys(kinds, "PER_CHANNEL"), "kv_cache_bit_width": 8}
     fused = ir.node(
@@ -262,7 +270,7 @@ def _fuse_attention(graph: ir.Graph, site: _Site, shared: _Shared) -> None:
         num_outputs=3,
     )
     fused.metadata_props.update(site.attention.metadata_props)
-    graph.insert_before(site.keys, fused)
+    graph.insert_before(site.place, fused)
     _replace(graph, site, fused)
 
 
@@ -304,7 +312,7 @@ def _unsplit(graph: ir.Graph, site: _Site, value: ir.Value) -> ir.Value:
         split = nodes[0].outputs[0]
     shape = put_initializer(graph, "heads_together", np.array([0, 0, -1], np.int64))
     nodes.append(ir.node("Reshape", [split, shape]))
-    graph.insert_before(site.keys, nodes)
+    graph.insert_before(site.place, nodes)
     return nodes[-1].outputs[0]
 
 
@@ -318,7 +326,7 @@ def _packed(parts: Sequence[ir.Value]) -> list[ir.Value | None] | None:
 
 def _replace(graph: ir.Graph, site: _Site, fused: ir.Node) -> None:
     output, keys, values = fused.outputs
-    for new, write in ((keys, site.keys), (values, site.values)):
+    for new, write in ((keys, site.keys.write), (values, site.values.write)):
         old = write.outputs[0]
         new.type, new.shape = old.type, old.shape
         take_over(new, old)
