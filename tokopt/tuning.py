@@ -37,6 +37,7 @@ SPACES: Mapping[str, tuple[tuple[str, ...], ...]] = {
     "causal-lm": (
         ("streaming{budget=0.5}", "h2o{budget=0.5}", "expected_attention{budget=0.5}"),
         ("keep_grid", "rtn{bits=8}", "gptq{group=16 order=true}", "rtn"),
+        ("int8_kv",),
     ),
 }
 """Task -> kinds of methods, and the candidates of each; at most one of each kind is in a pipeline."""

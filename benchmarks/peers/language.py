@@ -39,7 +39,6 @@ METHODS = (
     "rtn, 8 bits, 8-bit cache",
     "rtn, symmetric",
     "gptq, ordered",
-    "gptq, ordered, 8-bit cache",
     "gptq, 4.5 bits",
     "keep_grid",
     "keep_grid, 8-bit cache",
