@@ -56,16 +56,12 @@ class Int8KV(Pass):
             self._check(bundle, layers)
         except PassRefused as reason:
             return PassResult(bundle, 0, (), (Refusal("step", str(reason)),))
-        peaks = {
-            layer.index: (_Peak.of(layer.keys, rotary), _Peak.of(layer.values, None))
-            for layer, rotary in zip(layers, find_rotaries(step, module, layers), strict=True)
-        }
-        observe(bundle, module, {p.node: p.add for pair in peaks.values() for p in pair}, samples)
-        scales = {
-            f"{kind}_{index}": peak.scale
-            for index, pair in peaks.items()
-            for kind, peak in zip(("keys", "values"), pair, strict=True)
-        }
+        peaks: dict[str, _Peak] = {}
+        for layer, rotary in zip(layers, find_rotaries(step, module, layers), strict=True):
+            peaks[f"keys_{layer.index}"] = _Peak.of(layer.keys, rotary)
+            peaks[f"values_{layer.index}"] = _Peak.of(layer.values, None)
+        observe(bundle, module, {peak.node: peak.add for peak in peaks.values()}, samples)
+        scales = {name: peak.scale for name, peak in peaks.items()}
         edit = _IntegerCache(bundle, module, layers, scales)
         programs = {**bundle.programs, "step": edit.run()}
         if "compact" in programs:
