@@ -23,7 +23,14 @@ from tokopt.analysis.cache import CachedAttention, cached_attentions
 from tokopt.analysis.graph import program_module
 from tokopt.analysis.rotary import rotaries
 from tokopt.bundle import Bundle, Program, State
-from tokopt.cache_rewrite import Attention, Memory, StepEdit, in_float32, state_program
+from tokopt.cache_rewrite import (
+    Attention,
+    Memory,
+    StepEdit,
+    in_float32,
+    require_language_model,
+    state_program,
+)
 from tokopt.errors import PassError, PassRefused
 from tokopt.kernels import ops
 from tokopt.pipeline import Context, Pass, PassResult, Refusal
@@ -111,8 +118,7 @@ class KVEviction(Pass):
 
     def requires(self, bundle: Bundle) -> None:
         """Language models with a full cache."""
-        if bundle.task != "causal-lm":
-            raise PassError(f"{self.name} works on language models; this bundle is an {bundle.task}")
+        require_language_model(self.name, bundle)
         if "compact" in bundle.programs:
             raise PassError(f"{self.name}: keys and values are evicted already; use one eviction pass")
 

@@ -19,6 +19,7 @@ from tokopt.analysis.cache import CachedAttention, input_nodes
 from tokopt.analysis.graph import argument
 from tokopt.analysis.rotary import Rotary
 from tokopt.bundle import Axis, AxisRange, Bundle, Program, State, TensorSpec
+from tokopt.errors import PassError
 from tokopt.kernels import ops
 from tokopt.rewrite import call, export_flat, output_specs, reexport
 
@@ -51,6 +52,12 @@ class Attention:
     def mass(self) -> Tensor:
         """Attention that each slot gets, summed over real queries and their heads [batch, key heads, slots, 1]."""
         return ops.attention_mass(self.query, self.key, self.mask, self.positions, self.scale)
+
+
+def require_language_model(name: str, bundle: Bundle) -> None:
+    """Raise PassError, for the pass of this name, where there is no cache."""
+    if bundle.task != "causal-lm":
+        raise PassError(f"{name} works on language models; this bundle is an {bundle.task}")
 
 
 def in_float32(x: Tensor) -> Tensor:

@@ -14,8 +14,8 @@ from tokopt.analysis.calibration import observe
 from tokopt.analysis.graph import program_module, sizes
 from tokopt.analysis.rotary import Rotary, find_rotaries
 from tokopt.bundle import Bundle, Program, State
-from tokopt.cache_rewrite import ProgramEdit, state_program
-from tokopt.errors import PassError, PassRefused
+from tokopt.cache_rewrite import ProgramEdit, require_language_model, state_program
+from tokopt.errors import PassRefused
 from tokopt.kernels import ops
 from tokopt.kernels.quantize_int8.reference import HIGH
 from tokopt.pipeline import Context, Pass, PassResult, Refusal
@@ -43,8 +43,7 @@ class Int8KV(Pass):
 
     def requires(self, bundle: Bundle) -> None:
         """Language models."""
-        if bundle.task != "causal-lm":
-            raise PassError(f"{self.name} works on language models; this bundle is an {bundle.task}")
+        require_language_model(self.name, bundle)
 
     def run(self, bundle: Bundle, context: Context) -> PassResult:
         """Turn every layer's cache into codes, in ``step`` and in ``compact``."""

@@ -13,7 +13,7 @@ from torch.fx import GraphModule, Interpreter, Node
 from tokopt.analysis.cache import CachedAttention, cached_attentions
 from tokopt.analysis.graph import program_module
 from tokopt.bundle import AxisRange, Bundle, Program, State, TensorSpec
-from tokopt.cache_rewrite import ProgramEdit, state_program
+from tokopt.cache_rewrite import ProgramEdit, require_language_model, state_program
 from tokopt.errors import PassError, PassRefused
 from tokopt.kernels import ops
 from tokopt.kernels.quantize_keys.reference import LEVELS
@@ -60,8 +60,7 @@ class KIVI(Pass):
 
     def requires(self, bundle: Bundle) -> None:
         """Language models whose layers hold the same number of slots, and an eviction that comes again."""
-        if bundle.task != "causal-lm":
-            raise PassError(f"{self.name} works on language models; this bundle is an {bundle.task}")
+        require_language_model(self.name, bundle)
         assert bundle.generation is not None
         if "compact" in bundle.programs and bundle.generation.compact_every < self.group:
             raise PassError(
