@@ -1,8 +1,9 @@
-"""Timing engines against each other: one process each, in turns, and a control that rejects bad rounds.
+"""Timing engines against each other: one process each, in turns, and a control that rejects bad turns.
 
-Every engine lives in its own process and computes only when it is asked to. A round gives each engine one
-turn of a few calls, and the control (the first engine) a second turn at the end. When the two turns of the
-control disagree, something else used the machine, and the round is thrown away.
+Every engine lives in its own process and computes only when it is asked to. A round gives each engine one turn of a
+few calls, and the control (the first engine) a turn before and after each. When these two disagree, something else used
+the machine, and the turn between them is thrown away. An engine's ratio is to the control's turns beside its own, so a
+machine that is slower for a minute changes no ratio.
 """
 
 from __future__ import annotations
@@ -13,8 +14,8 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
-from dataclasses import dataclass
+from contextlib import ExitStack, closing
+from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -46,7 +47,10 @@ CALLS = {
 """Kind of engine -> ``module:function`` that makes the call to time; a call that returns seconds says what counts."""
 
 DRIFT = 0.08
-"""A round counts when the control's two turns differ by less than this."""
+"""A turn counts when those of the control beside it differ by less than this."""
+
+PATIENCE = 5
+"""An engine gets at most this many turns for each one that has to count."""
 
 
 @dataclass(frozen=True)
@@ -63,7 +67,7 @@ class Engine:
 
 @dataclass(frozen=True)
 class Timing:
-    """Seconds per call, and the ratios ``control / engine`` over the rounds that counted (> 1: faster)."""
+    """Seconds per call, and the ratios ``control / engine`` over the turns that counted (> 1: faster)."""
 
     name: str
     minimum: float
@@ -76,7 +80,7 @@ class Timing:
 
 
 class Disturbed(RuntimeError):
-    """Too few rounds were free of drift to report a number."""
+    """Too few turns were free of drift to report a number."""
 
 
 class Worker:
@@ -96,8 +100,8 @@ class Worker:
         self.calls = max(1, min(50, round(0.4 / min(warm))))
 
     def turn(self) -> list[float]:
-        """Seconds of each call of one turn; a first call, not counted, brings the caches back."""
-        return self._ask(self.calls + 1)[1:]
+        """Seconds of each call of one turn; a short call is made once before, to bring the caches back."""
+        return self._ask(self.calls + 1)[1:] if self.calls > 1 else self._ask(1)
 
     def _ask(self, calls: int) -> list[float]:
         assert self.process.stdin and self.process.stdout
@@ -114,47 +118,56 @@ class Worker:
         self.process.wait(timeout=30)
 
 
+@dataclass
+class _Series:
+    """The turns of an engine that count, and what the control took beside each."""
+
+    control: list[list[float]] = field(default_factory=list)
+    turns: list[list[float]] = field(default_factory=list)
+    rejected: int = 0
+
+    def add(self, before: list[float], turn: list[float], after: list[float]) -> None:
+        """Keep a turn, or reject it because the control drifted meanwhile."""
+        if abs(statistics.median(after) / statistics.median(before) - 1) > DRIFT:
+            self.rejected += 1
+            return
+        self.control.append(before + after)
+        self.turns.append(turn)
+
+
 def compare(engines: Sequence[Engine], rounds: int) -> list[Timing]:
-    """Time every engine against the first; raises Disturbed when most of the rounds drifted."""
-    times: list[list[list[float]]] = [[] for _ in engines]
-    rejected = 0
+    """Time every engine against the first; raises Disturbed when too many turns of one drifted."""
+    series = [_Series() for _ in engines]
     with ExitStack() as stack:
-        workers = []
-        for engine in engines:
-            workers.append(Worker(engine))
-            stack.callback(workers[-1].close)
-        while len(times[0]) < rounds:
-            turns = [worker.turn() for worker in workers]
-            again = workers[0].turn()
-            if abs(statistics.median(again) / statistics.median(turns[0]) - 1) > DRIFT:
-                rejected += 1
-                if rejected > 2 * rounds:
+        workers = [stack.enter_context(closing(Worker(engine))) for engine in engines]
+        before = workers[0].turn()
+        while waiting := [pair for pair in zip(workers, series, strict=True) if len(pair[1].turns) < rounds]:
+            for worker, own in waiting:
+                turn, after = worker.turn(), workers[0].turn()
+                own.add(before, turn, after)
+                before = after
+                if own.rejected > (PATIENCE - 1) * rounds:
                     raise Disturbed(
-                        f"{rejected} of {rejected + len(times[0])} rounds drifted by more than {DRIFT:.0%}; "
-                        "run the benchmark on an idle machine"
+                        f"{own.rejected} of {own.rejected + len(own.turns)} turns of {worker.engine.name} drifted "
+                        f"by more than {DRIFT:.0%}; run the benchmark on an idle machine"
                     )
-                time.sleep(1.0)
-                continue
-            turns[0] += again
-            for series, turn in zip(times, turns, strict=True):
-                series.append(turn)
-    return [_timing(e.name, times[0], series, rejected) for e, series in zip(engines, times, strict=True)]
+    return [_timing(engine.name, own) for engine, own in zip(engines, series, strict=True)]
 
 
-def _timing(name: str, control: list[list[float]], series: list[list[float]], rejected: int) -> Timing:
-    medians = [statistics.median(turn) for turn in series]
-    fastest = min(min(turn) for turn in series)
-    ratios = [statistics.median(c) / m for c, m in zip(control, medians, strict=True)]
+def _timing(name: str, series: _Series) -> Timing:
+    medians = [statistics.median(turn) for turn in series.turns]
+    fastest = min(map(min, series.turns))
+    ratios = [statistics.median(c) / m for c, m in zip(series.control, medians, strict=True)]
     low, high = np.quantile(ratios, [0.25, 0.75])
     return Timing(
         name,
         fastest,
         statistics.median(medians),
-        min(min(turn) for turn in control) / fastest,
+        min(map(min, series.control)) / fastest,
         statistics.median(ratios),
         (float(low), float(high)),
-        len(series),
-        rejected,
+        len(series.turns),
+        series.rejected,
     )
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,10 +13,10 @@ pytest.importorskip("psutil")
 pytest.importorskip("rich")
 
 import tokopt
+from benchmarks import timing
 from benchmarks.peers.report import fastest_ratio, floors
 from benchmarks.peers.report import markdown as peers_markdown
 from benchmarks.quality import cosines, predict
-from benchmarks.timing import _timing
 from benchmarks.vision import FULL, QUICK, Scale, with_options
 from examples import data
 from tokopt.errors import MissingDependencyError
@@ -37,13 +39,45 @@ def test_cosine_ignores_scale() -> None:
     np.testing.assert_allclose(cosines(-x, x), -1.0, rtol=1e-6)
 
 
-def test_a_ratio_compares_turns_of_the_same_round() -> None:
-    """A machine that is twice as slow in one round changes no ratio."""
-    control, variant = [[2.0, 2.2], [4.0, 4.4]], [[1.0, 1.1], [2.0, 2.2]]
-    timing = _timing("variant", control, variant, rejected=1)
-    assert timing.ratio_median == pytest.approx(2.0)
-    assert timing.ratio_quartiles == pytest.approx((2.0, 2.0))
-    assert (timing.minimum, timing.rounds, timing.rejected) == (1.0, 2, 1)
+class _Machine:
+    """Engines of known cost on a machine whose speed changes, instead of processes."""
+
+    def __init__(self, slowness: list[float]) -> None:
+        self.slowness = iter(slowness)
+
+    def __call__(self, engine: timing.Engine) -> SimpleNamespace:
+        turn = lambda: [engine.size * next(self.slowness)]  # noqa: E731
+        return SimpleNamespace(engine=engine, turn=turn, close=lambda: None)
+
+
+def _timings(
+    monkeypatch: pytest.MonkeyPatch, slowness: list[float], rounds: int
+) -> tuple[timing.Timing, timing.Timing]:
+    """A control that takes 4 seconds, and an engine that takes 2."""
+    monkeypatch.setattr(timing, "Worker", _Machine(slowness))
+    engines = [timing.Engine(str(size), "", Path(), 1, size, 1) for size in (4, 2)]
+    control, engine = timing.compare(engines, rounds)
+    return control, engine
+
+
+def test_a_ratio_compares_turns_beside_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine that is twice as slow from one round to the next changes no ratio."""
+    control, engine = _timings(monkeypatch, [1, 1, 1, 1, 1, 2, 2, 2, 2, 2, 2, 2, 2, 2], rounds=2)
+    assert (control.ratio_median, engine.ratio_median) == (1.0, 2.0)
+    assert engine.ratio_quartiles == (2.0, 2.0)
+    assert (engine.minimum, engine.median, engine.rounds, engine.rejected) == (2.0, 3.0, 2, 0)
+
+
+def test_a_turn_counts_only_between_equal_turns_of_the_control(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The engine's first turn lies in a change of speed: it alone is repeated."""
+    control, engine = _timings(monkeypatch, [1, 1, 1, 1, 2, 2, 2], rounds=1)
+    assert (control.rounds, control.rejected, engine.rounds, engine.rejected) == (1, 0, 1, 1)
+    assert (control.median, engine.median, engine.ratio_median) == (4.0, 4.0, 2.0)
+
+
+def test_a_machine_that_never_rests_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(timing.Disturbed, match="5 of 5 turns of 4"):
+        _timings(monkeypatch, [1.5**i for i in range(30)], rounds=1)
 
 
 @pytest.mark.parametrize("scale", [*FULL, *QUICK], ids=lambda scale: f"{scale.size}-{scale.train}")
@@ -88,7 +122,7 @@ def test_images_become_normalised_squares() -> None:
 def test_peers_report_compares_equal_fidelity() -> None:
     """A peer or an artifact below the floor does not count, however fast it is."""
     timings = [
-        {"name": name, "median": seconds, "minimum": seconds}
+        _row(name, seconds, 4.0 / seconds)
         for name, seconds in (("torch", 4.0), ("int8", 1.0), ("tokopt", 3.0), ("tokopt `tome`", 0.5))
     ]
     quality = {
@@ -97,18 +131,29 @@ def test_peers_report_compares_equal_fidelity() -> None:
         "tokopt": {"cosine": 0.999},
         "tokopt `tome`": {"cosine": 0.975},
     }
-    assert fastest_ratio(timings, quality, 0.99) == ("tokopt", "torch", 4 / 3)
+    assert fastest_ratio(timings, quality, 0.99) == ("tokopt", "torch", 4.0 / 3.0)
     assert fastest_ratio(timings, quality, 0.97) == ("tokopt `tome`", "int8", 2.0)
     assert fastest_ratio(timings, quality, 1.01) is None
     assert floors(timings, quality) == [0.98, 0.99, 0.97]
     assert floors(timings[2:], quality) == [0.99, 0.97]
 
 
+def _row(name: str, seconds: float, speed: float) -> dict[str, Any]:
+    quartiles = (speed, speed)
+    return {
+        "name": name,
+        "median": seconds,
+        "minimum": seconds,
+        "ratio_median": speed,
+        "ratio_quartiles": quartiles,
+    }
+
+
 def test_peers_report_is_written_from_what_there_is() -> None:
     """Nothing measured, no section; an engine that did not start is named with its reason."""
     rows = [
-        {"name": name, "median": seconds, "minimum": seconds}
-        for name, seconds in (("llama.cpp", 0.08), ("tokopt keep_grid", 0.04))
+        _row(name, seconds, speed)
+        for name, seconds, speed in (("llama.cpp", 0.08, 1.0), ("tokopt keep_grid", 0.04, 2.0))
     ]
     text = peers_markdown(
         {
@@ -119,8 +164,8 @@ def test_peers_report_is_written_from_what_there_is() -> None:
         }
     )
     assert "DINOv2" not in text and "Left out: genai: ImportError: no module" in text
-    assert "| llama.cpp | – | 100.0 | 100.0 | 10.0 |" in text
-    assert "| tokopt keep_grid | 0.004 | 200.0 | 200.0 | 5.0 |" in text
+    assert "| llama.cpp | – | 100.0 | 100.0 | 10.0 | 1.00 (1.00 to 1.00) |" in text
+    assert "| tokopt keep_grid | 0.004 | 200.0 | 200.0 | 5.0 | 2.00 (2.00 to 2.00) |" in text
     assert "Against the fastest peer (llama.cpp): tokopt keep_grid 2.00x." in text
     assert "KL at most" not in text  # llama.cpp's was not measured
     judged = {"tokopt keep_grid": {"KL": 0.0041}, "llama.cpp": {"KL": 0.02}}
