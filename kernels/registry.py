@@ -85,15 +85,21 @@ def attach_functions(model: ir.Model) -> None:
     """
     from onnx_ir.serde import deserialize_function
 
-    called = {node.op_type for node in model.graph.all_nodes() if node.domain == "tokopt"}
-    for function in (function for name in OPS for function in _onnx_form(name).FUNCTIONS):
-        if function.name in called:
-            body = deserialize_function(function.to_function_proto())
-            model.functions[body.identifier()] = body
+    forms = {function.name: function for name in OPS for function in _onnx_form(name).FUNCTIONS}
+    called = _called(model.graph)
+    while called := called - {name for _, name, _ in model.functions}:
+        body = deserialize_function(forms[min(called)].to_function_proto())
+        model.functions[body.identifier()] = body
+        called |= _called(body)
     # Ops that are in both opsets mean the same in both; an engine wants one version throughout.
     newest = max([model.opset_imports[""], *(body.opset_imports[""] for body in model.functions.values())])
     for part in (model.graph, *model.functions.values()):
         part.opset_imports[""] = newest
+
+
+def _called(part: ir.Graph | ir.Function) -> set[str]:
+    """The names of the ``tokopt`` functions that a graph, or the body of one, calls."""
+    return {node.op_type for node in part.all_nodes() if node.domain == "tokopt"}
 
 
 def _onnx_form(name: str) -> ModuleType:
