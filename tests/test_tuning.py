@@ -144,9 +144,35 @@ def test_search_goes_on_where_it_stopped(
         model, images(), tmp_path / "t", candidates=[["tome{r=1}", "tome{r=2}"]], floor="cosine>=0"
     )
     assert len(timed) == 2 and [trial.speedup for trial in both.trials] == [1.2, 1.3]
+    assert [trial.quartiles for trial in both.trials] == [(1.2, 1.2), (1.3, 1.3)]
     assert json.loads((tmp_path / "t/trials.json").read_text())["trials"][1]["pipeline"] == "tome{r=2}"
     with pytest.raises(InputError, match="choose another folder"):
         tokopt.tune(model, images(6), tmp_path / "t", candidates=[["tome{r=1}"]])
+
+
+def test_a_batch_is_timed_as_asked(
+    model: tokopt.Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another batch is another search; a batch that cannot run is refused before any trial."""
+    batches: list[int | None] = []
+
+    def times(paths: list[str], rounds: int, batch: int | None, *rest: Any) -> Iterator[tuple[float, float]]:
+        batches.append(batch)
+        yield (2.0, 1.0)
+
+    monkeypatch.setattr(tuning, "interleaved_times", times)
+    given = {"candidates": [["tome{r=1}"]], "floor": "cosine>=0"}
+    tokopt.tune(model, images(), tmp_path / "t", machine=Machine(batch=3), **given)
+    assert batches == [3]
+    with pytest.raises(InputError, match="choose another folder"):
+        tokopt.tune(model, images(), tmp_path / "t", **given)
+    entry = ZOO["deit"]
+    fixed = tokopt.capture(entry.build(), tuple(entry.inputs(batch=2).values()), dynamic={})
+    with pytest.raises(InputError, match="cannot run a batch of 3"):
+        tokopt.tune(fixed, images(), tmp_path / "u", machine=Machine(batch=3), **given)
+    with pytest.raises(InputError, match="one text at a time"):
+        tokopt.tune(decoder("llama"), [[1, 2]] * 2, tmp_path / "v", machine=Machine(batch=2))
+    assert batches == [3]
 
 
 def test_another_model_is_another_search(model: tokopt.Bundle, tmp_path: Path) -> None:

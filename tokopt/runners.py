@@ -143,9 +143,8 @@ def interleaved_times(
     prompt: int | None = None,
     backend: Backend = "onnxruntime",
 ) -> Iterator[tuple[float, ...]]:
-    """Yield, per round, the seconds that one call of each artifact took.
-
-    A language model decodes :data:`STEPS` tokens after ``prompt`` of them, an encoder runs its stored example.
+    """Yield, per round, the seconds that each artifact took: an encoder for its stored example, repeated or cut to
+    ``batch``, a language model for one token of the :data:`STEPS` that it decodes after ``prompt`` of them.
 
     Every artifact runs in a process of its own, so that the thread pools of two engines do not disturb each
     other; within a round they take turns, and the order is reversed every other round, so that a machine that
@@ -200,13 +199,14 @@ def _worker(
 ) -> None:
     try:
         call = _encoder(path, batch, threads, backend) if prompt is None else decoder(path, prompt, threads)
+        each = 1 if prompt is None else STEPS
         call()  # the first one allocates
         pipe.send(0.0)
         while True:
             pipe.recv()
             start = time.perf_counter()
             call()
-            pipe.send(time.perf_counter() - start)
+            pipe.send((time.perf_counter() - start) / each)
     except (EOFError, BrokenPipeError, KeyboardInterrupt):
         return
     except Exception as error:

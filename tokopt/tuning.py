@@ -27,7 +27,7 @@ from tokopt.bundle import Bundle
 from tokopt.errors import InputError, TokoptError
 from tokopt.judge import OWN, Floor, Sample, judge
 from tokopt.pipeline import optimize, parse
-from tokopt.runners import interleaved_times
+from tokopt.runners import interleaved_times, open_runner
 
 SPACES: Mapping[str, tuple[tuple[str, ...], ...]] = {
     "encoder": (
@@ -53,11 +53,16 @@ Metric = Callable[[Path], float]
 
 @dataclass(frozen=True)
 class Trial:
-    """One candidate: its quality, and its speed as a ratio to the model itself; or the reason why there is none."""
+    """One candidate: its quality, and its speed as a ratio to the model itself; or the reason why there is none.
+
+    ``speedup`` is the median of the rounds' ratios and ``quartiles`` are theirs. ``milliseconds`` are the median of a
+    batch of an encoder, or of a token that a language model decodes.
+    """
 
     pipeline: str
     quality: Mapping[str, float] = field(default_factory=dict)
     speedup: float | None = None
+    quartiles: tuple[float, float] | None = None
     milliseconds: float | None = None
     megabytes: float | None = None
     reason: str = ""
@@ -105,10 +110,13 @@ class Tuning:
 
 @dataclass(frozen=True)
 class Machine:
-    """How candidates are timed: threads of the engine, and the tokens a language model has read before."""
+    """How candidates are timed: threads of the engine, tokens that a language model has read before, and images or
+    texts at once of an encoder (None: as many as the model was captured with).
+    """
 
     threads: int | None = None
     prompt: int = 256
+    batch: int | None = None
 
 
 def tune(
@@ -134,18 +142,22 @@ def tune(
     artifact (``best.tokopt``), its pipeline (``pipeline.txt``, empty when nothing gains) and, with matplotlib, the
     picture ``pareto.png``.
 
-    Raises InputError for fewer than two samples, a bad floor or candidate, and a folder of another search.
+    Raises InputError for fewer than two samples, a bad floor or candidate, a batch that the model cannot run, and a
+    folder of another search.
     """
     if len(samples) < 2:
         raise InputError(
             "tuning needs at least two samples, one to calibrate with and one to judge by; give more"
         )
+    machine = machine or Machine()
+    if bundle.task == "causal-lm" and machine.batch not in (None, 1):
+        raise InputError("tuning times a language model one text at a time; leave the batch out")
     usual = {"encoder": "cosine>=0.99", "causal-lm": "KL<=0.05"}[bundle.task]
     wanted = Floor.parse(floor or usual, bundle.task, *([OWN] if metric else []))
     # One spelling of each; a misspelt candidate is refused before anything runs.
     kinds = [[str(parse(text)) for text in kind] for kind in candidates or SPACES[bundle.task]]
     say = progress or (lambda line: None)
-    search = _Search(bundle, samples, Path(folder), machine or Machine(), metric, say)
+    search = _Search(bundle, samples, Path(folder), machine, metric, say)
     end = time.monotonic() + 60 * minutes
     untried: list[str] = []
     for text in _candidates(kinds, search.trials, wanted):
@@ -202,6 +214,8 @@ class _Search:
             say("exporting the model as it is")
             export(bundle, self.baseline, overwrite=self.baseline.exists())
             self._keep()
+        if machine.batch is not None and bundle.task == "encoder":
+            open_runner(self.baseline, machine.threads).example(machine.batch)  # refuses what cannot run
 
     def try_one(self, text: str, floor: Floor) -> None:
         """Measure one candidate and keep what was found."""
@@ -238,11 +252,14 @@ class _Search:
             quality[OWN] = float(self.metric(path))
         prompt = self.machine.prompt if self.bundle.task == "causal-lm" else None
         paths = [str(self.baseline), str(path)]
-        rounds = list(interleaved_times(paths, ROUNDS, None, self.machine.threads, prompt))
+        batch = self.machine.batch if prompt is None else None
+        rounds = list(interleaved_times(paths, ROUNDS, batch, self.machine.threads, prompt))
+        low, middle, high = np.quantile([before / after for before, after in rounds], [0.25, 0.5, 0.75])
         return Trial(
             text,
             quality,
-            speedup=statistics.median(before / after for before, after in rounds),
+            speedup=float(middle),
+            quartiles=(float(low), float(high)),
             milliseconds=1e3 * statistics.median(after for _, after in rounds),
             megabytes=sum(file.stat().st_size for file in path.iterdir()) / 1e6,
         )
@@ -286,7 +303,11 @@ class _Search:
                 f"{self.folder} holds a search with another model, other samples or settings; choose another folder"
             )
         self.best = stored["best"]
-        return {row["pipeline"]: Trial(**row) for row in stored["trials"]}
+        trials = {}
+        for row in stored["trials"]:
+            quartiles = tuple(row.pop("quartiles") or ()) or None
+            trials[row["pipeline"]] = Trial(**row, quartiles=quartiles)
+        return trials
 
 
 def _write(path: Path, text: str) -> None:

@@ -215,9 +215,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     p.add_argument("artifacts", nargs="+", metavar="ARTIFACT")
     p.add_argument("--rounds", type=_positive, default=20, metavar="N", help="default: 20")
-    p.add_argument(
-        "--batch", type=_positive, metavar="N", help="batch size (default: that of the stored example)"
-    )
+    _batch(p)
     _threads(p)
     _backend(p)
 
@@ -281,6 +279,7 @@ def _parser() -> argparse.ArgumentParser:
         metavar="N",
         help="tokens before those that are timed (default: 256)",
     )
+    _batch(p)
     _threads(p)
     _colours(p)
 
@@ -305,6 +304,12 @@ def _colours(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--std", type=_numbers, default=(0.229, 0.224, 0.225), help="of each colour (default: ImageNet's)"
+    )
+
+
+def _batch(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--batch", type=_positive, metavar="N", help="batch size (default: that of the stored example)"
     )
 
 

@@ -383,7 +383,7 @@ def tune(args: Namespace, screen: Screen) -> int:
         candidates=args.candidates,
         metric=imported(args.metric) if args.metric else None,
         minutes=args.minutes,
-        machine=Machine(args.threads, args.prompt),
+        machine=Machine(args.threads, args.prompt, args.batch),
         progress=lambda line: print(line, file=sys.stderr) if sys.stderr.isatty() else None,
     )
     measures = next((list(t.quality) for t in found.trials if t.quality), [])
@@ -391,13 +391,15 @@ def tune(args: Namespace, screen: Screen) -> int:
         (
             trial.pipeline,
             f"{trial.speedup:.2f}x" if trial.speedup else "",
+            "{:.2f} to {:.2f}".format(*trial.quartiles) if trial.quartiles else "",
+            trial.milliseconds,
             *(trial.quality.get(measure) for measure in measures),
             trial.megabytes,
             trial.reason or ("best" if trial is found.winner else "front" if trial in found.front else ""),
         )
         for trial in found.trials
     ]
-    screen.table(("pipeline", "speed-up", *measures, "MB", ""), rows)
+    screen.table(("pipeline", "speed-up", "quartiles", "ms", *measures, "MB", ""), rows)
     if found.untried:
         screen.line(f"{len(found.untried)} candidates were left for want of time; the same command goes on.")
     if found.winner is None:
