@@ -26,7 +26,7 @@ def share_torchlib() -> None:
         registry.functions = {op: list(forms) for op, forms in registry.functions.items()}
         return registry
 
-    setattr(ONNXRegistry, "from_torchlib", from_torchlib)  # noqa: B010
+    setattr(ONNXRegistry, "from_torchlib", staticmethod(from_torchlib))  # noqa: B010
 
 
 share_torchlib()
