@@ -16,8 +16,6 @@ import tokopt
 from tests.zoo import ZOO
 from tokopt.cli import main
 
-pytestmark = pytest.mark.xdist_group("cli")  # the artifacts below are built once
-
 VERBS = ("capture", "optimize", "export", "inspect", "estimate", "run", "verify", "bench", "bisect", "passes")
 
 

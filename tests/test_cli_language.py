@@ -12,8 +12,6 @@ from tokenizers import decoders, models, pre_tokenizers
 from tests.zoo.decoders import DECODERS, VOCABULARY
 from tokopt.cli import main
 
-pytestmark = pytest.mark.xdist_group("cli-language")  # the artifacts below are built once
-
 
 def tokenizer() -> Library:
     """One token per letter."""

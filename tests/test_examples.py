@@ -87,7 +87,6 @@ def language_model(answer: tuple[str, Path]) -> LanguageModel:
     return model
 
 
-@pytest.mark.xdist_group("smollm2")
 def test_generate_streams_a_chat_answer_without_torch(
     answer: tuple[str, Path], language_model: LanguageModel
 ) -> None:
@@ -98,7 +97,6 @@ def test_generate_streams_a_chat_answer_without_torch(
     assert "torch was not imported" in printed
 
 
-@pytest.mark.xdist_group("smollm2")
 def test_the_command_says_what_the_library_says(
     answer: tuple[str, Path], language_model: LanguageModel, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -107,7 +105,6 @@ def test_the_command_says_what_the_library_says(
     assert capsys.readouterr().out.rstrip("\n") == wanted.rstrip("\n")
 
 
-@pytest.mark.xdist_group("smollm2")
 def test_greedy_equals_transformers_on_real_weights(language_model: LanguageModel) -> None:
     """200 tokens, and a batch of unequal prompts equals one by one."""
     import torch
@@ -123,7 +120,6 @@ def test_greedy_equals_transformers_on_real_weights(language_model: LanguageMode
         assert isinstance(alone, Generated) and alone.tokens == got.tokens
 
 
-@pytest.mark.xdist_group("gemma3")
 def test_greedy_equals_transformers_on_sliding_windows(tmp_path: Path) -> None:
     """Gemma 3, whose layers see 512 positions or all: 200 tokens across the end of the window."""
     import torch
@@ -140,7 +136,6 @@ def test_greedy_equals_transformers_on_sliding_windows(tmp_path: Path) -> None:
     assert len(ids) + len(got.tokens) > reference.config.sliding_window
 
 
-@pytest.mark.xdist_group("smollm2")
 def test_node_generates_the_same_tokens(
     answer: tuple[str, Path], language_model: LanguageModel, tmp_path: Path
 ) -> None:
@@ -156,7 +151,6 @@ def test_node_generates_the_same_tokens(
     assert len(wanted) == 32
 
 
-@pytest.mark.xdist_group("smollm2")
 def test_bad_prompts_are_refused_before_anything_runs(language_model: LanguageModel) -> None:
     context = language_model.settings.context
     for prompt, reason in {

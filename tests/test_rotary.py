@@ -33,10 +33,7 @@ def check(rotary: Rotary, frequencies: torch.Tensor) -> None:
 
 @pytest.mark.parametrize(
     "name",
-    [
-        pytest.param(name, marks=pytest.mark.xdist_group(f"decoder-{name}"))
-        for name in ("llama", "qwen2", "qwen3", "mistral", "gpt_neox", "phi")
-    ],
+    ("llama", "qwen2", "qwen3", "mistral", "gpt_neox", "phi"),
 )
 def test_angles_are_the_models_own(name: str) -> None:
     decoder: Any = model(name)
@@ -44,7 +41,6 @@ def test_angles_are_the_models_own(name: str) -> None:
         check(rotary, decoder.get_decoder().rotary_emb.inv_freq)
 
 
-@pytest.mark.xdist_group("decoder-gemma3")
 def test_layers_have_angles_of_their_own() -> None:
     """Gemma 3's sliding layers turn faster than its full ones."""
     decoder: Any = model("gemma3")
@@ -55,7 +51,6 @@ def test_layers_have_angles_of_their_own() -> None:
     assert sliding != full
 
 
-@pytest.mark.xdist_group("decoder-llama")
 @pytest.mark.parametrize(
     "scaling",
     [
@@ -78,7 +73,6 @@ def test_scaled_angles(scaling: dict[str, Any]) -> None:
     check(rotary, decoder.get_decoder().rotary_emb.inv_freq)
 
 
-@pytest.mark.xdist_group("decoder-hand_written")
 def test_neighbouring_channels() -> None:
     rotary = found(bundle("hand_rotary"))[0]
     assert rotary.partners == tuple(i ^ 1 for i in range(16))

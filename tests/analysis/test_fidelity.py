@@ -40,7 +40,6 @@ def test_features() -> None:
     assert (found.cosine, found.worst, found.nmse) == pytest.approx((0.5, 0.0, 4 / 3))
 
 
-@pytest.mark.xdist_group("decoder-llama")
 def test_next_tokens() -> None:
     given = language.bundle("llama")
     texts = [language.prompt(20), language.prompt(9, seed=1)]

@@ -17,9 +17,7 @@ from tokopt.lower import onnxruntime as lowering
 from tokopt.runtime import LanguageModel, language, load
 from tokopt.runtime.engines import ONE_ROW, PORTABLE
 
-decoders = pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=pytest.mark.xdist_group(f"decoder-{name}")) for name in DECODERS]
-)
+decoders = pytest.mark.parametrize("name", DECODERS)
 
 
 def operators(model: LanguageModel, form: str) -> collections.Counter[str]:

@@ -35,8 +35,6 @@ from tokopt.runtime.manifest import (
 
 SLOTS = 40
 
-pytestmark = pytest.mark.xdist_group("triton")  # what is written below is written once
-
 
 @pytest.fixture(scope="module")
 def encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:

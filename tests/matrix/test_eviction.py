@@ -31,18 +31,10 @@ TYPICAL = ("llama", "gemma3", "mistral", "gpt2")
 
 PAIRS = [(m, name) for m in METHODS for name in TYPICAL if m not in ROTARY_ONLY or name not in LEARNED]
 PAIRS += [("h2o", name) for name in DECODERS if name not in TYPICAL]
-PAIRS = [
-    pytest.param(method, name, marks=pytest.mark.xdist_group(f"decoder-{name}")) for method, name in PAIRS
-]
 FORMULAS = [m for m in METHODS if m.split()[0] in SCORES]
-FORMULAS = [
-    pytest.param(method, marks=pytest.mark.xdist_group("decoder-hand_written")) for method in FORMULAS
-]
 
 BY_SLOT = ("random_kv", "keyformer")
 """Methods whose hashes see slot numbers, which padding moves."""
-
-llama = pytest.mark.xdist_group("decoder-llama")
 
 BUDGET, SINKS, RECENT, EVERY = 12, 2, 4, 3
 OPTIONS = f"budget={BUDGET} sinks={SINKS} recent={RECENT} every={EVERY}"
@@ -170,7 +162,7 @@ def test_a_budget_that_holds_all_changes_nothing(method: str, name: str) -> None
     torch.testing.assert_close(roomy.follow([ids], [text], EVERY), torch.stack(wanted), atol=2e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize(("method", "name"), [pair for pair in PAIRS if pair.values[0] not in BY_SLOT])
+@pytest.mark.parametrize(("method", "name"), [pair for pair in PAIRS if pair[0] not in BY_SLOT])
 def test_padding_is_never_counted_or_kept(method: str, name: str) -> None:
     """A row beside a longer one, padded on the left, goes as it goes alone; budgets are those of the real tokens."""
     prompts, texts = [prompt(15), prompt(26, seed=2)], [prompt(7, seed=1), prompt(7, seed=3)]
@@ -183,7 +175,6 @@ def test_padding_is_never_counted_or_kept(method: str, name: str) -> None:
     assert together.state["length"].tolist() == [BUDGET + 1] * 2  # seven tokens: one since the last eviction
 
 
-@llama
 @pytest.mark.parametrize("method", METHODS)
 def test_sinks_and_recent_tokens_survive(method: str) -> None:
     ids = prompt(30)
@@ -197,7 +188,6 @@ def test_sinks_and_recent_tokens_survive(method: str) -> None:
     assert torch.equal(after[:, BUDGET - RECENT : BUDGET], before[:, 30 - RECENT : 30])
 
 
-@pytest.mark.xdist_group("decoder-hand_written")
 def test_renumbered_text_outgrows_the_context() -> None:
     """A prompt and a text longer than the positions that the model was trained on, beside a shorter one."""
     name, naive = naive_decoder("streaming rerotate=true")
@@ -212,18 +202,13 @@ def test_renumbered_text_outgrows_the_context() -> None:
 
 @pytest.mark.parametrize(
     ("method", "name"),
-    [
-        pytest.param(method, name, marks=pytest.mark.xdist_group(f"decoder-{name}"))
-        for method in ROTARY_ONLY
-        for name in LEARNED
-    ],
+    [(method, name) for method in ROTARY_ONLY for name in LEARNED],
 )
 def test_learned_positions_cannot_be_rotated(method: str, name: str) -> None:
     with pytest.raises(PassRefused, match=r"keys of layer 0 are not rotated by their positions \(RoPE\)"):
         tokopt.optimize(bundle(name), spelled(method), strict=True)
 
 
-@llama
 def test_recent_tokens_as_a_share_of_the_budget() -> None:
     """Half of twelve is six, and half of a fraction of the prompt is what that fraction becomes."""
     ids, text = prompt(24), prompt(8, seed=1)
@@ -238,7 +223,6 @@ def test_recent_tokens_as_a_share_of_the_budget() -> None:
         assert torch.equal(*logits)
 
 
-@llama
 def test_budgets_by_layer() -> None:
     """A list, a pyramid, and a fraction of the prompt's real tokens."""
     cases = {
@@ -253,7 +237,6 @@ def test_budgets_by_layer() -> None:
         assert driver.state["length"].tolist() == lengths
 
 
-@llama
 def test_memory_is_what_the_budget_says() -> None:
     """Bytes allocated: the budget and the tokens until the next eviction, in every state with slots."""
     got = artifact("llama", spelled("h2o"))
@@ -264,7 +247,6 @@ def test_memory_is_what_the_budget_says() -> None:
     assert got.statistics.cache_bytes == slots * per_slot + 8 + 8  # one length, one budget
 
 
-@llama
 @pytest.mark.parametrize(
     ("pipeline", "reason"),
     {
@@ -289,7 +271,6 @@ def test_what_cannot_be_is_refused(pipeline: str, reason: str) -> None:
     assert "\n" not in str(caught.value)
 
 
-@llama
 def test_a_budget_of_everything_is_the_same_bundle() -> None:
     same = tokopt.optimize(bundle("llama"), "h2o{budget=1.0}")
     assert same.programs == bundle("llama").programs

@@ -30,9 +30,6 @@ from tokopt.runtime.state import run_in_place
 TEXTS = [prompt(24, seed) for seed in (3, 4)]
 """What is calibrated with."""
 
-DECODER = [pytest.param(name, marks=pytest.mark.xdist_group(f"decoder-{name}")) for name in DECODERS]
-llama = pytest.mark.xdist_group("decoder-llama")
-
 
 def pairs(rotated: int) -> Callable[[int], int]:
     """The partner of a channel where the first ``rotated`` ones are turned by halves, itself elsewhere."""
@@ -121,9 +118,7 @@ def step_logits(made: Bundle, ids: list[int], capacity: int = 64) -> np.ndarray:
     return torch.cat(found).numpy()
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=pytest.mark.xdist_group(f"decoder-{name}")) for name in PARTNERS]
-)
+@pytest.mark.parametrize("name", PARTNERS)
 def test_it_is_the_formula(name: str) -> None:
     recorded = Recording(PARTNERS[name])
     for text in TEXTS:
@@ -135,7 +130,7 @@ def test_it_is_the_formula(name: str) -> None:
     assert nmse(plain, wanted) > 1e-6  # so that the comparison means something
 
 
-@pytest.mark.parametrize("name", DECODER)
+@pytest.mark.parametrize("name", DECODERS)
 def test_every_decoder_keeps_bytes(name: str) -> None:
     made = quantized(name)
     assert {state.dtype for state in made.states if state.name.startswith(("keys", "values"))} == {"int8"}
@@ -144,7 +139,6 @@ def test_every_decoder_keeps_bytes(name: str) -> None:
     assert nmse(step_logits(bundle(name), ids), step_logits(made, ids)) < 0.1
 
 
-@llama
 def test_no_position_is_out_of_range() -> None:
     """Keys of the calibration text far behind it are turned, not larger: none is clamped."""
     text, far = TEXTS[0], CONTEXT - 30
@@ -164,7 +158,7 @@ def test_no_position_is_out_of_range() -> None:
 
 @pytest.mark.parametrize(
     "name",
-    [pytest.param(name, marks=pytest.mark.xdist_group(f"decoder-{name}")) for name in ("llama", "gpt2")],
+    ("llama", "gpt2"),
 )
 def test_artifact_generates_what_the_bundle_generates(name: str, folder: Path) -> None:
     """Alone by the fused attention, which keeps bytes itself, and in a batch by the portable form."""
@@ -195,7 +189,6 @@ def _sizes(made: Bundle) -> tuple[int, int]:
     return heads, channels
 
 
-@llama
 def test_codes_of_the_fused_attention_can_be_given(folder: Path) -> None:
     """What parity needs where rounding falls the other way: the new tokens' codes, in the program's order."""
     made = artifact("llama", "int8_kv", folder)
@@ -230,7 +223,6 @@ def test_codes_of_the_fused_attention_can_be_given(folder: Path) -> None:
 EVICTIONS = ("h2o", "snapkv", "expected_attention")
 
 
-@llama
 @pytest.mark.parametrize("method", EVICTIONS)
 def test_an_eviction_moves_codes_as_they_are(method: str) -> None:
     driver = Driver(quantized("llama", f"{spelled(method)},int8_kv"), 1)
@@ -245,7 +237,6 @@ def test_an_eviction_moves_codes_as_they_are(method: str) -> None:
             assert same.any(1).all()
 
 
-@llama
 def test_artifact_with_an_eviction_generates_what_the_bundle_generates(tmp_path: Path) -> None:
     passes = f"{spelled('h2o')},int8_kv"
     made = load(tokopt.export(quantized("llama", passes), tmp_path / "llama.tokopt"), threads=1)
@@ -255,7 +246,6 @@ def test_artifact_with_an_eviction_generates_what_the_bundle_generates(tmp_path:
     assert logits[:-1, 0].argmax(-1).tolist() == list(got)
 
 
-@llama
 def test_weights_may_be_quantized_before_or_after() -> None:
     ids = prompt(30, seed=9)
     first, last = (
@@ -265,7 +255,6 @@ def test_weights_may_be_quantized_before_or_after() -> None:
     assert nmse(first, last) < 0.1  # scales were measured with other weights
 
 
-@llama
 @pytest.mark.parametrize(
     ("passes", "reason"),
     {
@@ -280,7 +269,6 @@ def test_what_cannot_be_is_refused(passes: str, reason: str) -> None:
         tokopt.optimize(bundle("llama"), passes, calibration=TEXTS, strict=True)
 
 
-@llama
 def test_it_needs_texts() -> None:
     with pytest.raises(TokoptError, match="int8_kv needs inputs to calibrate with"):
         tokopt.optimize(bundle("llama"), "int8_kv")

@@ -21,9 +21,6 @@ GROUP, RESIDUAL, EVERY = 4, 6, 4
 TEXT = f"kivi{{group={GROUP} residual={RESIDUAL} every={EVERY}}}"
 EVICTION = f"budget=18 sinks=2 recent=4 every={EVERY}"
 
-DECODER = [pytest.param(name, marks=pytest.mark.xdist_group(f"decoder-{name}")) for name in DECODERS]
-llama = pytest.mark.xdist_group("decoder-llama")
-
 
 def rounded(values: np.ndarray) -> np.ndarray:
     """One group in 8 bits and back, in float64."""
@@ -72,7 +69,7 @@ ALL = f"streaming{{budget={2**40} every={EVERY}}}"
 """Evicts nothing but padding."""
 
 
-@pytest.mark.parametrize("name", DECODER)
+@pytest.mark.parametrize("name", DECODERS)
 def test_alone_it_is_the_formula(name: str) -> None:
     check(TEXT, ALL, name)
 
@@ -83,14 +80,13 @@ COMPOSED += [("h2o", "gemma3"), ("tova", "mistral"), ("snapkv", "gpt2")]
 
 @pytest.mark.parametrize(
     ("method", "name"),
-    [pytest.param(*pair, marks=pytest.mark.xdist_group(f"decoder-{pair[1]}")) for pair in COMPOSED],
+    COMPOSED,
 )
 def test_after_an_eviction_it_is_the_formula(method: str, name: str) -> None:
     """With layers of sliding windows and heads of their own too."""
     check(f"{spelled(method, EVICTION)},{TEXT}", spelled(method, EVICTION), name)
 
 
-@llama
 def test_a_residual_that_holds_all_changes_nothing() -> None:
     ids, text = prompt(20), prompt(8, seed=1)
     roomy = Driver(evicting("llama", f"kivi{{group={GROUP} residual=99 every={EVERY}}}"), 1)
@@ -99,7 +95,6 @@ def test_a_residual_that_holds_all_changes_nothing() -> None:
     torch.testing.assert_close(roomy.follow([ids], [text], EVERY), torch.stack(wanted), atol=2e-4, rtol=1e-4)
 
 
-@llama
 @pytest.mark.parametrize("pipeline", [TEXT, f"{spelled('h2o', EVICTION)},{TEXT}"])
 def test_artifact_generates_what_the_bundle_generates(pipeline: str) -> None:
     """From ONNX Runtime, token for token, with buffers that grow and shrink; the cache is as small as it says."""
@@ -116,7 +111,6 @@ def test_artifact_generates_what_the_bundle_generates(pipeline: str) -> None:
     assert model.statistics.cache_bytes <= slots * (per_slot + extra) + recent + 3 * 8
 
 
-@llama
 def test_what_was_quantized_is_reproduced() -> None:
     """A cache that does not move does not drift: codes are the same after many rounds."""
     driver = Driver(evicting("llama", TEXT), 1)
@@ -131,7 +125,6 @@ def test_what_was_quantized_is_reproduced() -> None:
     assert torch.equal(driver.state["values_0_codes"][:, :, :packed], before[1][:, :, :packed])
 
 
-@llama
 def test_sizes_may_be_read_off_the_cache_it_takes_away() -> None:
     """Deep models do; codes have the same sizes."""
     given = copy.deepcopy(evicting("llama", ALL))
@@ -158,7 +151,6 @@ def test_values_round_to_half_a_scale() -> None:
     assert torch.equal(dequantize_values(*quantize_values(same, 4)), same)
 
 
-@llama
 @pytest.mark.parametrize(
     ("pipeline", "reason"),
     {

@@ -12,9 +12,7 @@ from tokopt.causal_lm import first_step
 from tokopt.errors import TokoptError
 from tokopt.runtime import language, state
 
-decoders = pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=pytest.mark.xdist_group(f"decoder-{name}")) for name in DECODERS]
-)
+decoders = pytest.mark.parametrize("name", DECODERS)
 
 
 @decoders

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import collections
 import copy
-from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -59,8 +58,6 @@ FEW = ("vit", "bert", "llama", "gpt2")
 PRODUCTS = {"vit": 13, "bert": 13, "llama": 9, "gpt2": 9}
 """Products of each with weights: queries, keys and values are one, gate and up are one."""
 
-llama = pytest.mark.xdist_group("decoder-llama")
-
 
 def bundle(name: str) -> Bundle:
     return captured(name) if name in ZOO else language.bundle(name)
@@ -76,15 +73,6 @@ def samples(name: str) -> list[Any]:
 @cache
 def quantized(name: str, pipeline: str) -> Bundle:
     return tokopt.optimize(bundle(name), pipeline, calibration=samples(name))
-
-
-def group(name: str) -> Any:
-    """The mark that keeps the tests of one architecture in one worker, which captures it once."""
-    return pytest.mark.xdist_group(f"{'decoder' if name in DECODERS else 'encoder'}-{name}")
-
-
-def grouped(names: Iterable[str]) -> list[object]:
-    return [pytest.param(name, marks=group(name)) for name in names]
 
 
 # --- round to nearest, on everything ----------------------------------------------------------------------
@@ -123,7 +111,7 @@ def round_weights(model: nn.Module) -> nn.Module:
     return model
 
 
-@pytest.mark.parametrize("name", grouped(ZOO))
+@pytest.mark.parametrize("name", ZOO)
 def test_every_encoder_computes_with_rounded_weights(name: str) -> None:
     entry = ZOO[name]
     made = quantized(name, METHODS["rtn"])
@@ -135,7 +123,7 @@ def test_every_encoder_computes_with_rounded_weights(name: str) -> None:
         assert_close(entry, inputs, got, expected)
 
 
-@pytest.mark.parametrize("name", grouped(DECODERS))
+@pytest.mark.parametrize("name", DECODERS)
 def test_every_decoder_computes_with_rounded_weights(name: str) -> None:
     model = round_weights(language.model(name))
     wanted = capture_lm(model, generation=getattr(model, "generation", None))
@@ -145,7 +133,7 @@ def test_every_decoder_computes_with_rounded_weights(name: str) -> None:
 # --- every method, on an architecture of every kind -------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", grouped(FEW))
+@pytest.mark.parametrize("name", FEW)
 @pytest.mark.parametrize("method", METHODS)
 def test_artifact_computes_what_the_bundle_computes(method: str, name: str, tmp_path: Path) -> None:
     """Export compares ONNX Runtime with the bundle; the graph is standard, and its products are fused."""
@@ -177,7 +165,7 @@ def fused_kernels(file: Path, folder: Path) -> collections.Counter[str]:
 CLOSENESS = {"rtn_8": 5e-4, "int8": 2e-3, "cast": 1e-5}
 
 
-@pytest.mark.parametrize("name", grouped(FEW))
+@pytest.mark.parametrize("name", FEW)
 @pytest.mark.parametrize("method", METHODS)
 def test_outputs_stay_close(method: str, name: str) -> None:
     """Random weights are the hardest case; 4 bits of them still point the same way."""
@@ -185,7 +173,7 @@ def test_outputs_stay_close(method: str, name: str) -> None:
     assert max(d.nmse for d in differences(given, made)) < CLOSENESS.get(method, 0.1)
 
 
-@pytest.mark.parametrize("name", grouped(FEW))
+@pytest.mark.parametrize("name", FEW)
 def test_smoothquant_changes_nothing(name: str) -> None:
     """And leaves alone what reads a residual stream that others read too (post-norm)."""
     made = quantized(name, "smoothquant")
@@ -197,10 +185,7 @@ COMPOSED = [("vit", method, "tome{r=4}") for method in ("rtn", "int8", "cast")]
 COMPOSED += [("modernbert", "int8", "tome{r=4}"), ("llama", "rtn", "h2o{budget=18 recent=4 every=4}")]
 
 
-@pytest.mark.parametrize(
-    ("name", "method", "other"),
-    [pytest.param(*c, marks=group(c[0])) for c in COMPOSED],
-)
+@pytest.mark.parametrize(("name", "method", "other"), COMPOSED)
 def test_composes_with_tokens_and_caches(name: str, method: str, other: str) -> None:
     """In either order the same program."""
     one, two = (
@@ -236,7 +221,7 @@ def test_rounding_is_to_the_nearest_point(seed: int, bits: int, symmetric: bool,
     torch.testing.assert_close(error, nearest, atol=1e-5 * float(weight.abs().max()), rtol=1e-4)
 
 
-@pytest.mark.parametrize("name", grouped(("vit", "llama")))
+@pytest.mark.parametrize("name", ("vit", "llama"))
 def test_gptq_loses_less_than_rounding_in_every_layer(name: str) -> None:
     for weight, moments in layers(name):
         plain = RTN(group=GROUP).quantize(weight, 4, None).dequantized()
@@ -275,7 +260,7 @@ def test_dead_inputs_get_no_weight() -> None:
     assert not got[:, 3].any()
 
 
-@pytest.mark.parametrize("name", grouped(("vit", "llama")))
+@pytest.mark.parametrize("name", ("vit", "llama"))
 def test_awq_clipping_never_loses(name: str) -> None:
     """By the error that every group's own inputs cause; over all groups together it may only nearly hold."""
     for weight, moments in layers(name):
@@ -289,7 +274,7 @@ def test_awq_clipping_never_loses(name: str) -> None:
         assert (found[True] <= found[False] * (1 + 1e-5) + 1e-9).all()
 
 
-@pytest.mark.parametrize("name", grouped(FEW))
+@pytest.mark.parametrize("name", FEW)
 def test_awq_scales_change_nothing_by_themselves(name: str) -> None:
     """With 8 bits the outputs stay where they are, though weights were rescaled."""
     made = quantized(name, f"awq{{bits=8 group={GROUP} clip=false}}")
@@ -319,7 +304,6 @@ def test_nupes_codes_are_those_of_the_power() -> None:
     np.testing.assert_allclose(made.dequantized().numpy(), squares.reshape(2, 32), rtol=1e-5)
 
 
-@llama
 def test_an_average_is_kept_and_spent_where_it_helps() -> None:
     few, some = (quantized("llama", f"rtn{{group={GROUP}{more}}}") for more in ("", " average=5"))
     bits = {}
@@ -334,7 +318,6 @@ def test_an_average_is_kept_and_spent_where_it_helps() -> None:
     assert differences(bundle("llama"), some)[0].nmse < differences(bundle("llama"), few)[0].nmse * 1.2
 
 
-@llama
 def test_it_is_deterministic() -> None:
     for method in ("gptq", "awq"):
         made = [
@@ -343,7 +326,6 @@ def test_it_is_deterministic() -> None:
         assert all(d.nmse == 0 for d in differences(*made))
 
 
-@llama
 def test_a_generator_serves_several_passes() -> None:
     made = tokopt.optimize(
         bundle("llama"), f"smoothquant,{METHODS['gptq']}", calibration=iter(samples("llama")), strict=False
@@ -351,7 +333,6 @@ def test_a_generator_serves_several_passes() -> None:
     assert all(step.matches for step in made.history)
 
 
-@llama
 def test_dynamic_scales_are_per_token() -> None:
     """A token is rounded as if it were alone, however large the others are."""
     made = quantized("llama", "int8")
