@@ -9,8 +9,8 @@ from pathlib import Path
 
 import psutil
 
-INSTRUCTIONS = ("avx2", "avx512f", "avx_vnni", "avx512_vnni", "avx512_bf16", "amx_int8", "amx_bf16")
-"""What decides how fast quantized and half-precision products are."""
+INSTRUCTIONS = ("avx2", "avx512f", "avx_vnni", "avx512_vnni", "avx512_bf16", "amx_int8", "amx_bf16", "bf16")
+"""What decides how fast quantized and half-precision products are; the last is Arm's."""
 
 PACKAGES = ("tokopt", "torch", "transformers", "onnx", "onnxruntime", "numpy")
 
@@ -36,8 +36,13 @@ def cpu_model() -> str:
 
 def instructions() -> list[str]:
     """Which of :data:`INSTRUCTIONS` the processor has."""
-    known = _reported("flags").split()
+    known = (_reported("flags") or _reported("Features")).split()
     return [name for name in INSTRUCTIONS if name in known]
+
+
+def has_bfloat16() -> bool:
+    """Whether the processor multiplies in bfloat16; elsewhere engines emulate it, or compute in float32."""
+    return any(name.endswith("bf16") for name in instructions())
 
 
 def _reported(field: str) -> str:

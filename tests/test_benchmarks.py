@@ -13,7 +13,7 @@ pytest.importorskip("psutil")
 pytest.importorskip("rich")
 
 import tokopt
-from benchmarks import timing
+from benchmarks import machine, timing
 from benchmarks.peers.report import fastest_ratio, floors
 from benchmarks.peers.report import markdown as peers_markdown
 from benchmarks.quality import cosines, predict
@@ -31,6 +31,22 @@ def test_neighbours_classify_separate_clusters_perfectly() -> None:
         return (centres[labels] + 0.1 * generator.standard_normal((400, 32))).astype(np.float32)
 
     assert (predict(noisy(), labels, noisy()) == labels).all()
+
+
+@pytest.mark.parametrize(
+    ("field", "names", "found"),
+    [
+        ("flags", "fpu avx2 avx512f avx512_bf16", True),
+        ("flags", "fpu avx2", False),
+        ("Features", "fp asimd bf16", True),
+        ("Features", "fp asimd", False),
+    ],
+)
+def test_bfloat16_is_read_from_the_processor(
+    monkeypatch: pytest.MonkeyPatch, field: str, names: str, found: bool
+) -> None:
+    monkeypatch.setattr(machine, "_reported", lambda asked: names if asked == field else "")
+    assert machine.has_bfloat16() is found
 
 
 def test_cosine_ignores_scale() -> None:

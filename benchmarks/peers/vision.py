@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from benchmarks.machine import has_bfloat16
 from benchmarks.timing import Engine
 from examples.data import class_feature, dinov2_small, photograph_views, write_atomically
 
@@ -154,8 +155,7 @@ def runner(engine: Engine) -> Callable[[Images], Images]:
 def _torch(engine: Engine, dtype: str = "float32", compiled: bool = False) -> Callable[[Images], Images]:
     import torch
 
-    if dtype == "bfloat16" and not torch.cpu._is_avx512_bf16_supported():
-        raise RuntimeError("this processor has no bfloat16")
+    _check_precision(dtype)
     torch.set_num_threads(engine.threads)
     model: Any = class_feature(dinov2_small(SIZE)).to(getattr(torch, dtype))
     model = torch.compile(model) if compiled else model
@@ -181,8 +181,8 @@ def _onnxruntime(engine: Engine) -> Callable[[Images], Images]:
 def _openvino(engine: Engine, precision: str) -> Callable[[Images], Images]:
     import openvino
 
+    _check_precision(precision)
     core = openvino.Core()
-    _check_precision(core, precision)
     settings = {
         "INFERENCE_PRECISION_HINT": precision,
         "PERFORMANCE_HINT": "LATENCY",
@@ -192,20 +192,16 @@ def _openvino(engine: Engine, precision: str) -> Callable[[Images], Images]:
     return lambda images: request.infer({0: images}, share_inputs=True)[0].copy()
 
 
-def _check_precision(core: Any, precision: str) -> None:
-    """Raise where OpenVINO would compute in float32 although it was asked for bfloat16."""
-    known = core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
-    if precision == "bf16" and "BF16" not in known:
+def _check_precision(precision: str) -> None:
+    """Raise for bfloat16 where the processor has none."""
+    if precision in ("bf16", "bfloat16") and not has_bfloat16():
         raise RuntimeError("this processor has no bfloat16")
 
 
 def _tokopt(engine: Engine, backend: Any) -> Callable[[Images], Images]:
     from tokopt.runtime import load
 
-    if backend != "onnxruntime":
-        import openvino
-
-        _check_precision(openvino.Core(), "f32" if backend == "openvino" else "bf16")
+    _check_precision("f32" if isinstance(backend, str) else backend[1]["INFERENCE_PRECISION_HINT"])
     return load(engine.artifact, backend=backend, threads=engine.threads)
 
 
