@@ -45,7 +45,8 @@ SPACES: Mapping[str, tuple[tuple[str, ...], ...]] = {
 GAIN = 1.05
 """The least speed-up that is called one: two timings of the same program differ by less than this."""
 
-ROUNDS = 7
+ROUNDS = 21
+"""Turns of the model and of a candidate: few seconds beside an export, and a disturbed machine needs them."""
 
 Metric = Callable[[Path], float]
 """A user's own measure of an artifact of target onnx, by its folder."""
