@@ -31,10 +31,7 @@ def check(rotary: Rotary, frequencies: torch.Tensor) -> None:
     torch.testing.assert_close(torch.tensor(rotary.angles), wanted, rtol=2e-6, atol=1e-9)
 
 
-@pytest.mark.parametrize(
-    "name",
-    ("llama", "qwen2", "qwen3", "mistral", "gpt_neox", "phi"),
-)
+@pytest.mark.parametrize("name", ("llama", "qwen2", "qwen3", "mistral", "gpt_neox", "phi"))
 def test_angles_are_the_models_own(name: str) -> None:
     decoder: Any = model(name)
     for rotary in found(bundle(name)):

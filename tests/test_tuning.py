@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,7 +17,7 @@ import tokopt
 from tests.matrix.language import bundle as decoder
 from tests.matrix.language import prompt
 from tests.zoo import ZOO
-from tokopt import tuning
+from tokopt import runners, tuning
 from tokopt.errors import InputError
 from tokopt.judge import Floor, judge
 from tokopt.runners import interleaved_times
@@ -249,6 +250,24 @@ def test_language_models_are_timed_by_tokens(tmp_path: Path) -> None:
     path = str(tokopt.export(decoder("llama"), tmp_path / "model.tokopt"))
     rounds = list(interleaved_times([path, path], 2, None, 1, prompt=16))
     assert len(rounds) == 2 and all(seconds > 0 for row in rounds for seconds in row)
+
+
+def test_a_language_models_time_is_that_of_one_token(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A call that decodes STEPS tokens in STEPS seconds takes one."""
+    taken: list[float] = []
+    clock = iter([0.0, float(runners.STEPS)])
+    monkeypatch.setattr(runners, "decoder", lambda *options: lambda: None)
+    monkeypatch.setattr(runners.time, "perf_counter", lambda: next(clock))
+    requests = iter(["run"])
+
+    def recv() -> str:
+        for request in requests:
+            return request
+        raise EOFError
+
+    pipe: Any = SimpleNamespace(recv=recv, send=taken.append)
+    runners._worker(pipe, "model.tokopt", None, 1, 16, "onnxruntime")
+    assert taken == [0.0, 1.0]
 
 
 def test_language_model_is_tuned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -253,8 +253,7 @@ class _Search:
             quality[OWN] = float(self.metric(path))
         prompt = self.machine.prompt if self.bundle.task == "causal-lm" else None
         paths = [str(self.baseline), str(path)]
-        batch = self.machine.batch if prompt is None else None
-        rounds = list(interleaved_times(paths, ROUNDS, batch, self.machine.threads, prompt))
+        rounds = list(interleaved_times(paths, ROUNDS, self.machine.batch, self.machine.threads, prompt))
         low, middle, high = np.quantile([before / after for before, after in rounds], [0.25, 0.5, 0.75])
         return Trial(
             text,
