@@ -45,7 +45,7 @@ def export_concat(folder: Path) -> None:
     from torch import Tensor, nn
     from transformers import AutoModelForCausalLM
 
-    from tokopt.causal_lm import _HuggingFace
+    from tokopt.frontend.language import _HuggingFace
 
     class Concatenated:
         def __init__(self, past: tuple[Tensor, ...]) -> None:

@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import tokopt
 from examples.data import class_feature, dinov2_small, photograph_views
-from tokopt.runners import interleaved_times
+from tokopt.measure.timing import interleaved_times
 from tokopt.runtime import load
 
 PIPELINES = ("rtn{bits=8}", "gptq", "int8", "smoothquant,int8{activations=static}")

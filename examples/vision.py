@@ -22,9 +22,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import tokopt
 from examples.data import class_feature, crops, dinov2_small, photographs, preprocess
-from tokopt.bundle import Bundle
-from tokopt.picture import save_picture, token_groups, token_picture
-from tokopt.runners import interleaved_times
+from tokopt.ir.bundle import Bundle
+from tokopt.measure.picture import save_picture, token_groups, token_picture
+from tokopt.measure.timing import interleaved_times
 from tokopt.runtime import load
 
 PICTURED = "chelsea"

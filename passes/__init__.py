@@ -20,12 +20,6 @@ if TYPE_CHECKING:
     from tokopt.passes.kv.snapkv import SnapKV
     from tokopt.passes.kv.streaming import Streaming
     from tokopt.passes.kv.tova import TOVA
-    from tokopt.passes.merge.pitome import PiToMe
-    from tokopt.passes.merge.tome import ToMe
-    from tokopt.passes.prune.divprune import DivPrune
-    from tokopt.passes.prune.evit import EViT
-    from tokopt.passes.prune.kcenter import KCenter
-    from tokopt.passes.prune.random import RandomPrune
     from tokopt.passes.quantize.awq import AWQ
     from tokopt.passes.quantize.cast import Cast
     from tokopt.passes.quantize.gptq import GPTQ
@@ -34,15 +28,21 @@ if TYPE_CHECKING:
     from tokopt.passes.quantize.nupes import NUPES
     from tokopt.passes.quantize.rtn import RTN
     from tokopt.passes.quantize.smoothquant import SmoothQuant
-    from tokopt.pipeline import Pass
+    from tokopt.passes.reduce.divprune import DivPrune
+    from tokopt.passes.reduce.evit import EViT
+    from tokopt.passes.reduce.kcenter import KCenter
+    from tokopt.passes.reduce.pitome import PiToMe
+    from tokopt.passes.reduce.random import RandomPrune
+    from tokopt.passes.reduce.tome import ToMe
+    from tokopt.pipeline.base import Pass
 
 PASSES = {
-    "tome": "tokopt.passes.merge.tome:ToMe",
-    "pitome": "tokopt.passes.merge.pitome:PiToMe",
-    "evit": "tokopt.passes.prune.evit:EViT",
-    "divprune": "tokopt.passes.prune.divprune:DivPrune",
-    "kcenter": "tokopt.passes.prune.kcenter:KCenter",
-    "random": "tokopt.passes.prune.random:RandomPrune",
+    "tome": "tokopt.passes.reduce.tome:ToMe",
+    "pitome": "tokopt.passes.reduce.pitome:PiToMe",
+    "evit": "tokopt.passes.reduce.evit:EViT",
+    "divprune": "tokopt.passes.reduce.divprune:DivPrune",
+    "kcenter": "tokopt.passes.reduce.kcenter:KCenter",
+    "random": "tokopt.passes.reduce.random:RandomPrune",
     "streaming": "tokopt.passes.kv.streaming:Streaming",
     "h2o": "tokopt.passes.kv.h2o:H2O",
     "keyformer": "tokopt.passes.kv.keyformer:Keyformer",

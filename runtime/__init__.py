@@ -5,10 +5,10 @@
 """
 
 from tokopt.errors import ArtifactError, InputError
+from tokopt.runtime.encoder import Model, Outputs, load
+from tokopt.runtime.format.manifest import Generation, Manifest
 from tokopt.runtime.language import Generated, LanguageModel, Statistics
-from tokopt.runtime.manifest import Generation, Manifest
 from tokopt.runtime.sampling import LogitsProcessor, Sampling
-from tokopt.runtime.session import Model, Outputs, load
 
 __all__ = [
     "ArtifactError",

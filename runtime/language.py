@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from tokopt.errors import InputError, TokoptError
-from tokopt.runtime.engines import PORTABLE, Sessions
-from tokopt.runtime.manifest import Manifest, file_path
+from tokopt.runtime.buffers import BLOCK, capacity
+from tokopt.runtime.engines.onnxruntime import PORTABLE, Sessions
+from tokopt.runtime.format.manifest import Manifest, file_path
 from tokopt.runtime.numerics import OutputCheck
 from tokopt.runtime.sampling import LogitsProcessor, Sampling, choose, log_probabilities
 from tokopt.runtime.selftest import run_selftest
-from tokopt.runtime.state import BLOCK, capacity
 from tokopt.runtime.text import TextStream, Tokenizer, render_chat
 
 PREFILL = 256
@@ -26,7 +26,7 @@ PADDING = -1
 """Position of padding."""
 
 if TYPE_CHECKING:
-    from tokopt.runtime.tensorrt import Engines
+    from tokopt.runtime.engines.tensorrt import Engines
 
 Prompt = str | Sequence[int]
 """Text, or token ids."""

@@ -11,9 +11,9 @@ import safetensors
 import safetensors.numpy
 
 from tokopt.errors import ArtifactError, TokoptError
-from tokopt.runtime.manifest import Manifest, Tensor, file_path
+from tokopt.runtime.buffers import run_in_place
+from tokopt.runtime.format.manifest import Manifest, Tensor, file_path
 from tokopt.runtime.numerics import SELFTEST_LIMITS, OutputCheck, check_output
-from tokopt.runtime.state import run_in_place
 
 
 def run_selftest(

@@ -17,7 +17,7 @@ import torch
 from safetensors.numpy import load_file, save
 
 import tokopt
-import tokopt.lower.onnx
+import tokopt.lower.onnx.export
 from tests.lower.encoders import text, vision
 from tokopt.errors import ArtifactError, CaptureError, LoweringError
 from tokopt.runtime import Outputs, load
@@ -220,7 +220,7 @@ def test_failure_leaves_nothing_behind(
     path = tmp_path / "a.tokopt"
     if overwrite:
         shutil.copytree(onnx_artifact, path)
-    monkeypatch.setattr(tokopt.lower.onnx, "check_parity", fail)
+    monkeypatch.setattr(tokopt.lower.onnx.export, "check_parity", fail)
     with pytest.raises(type(failure)):
         tokopt.export(vision(), path, overwrite=overwrite)
     assert os.listdir(tmp_path) == (["a.tokopt"] if overwrite else [])

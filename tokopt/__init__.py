@@ -13,38 +13,40 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from tokopt.artifact import export, open_bundle, verify
-    from tokopt.bundle import AppliedPass, AxisRange, Bundle, Program, State, TensorSpec
-    from tokopt.causal_lm import capture_lm
     from tokopt.errors import TokoptError
-    from tokopt.frontend import capture
-    from tokopt.lower.tensorrt import EngineOptions
-    from tokopt.pipeline import Context, Pass, PassResult, Pipeline, optimize, parse
-    from tokopt.tuning import Machine, Tuning, tune
+    from tokopt.frontend.language import capture_lm
+    from tokopt.frontend.module import capture
+    from tokopt.ir.bundle import AppliedPass, Bundle, State
+    from tokopt.ir.program import AxisRange, Program, TensorSpec
+    from tokopt.lower.tensorrt.engine import EngineOptions
+    from tokopt.measure.tuning import Machine, Tuning, tune
+    from tokopt.pipeline.base import Context, Pass, PassResult
+    from tokopt.pipeline.manager import Pipeline, optimize, parse
 
 __version__ = "0.1.0"
 
 _HOME = {
-    "capture": "tokopt.frontend",
-    "capture_lm": "tokopt.causal_lm",
-    "optimize": "tokopt.pipeline",
-    "parse": "tokopt.pipeline",
-    "Pipeline": "tokopt.pipeline",
-    "Pass": "tokopt.pipeline",
-    "PassResult": "tokopt.pipeline",
-    "Context": "tokopt.pipeline",
+    "capture": "tokopt.frontend.module",
+    "capture_lm": "tokopt.frontend.language",
+    "optimize": "tokopt.pipeline.manager",
+    "parse": "tokopt.pipeline.manager",
+    "Pipeline": "tokopt.pipeline.manager",
+    "Pass": "tokopt.pipeline.base",
+    "PassResult": "tokopt.pipeline.base",
+    "Context": "tokopt.pipeline.base",
     "export": "tokopt.artifact",
     "open_bundle": "tokopt.artifact",
     "verify": "tokopt.artifact",
-    "EngineOptions": "tokopt.lower.tensorrt",
-    "tune": "tokopt.tuning",
-    "Tuning": "tokopt.tuning",
-    "Machine": "tokopt.tuning",
-    "AppliedPass": "tokopt.bundle",
-    "AxisRange": "tokopt.bundle",
-    "Bundle": "tokopt.bundle",
-    "Program": "tokopt.bundle",
-    "State": "tokopt.bundle",
-    "TensorSpec": "tokopt.bundle",
+    "EngineOptions": "tokopt.lower.tensorrt.engine",
+    "tune": "tokopt.measure.tuning",
+    "Tuning": "tokopt.measure.tuning",
+    "Machine": "tokopt.measure.tuning",
+    "AppliedPass": "tokopt.ir.bundle",
+    "AxisRange": "tokopt.ir.program",
+    "Bundle": "tokopt.ir.bundle",
+    "Program": "tokopt.ir.program",
+    "State": "tokopt.ir.bundle",
+    "TensorSpec": "tokopt.ir.program",
     "TokoptError": "tokopt.errors",
 }
 

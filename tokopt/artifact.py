@@ -17,10 +17,12 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tokopt.bundle import AppliedPass, AxisRange, Bundle, Program, State, TensorSpec
 from tokopt.errors import ArtifactError, InputError, TokoptError
-from tokopt.runtime.engines import ONE_ROW, PORTABLE
-from tokopt.runtime.manifest import (
+from tokopt.ir.bundle import AppliedPass, Bundle, State
+from tokopt.ir.program import AxisRange, Program, TensorSpec
+from tokopt.runtime.encoder import load
+from tokopt.runtime.engines.onnxruntime import ONE_ROW, PORTABLE
+from tokopt.runtime.format.manifest import (
     ENGINE,
     MANIFEST,
     SELFTEST,
@@ -38,12 +40,11 @@ from tokopt.runtime.manifest import (
     read_manifest,
 )
 from tokopt.runtime.numerics import SELFTEST_LIMITS, OutputCheck, check_output
-from tokopt.runtime.session import load
 
 if TYPE_CHECKING:
     import torch
 
-    from tokopt.lower.tensorrt import EngineBuilder, EngineOptions
+    from tokopt.lower.tensorrt.engine import EngineBuilder, EngineOptions
 
 TARGETS = ("onnx", "torch", "tensorrt")
 _TOKENIZER = "tokenizer.json"
@@ -83,7 +84,7 @@ def export(
     check_place(path, overwrite)
     builder = _engine_builder(bundle, engine) if target == "tensorrt" else None
     with replacing(path.absolute()) as folder:
-        metadata = {"tokopt.pipeline": bundle.pipeline, "tokopt.semantics": bundle.semantics}
+        metadata = {"tokopt.pipeline.manager": bundle.pipeline, "tokopt.semantics": bundle.semantics}
         files = _write_programs(bundle, folder, target, metadata, say, check=check, tolerance=tolerance)
         engines: dict[str, EngineEntry] = {}
         if builder is not None:
@@ -112,7 +113,7 @@ def open_bundle(path: str | Path) -> Bundle:
     """
     path = Path(path)
     if path.is_file() and path.suffix == ".pt2":
-        from tokopt.frontend import capture
+        from tokopt.frontend.module import capture
 
         return capture(path)
     manifest = read_manifest(path)
@@ -129,7 +130,7 @@ def open_bundle(path: str | Path) -> Bundle:
         tokenizer=tokenizer,
         generation=manifest.generation,
     )
-    from tokopt.analysis.verifier import verify_bundle
+    from tokopt.ir.verifier import verify_bundle
 
     try:
         verify_bundle(bundle)
@@ -257,7 +258,7 @@ def _rename(folder: Path, path: Path, aside: Path) -> None:
 
 
 def _engine_builder(bundle: Bundle, options: EngineOptions | None) -> EngineBuilder:
-    from tokopt.lower.tensorrt import EngineBuilder, EngineOptions
+    from tokopt.lower.tensorrt.engine import EngineBuilder, EngineOptions
 
     return EngineBuilder(bundle, options or EngineOptions())
 
@@ -283,8 +284,8 @@ def _write_programs(
             torch.export.save(program.exported, folder / f"{name}.pt2")
         return files
 
-    from tokopt.lower.onnx import WeightFile, lower
-    from tokopt.lower.onnxruntime import lower_for_cpu
+    from tokopt.lower.onnx.export import WeightFile, lower
+    from tokopt.lower.onnxruntime.cpu import lower_for_cpu
 
     weights = WeightFile(folder)
     for name, program in bundle.programs.items():

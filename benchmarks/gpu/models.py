@@ -11,7 +11,7 @@ from torch import Tensor
 import tokopt
 from benchmarks.gpu.timing import milliseconds
 from tokopt.kernels import ops
-from tokopt.runners import module_on
+from tokopt.measure.timing import module_on
 
 MODELS = {
     "ViT-L/16, 224 px": (24, 1024, 16, 16, 224, 8),

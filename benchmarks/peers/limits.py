@@ -60,7 +60,7 @@ def _fastest(call: Callable[[], object]) -> float:
 
 def step_bytes(artifact: Path, prompt: int) -> int:
     """Bytes that a step after so many tokens has to read: the weights without the embedding table, and the cache."""
-    from tokopt.runtime.manifest import read_manifest
+    from tokopt.runtime.format.manifest import read_manifest
 
     manifest = read_manifest(artifact)
     weights = (artifact / "weights.data").stat().st_size - embedding_bytes(artifact)
@@ -89,9 +89,9 @@ def step_profile(artifact: Path, prompt: int, threads: int) -> dict[str, float]:
     """Milliseconds of a step by operator, the longest first, as ONNX Runtime's profiler counts them."""
     import onnxruntime
 
-    from tokopt.runtime.engines import ACTIVATIONS
-    from tokopt.runtime.manifest import read_manifest
-    from tokopt.runtime.state import Bound, Buffers
+    from tokopt.runtime.buffers import Bound, Buffers
+    from tokopt.runtime.engines.onnxruntime import ACTIVATIONS
+    from tokopt.runtime.format.manifest import read_manifest
 
     manifest, steps = read_manifest(artifact), 30
     entry = manifest.programs["step"]

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from tokopt.analysis.cache import CachedAttention
-from tokopt.cache_rewrite import Attention, Memory, in_float32
 from tokopt.errors import PassError
-from tokopt.passes.eviction import Cached, KVEviction
+from tokopt.passes.kv.base import Cached, KVEviction
+from tokopt.rewrite.cache import Attention, Memory, in_float32
 
 
 @dataclass(frozen=True)

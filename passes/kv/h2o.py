@@ -8,8 +8,8 @@ from typing import ClassVar
 from torch import Tensor
 
 from tokopt.analysis.cache import CachedAttention
-from tokopt.cache_rewrite import Attention, Memory
-from tokopt.passes.eviction import Cached, KVEviction
+from tokopt.passes.kv.base import Cached, KVEviction
+from tokopt.rewrite.cache import Attention, Memory
 
 
 @dataclass(frozen=True)

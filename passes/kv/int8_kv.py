@@ -13,13 +13,14 @@ from tokopt.analysis.cache import CachedAttention, cached_attentions
 from tokopt.analysis.calibration import observe
 from tokopt.analysis.graph import program_module, sizes
 from tokopt.analysis.rotary import Rotary, find_rotaries
-from tokopt.bundle import Bundle, Program, State
-from tokopt.cache_rewrite import ProgramEdit, require_language_model, state_program
 from tokopt.errors import PassRefused
+from tokopt.ir.bundle import Bundle, State
+from tokopt.ir.program import Program
 from tokopt.kernels import ops
 from tokopt.kernels.quantize_int8.reference import HIGH
-from tokopt.pipeline import Context, Pass, PassResult, Refusal
-from tokopt.rewrite import call, put_parameter
+from tokopt.pipeline.base import Context, Pass, PassResult, Refusal
+from tokopt.rewrite.cache import ProgramEdit, require_language_model, state_program
+from tokopt.rewrite.edit import call, put_parameter
 
 TINY = 1e-8
 """The smallest scale: a channel of zeros stays one."""

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from tokopt.analysis.cache import CachedAttention
-from tokopt.cache_rewrite import Attention, Memory
-from tokopt.passes.eviction import Cached, KVEviction
+from tokopt.passes.kv.base import Cached, KVEviction
 from tokopt.passes.kv.h2o import mass_memory
+from tokopt.rewrite.cache import Attention, Memory
 
 COOLING = 0.01
 """How much the temperature rises with every generated token."""

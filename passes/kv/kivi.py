@@ -12,14 +12,15 @@ from torch.fx import GraphModule, Interpreter, Node
 
 from tokopt.analysis.cache import CachedAttention, cached_attentions
 from tokopt.analysis.graph import program_module
-from tokopt.bundle import AxisRange, Bundle, Program, State, TensorSpec
-from tokopt.cache_rewrite import ProgramEdit, require_language_model, state_program
 from tokopt.errors import PassError, PassRefused
+from tokopt.ir.bundle import Bundle, State
+from tokopt.ir.program import AxisRange, Program, TensorSpec
 from tokopt.kernels import ops
 from tokopt.kernels.quantize_keys.reference import LEVELS
 from tokopt.passes.kv.streaming import Streaming
-from tokopt.pipeline import Context, Pass, PassResult, Refusal
-from tokopt.rewrite import call
+from tokopt.pipeline.base import Context, Pass, PassResult, Refusal
+from tokopt.rewrite.cache import ProgramEdit, require_language_model, state_program
+from tokopt.rewrite.edit import call
 
 ALL = 2**40
 """A budget that holds everything: what is left of an eviction is that padding is dropped."""

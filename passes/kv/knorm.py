@@ -8,8 +8,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from tokopt.cache_rewrite import in_float32
-from tokopt.passes.eviction import Cached, KVEviction
+from tokopt.passes.kv.base import Cached, KVEviction
+from tokopt.rewrite.cache import in_float32
 
 
 @dataclass(frozen=True)

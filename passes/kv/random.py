@@ -7,8 +7,8 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from tokopt.passes.eviction import Cached, KVEviction
-from tokopt.passes.prune.random import slot_hash
+from tokopt.passes.kv.base import Cached, KVEviction
+from tokopt.passes.reduce.random import slot_hash
 
 
 @dataclass(frozen=True)

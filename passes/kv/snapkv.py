@@ -10,9 +10,9 @@ from torch import Tensor
 from torch.nn.functional import avg_pool1d
 
 from tokopt.analysis.cache import CachedAttention
-from tokopt.cache_rewrite import Attention, Memory, in_float32
 from tokopt.errors import PassError
-from tokopt.passes.eviction import Cached, KVEviction
+from tokopt.passes.kv.base import Cached, KVEviction
+from tokopt.rewrite.cache import Attention, Memory, in_float32
 
 
 @dataclass(frozen=True)

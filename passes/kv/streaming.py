@@ -7,7 +7,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from tokopt.passes.eviction import Cached, KVEviction
+from tokopt.passes.kv.base import Cached, KVEviction
 
 
 @dataclass(frozen=True)

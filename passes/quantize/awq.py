@@ -12,8 +12,8 @@ from torch.fx import GraphModule, Node
 
 from tokopt.analysis.calibration import Moments
 from tokopt.analysis.linears import Linear
-from tokopt.passes.quantization import QuantizedWeight, WeightQuantization, fit_grid
-from tokopt.rescale import by_input, division, rescale
+from tokopt.passes.quantize.base import QuantizedWeight, WeightQuantization, fit_grid
+from tokopt.rewrite.scales import by_input, division, rescale
 
 STEPS = 20
 """Exponents tried for the scale, and ranges tried for the clipping."""

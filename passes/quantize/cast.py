@@ -12,10 +12,10 @@ from torch.fx import Node
 from tokopt.analysis.blocks import find_sites
 from tokopt.analysis.graph import is_call, program_module
 from tokopt.analysis.linears import find_linears, matches, parameter
-from tokopt.bundle import Bundle
+from tokopt.ir.bundle import Bundle
 from tokopt.kernels import ops
-from tokopt.pipeline import Context, Pass, PassResult, Refusal
-from tokopt.rewrite import call, put_parameter, reexport
+from tokopt.pipeline.base import Context, Pass, PassResult, Refusal
+from tokopt.rewrite.edit import call, put_parameter, reexport
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from tokopt.analysis.calibration import Moments
 from tokopt.errors import PassError
-from tokopt.passes.quantization import Grid, QuantizedWeight, WeightQuantization, fit_grid
+from tokopt.passes.quantize.base import Grid, QuantizedWeight, WeightQuantization, fit_grid
 
 BLOCK = 128
 """Columns whose errors are handed on to the rest of the weight together."""

@@ -15,8 +15,8 @@ from torch.nn.functional import linear as linear_product
 from tokopt.analysis.calibration import Moments
 from tokopt.analysis.linears import Linear
 from tokopt.kernels import ops
-from tokopt.passes.quantization import Quantization, QuantizedWeight, fit_grid, replace_weight
-from tokopt.rewrite import call
+from tokopt.passes.quantize.base import Quantization, QuantizedWeight, fit_grid, replace_weight
+from tokopt.rewrite.edit import call
 
 LEVELS = 127
 """The largest code of an activation."""

@@ -14,8 +14,8 @@ from torch.nn.functional import linear as linear_product
 
 from tokopt.analysis.calibration import Moments
 from tokopt.analysis.linears import Linear
-from tokopt.passes.quantization import Quantization, QuantizedWeight, replace_weight
-from tokopt.rewrite import call, put_parameter
+from tokopt.passes.quantize.base import Quantization, QuantizedWeight, replace_weight
+from tokopt.rewrite.edit import call, put_parameter
 
 CLOSE = 1e-6
 """How far a grid may be from a weight, relative to the largest of its block: a few roundings of float32."""

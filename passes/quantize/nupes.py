@@ -9,7 +9,7 @@ from torch import Tensor
 
 from tokopt.analysis.calibration import Moments
 from tokopt.errors import PassError
-from tokopt.passes.quantization import (
+from tokopt.passes.quantize.base import (
     QuantizedWeight,
     WeightQuantization,
     fit_grid,

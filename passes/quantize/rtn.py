@@ -8,7 +8,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from tokopt.analysis.calibration import Moments
-from tokopt.passes.quantization import QuantizedWeight, WeightQuantization, fit_grid
+from tokopt.passes.quantize.base import QuantizedWeight, WeightQuantization, fit_grid
 
 
 @dataclass(frozen=True)

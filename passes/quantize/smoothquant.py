@@ -10,11 +10,11 @@ import torch
 from tokopt.analysis.calibration import collect
 from tokopt.analysis.graph import program_module
 from tokopt.analysis.linears import find_linears, matches
-from tokopt.bundle import Bundle, Semantics
 from tokopt.errors import PassError
-from tokopt.pipeline import Context, Pass, PassResult, Refusal
-from tokopt.rescale import by_input, division, rescale
-from tokopt.rewrite import reexport
+from tokopt.ir.bundle import Bundle, Semantics
+from tokopt.pipeline.base import Context, Pass, PassResult, Refusal
+from tokopt.rewrite.edit import reexport
+from tokopt.rewrite.scales import by_input, division, rescale
 
 SMALLEST = 1e-5
 

@@ -15,7 +15,7 @@ from tests.lower.encoders import vision
 from tests.matrix import language
 from tokopt import EngineOptions
 from tokopt.runtime import LanguageModel, load
-from tokopt.runtime.manifest import read_manifest
+from tokopt.runtime.format.manifest import read_manifest
 
 pytest.importorskip("tensorrt", reason="plugins take TensorRT, not TensorRT-RTX")
 

@@ -12,7 +12,7 @@ import torch
 
 import tokopt
 from tests.lower.test_fusions import Projections
-from tokopt.runtime.openvino import sign_weights
+from tokopt.runtime.engines.openvino import sign_weights
 
 PIPELINES = ("int8", "int8{activations=static}")
 

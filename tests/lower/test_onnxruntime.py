@@ -13,9 +13,9 @@ import tokopt
 from tests.matrix.language import artifact, bundle, prompt
 from tests.zoo.decoders import DECODERS
 from tokopt.errors import LoweringError
-from tokopt.lower import onnxruntime as lowering
+from tokopt.lower.onnxruntime import cpu as lowering
 from tokopt.runtime import LanguageModel, language, load
-from tokopt.runtime.engines import ONE_ROW, PORTABLE
+from tokopt.runtime.engines.onnxruntime import ONE_ROW, PORTABLE
 
 decoders = pytest.mark.parametrize("name", DECODERS)
 

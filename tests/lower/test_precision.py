@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 import tokopt
 from tests.matrix.language import bundle
-from tokopt.lower.precision import in_float64, rounds_alike
+from tokopt.lower.parity.precision import in_float64, rounds_alike
 from tokopt.runtime.numerics import LIMITS, nmse
 
 

@@ -14,7 +14,7 @@ import tokopt
 from tests.kernels.forms import CASES, Case, bare_session, exported, run_session, tensors, world
 from tests.lower.encoders import text, vision
 from tokopt.kernels import attach_functions, onnx_translations, ops
-from tokopt.lower.real_tokens import FORMS
+from tokopt.lower.onnx.real_tokens import FORMS
 
 
 def called(path: Path) -> collections.Counter[str]:

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 import tokopt
 from tokopt.errors import LoweringError
 from tokopt.kernels import ops
-from tokopt.lower.onnx import lower
-from tokopt.lower.parity import check_parity
-from tokopt.lower.selections import DIFFERENT_BY_RANK, _compare, _fate
+from tokopt.lower.onnx.export import lower
+from tokopt.lower.parity.check import check_parity
+from tokopt.lower.parity.selections import DIFFERENT_BY_RANK, _compare, _fate
 
 PAIRS, CHANNELS, R = 100, 256, 50
 

@@ -26,11 +26,11 @@ from tests.matrix.test_matrix import captured
 from tests.matrix.test_quantize import samples
 from tokopt import EngineOptions
 from tokopt.errors import ArtifactError, InputError, LoweringError, MissingDependencyError
-from tokopt.lower.profiles import choose_profiles, parse_profiles
-from tokopt.lower.tensorrt import EngineBuilder
+from tokopt.lower.tensorrt.engine import EngineBuilder
+from tokopt.lower.tensorrt.profiles import choose_profiles, parse_profiles
 from tokopt.runtime import load
-from tokopt.runtime.manifest import EngineEntry, Profile, read_manifest
-from tokopt.runtime.tensorrt import MODULES, Installed, check_engine, narrowed
+from tokopt.runtime.engines.tensorrt import MODULES, Installed, check_engine, narrowed
+from tokopt.runtime.format.manifest import EngineEntry, Profile, read_manifest
 
 AMPERE = EngineOptions("sm_86")
 

@@ -23,11 +23,11 @@ from tokopt import Bundle, EngineOptions
 from tokopt.errors import InputError
 from tokopt.kernels.launch import signatures
 from tokopt.kernels.plugins import PLUGIN_OPS, Launch
-from tokopt.lower.tensorrt import EngineBuilder
-from tokopt.lower.tensorrt_graph import rewrite_for_tensorrt
-from tokopt.lower.tensorrt_plugins import use_plugins, used_plugins
+from tokopt.lower.tensorrt.engine import EngineBuilder
+from tokopt.lower.tensorrt.graph import rewrite_for_tensorrt
+from tokopt.lower.tensorrt.plugins import use_plugins, used_plugins
 from tokopt.runtime import load
-from tokopt.runtime.manifest import read_manifest
+from tokopt.runtime.format.manifest import read_manifest
 from tokopt.runtime.selftest import read_selftest
 
 

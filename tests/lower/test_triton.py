@@ -22,9 +22,9 @@ from tests.lower.triton_server import Arrays, Server, read_config, schema
 from tests.matrix.language import artifact, bundle, prompt
 from tests.zoo.decoders import CONTEXT, VOCABULARY
 from tokopt.errors import ArtifactError, InputError, LoweringError, MissingDependencyError, TokoptError
-from tokopt.lower.triton import IDLE_SECONDS, Serving, write_model
+from tokopt.lower.triton.model import IDLE_SECONDS, Serving, write_model
 from tokopt.runtime import load
-from tokopt.runtime.manifest import (
+from tokopt.runtime.format.manifest import (
     EngineEntry,
     Manifest,
     Profile,

@@ -14,8 +14,9 @@ from torch import Tensor, nn
 import tokopt
 from tests.lower.encoders import CHANNELS, PATCHES, Vision
 from tokopt.analysis.graph import SDPA, aten, is_call, program_module
-from tokopt.bundle import Bundle, Program
-from tokopt.lower.unread import SELECTED, drop_unread
+from tokopt.ir.bundle import Bundle
+from tokopt.ir.program import Program
+from tokopt.lower.onnx.unread import SELECTED, drop_unread
 from tokopt.runtime import load
 
 TOKENS = PATCHES + 1

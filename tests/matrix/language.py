@@ -11,8 +11,8 @@ import torch
 
 import tokopt
 from tests.zoo.decoders import DECODERS, VOCABULARY
-from tokopt.bundle import Bundle
-from tokopt.causal_lm import capture_lm
+from tokopt.frontend.language import capture_lm
+from tokopt.ir.bundle import Bundle
 from tokopt.runtime import LanguageModel, load
 
 

@@ -16,7 +16,7 @@ from tests.matrix.test_matrix import PASSES, assert_close, captured, refusal, te
 from tests.zoo import ZOO
 from tokopt import Bundle, EngineOptions
 from tokopt.errors import ArtifactError, LoweringError
-from tokopt.lower.tensorrt import EngineBuilder
+from tokopt.lower.tensorrt.engine import EngineBuilder
 from tokopt.runtime import load
 
 import torch  # isort: skip

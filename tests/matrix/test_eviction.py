@@ -13,10 +13,10 @@ import tokopt
 from tests.matrix.eviction import SCORES, NaiveDecoder
 from tests.matrix.language import artifact, bundle, model, prompt
 from tests.zoo.decoders import CONTEXT, DECODERS
-from tokopt.bundle import Bundle
 from tokopt.errors import InputError, PassRefused, TokoptError
+from tokopt.ir.bundle import Bundle
 from tokopt.passes import PASSES, load_pass
-from tokopt.passes.eviction import KVEviction
+from tokopt.passes.kv.base import KVEviction
 
 METHODS = (
     *(name for name in PASSES if issubclass(load_pass(name), KVEviction)),

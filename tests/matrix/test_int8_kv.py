@@ -18,14 +18,14 @@ from tests.matrix.language import bundle, model, prompt
 from tests.matrix.test_eviction import EVERY, Driver, spelled
 from tests.zoo import ZOO
 from tests.zoo.decoders import CONTEXT, DECODERS
-from tokopt.bundle import Bundle
-from tokopt.causal_lm import _HuggingFace
 from tokopt.errors import TokoptError
-from tokopt.lower.selections import expose_selections, run_with_selections
+from tokopt.frontend.language import _HuggingFace
+from tokopt.ir.bundle import Bundle
+from tokopt.lower.parity.selections import expose_selections, run_with_selections
 from tokopt.runtime import LanguageModel, load
-from tokopt.runtime.engines import ONE_ROW, PORTABLE
+from tokopt.runtime.buffers import run_in_place
+from tokopt.runtime.engines.onnxruntime import ONE_ROW, PORTABLE
 from tokopt.runtime.numerics import nmse
-from tokopt.runtime.state import run_in_place
 
 TEXTS = [prompt(24, seed) for seed in (3, 4)]
 """What is calibrated with."""

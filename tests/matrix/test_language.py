@@ -8,9 +8,9 @@ import torch
 
 from tests.matrix.language import artifact, bundle, prompt, reference
 from tests.zoo.decoders import CONTEXT, DECODERS, VOCABULARY
-from tokopt.causal_lm import first_step
 from tokopt.errors import TokoptError
-from tokopt.runtime import language, state
+from tokopt.frontend.language import first_step
+from tokopt.runtime import buffers, language
 
 decoders = pytest.mark.parametrize("name", DECODERS)
 
@@ -54,7 +54,7 @@ def test_score_is_the_log_probability_of_what_is_generated(name: str) -> None:
 def test_growing_the_cache_changes_nothing(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     ids = prompt(9)
     whole = artifact(name).generate(ids, max_tokens=30)
-    for module in (language, state):
+    for module in (language, buffers):
         monkeypatch.setattr(module, "BLOCK", 1)
     assert artifact(name).generate(ids, max_tokens=30) == whole
     assert artifact(name).statistics.cache_slots == 9 + 29  # the last token is never written

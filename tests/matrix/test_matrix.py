@@ -14,8 +14,8 @@ from torch.utils._pytree import tree_leaves
 import tokopt
 from tests.matrix.eager import run_eager
 from tests.zoo import ZOO, Entry
-from tokopt.bundle import Bundle
 from tokopt.errors import PassRefused
+from tokopt.ir.bundle import Bundle
 
 SCHEDULE = (4, 0, 3)
 """Tokens removed per block: an uneven list with a block left alone."""

@@ -26,17 +26,17 @@ from tests.zoo.decoders import DECODERS
 from tokopt.analysis.calibration import collect
 from tokopt.analysis.graph import program_module
 from tokopt.analysis.linears import find_linears, parameter
-from tokopt.bundle import Bundle
-from tokopt.causal_lm import capture_lm
-from tokopt.debug import differences
 from tokopt.errors import TokoptError
-from tokopt.passes.quantization import QuantizedWeight, fit_grid, output_error
+from tokopt.frontend.language import capture_lm
+from tokopt.ir.bundle import Bundle
 from tokopt.passes.quantize.awq import AWQ
+from tokopt.passes.quantize.base import QuantizedWeight, fit_grid, output_error
 from tokopt.passes.quantize.gptq import GPTQ
 from tokopt.passes.quantize.int8 import rounded_tokens, scaled_product
 from tokopt.passes.quantize.keep_grid import find_grid
 from tokopt.passes.quantize.nupes import NUPES
 from tokopt.passes.quantize.rtn import RTN
+from tokopt.pipeline.observers import differences
 
 GROUP = 16
 METHODS = {

@@ -11,11 +11,11 @@ import torch
 
 import tokopt
 from tests.zoo import ZOO
-from tokopt.bundle import Bundle
 from tokopt.errors import PassError, PassRefused, TokoptError, UnsupportedModelError
+from tokopt.ir.bundle import Bundle
 from tokopt.passes import PASSES, load_pass
-from tokopt.passes.reduction import TokenReduction
-from tokopt.pipeline import Pipeline, parse
+from tokopt.passes.reduce.base import TokenReduction
+from tokopt.pipeline.manager import Pipeline, parse
 
 
 @cache

@@ -14,7 +14,13 @@ from hypothesis import strategies as st
 
 from tests.runtime.artifacts import Json, document, doubling, tensor
 from tokopt.errors import ArtifactError
-from tokopt.runtime.manifest import FORMAT_VERSION, describe_file, file_fault, file_path, parse_manifest
+from tokopt.runtime.format.manifest import (
+    FORMAT_VERSION,
+    describe_file,
+    file_fault,
+    file_path,
+    parse_manifest,
+)
 
 FILE = MappingProxyType({"sha256": "0" * 64, "size": 3})
 SIZES = MappingProxyType({"min": 1, "opt": 2, "max": 8})
@@ -283,7 +289,7 @@ def test_truncated_and_bit_flipped(position: int, bit: int, cut: bool) -> None:
 
 
 def test_manifest_of_a_folder(tmp_path: Path) -> None:
-    from tokopt.runtime.manifest import read_manifest
+    from tokopt.runtime.format.manifest import read_manifest
 
     assert read_manifest(doubling(tmp_path / "a.tokopt")).pipeline == "tome{r=16}"
     with pytest.raises(ArtifactError, match="is not a folder"):

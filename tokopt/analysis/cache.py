@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 from torch.fx import Graph, Node
 
 from tokopt.analysis.graph import argument, attention_nodes, describe, is_call
-from tokopt.bundle import Program
 from tokopt.errors import PassRefused
+from tokopt.ir.program import Program
 from tokopt.kernels import ops
 
 if TYPE_CHECKING:

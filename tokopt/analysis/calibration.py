@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.fx import GraphModule, Interpreter, Node
 
 from tokopt.analysis.graph import sizes
-from tokopt.bundle import Bundle
 from tokopt.errors import InputError
+from tokopt.ir.bundle import Bundle
 from tokopt.progress import track
 
 Sample = Tensor | np.ndarray | Sequence[Tensor] | Sequence[np.ndarray] | Sequence[int]
@@ -84,7 +84,7 @@ def program_inputs(bundle: Bundle, sample: Sample) -> tuple[Tensor, ...]:
     Raises InputError for one that does not fit it.
     """
     if bundle.task == "causal-lm":
-        from tokopt.causal_lm import first_step
+        from tokopt.frontend.language import first_step
 
         ids = torch.as_tensor(np.asarray(sample), dtype=torch.int64)
         ids = ids[None] if ids.ndim == 1 else ids

@@ -9,7 +9,8 @@ from torch.fx import Node
 
 from tokopt.analysis.blocks import find_sites
 from tokopt.analysis.graph import aten, is_call, is_tensor, program_module, sizes
-from tokopt.bundle import Bundle, Program
+from tokopt.ir.bundle import Bundle
+from tokopt.ir.program import Program
 
 
 @dataclass(frozen=True)

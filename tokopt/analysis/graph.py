@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch.fx import Graph, GraphModule, Node
 
-from tokopt.bundle import Program
+from tokopt.ir.program import Program
 
 aten = torch.ops.aten
 

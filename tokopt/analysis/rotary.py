@@ -20,8 +20,8 @@ from torch.fx.node import map_arg
 
 from tokopt.analysis.cache import CachedAttention, input_nodes
 from tokopt.analysis.graph import aten, is_call
-from tokopt.bundle import Program
 from tokopt.errors import PassRefused
+from tokopt.ir.program import Program
 
 REPRODUCED = 1e-3
 """Largest error, relative to the largest channel, with which the measured rotation may stand for the graph's."""

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from tokopt.analysis.blocks import Block, find_blocks
 from tokopt.analysis.cost import node_flops
 from tokopt.analysis.graph import is_tensor, module_path, program_module
-from tokopt.bundle import Program
+from tokopt.ir.program import Program
 
 
 @dataclass(frozen=True)

@@ -10,12 +10,12 @@ import numpy as np
 
 from tokopt.cli.models import require
 from tokopt.errors import InputError
-from tokopt.runtime.manifest import ProgramEntry, Tensor
+from tokopt.runtime.format.manifest import ProgramEntry, Tensor
 from tokopt.runtime.text import Tokenizer
 
 if TYPE_CHECKING:
     from tokopt.analysis.calibration import Sample
-    from tokopt.bundle import Bundle
+    from tokopt.ir.bundle import Bundle
 
 IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 

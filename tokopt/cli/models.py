@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, Any
 from tokopt.errors import CaptureError, InputError, MissingDependencyError
 
 if TYPE_CHECKING:
-    from tokopt.bundle import AxisRange, Bundle
+    from tokopt.ir.bundle import Bundle
+    from tokopt.ir.program import AxisRange
 
 
 @dataclass(frozen=True)
@@ -192,7 +193,7 @@ def _processor_size(folder: Path) -> tuple[int, int] | None:
 def _text_model(folder: Path, model: Any, options: ExampleOptions) -> _Model:
     import torch
 
-    from tokopt.bundle import AxisRange
+    from tokopt.ir.program import AxisRange
 
     longest = getattr(model.config, "max_position_embeddings", None)
     count = options.tokens or min(32, longest or 32)

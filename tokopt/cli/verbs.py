@@ -13,12 +13,12 @@ from typing import TYPE_CHECKING
 from tokopt.cli.models import ExampleOptions, imported, read_bundle
 from tokopt.cli.screen import Screen, si
 from tokopt.errors import InputError
-from tokopt.runtime.manifest import ENGINE
+from tokopt.runtime.format.manifest import ENGINE
 
 if TYPE_CHECKING:
-    from tokopt.lower.tensorrt import EngineOptions
-    from tokopt.pipeline import Report
-    from tokopt.runtime.manifest import Manifest
+    from tokopt.lower.tensorrt.engine import EngineOptions
+    from tokopt.pipeline.manager import Report
+    from tokopt.runtime.format.manifest import Manifest
 
 OK, FAILED = 0, 1
 
@@ -41,8 +41,9 @@ def optimize(args: Namespace, screen: Screen) -> int:
     """Run a pipeline and save the result as an artifact of target torch."""
     import tokopt
     from tokopt.cli.inputs import read_samples
-    from tokopt.debug import dump_to
-    from tokopt.pipeline import Context, as_pipeline
+    from tokopt.pipeline.base import Context
+    from tokopt.pipeline.manager import as_pipeline
+    from tokopt.pipeline.observers import dump_to
 
     pipeline = as_pipeline(args.pipeline)
     observers = (dump_to(args.dump),) if args.dump else ()
@@ -70,7 +71,7 @@ def export(args: Namespace, screen: Screen) -> int:
     engine = _engine_options(args)
     with screen.step(f"Exporting {args.artifact} to {args.target}"):
         if args.target == "triton":
-            from tokopt.lower.triton import Serving, write_model
+            from tokopt.lower.triton.model import Serving, write_model
 
             source = args.artifact if _deployed(args.artifact) else read_bundle(args.artifact)
             if engine is not None:
@@ -92,7 +93,7 @@ def _engine_options(args: Namespace) -> EngineOptions | None:
     given = (args.arch, tuple(args.profile), args.workspace, args.timing_cache, args.plugins)
     if given == (None, (), None, None, False):
         return None
-    from tokopt.lower.tensorrt import EngineOptions
+    from tokopt.lower.tensorrt.engine import EngineOptions
 
     return EngineOptions(*given)
 
@@ -102,7 +103,7 @@ _SERVING = ("max_batch", "instances", "gpu", "threads", "slots")
 
 def _deployed(name: str) -> Manifest | None:
     """The manifest of an artifact that a bundle cannot be made of again; None for every other name."""
-    from tokopt.runtime.manifest import read_manifest
+    from tokopt.runtime.format.manifest import read_manifest
 
     if not (Path(name) / "manifest.json").is_file():
         return None
@@ -174,8 +175,9 @@ def _show_engines(manifest: Manifest, screen: Screen) -> None:
 
 def estimate(args: Namespace, screen: Screen) -> int:
     """Run a pipeline in memory and predict what it saves; nothing is written."""
-    from tokopt.analysis.estimate import measure_machine, predict_seconds
-    from tokopt.pipeline import Context, as_pipeline
+    from tokopt.measure.roofline import measure_machine, predict_seconds
+    from tokopt.pipeline.base import Context
+    from tokopt.pipeline.manager import as_pipeline
 
     pipeline = as_pipeline(args.pipeline)
     with screen.step(f"Estimating {pipeline}"):
@@ -219,7 +221,7 @@ def run(args: Namespace, screen: Screen) -> int:
     import numpy as np
 
     from tokopt.cli.inputs import read_inputs
-    from tokopt.runners import open_runner
+    from tokopt.measure.timing import open_runner
 
     runner = open_runner(args.artifact, args.threads, args.backend)
     feed = read_inputs(args.inputs, runner.program, args.mean, args.std) if args.inputs else runner.example()
@@ -312,7 +314,7 @@ def verify(args: Namespace, screen: Screen) -> int:
 
 def bench(args: Namespace, screen: Screen) -> int:
     """Time artifacts against each other, in turns."""
-    from tokopt.runners import interleaved_times
+    from tokopt.measure.timing import interleaved_times
 
     with screen.step(f"Timing {len(args.artifacts)} artifacts, {args.rounds} rounds"):
         rounds = list(
@@ -339,7 +341,7 @@ def bench(args: Namespace, screen: Screen) -> int:
 
 def bisect(args: Namespace, screen: Screen) -> int:
     """Find the first pass that moves an output by more than the tolerance; exit 1 when there is one."""
-    from tokopt.debug import bisect as run_bisection
+    from tokopt.pipeline.observers import bisect as run_bisection
 
     with screen.step(f"Bisecting {args.pipeline}"):
         found = run_bisection(read_bundle(args.artifact), args.pipeline, args.tolerance)
@@ -357,8 +359,8 @@ def bisect(args: Namespace, screen: Screen) -> int:
 
 def compare(args: Namespace, screen: Screen) -> int:
     """How far two models are apart on real inputs, in terms of their task."""
-    from tokopt.analysis.fidelity import fidelity
     from tokopt.cli.inputs import read_samples
+    from tokopt.measure.fidelity import fidelity
 
     with screen.step(f"Comparing {args.artifact} with {args.other}"):
         before, after = read_bundle(args.artifact), read_bundle(args.other)
@@ -371,8 +373,8 @@ def compare(args: Namespace, screen: Screen) -> int:
 def tune(args: Namespace, screen: Screen) -> int:
     """Search a pipeline; exit 1 when none gains."""
     from tokopt.cli.inputs import read_samples
-    from tokopt.tuning import Machine
-    from tokopt.tuning import tune as run_search
+    from tokopt.measure.tuning import Machine
+    from tokopt.measure.tuning import tune as run_search
 
     bundle = read_bundle(args.artifact)
     found = run_search(
@@ -413,7 +415,7 @@ def tune(args: Namespace, screen: Screen) -> int:
 def passes(args: Namespace, screen: Screen) -> int:
     """List the passes and their options."""
     from tokopt.passes import PASSES, load_pass
-    from tokopt.pipeline import format_value
+    from tokopt.pipeline.text import format_value
 
     listed = []
     for name in PASSES:

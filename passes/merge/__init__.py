@@ -1,1 +1,0 @@
-"""Token merging: removed tokens are averaged into the ones that stay."""

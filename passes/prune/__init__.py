@@ -1,1 +1,0 @@
-"""Token pruning: removed tokens are dropped."""

@@ -1,0 +1,291 @@
+"""What every weight quantization shares: which linears, the codes, the edit, and which of them get more bits.
+
+A quantized weight stays part of the graph: ``linear(x, dequantize_weight(codes, scale, zero))``. So every other
+pass and every comparison sees the program that the artifact will compute; the lowering turns the pair into one
+kernel. A method is a subclass with :meth:`WeightQuantization.quantize`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule, Node
+
+from tokopt.analysis.calibration import Moments, collect
+from tokopt.analysis.graph import aten, program_module
+from tokopt.analysis.linears import Linear, find_linears, matches
+from tokopt.errors import PassError
+from tokopt.ir.bundle import Bundle
+from tokopt.kernels import ops
+from tokopt.pipeline.base import Context, Pass, PassResult, Refusal
+from tokopt.rewrite.edit import call, put_parameter, reexport
+from tokopt.rewrite.scales import by_input
+
+Known = dict[Node, Moments]
+"""Moments of the tensors that linears read."""
+
+MORE_BITS = 8
+"""What the most sensitive layers get where the average allows it."""
+
+
+@dataclass(frozen=True)
+class QuantizedWeight:
+    """A weight [out, in] as ``(codes - zero) * scale``; see :mod:`tokopt.kernels.dequantize_weight.reference`.
+
+    With an ``exponent`` a the weight is that value's signed power of 1 / a.
+    """
+
+    codes: Tensor
+    scale: Tensor
+    zero: Tensor
+    group: int
+    exponent: float = 1.0
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of an artifact: codes of 4 bits where all fit, else of 8, and a float32 scale per group."""
+        packed = 2 if int(self.codes.max()) < 16 else 1
+        return self.codes.numel() // packed + 4 * self.scale.numel()
+
+    def dequantized(self) -> Tensor:
+        """The weight [out, in] that it stands for."""
+        return signed_power(
+            ops.dequantize_weight(self.codes, self.scale, self.zero, self.group), 1 / self.exponent
+        )
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Scale and zero point [out, groups] of every group of ``group`` inputs, and the largest code."""
+
+    scale: Tensor
+    zero: Tensor
+    largest: int
+    group: int
+
+    def codes(self, weight: Tensor) -> Tensor:
+        """The nearest codes [out, in] of a weight, in float."""
+        return self.rounded(weight.unflatten(1, (-1, self.group)), self.scale, self.zero).flatten(1)
+
+    def rounded(self, weight: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
+        """The nearest codes of ``weight`` [out, groups, inputs] with a scale and zero point [out, groups]."""
+        codes = (weight / torch.where(scale != 0, scale, 1.0)[..., None]).round() + zero[..., None]
+        return codes.clamp(0, self.largest)
+
+    def packed(self, codes: Tensor) -> QuantizedWeight:
+        """Codes with this grid."""
+        return QuantizedWeight(codes.to(torch.uint8), self.scale, self.zero.to(torch.uint8), self.group)
+
+
+def signed_power(x: Tensor, exponent: float) -> Tensor:
+    """``sign(x) |x|^exponent``."""
+    return x if exponent == 1 else x.sign() * x.abs() ** exponent
+
+
+def fit_grid(weight: Tensor, bits: int, group: int, *, symmetric: bool, shrink: Tensor | float = 1.0) -> Grid:
+    """The grid of round-to-nearest for a weight [out, in]: the range of every group, times ``shrink``.
+
+    Asymmetric: ``scale = (max - min) / (2^bits - 1)``, ``zero = round(-min / scale)``, with 0 in the range.
+    Symmetric: the entry of largest magnitude becomes the code ``-2^(bits-1)``, the zero point is ``2^(bits-1)``.
+    """
+    grouped = weight.unflatten(1, (-1, group))
+    largest = 2**bits - 1
+    if symmetric:
+        far = grouped.gather(2, grouped.abs().argmax(2, keepdim=True))[..., 0]
+        scale = -far * shrink / 2 ** (bits - 1)
+        return Grid(scale, torch.full_like(scale, 2 ** (bits - 1)), largest, group)
+    high = grouped.amax(2).clamp(min=0) * shrink
+    low = grouped.amin(2).clamp(max=0) * shrink
+    scale = (high - low) / largest
+    zero = (-low / torch.where(scale > 0, scale, 1.0)).round().clamp(0, largest)
+    return Grid(scale, zero, largest, group)
+
+
+def output_error(weight: Tensor, quantized: Tensor, moments: Moments | None) -> float:
+    """Mean squared error of the layer's output over that output's mean square; of the weight without moments."""
+    gram = torch.eye(weight.shape[1]) if moments is None else moments.gram
+
+    def energy(matrix: Tensor) -> float:
+        return float(((matrix @ gram) * matrix).sum())
+
+    return energy(weight - quantized) / max(energy(weight), 1e-30)
+
+
+@dataclass(frozen=True)
+class Quantization(Pass):
+    """Linears in fewer bits; ``only`` and ``skip`` choose them by patterns of their module path.
+
+    A tied output projection is untied and quantized; the embedding stays.
+    """
+
+    only: tuple[str, ...] = ()
+    skip: tuple[str, ...] = ()
+
+    def needs_moments(self) -> bool:
+        """Whether there is nothing to do without calibration inputs."""
+        return False
+
+    def uses_moments(self) -> bool:
+        """Whether calibration inputs are read where there are any."""
+        return self.needs_moments()
+
+    def fault(self, weight: Tensor) -> str | None:
+        """Why a weight [out, in] cannot be quantized."""
+        return None if weight.dtype == torch.float32 else f"its weight is {weight.dtype}, not float32"
+
+    def prepare(self, module: GraphModule, linears: list[Linear], known: Known) -> None:
+        """Rewrite the float graph and its moments, in place, before anything is quantized."""
+
+    def bits_of(self, module: GraphModule, linears: list[Linear], known: Known) -> dict[Node, int]:
+        """Bits per linear."""
+        return {linear.node: MORE_BITS for linear in linears}
+
+    def apply(
+        self, module: GraphModule, linear: Linear, bits: int, moments: Moments | None
+    ) -> QuantizedWeight:
+        """Quantize one linear of the graph, in place; return its weight."""
+        raise NotImplementedError
+
+    def run(self, bundle: Bundle, context: Context) -> PassResult:
+        """Quantize the main program's linears."""
+        module = program_module(bundle.main)
+        linears, refusals = self._sites(module)
+        if not linears:
+            return PassResult(
+                bundle, 0, (), refusals or (Refusal("model", "there is no linear to quantize"),)
+            )
+        known = self._moments(bundle, module, linears, context)
+        self.prepare(module, linears, known)
+        bits = self.bits_of(module, linears, known)
+        sizes = [0, 0]
+        errors: list[tuple[float, str]] = []
+        for linear in linears:
+            weight, moments = linear.matrix(module), known.get(linear.input)
+            quantized = self.apply(module, linear, bits[linear.node], moments)
+            sizes[0] += 4 * weight.numel()
+            sizes[1] += quantized.nbytes
+            errors.append((output_error(weight, quantized.dequantized(), moments), linear.path))
+        name = "forward" if bundle.task == "encoder" else "step"
+        quantized_bundle = bundle.with_program(name, reexport(bundle.main, module))
+        return PassResult(quantized_bundle, len(linears), _notes(errors, *sizes), refusals)
+
+    def _sites(self, module: GraphModule) -> tuple[list[Linear], tuple[Refusal, ...]]:
+        linears: list[Linear] = []
+        refusals: list[Refusal] = []
+        for linear in find_linears(module.graph):
+            if not matches(linear.path, self.only, self.skip):
+                continue
+            if fault := self.fault(linear.matrix(module)):
+                refusals.append(Refusal(linear.path, fault))
+            else:
+                linears.append(linear)
+        return linears, tuple(refusals)
+
+    def _moments(self, bundle: Bundle, module: GraphModule, linears: list[Linear], context: Context) -> Known:
+        samples = context.samples(self.name) if self.needs_moments() else context.calibration
+        if samples is None or not self.uses_moments():
+            return {}
+        return collect(bundle, module, [linear.input for linear in linears], samples)
+
+
+@dataclass(frozen=True)
+class WeightQuantization(Quantization):
+    """Linears with weights of ``bits`` bits, a scale per ``group`` inputs of an output.
+
+    ``average`` above ``bits`` gives the layers whose output suffers most 8 bits, until the average over all weights
+    reaches it; how much they suffer is measured on the calibration inputs, or else on the weights.
+
+    Rules. The weight is a float32 parameter and its inputs a multiple of the group; other linears are refused.
+    """
+
+    bits: int = 4
+    group: int = 32
+    symmetric: bool = False
+    average: float = 0.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 2 <= self.bits <= MORE_BITS:
+            raise PassError(f"{self.name}: bits={self.bits} must be 2 to {MORE_BITS}")
+        if self.group < 16 or self.group & (self.group - 1):
+            raise PassError(f"{self.name}: group={self.group} must be a power of two and at least 16")
+        if self.average and not self.bits <= self.average <= MORE_BITS:
+            raise PassError(f"{self.name}: average={self.average} must be {self.bits} to {MORE_BITS}")
+
+    def quantize(self, weight: Tensor, bits: int, moments: Moments | None) -> QuantizedWeight:
+        """Codes for a weight [out, in] float32 whose inputs have these moments."""
+        raise NotImplementedError
+
+    def uses_moments(self) -> bool:
+        """Sensitivity is better measured on data."""
+        return self.needs_moments() or self.average > self.bits
+
+    def fault(self, weight: Tensor) -> str | None:
+        """Groups have to be whole."""
+        if weight.shape[1] % self.group:
+            return f"its {weight.shape[1]} inputs are no multiple of group={self.group}"
+        return super().fault(weight)
+
+    def apply(
+        self, module: GraphModule, linear: Linear, bits: int, moments: Moments | None
+    ) -> QuantizedWeight:
+        """Put codes in the place of the weight."""
+        quantized = self.quantize(linear.matrix(module), bits, moments)
+        replace_weight(module, linear, quantized)
+        return quantized
+
+    def bits_of(self, module: GraphModule, linears: list[Linear], known: Known) -> dict[Node, int]:
+        """Those whose outputs gain most per byte get more until the average is reached.
+
+        Linears that read one tensor get the same: engines compute them as one product.
+        """
+        chosen = {linear.node: self.bits for linear in linears}
+        if self.average <= self.bits:
+            return chosen
+        weights = {linear.node: linear.matrix(module) for linear in linears}
+        room = (self.average - self.bits) * sum(weight.numel() for weight in weights.values())
+
+        def gain(linear: Linear) -> float:
+            weight, moments = weights[linear.node], known.get(linear.input)
+            few, more = (
+                output_error(weight, self.quantize(weight, bits, moments).dequantized(), moments)
+                for bits in (self.bits, MORE_BITS)
+            )
+            return few - more
+
+        def size(group: list[Linear]) -> int:
+            return sum(weights[linear.node].numel() for linear in group)
+
+        gains = [(sum(map(gain, group)) / size(group), group) for group in by_input(linears)]
+        for _, group in sorted(gains, key=lambda pair: pair[0], reverse=True):
+            cost = (MORE_BITS - self.bits) * size(group)
+            if cost <= room:
+                chosen.update((linear.node, MORE_BITS) for linear in group)
+                room -= cost
+        return chosen
+
+
+def _notes(errors: list[tuple[float, str]], before: int, after: int) -> tuple[str, ...]:
+    worst = ", ".join(f"{path} {error:.2g}" for error, path in sorted(errors, reverse=True)[:3])
+    return (
+        f"weights of {before / 1e6:.1f} MB became {after / 1e6:.1f} MB",
+        f"largest relative output error: {worst}; skip=[...] leaves layers as they are",
+    )
+
+
+def replace_weight(module: GraphModule, linear: Linear, quantized: QuantizedWeight) -> None:
+    """Let a linear read its weight from codes."""
+    graph = module.graph
+    operands = [
+        put_parameter(module, linear.node, None, part)
+        for part in (quantized.codes, quantized.scale, quantized.zero)
+    ]
+    with graph.inserting_before(linear.node):
+        weight = call(graph, ops.dequantize_weight, *operands, quantized.group, like=linear.node)
+        if quantized.exponent != 1:
+            weight = call(graph, signed_power, weight, 1 / quantized.exponent, like=linear.node)
+        if linear.transposed:
+            weight = call(graph, aten.t.default, weight, like=linear.node)
+    linear.node.update_arg(linear.place, weight)

@@ -1,0 +1,414 @@
+"""What every token reduction shares: the schedule, the protected prefix, and the proof of legality.
+
+A method is a subclass with :meth:`TokenReduction.reduce`; everything else, from finding the blocks to
+restoring per-token outputs, is here and in :mod:`tokopt.rewrite.tokens`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from fractions import Fraction
+from functools import partial
+from typing import Any, ClassVar, Literal, TypeGuard
+
+import torch
+
+from tokopt.analysis.blocks import Block, NoBlock, find_blocks
+from tokopt.analysis.graph import ancestors, is_call, program_module, size_hint
+from tokopt.analysis.token_axis import Seed, TokenTrace, prefix_tokens, trace_tokens
+from tokopt.errors import PassError, PassRefused, UnsupportedModelError
+from tokopt.ir.bundle import Bundle
+from tokopt.ir.program import AxisRange, Program, Reductions
+from tokopt.kernels import SELECTIONS, ops
+from tokopt.pipeline.base import Context, Pass, PassResult, Refusal
+from tokopt.rewrite.edit import axis_names, reexport
+from tokopt.rewrite.tokens import Assignment, Reduction, TokenRewriter, Tokens, batch_size, padding_mask
+
+Size = Any
+"""A number of tokens: an int, or a ``torch.SymInt`` where the axis is dynamic."""
+
+
+@dataclass(frozen=True)
+class TokenReduction(Pass):
+    """Base of the passes that merge or prune tokens after the attention of chosen blocks.
+
+    Exactly one schedule: ``r`` removes that many tokens in every block (one number, or a list with one per
+    block); ``keep`` keeps that fraction of the unprotected tokens in every block; ``target`` removes evenly so
+    that this fraction of all tokens is left at the end. ``schedule="decreasing"`` spreads a constant ``r``
+    linearly from ``2r`` in the first block to 0 in the last. ``layers`` chooses blocks by index, all by default.
+    ``prefix`` is the number of leading tokens that are never removed; by default the class and register tokens
+    that the graph itself shows.
+
+    Rules. A block is reduced only when tokopt can follow the token axis from its input to its attention and
+    from there to every output; otherwise the block is refused with the op in the way. Position tables, biases
+    and masks are indexed by the kept tokens. Padding (keys that no query may see) has size 0. Outputs that are
+    per token get all their tokens back from the merge map. When the token axis is dynamic, its smallest size rises
+    to the shortest input that every block can take ``r`` tokens from; a note says so.
+    """
+
+    r: int | tuple[int, ...] | None = None
+    keep: float | None = None
+    target: float | None = None
+    schedule: Literal["constant", "decreasing"] = "constant"
+    layers: tuple[int, ...] | None = None
+    prefix: int | None = None
+
+    merges: ClassVar[bool] = False
+    """Whether removed tokens live on in others, so that later attentions must add ``log(size)``."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check_options(self)
+
+    def reduce(self, tokens: Tokens, r: Size, prefix: int) -> Assignment:
+        """Remove ``r`` of the tokens; the first ``prefix`` stay. Plain PyTorch, traced into the graph."""
+        raise NotImplementedError
+
+    def most(self, tokens: Size, prefix: int, padded: bool) -> Size:
+        """The most tokens that one block can lose."""
+        return tokens - max(prefix, 1)
+
+    def objection(self, prefix: int, dynamic: bool) -> str | None:
+        """Why the method cannot work with this many protected tokens, or on a dynamic token axis; or None."""
+        return None
+
+    def requires(self, bundle: Bundle) -> None:
+        """Only encoders: in a causal model the cache and the next token depend on every position."""
+        if bundle.task != "encoder" or "forward" not in bundle.programs:
+            raise PassError(f"{self.name} works on encoders; this bundle is a {bundle.task}")
+
+    def run(self, bundle: Bundle, context: Context) -> PassResult:
+        """Reduce tokens in every block where that is provably legal; refuse the others with the reason."""
+        program = bundle.forward
+        done = program.reductions or Reductions(program, ())
+        module = program_module(done.base)
+        if any(is_call(node, *_CHOOSE_TOKENS) for node in module.graph.nodes):
+            return PassResult(bundle, 0, (), (Refusal("the model", _REDUCED_BEFORE),))
+        sites = find_blocks(module.graph)
+        if not sites:
+            raise UnsupportedModelError(
+                "the model has no attention that tokopt knows, so there are no tokens to reduce"
+            )
+        refusals = [Refusal(s.site.path or "the model", s.reason) for s in sites if _is_missed(s)]
+        blocks, impure = _pure_blocks([s for s in sites if isinstance(s, Block)], module.graph)
+        methods: tuple[TokenReduction, ...] = (*done.methods, self)
+        plan, trace, impossible = Plan.make(methods, blocks).prove(module.graph)
+        refusals += [*impure, *impossible]
+        matches = plan.reduced_blocks(len(done.methods))
+        if not matches:
+            notes = () if refusals else ("nothing to remove",)
+            return PassResult(bundle, 0, notes, tuple(refusals))
+        if objection := self.objection(plan.prefix(trace, self), plan.dynamic):
+            return PassResult(bundle, 0, (), (*refusals, Refusal("the model", objection)))
+        rewriter = TokenRewriter(module, batch_size(plan.steps[0].block))
+        try:
+            rewriter.apply(plan.reductions(trace), trace)
+        except PassRefused as reason:
+            return PassResult(bundle, 0, (), (*refusals, Refusal("the model", str(reason))))
+        base = _raise_minimum(done.base, plan, trace) if plan.dynamic else done.base
+        reduced = replace(reexport(base, module, deferred=True), reductions=Reductions(done.base, methods))
+        notes = [f"{plan.prefix(trace, self)} prefix tokens protected"]
+        if rewriter.restored:
+            names = ", ".join(base.outputs[i].name for i in rewriter.restored)
+            notes.append(f"restored to all tokens: {names}")
+        for axis, bounds in reduced.ranges.items():
+            if bounds.min > done.base.ranges[axis].min:
+                notes.append(f"inputs need {axis} >= {bounds.min}")
+        return PassResult(bundle.with_program("forward", reduced), matches, tuple(notes), tuple(refusals))
+
+    def chosen(self, blocks: Sequence[Block]) -> Sequence[Block]:
+        """The blocks that ``layers`` names; PassError when there is no such block."""
+        if self.layers is None:
+            return blocks
+        for layer in self.layers:
+            if not -len(blocks) <= layer < len(blocks):
+                raise PassError(
+                    f"layers names block {layer}, but the model has {len(blocks)} blocks that could be reduced"
+                )
+        wanted = {layer % len(blocks) for layer in self.layers}
+        return [block for block in blocks if block.index in wanted]
+
+
+def _check_options(options: TokenReduction) -> None:
+    name = options.name
+    given = [n for n in ("r", "keep", "target") if getattr(options, n) is not None]
+    if len(given) != 1:
+        found = " and ".join(given) or "none"
+        raise PassError(
+            f"{name} needs exactly one of r=, keep=, target= (found {found}); for example {name}{{r=8}}"
+        )
+    counts = options.r if isinstance(options.r, tuple) else (options.r or 0,)
+    if any(not isinstance(r, int) or isinstance(r, bool) or r < 0 for r in counts):
+        raise PassError(f"{name}: r={options.r!r} must be a count of tokens, or a list of them")
+    for field_name in ("keep", "target"):
+        value = getattr(options, field_name)
+        if value is not None and not (isinstance(value, (int, float)) and 0 < value <= 1):
+            raise PassError(f"{name}: {field_name}={value!r} must be a fraction in (0, 1]")
+    if options.schedule not in ("constant", "decreasing"):
+        raise PassError(f"{name}: schedule={options.schedule!r} must be constant or decreasing")
+    if options.schedule == "decreasing" and not isinstance(options.r, int):
+        raise PassError(f"{name}: schedule=decreasing spreads one number r over the blocks; give r=8, say")
+    if options.prefix is not None and options.prefix < 0:
+        raise PassError(f"{name}: prefix={options.prefix} must not be negative")
+
+
+_CHOOSE_TOKENS = [getattr(ops, name) for name in SELECTIONS]
+
+_REDUCED_BEFORE = "its tokens were reduced before it was saved; give all reductions in one pipeline"
+
+
+def _is_missed(site: Block | NoBlock) -> TypeGuard[NoBlock]:
+    """Whether a user would expect a reduction here: pooling heads only read tokens."""
+    return isinstance(site, NoBlock) and site.site.kind != "pooling"
+
+
+def _pure_blocks(blocks: list[Block], graph: torch.fx.Graph) -> tuple[list[Block], list[Refusal]]:
+    """Blocks whose attention tokens are the residual stream's tokens, in the same order."""
+    pure: list[Block] = []
+    refusals: list[Refusal] = []
+    for block in blocks:
+        trace = trace_tokens(graph, {block.stream: Seed(block.token_axis)}, reduce=False)
+        whole = all(
+            (label := trace.labels.get(node)) is not None
+            and len(label.axes) == 1
+            and (axis := label.axes[0]).plain
+            and (axis.start, axis.stop) == (0, None)
+            for node in (block.site.query, block.site.key)
+        )
+        if whole:
+            pure.append(block)
+        else:
+            reason = (
+                str(trace.obstacles[0])
+                if trace.obstacles
+                else "the attention does not see the stream's tokens"
+            )
+            refusals.append(Refusal(f"block {block.index} ({block.site.path})", reason))
+    return pure, refusals
+
+
+@dataclass(frozen=True)
+class Step:
+    """One reduction to make, for the pass at place ``order`` among the reductions of the program.
+
+    ``removal`` is a count, or the fraction of unprotected tokens to keep.
+    """
+
+    order: int
+    method: TokenReduction
+    block: Block
+    removal: int | Fraction
+
+    @property
+    def empty(self) -> bool:
+        """Whether nothing would be removed."""
+        return self.removal == (1 if isinstance(self.removal, Fraction) else 0)
+
+    def count(self, tokens: int, prefix: int) -> int:
+        """Tokens removed from an input of ``tokens``; PassError when the block cannot spare them."""
+        r = _dropped(self.removal, tokens - prefix) if isinstance(self.removal, Fraction) else self.removal
+        most = max(self.method.most(tokens, prefix, padding_mask(self.block.site.mask) is not None), 0)
+        if r > most:
+            raise PassError(
+                f"r={r} is too large for block {self.block.index} ({self.block.site.path}), which has {tokens} "
+                f"tokens, {prefix} of them protected, and can lose at most {most}; remove fewer"
+            )
+        return r
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Every reduction of a program, in block order; ``depth`` is the number of blocks of the model."""
+
+    steps: tuple[Step, ...]
+    depth: int
+
+    @classmethod
+    def make(cls, methods: Sequence[TokenReduction], blocks: Sequence[Block]) -> Plan:
+        """The plan of several reductions applied one after the other."""
+        steps = []
+        for order, method in enumerate(methods):
+            chosen = method.chosen(blocks)
+            removals = _removals(method, chosen)
+            steps += [Step(order, method, b, r) for b, r in zip(chosen, removals, strict=True)]
+        steps.sort(key=lambda step: step.block.index)  # stable: in one block, the earlier pass goes first
+        return cls(tuple(step for step in steps if not step.empty), len(blocks))
+
+    def reduced_blocks(self, order: int) -> int:
+        """In how many blocks the pass at place ``order`` removes tokens."""
+        return sum(step.order == order for step in self.steps)
+
+    @property
+    def dynamic(self) -> bool:
+        """Whether the number of tokens is a symbol."""
+        return bool(self.steps) and not isinstance(_tokens(self.steps[0].block), int)
+
+    def prove(self, graph: torch.fx.Graph) -> tuple[Plan, TokenTrace, list[Refusal]]:
+        """Drop blocks until the token axis can be followed from every remaining one to the outputs."""
+        plan, refusals = self, []
+        while True:
+            trace = trace_tokens(graph, plan.seeds())
+            if not trace.obstacles:
+                return plan._checked(trace), trace, refusals
+            obstacle = trace.obstacles[0]
+            blocks = list(dict.fromkeys(step.block for step in plan.steps))
+            guilty = [b for b in blocks if b.residual in ancestors(obstacle.node)] or blocks
+            refusals += [Refusal(f"block {b.index} ({b.site.path})", str(obstacle)) for b in guilty]
+            plan = replace(plan, steps=tuple(s for s in plan.steps if s.block not in guilty))
+
+    def seeds(self) -> dict[torch.fx.Node, Seed]:
+        """Where tokens are removed, for the tracer."""
+        count = Counter(step.block.residual for step in self.steps)
+        return {s.block.residual: Seed(s.block.token_axis, count[s.block.residual]) for s in self.steps}
+
+    def prefix(self, trace: TokenTrace, method: TokenReduction) -> int:
+        """Protected leading tokens: what the user says, else what the graph shows."""
+        first = self.steps[0].block
+        found = prefix_tokens(first.stream) if first.token_axis == 1 else 0
+        if method.prefix is None:
+            return max(found, trace.fixed)
+        if method.prefix < trace.fixed:
+            raise PassError(
+                f"prefix={method.prefix} leaves a token unprotected that the model reads by its slot; "
+                f"use prefix={trace.fixed} or more"
+            )
+        return method.prefix
+
+    def _checked(self, trace: TokenTrace) -> Plan:
+        """The plan with plain counts where the number of tokens is fixed; PassError when it cannot be met."""
+        if not self.steps:
+            return self
+        tokens = size_hint(_tokens(self.steps[0].block))
+        counts = self.counts(tokens, trace)
+        if self.dynamic:
+            self._check_example(tokens, counts)
+            return self
+        steps = (replace(step, removal=r) for step, r in zip(self.steps, counts, strict=True))
+        return replace(self, steps=tuple(step for step in steps if not step.empty))
+
+    def _check_example(self, tokens: int, counts: Sequence[int]) -> None:
+        """A symbolic count of one in the example would be taken for one in every input."""
+        for step, count in zip(self.steps, counts, strict=True):
+            if isinstance(step.removal, Fraction) and count < 2:
+                raise PassError(
+                    f"block {step.block.index} ({step.block.site.path}) would lose {count} of the example's {tokens} "
+                    "tokens, and a share of a varying number has to remove two at least; capture with a longer example"
+                )
+
+    def counts(self, tokens: int, trace: TokenTrace) -> list[int]:
+        """Tokens that every step removes from an input of ``tokens``."""
+        counts = []
+        for step in self.steps:
+            counts.append(step.count(tokens, self.prefix(trace, step.method)))
+            tokens -= counts[-1]
+        return counts
+
+    def shortest(self, trace: TokenTrace) -> int:
+        """The shortest input that this plan works on, for a dynamic axis.
+
+        A symbolic count must also stay above 1, or ``torch.export`` would specialise on it.
+        """
+        symbolic = [isinstance(step.removal, Fraction) for step in self.steps]
+        shortest = size_hint(_tokens(self.steps[0].block))
+        for tokens in range(shortest, _LONGEST):
+            self.counts(tokens, trace)  # PassError when a longer input could not spare what the plan says
+        for tokens in range(shortest, 1, -1):
+            try:
+                counts = self.counts(tokens, trace)
+            except PassError:
+                break
+            if any(r < 2 for r, is_symbol in zip(counts, symbolic, strict=True) if is_symbol):
+                break
+            shortest = tokens
+        return shortest
+
+    def reductions(self, trace: TokenTrace) -> list[Reduction]:
+        """What to insert: one traced function per step."""
+        found = []
+        for step in self.steps:
+            prefix, depth = self.prefix(trace, step.method), step.block.index / self.depth
+            found.append(Reduction(step.block, partial(_reduce, step, prefix, depth), step.method.merges))
+        return found
+
+
+_LONGEST = 4096
+"""Up to here a plan is checked at every length; beyond, what a block can spare only grows faster."""
+
+
+def _tokens(block: Block) -> Size:
+    return block.residual.meta["val"].shape[block.token_axis]
+
+
+def _raise_minimum(program: Program, plan: Plan, trace: TokenTrace) -> Program:
+    """The program with the smallest size of its token axis raised to what the plan needs."""
+    symbol = str(_tokens(plan.steps[0].block))
+    axis = axis_names(program.exported, program.inputs).get(symbol)
+    if axis is None:
+        raise PassError(
+            f"the number of tokens depends on the input's size ({symbol}); capture with a fixed input size"
+        )
+    known = program.ranges[axis]
+    lowest = max(known.min, plan.shortest(trace))
+    ranges = {**program.ranges, axis: AxisRange(lowest, known.max)}
+    return replace(program, ranges=ranges)
+
+
+def _reduce(step: Step, prefix: int, depth: float, tokens: Tokens) -> Assignment:
+    count, removal = tokens.stream.shape[1], step.removal
+    r = _dropped(removal, count - prefix) if isinstance(removal, Fraction) else removal
+    return step.method.reduce(replace(tokens, depth=depth), r, prefix)
+
+
+def _dropped(keep: Fraction, tokens: Size) -> Size:
+    """``tokens - ceil(keep * tokens)`` in whole numbers, so that it works on symbols too."""
+    return tokens - (tokens * keep.numerator + keep.denominator - 1) // keep.denominator
+
+
+def _removals(method: TokenReduction, blocks: Sequence[Block]) -> tuple[int | Fraction, ...]:
+    """What the schedule removes in each of ``blocks``."""
+    count = len(blocks)
+    if not count:
+        return ()
+    if method.keep is not None:
+        return (Fraction(method.keep).limit_denominator(10_000),) * count
+    if method.target is not None:
+        return _even(method, _tokens(blocks[0]), count)
+    if isinstance(method.r, tuple):
+        if len(method.r) != count:
+            raise PassError(
+                f"{method.name}: r lists {len(method.r)} counts for {count} blocks; give one per block"
+            )
+        return method.r
+    assert isinstance(method.r, int)
+    if method.schedule == "constant" or count == 1:
+        return (method.r,) * count
+    return tuple(int(2 * method.r - 2 * method.r * i / (count - 1) + 0.5) for i in range(count))
+
+
+def _even(method: TokenReduction, tokens: Size, blocks: int) -> tuple[int, ...]:
+    """Counts that leave ``target`` of the tokens after the last block, spread evenly, the larger ones first."""
+    if not isinstance(tokens, int):
+        raise PassError(
+            f"{method.name}: target= needs a fixed number of tokens, and this model's is dynamic; use keep="
+        )
+    assert method.target is not None
+    total = tokens - math.ceil(tokens * Fraction(method.target).limit_denominator(10_000))
+    return tuple(total // blocks + (i < total % blocks) for i in range(blocks))
+
+
+def nearest(tokens: Tokens, keep: torch.Tensor, drop: torch.Tensor, prefix: int) -> torch.Tensor:
+    """For pruning: the kept token whose keys are most similar stands for each removed one."""
+    return ops.nearest_kept(tokens.key.mean(1), keep, drop, prefix)
+
+
+def pruned(tokens: Tokens, keep: torch.Tensor, drop: torch.Tensor, prefix: int) -> Assignment:
+    """The Assignment of a method that drops tokens without merging them."""
+    dest = nearest(tokens, keep, drop, prefix)
+    size = ops.gather_tokens(tokens.size, keep, 1)
+    return Assignment(keep, drop, dest, ops.gather_tokens(tokens.stream, keep, 1), size)
+
+
+__all__ = ["Assignment", "Size", "TokenReduction", "Tokens", "nearest", "pruned"]

@@ -1,0 +1,51 @@
+"""ToMe: bipartite soft matching (Bolya et al., arXiv 2210.09461)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+
+from tokopt.kernels import ops
+from tokopt.passes.reduce.base import Assignment, Size, TokenReduction, Tokens
+
+
+@dataclass(frozen=True)
+class ToMe(TokenReduction):
+    """Merge the ``r`` most similar pairs of tokens in every block, between attention and MLP.
+
+    Tokens alternate into sets A and B; every A finds its most similar B by the cosine of mean-over-heads keys;
+    the ``r`` best pairs merge into the size-weighted mean. Later attentions add ``log(size)`` to the logits
+    (proportional attention), which makes merging exact duplicates exact. ``r=0`` changes nothing.
+
+    With a padding mask real tokens are ordered first, so that a real token always finds a real partner.
+    """
+
+    name: ClassVar[str] = "tome"
+    merges: ClassVar[bool] = True
+
+    def most(self, tokens: Size, prefix: int, padded: bool) -> Size:
+        """Half of the unprotected tokens; one less when some may be padding, so that B never is all of it."""
+        return (tokens - prefix - padded) // 2
+
+    def reduce(self, tokens: Tokens, r: Size, prefix: int) -> Assignment:
+        """Match and merge."""
+        metric, size = tokens.key.mean(1), tokens.size
+        order = _real_first(size) if tokens.padded else None
+        if order is not None:
+            metric, size = ops.gather_tokens(metric, order, 1), ops.gather_tokens(size, order, 1)
+        keep, drop, dest = ops.bipartite_match(metric, size, r, prefix)
+        if order is not None:
+            keep, drop = order.gather(1, keep), order.gather(1, drop)
+        stream, size = ops.merge_tokens(tokens.stream, tokens.size, keep, drop, dest)
+        return Assignment(keep, drop, dest, stream, size)
+
+
+_LATER = 2**40  # more than any token count
+
+
+def _real_first(size: torch.Tensor) -> torch.Tensor:
+    """[batch, tokens] indices of real tokens in order, then of padding in order."""
+    index = torch.arange(size.shape[1], device=size.device)
+    return torch.where(size == 0, index + _LATER, index).argsort(dim=1)

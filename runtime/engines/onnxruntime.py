@@ -1,0 +1,137 @@
+"""Opening programs on an execution engine: ONNX Runtime, or another by name."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import onnxruntime
+
+from tokopt.errors import ArtifactError, InputError, MissingDependencyError
+from tokopt.runtime.buffers import Bound, Buffers
+from tokopt.runtime.format.manifest import Manifest, file_path
+
+Provider = str | tuple[str, Mapping[str, object]]
+"""The name of an ONNX Runtime execution provider, alone or with its options."""
+
+Backend = str | tuple[str, Mapping[str, object]]
+"""``"onnxruntime"``, ``"tensorrt"``, or ``"openvino"``, alone or with OpenVINO's properties."""
+
+BACKENDS = ("onnxruntime", "openvino", "tensorrt")
+
+PORTABLE, ONE_ROW = "onnx", "onnxruntime"
+"""Forms of a program: what any engine reads, and what ONNX Runtime's CPU kernels run faster for a batch of one."""
+
+ACTIVATIONS = ("session.qdq_matmulnbits_accuracy_level", "4")
+"""Products with weights in 4 or 8 bits round what they read to 8 bits per block, which is fast."""
+
+_CPU = "CPUExecutionProvider"
+
+
+class Session(Protocol):
+    """What runs a program."""
+
+    def run(self, outputs: Any, feed: Any, /) -> Any:
+        """The named outputs for named inputs."""
+
+
+def open_backend(backend: Backend, path: Path, threads: int | None) -> Session:
+    """The program at ``path`` on a backend that reads ONNX files; raises InputError for an unknown name."""
+    name, options = (backend, {}) if isinstance(backend, str) else backend
+    if name != "openvino":
+        raise InputError(f"there is no backend {name!r}; choose among {', '.join(BACKENDS)}")
+    from tokopt.runtime.engines.openvino import OpenVINOSession
+
+    return OpenVINOSession(path, options, check_threads(threads))
+
+
+class Sessions:
+    """The ONNX Runtime sessions of an artifact: one per program and form, opened when first asked for."""
+
+    def __init__(
+        self, folder: Path, manifest: Manifest, providers: Sequence[Provider] | None, threads: int | None
+    ) -> None:
+        self.folder, self.manifest, self.threads = folder, manifest, check_threads(threads)
+        self.names, self.options = _providers(providers)
+        self._open: dict[tuple[str, str], onnxruntime.InferenceSession] = {}
+
+    def forms(self, program: str) -> tuple[str, ...]:
+        """The forms of a program that this machine's provider executes."""
+        files = self.manifest.programs[program].files
+        return tuple(
+            form for form in (PORTABLE, ONE_ROW) if form in files and (form == PORTABLE or self._cpu)
+        )
+
+    def best(self, program: str, batch: int) -> onnxruntime.InferenceSession:
+        """The fastest session for so many rows."""
+        return self.get(program, ONE_ROW if batch == 1 and ONE_ROW in self.forms(program) else PORTABLE)
+
+    def get(self, program: str, form: str = PORTABLE) -> onnxruntime.InferenceSession:
+        """The session of one form; raises ArtifactError when ONNX Runtime cannot load it."""
+        if (program, form) not in self._open:
+            path = file_path(self.folder, self.manifest.programs[program].files[form])
+            self._open[program, form] = _session(path, self.names, self.options, self.threads)
+        return self._open[program, form]
+
+    def buffers(self, batch: int, slots: int) -> Buffers:
+        """The initial state of a language model."""
+        return Buffers(self.manifest.states, batch, slots)
+
+    def bind(self, program: str, buffers: Buffers) -> Bound:
+        """A program whose state stays in ``buffers``."""
+        return Bound(self.best(program, buffers.batch), self.manifest.programs[program], buffers)
+
+    @property
+    def _cpu(self) -> bool:
+        return self.names == [_CPU]
+
+
+def _session(
+    path: Path, names: list[str], options: list[dict[str, object]], threads: int | None
+) -> onnxruntime.InferenceSession:
+    settings = onnxruntime.SessionOptions()
+    settings.log_severity_level = 3  # errors only: what matters is raised
+    settings.add_session_config_entry(*ACTIVATIONS)
+    if threads is not None:
+        settings.intra_op_num_threads = threads
+    try:
+        session = onnxruntime.InferenceSession(path, settings, providers=names, provider_options=options)
+    except Exception as error:  # ONNX Runtime raises several unrelated classes
+        reason = " ".join(str(error).split())
+        raise ArtifactError(f"ONNX Runtime {onnxruntime.__version__} cannot load {path}: {reason}") from error
+    if names[0] not in session.get_providers():
+        raise MissingDependencyError(
+            f"{names[0]} could not start and ONNX Runtime fell back to {', '.join(session.get_providers())}; "
+            f"check its driver and libraries, or pass providers=[{_CPU!r}]"
+        )
+    return session
+
+
+def check_threads(threads: int | None) -> int | None:
+    """The number of threads, proved to be one; raises InputError."""
+    if threads is not None and (isinstance(threads, bool) or not isinstance(threads, int) or threads < 1):
+        raise InputError(f"threads is {threads!r}, it must be a positive integer, or None for all cores")
+    return threads
+
+
+def _providers(providers: Sequence[Provider] | None) -> tuple[list[str], list[dict[str, object]]]:
+    """Names and options, each name proved to be available."""
+    chosen = [_CPU] if providers is None else [providers] if isinstance(providers, str) else list(providers)
+    pairs = [(item, {}) if isinstance(item, str) else (item[0], dict(item[1])) for item in chosen]
+    available = onnxruntime.get_available_providers()
+    if not pairs:
+        raise InputError(f"providers is empty; choose among {', '.join(available)}")
+    for name, _ in pairs:
+        if name in available:
+            continue
+        if name in onnxruntime.get_all_providers():
+            raise MissingDependencyError(
+                f"{name} is not part of the installed ONNX Runtime, which has {', '.join(available)}; for "
+                "NVIDIA GPUs install tokopt[gpu]"
+            )
+        raise InputError(
+            f"{name!r} is no execution provider of ONNX Runtime; there are {', '.join(available)}, and more "
+            "with tokopt[gpu]"
+        )
+    return [name for name, _ in pairs], [options for _, options in pairs]

@@ -1,0 +1,61 @@
+"""What a pipeline costs: nothing for the same model, and by the formulas for another."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import tokopt
+from tests.matrix import language
+from tokopt.analysis.calibration import program_inputs
+from tokopt.errors import InputError
+from tokopt.ir.bundle import Bundle
+from tokopt.measure.fidelity import Features, NextTokens, fidelity
+
+
+class Scaled(nn.Module):
+    """x [batch, channels], its second channel turned by ``sign``."""
+
+    def __init__(self, sign: float) -> None:
+        super().__init__()
+        self.sign = nn.Parameter(torch.tensor([1.0, sign]), requires_grad=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.sign
+
+
+def captured(sign: float) -> Bundle:
+    return tokopt.capture(Scaled(sign), (torch.ones(3, 2),))
+
+
+def test_features() -> None:
+    x = torch.tensor([[1.0, 0.0], [1.0, 1.0]])
+    same = fidelity(captured(1), captured(1), [x])
+    assert isinstance(same, Features) and same.nmse == 0 and same.worst == pytest.approx(1, abs=1e-12)
+    found = fidelity(captured(1), captured(-1), [x])
+    assert isinstance(found, Features)
+    assert (found.cosine, found.worst, found.nmse) == pytest.approx((0.5, 0.0, 4 / 3))
+
+
+def test_next_tokens() -> None:
+    given = language.bundle("llama")
+    texts = [language.prompt(20), language.prompt(9, seed=1)]
+    same = fidelity(given, given, texts)
+    assert isinstance(same, NextTokens) and (same.kl, same.top1) == (0, 1) and same.before == same.after
+    rough = fidelity(given, tokopt.optimize(given, "rtn{bits=2 group=16}"), texts)
+    assert (
+        isinstance(rough, NextTokens) and rough.kl > 0.001 and rough.top1 < 1 and rough.before == same.before
+    )
+    nats = []
+    for text in texts:
+        logits = given.main(*program_inputs(given, text))[0][0].double().log_softmax(-1)
+        nats += [-float(logits[i, token]) for i, token in enumerate(text[1:])]
+    assert same.before == pytest.approx(math.exp(sum(nats) / len(nats)))
+
+
+def test_no_samples() -> None:
+    with pytest.raises(InputError, match="no sample to compare on"):
+        fidelity(captured(1), captured(1), [])

@@ -1,0 +1,284 @@
+"""Tuning: what it picks follows from what it measured, and what it measured is never measured twice."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+import tokopt
+from tests.matrix.language import bundle as decoder
+from tests.matrix.language import prompt
+from tests.zoo import ZOO
+from tokopt.errors import InputError
+from tokopt.measure import timing, tuning
+from tokopt.measure.judge import Floor, judge
+from tokopt.measure.timing import interleaved_times
+from tokopt.measure.tuning import GAIN, Machine, Trial, Tuning
+from tokopt.runtime.format.manifest import read_manifest
+
+FLOOR = Floor.parse("cosine>=0.9", "encoder")
+
+
+@pytest.fixture(scope="module")
+def model() -> tokopt.Bundle:
+    entry = ZOO["deit"]
+    return tokopt.capture(entry.build(), tuple(entry.inputs(batch=2).values()))
+
+
+def images(count: int = 4) -> list[torch.Tensor]:
+    return [next(iter(ZOO["deit"].inputs(batch=1).values())) + 0.01 * i for i in range(count)]
+
+
+def speeds(monkeypatch: pytest.MonkeyPatch, ratios: list[float]) -> list[list[str]]:
+    """Let timing say these ratios, one trial after another; what was timed is noted."""
+    timed: list[list[str]] = []
+
+    def times(paths: list[str], *rest: Any) -> Iterator[tuple[float, float]]:
+        timed.append(paths)
+        yield (ratios[len(timed) - 1], 1.0)
+
+    monkeypatch.setattr(tuning, "interleaved_times", times)
+    return timed
+
+
+# --- laws -------------------------------------------------------------------------------------------------
+
+
+def test_floors_are_read_and_compared() -> None:
+    assert Floor.parse(" KL <= 5e-2 ", "causal-lm") == Floor("KL", "<=", 0.05)
+    assert str(Floor.parse("cosine>=0.990", "encoder")) == "cosine>=0.99"
+    assert Floor("KL", "<=", 0.05).holds({"KL": 0.05}) and not Floor("KL", "<=", 0.05).holds({"KL": 0.051})
+    for text in ("cosine", "cosine>0.9", "cosine>=x", ">=1"):
+        with pytest.raises(InputError, match="is no floor; write one like"):
+            Floor.parse(text, "encoder")
+    for text, task in (("cosine>=0.9", "causal-lm"), ("kl<=1", "causal-lm"), ("KL<=1", "encoder")):
+        with pytest.raises(InputError, match="is not measured of this model; choose among"):
+            Floor.parse(text, task)
+
+
+POINTS = st.lists(st.tuples(st.integers(1, 6), st.integers(0, 6)), max_size=8)
+
+
+@given(POINTS)
+def test_front_and_winner_by_definition(points: list[tuple[int, int]]) -> None:
+    """On the front nothing is as fast and better, or faster and as good; the winner is the fastest above the floor."""
+    trials = tuple(Trial(str(i), {"cosine": q / 6}, speedup=s / 2) for i, (s, q) in enumerate(points))
+    found = Tuning(FLOOR, trials)
+    beaten = {
+        i
+        for i, (s, q) in enumerate(points)
+        if any((t >= s and p > q) or (t > s and p >= q) for t, p in points)
+    }
+    front = {points[int(trial.pipeline)] for trial in found.front}
+    assert front == {point for i, point in enumerate(points) if i not in beaten}
+    good = [s / 2 for s, q in points if q / 6 >= 0.9 and s / 2 >= GAIN]
+    assert (found.winner.speedup if found.winner else None) == max(good, default=None)
+
+
+# --- the search -------------------------------------------------------------------------------------------
+
+CANDIDATES = (("tome{r=2}", "tome{r=7}"), ("rtn{bits=8 group=16}", "keep_grid"))
+
+
+def test_search_combines_what_reached_the_floor(
+    model: tokopt.Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Refused candidates are trials with a reason; the best artifact stays, losers do not."""
+    timed = speeds(monkeypatch, [1.2, 1.3, 1.1, 1.4, 1.5])
+    found = tokopt.tune(model, images(), tmp_path / "t", floor="cosine>=0.9", candidates=CANDIDATES)
+    singles = [text for kind in CANDIDATES for text in kind]
+    assert [trial.pipeline for trial in found.trials[:4]] == singles
+    good = [trial.pipeline for trial in found.trials[:2] if FLOOR.holds(trial.quality)]
+    assert good  # the milder of the two at least
+    combined = [f"{text},rtn{{bits=8 group=16}}" for text in reversed(good)]  # the faster one first
+    assert [trial.pipeline for trial in found.trials[4:]] == combined
+    assert len(timed) == 3 + len(combined)
+    assert found.trials[3].reason == "keep_grid changed nothing; tokopt optimize says why"
+    assert found.winner is found.trials[-1]
+    kept = sorted(path.name for path in (tmp_path / "t").iterdir())
+    assert kept == ["best.tokopt", "original.tokopt", "pareto.png", "pipeline.txt", "trials.json"]
+    assert found.winner is not None
+    text = (tmp_path / "t/pipeline.txt").read_text().strip()
+    assert text == found.winner.pipeline
+    again = tokopt.export(tokopt.optimize(model, text, calibration=images()[::2]), tmp_path / "again.tokopt")
+    assert judge(tmp_path / "t/original.tokopt", again, images()[1::2], 1) == pytest.approx(
+        dict(found.winner.quality)
+    )
+
+
+def test_a_users_own_metric_decides(
+    model: tokopt.Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It sees every artifact, and another metric is another search."""
+    speeds(monkeypatch, [1.2, 1.6])
+    candidates = [["tome{r=1}", "tome{r=5}"]]
+
+    def tokens_kept(artifact: Path) -> float:
+        return -float(read_manifest(artifact).pipeline.removeprefix("tome{r=").removesuffix("}"))
+
+    found = tokopt.tune(
+        model, images(), tmp_path / "t", candidates=candidates, metric=tokens_kept, floor="metric>=-3"
+    )
+    assert [trial.quality["metric"] for trial in found.trials] == [-1, -5]
+    assert found.winner is found.trials[0]
+    with pytest.raises(InputError, match="choose another folder"):
+        tokopt.tune(model, images(), tmp_path / "t", candidates=candidates)
+    with pytest.raises(InputError, match="'metric' is not measured of this model"):
+        tokopt.tune(model, images(), tmp_path / "u", candidates=candidates, floor="metric>=-3")
+
+
+def test_search_goes_on_where_it_stopped(
+    model: tokopt.Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What was measured is not measured again; another search does not mix with it."""
+    timed = speeds(monkeypatch, [1.2, 1.3])
+    tokopt.tune(model, images(), tmp_path / "t", candidates=[["tome{r=1}"]], floor="cosine>=0")
+    both = tokopt.tune(
+        model, images(), tmp_path / "t", candidates=[["tome{r=1}", "tome{r=2}"]], floor="cosine>=0"
+    )
+    assert len(timed) == 2 and [trial.speedup for trial in both.trials] == [1.2, 1.3]
+    assert [trial.quartiles for trial in both.trials] == [(1.2, 1.2), (1.3, 1.3)]
+    assert json.loads((tmp_path / "t/trials.json").read_text())["trials"][1]["pipeline"] == "tome{r=2}"
+    with pytest.raises(InputError, match="choose another folder"):
+        tokopt.tune(model, images(6), tmp_path / "t", candidates=[["tome{r=1}"]])
+
+
+def test_a_batch_is_timed_as_asked(
+    model: tokopt.Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another batch is another search; a batch that cannot run is refused before any trial."""
+    batches: list[int | None] = []
+
+    def times(paths: list[str], rounds: int, batch: int | None, *rest: Any) -> Iterator[tuple[float, float]]:
+        batches.append(batch)
+        yield (2.0, 1.0)
+
+    monkeypatch.setattr(tuning, "interleaved_times", times)
+    given = {"candidates": [["tome{r=1}"]], "floor": "cosine>=0"}
+    tokopt.tune(model, images(), tmp_path / "t", machine=Machine(batch=3), **given)
+    assert batches == [3]
+    with pytest.raises(InputError, match="choose another folder"):
+        tokopt.tune(model, images(), tmp_path / "t", **given)
+    entry = ZOO["deit"]
+    fixed = tokopt.capture(entry.build(), tuple(entry.inputs(batch=2).values()), dynamic={})
+    with pytest.raises(InputError, match="cannot run a batch of 3"):
+        tokopt.tune(fixed, images(), tmp_path / "u", machine=Machine(batch=3), **given)
+    with pytest.raises(InputError, match="one text at a time"):
+        tokopt.tune(decoder("llama"), [[1, 2]] * 2, tmp_path / "v", machine=Machine(batch=2))
+    assert batches == [3]
+
+
+def test_another_model_is_another_search(model: tokopt.Bundle, tmp_path: Path) -> None:
+    """Even before the first trial."""
+    tokopt.tune(model, images(), tmp_path / "t", candidates=[["tome{r=1}"]], minutes=0)
+    other = tokopt.optimize(model, "rtn{bits=8 group=16}")
+    with pytest.raises(InputError, match="choose another folder"):
+        tokopt.tune(other, images(), tmp_path / "t", candidates=[["tome{r=1}"]], minutes=0)
+
+
+def test_another_floor_chooses_among_what_was_measured(
+    model: tokopt.Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The artifact that stays is the one that the text names."""
+    timed = speeds(monkeypatch, [1.2, 1.6])
+    candidates = [["tome{r=1}", "tome{r=5}"]]
+
+    def winner(floor: str) -> str:
+        tokopt.tune(model, images(), tmp_path / "t", candidates=candidates, floor=floor)
+        text = (tmp_path / "t/pipeline.txt").read_text().strip()
+        best = tmp_path / "t/best.tokopt"
+        assert (read_manifest(best).pipeline if best.exists() else "") == text
+        return text
+
+    assert winner("cosine>=-1") == "tome{r=5}"
+    trials = json.loads((tmp_path / "t/trials.json").read_text())["trials"]
+    qualities = [trial["quality"]["cosine"] for trial in trials]
+    assert qualities[0] > qualities[1]
+    assert winner(f"cosine>={sum(qualities) / 2}") == "tome{r=1}"
+    assert winner("cosine>=1.1") == ""
+    assert len(timed) == 2
+
+
+def test_no_trial_begins_when_the_time_is_up(model: tokopt.Bundle, tmp_path: Path) -> None:
+    found = tokopt.tune(model, images(), tmp_path / "t", candidates=[["tome{r=1}"]], minutes=0)
+    assert (found.trials, found.untried, found.winner) == ((), ("tome{r=1}",), None)
+    assert (tmp_path / "t/pipeline.txt").read_text() == ""
+
+
+def test_no_gain_is_said(model: tokopt.Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither what is faster and too bad, nor what is good and no faster."""
+    speeds(monkeypatch, [2.0, 1.0])
+    found = tokopt.tune(
+        model, images(), tmp_path / "t", candidates=[["tome{r=7}", "tome{r=1}"]], floor="cosine>=0.999999"
+    )
+    assert found.winner is None and not (tmp_path / "t/best.tokopt").exists()
+
+
+def test_bad_input_is_refused_before_anything_runs(model: tokopt.Bundle, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="at least two samples"):
+        tokopt.tune(model, images(1), tmp_path / "t")
+    with pytest.raises(tokopt.TokoptError, match="tomme"):
+        tokopt.tune(model, images(), tmp_path / "t", candidates=[["tomme{r=1}"]])
+    assert not (tmp_path / "t").exists()
+
+
+# --- language models --------------------------------------------------------------------------------------
+
+
+def test_texts_are_judged_after_eviction(tmp_path: Path) -> None:
+    """The model against itself: nothing; a cache of 8 slots against all 40: something, and less than nonsense."""
+    given = decoder("llama")
+    whole = tokopt.export(given, tmp_path / "whole.tokopt")
+    small = tokopt.export(tokopt.optimize(given, "streaming{budget=8}"), tmp_path / "small.tokopt")
+    texts = [prompt(40, seed=i) for i in range(2)]
+    assert judge(whole, whole, texts, 1) == {"KL": 0.0, "top1": 1.0, "perplexity": 1.0}
+    lost = judge(whole, small, texts, 1)
+    assert lost["KL"] > 1e-4 and lost["top1"] < 1
+    with pytest.raises(InputError, match="too short to judge by"):
+        judge(whole, whole, [[1, 2]], 1)
+
+
+def test_language_models_are_timed_by_tokens(tmp_path: Path) -> None:
+    path = str(tokopt.export(decoder("llama"), tmp_path / "model.tokopt"))
+    rounds = list(interleaved_times([path, path], 2, None, 1, prompt=16))
+    assert len(rounds) == 2 and all(seconds > 0 for row in rounds for seconds in row)
+
+
+def test_a_language_models_time_is_that_of_one_token(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A call that decodes STEPS tokens in STEPS seconds takes one."""
+    taken: list[float] = []
+    clock = iter([0.0, float(timing.STEPS)])
+    monkeypatch.setattr(timing, "decoder", lambda *options: lambda: None)
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: next(clock))
+    requests = iter(["run"])
+
+    def recv() -> str:
+        for request in requests:
+            return request
+        raise EOFError
+
+    pipe: Any = SimpleNamespace(recv=recv, send=taken.append)
+    timing._worker(pipe, "model.tokopt", None, 1, 16, "onnxruntime")
+    assert taken == [0.0, 1.0]
+
+
+def test_language_model_is_tuned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    speeds(monkeypatch, [1.4])
+    texts = [prompt(24, seed=i) for i in range(4)]
+    found = tokopt.tune(
+        decoder("llama"),
+        texts,
+        tmp_path / "t",
+        floor="KL<=5",
+        candidates=[["rtn{bits=8 group=16}"]],
+        machine=Machine(threads=1, prompt=16),
+    )
+    assert found.winner is not None and set(found.winner.quality) == {"KL", "top1", "perplexity"}

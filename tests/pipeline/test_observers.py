@@ -1,0 +1,110 @@
+"""Observers see every pass; bisect names the first one that moves the outputs; a failure leaves a reproducer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import cache
+from pathlib import Path
+from typing import ClassVar
+
+import pytest
+
+import tokopt
+from tests.zoo import ZOO
+from tokopt.analysis.graph import aten, is_call, program_module
+from tokopt.errors import PassError
+from tokopt.ir.bundle import Bundle
+from tokopt.pipeline.base import Context, Pass, PassResult
+from tokopt.pipeline.manager import Pipeline, parse
+from tokopt.pipeline.observers import bisect, differences, dump_to
+from tokopt.rewrite.edit import reexport
+
+
+@cache
+def vit() -> Bundle:
+    entry = ZOO["vit"]
+    return tokopt.capture(entry.build(), (), entry.inputs(), dynamic=entry.dynamic)
+
+
+@dataclass(frozen=True)
+class Scale(Pass):
+    """Multiplies the epsilon of every layer norm: a small, controllable change."""
+
+    by: float = 1.0
+    name: ClassVar[str] = "scale"
+
+    def run(self, bundle: Bundle, context: Context) -> PassResult:
+        module = program_module(bundle.forward)
+        norms = [n for n in module.graph.nodes if is_call(n, aten.layer_norm)]
+        for norm in norms:
+            norm.update_arg(4, float(norm.args[4]) * self.by)
+        return PassResult(bundle.with_program("forward", reexport(bundle.forward, module)), len(norms))
+
+
+@dataclass(frozen=True)
+class Broken(Pass):
+    """Returns a bundle whose signature is a lie, or raises."""
+
+    how: str = "raise"
+    name: ClassVar[str] = "broken"
+
+    def run(self, bundle: Bundle, context: Context) -> PassResult:
+        if self.how == "raise":
+            raise RuntimeError("a bug")
+        program = replace(bundle.forward, outputs=bundle.forward.outputs[:1])
+        return PassResult(bundle.with_program("forward", program), 1)
+
+
+def test_bisect_names_the_first_pass_that_moves_an_output() -> None:
+    found = bisect(vit(), Pipeline((Scale(1.0), Scale(1e11), Scale(2.0))), tolerance=1e-6)
+    assert found.culprit is found.steps[1]
+    assert [step.worst == 0 for step in found.steps] == [True, False, False]
+    assert bisect(vit(), "tome{r=0}").culprit is None
+
+
+def test_differences_are_zero_between_equals() -> None:
+    assert all(d.nmse == 0 and d.cosine == pytest.approx(1) for d in differences(vit(), vit()))
+
+
+def test_dumps_hold_the_code_after_every_pass(tmp_path: Path) -> None:
+    parse("tome{r=2},random{r=1}").run(vit(), Context(observers=(dump_to(tmp_path),)))
+    names = sorted(path.name for path in tmp_path.iterdir())
+    assert names == ["01-tome.forward.py", "02-random.forward.py"]
+    assert "bipartite_match" in (tmp_path / names[0]).read_text()
+
+
+def test_records_count_what_changed() -> None:
+    _, report = parse("tome{r=4}").run(vit())
+    (record,) = report.records
+    assert record.matches == 3 and record.seconds > 0
+    assert record.after.flops < record.before.flops
+    assert record.after.parameters == record.before.parameters
+    assert report.as_dict()["records"]
+
+
+@pytest.mark.parametrize("how", ["raise", "lie"])
+def test_a_failing_pass_is_named_with_those_before_it_and_leaves_a_reproducer(
+    how: str, tmp_path: Path
+) -> None:
+    pipeline = Pipeline((parse("tome{r=2}").passes[0], Broken(how)))
+    with pytest.raises(PassError, match=r"pass broken.*after tome\{r=2\}.*reproducer") as caught:
+        pipeline.run(vit(), Context(reproducers=tmp_path))
+    (folder,) = tmp_path.iterdir()
+    assert str(folder) in str(caught.value)
+    assert (folder / "pipeline.txt").read_text() == f"{Broken(how)}\n"
+    again = tokopt.open_bundle(folder)
+    assert [s.text for s in again.history] == ["tome{r=2}"]
+    assert [t.shape for t in again(*again.forward.example)] == [
+        t.shape for t in vit()(*vit().forward.example)
+    ]
+
+
+def test_module_paths_and_source_lines_survive_a_pass() -> None:
+    from tokopt.analysis.blocks import find_sites
+    from tokopt.analysis.graph import source_line
+
+    reduced = tokopt.optimize(vit(), "tome{r=2}")
+    before, after = (find_sites(program_module(b.forward).graph) for b in (vit(), reduced))
+    assert [s.path for s in before] == [s.path for s in after] != ["", "", ""]
+    assert [source_line(s.node) for s in before] == [source_line(s.node) for s in after]
+    assert all(".py:" in source_line(s.node) for s in after)

@@ -1,0 +1,190 @@
+"""Pipeline text: parsing and printing are inverse; bad text raises PipelineSyntaxError and nothing else."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
+
+from tokopt.errors import PipelineSyntaxError
+from tokopt.passes import PASSES, load_pass
+from tokopt.pipeline.manager import Pipeline, as_pipeline, parse
+from tokopt.pipeline.text import Reader, format_value
+
+names = st.from_regex(r"[A-Za-z_][A-Za-z0-9_.-]{0,8}", fullmatch=True).filter(
+    lambda word: word not in ("true", "false", "none")
+)
+scalars = (
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats(allow_nan=False, allow_infinity=False)
+    | names
+    | st.text(max_size=12)
+)
+values = st.recursive(scalars, lambda inner: st.lists(inner, max_size=4).map(tuple), max_leaves=8)
+
+pipelines = st.lists(
+    st.one_of(
+        st.builds(lambda r: f"tome{{r={r}}}", st.integers(0, 64)),
+        st.builds(lambda keep: f"evit{{keep={keep}}}", st.floats(0.05, 1.0)),
+        st.builds(lambda rs: f"pitome{{r={format_value(rs)}}}", st.lists(st.integers(0, 9), min_size=1)),
+        st.builds(
+            lambda name, layers: f"{name}{{r=2 layers={format_value(layers)}}}",
+            st.sampled_from(["tome", "kcenter", "divprune", "random"]),
+            st.lists(st.integers(0, 30), min_size=1, unique=True),
+        ),
+    ),
+    max_size=4,
+).map(",".join)
+
+
+@given(values)
+@example(((((1,),),),))
+def test_value_prints_and_parses_back(value: object) -> None:
+    reader = Reader(format_value(value))
+    parsed = reader.value()
+    assert parsed == value and type(parsed) is type(value)
+    assert reader.at == len(reader.text)
+
+
+@given(pipelines)
+def test_pipeline_prints_and_parses_back(text: str) -> None:
+    pipeline = parse(text)
+    assert parse(str(pipeline)) == pipeline
+    assert str(parse(str(pipeline))) == str(pipeline)
+
+
+@pytest.mark.parametrize("name", PASSES)
+def test_every_pass_prints_only_what_differs_from_its_defaults(name: str) -> None:
+    cls = load_pass(name)
+    assert cls.name == name
+    known = {"r": 99, "budget": 99, "residual": 99, "only": ("*mlp*",)}
+    fields = {field.name for field in dataclasses.fields(cls)}
+    options = [pair for pair in known.items() if pair[0] in fields][:1]
+    assert options or not fields
+    text = name + "".join(f"{{{option}={format_value(value)}}}" for option, value in options)
+    step = parse(text).passes[0]
+    assert step == cls(**dict(options))
+    assert str(step) == text
+    assert dataclasses.is_dataclass(cls) and cls.__dataclass_params__.frozen  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "tome{r=16 schedule=decreasing}",
+        "tome{r=16,schedule=decreasing}",
+        "tome{ r = 16 , schedule = decreasing }",
+        " tome {r=16\tschedule=decreasing} ",
+        'tome{r=16 schedule="decreasing"}',
+    ],
+)
+def test_spellings_of_one_pipeline_print_alike(text: str) -> None:
+    assert str(parse(text)) == "tome{r=16 schedule=decreasing}"
+
+
+def test_empty_text_is_the_empty_pipeline() -> None:
+    assert parse("") == parse("  ") == Pipeline()
+    assert str(Pipeline()) == ""
+
+
+def test_passes_text_and_pipeline_are_interchangeable() -> None:
+    pipeline = parse("tome{r=4},evit{keep=0.5}")
+    assert as_pipeline(str(pipeline)) == as_pipeline(list(pipeline.passes)) == as_pipeline(pipeline)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("tom{r=4}", "unknown pass 'tom', did you mean 'tome'?"),
+        ("evitt", "did you mean 'evit'?"),
+        ("kcentre{r=1}", "did you mean 'kcenter'?"),
+        ("tome{shedule=constant}", "no option 'shedule', did you mean 'schedule'?"),
+        ("evit{kepe=0.7}", "no option 'kepe', did you mean 'keep'?"),
+        ("zzz", "known: tome, pitome"),
+        ("tome{r=1 r=2}", "option 'r' is given twice"),
+        ("tome{r=}", "column 8: expected a value, found '}'"),
+        ("tome{r}", "column 7: expected '=', found '}'"),
+        ("tome{r=16", "found the end"),
+        ("tome{r=16}}", "column 11: expected ',' or the end, found '}'"),
+        ("tome{r=16} evit", "column 12: expected ',' or the end, found 'e'"),
+        ("tome{r=1},,evit", "column 11: expected a pass's name, found ','"),
+        ("tome{r=[1,2}", "expected ',' or ']', found '}'"),
+        ('tome{schedule="constant}', "expected a closing quote"),
+        ("{r=16}", "expected a pass's name"),
+        ("16", "expected a pass's name"),
+    ],
+)
+def test_error_says_where_and_suggests_the_nearest_name(text: str, message: str) -> None:
+    with pytest.raises(PipelineSyntaxError) as caught:
+        parse(text)
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", PASSES)
+@pytest.mark.parametrize(
+    "options",
+    [
+        *(
+            "r=-1",
+            "r=word",
+            "r=1.5",
+            "r=true",
+            "r=[1,word]",
+            "keep=0",
+            "keep=1.5",
+            "keep=word",
+            "keep=true",
+        ),
+        *(
+            "target=2",
+            "r=1 keep=0.5",
+            "r=2 schedule=sometimes",
+            "r=2 schedule=3",
+            "keep=0.5 schedule=decreasing",
+        ),
+        *("r=2 layers=word", "r=2 layers=[0.5]", "r=2 layers=3", "r=2 prefix=-1", "r=2 prefix=word"),
+    ],
+)
+def test_option_of_wrong_type_or_range_is_a_syntax_error(name: str, options: str) -> None:
+    with pytest.raises(PipelineSyntaxError, match=name):
+        parse(f"{name}{{{options}}}")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [name for name, home in PASSES.items() if "quantize" not in home and name not in ("kivi", "int8_kv")],
+)
+def test_how_much_to_remove_must_be_said(name: str) -> None:
+    with pytest.raises(PipelineSyntaxError, match=name):
+        parse(name)
+
+
+@pytest.mark.parametrize("text", ["pitome{r=2 margin=wide}", "evit{r=2 fuse=3}", "random{r=2 seed=0.5}"])
+def test_own_options_of_a_pass_are_checked_too(text: str) -> None:
+    with pytest.raises(PipelineSyntaxError, match="wrong type"):
+        parse(text)
+
+
+tokens = st.sampled_from(
+    [*PASSES, "r", "keep", "layers", "schedule", "prefix", "=", "{", "}", "[", "]", ",", '"', "\\", " ", "\n"]
+    + ["0", "1", "-1", "0.5", "1e999", ".", "true", "none", "constant", "decreasing", "é", "\0", "9" * 5000]
+)
+
+
+@given(st.text(max_size=40) | st.lists(tokens, max_size=20).map("".join))
+@example("tome{r=" + "9" * 5000 + "}")
+@example("tome{r=" + "[" * 100_000 + "}")
+@example("tome{keep=1e999}")
+@example("tome{r=٣}")
+def test_any_text_parses_or_raises_pipeline_syntax_error(text: str) -> None:
+    try:
+        pipeline = parse(text)
+    except PipelineSyntaxError as error:
+        assert len(str(error)) < 1000 + 2 * len(text)
+    else:
+        assert parse(str(pipeline)) == pipeline

@@ -1,0 +1,277 @@
+"""The front end: an ``nn.Module``, an ExportedProgram or a ``.pt2`` file becomes a normalised Bundle.
+
+Not named ``capture.py``: once imported, a module ``tokopt.capture`` would hide the function of that name.
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils import _pytree as pytree
+
+from tokopt.analysis.graph import dtype_name
+from tokopt.errors import CaptureError, InputError
+from tokopt.frontend.normalize import normalize
+from tokopt.ir.bundle import Bundle
+from tokopt.ir.program import AxisRange, Program, TensorSpec
+from tokopt.rewrite.edit import export_flat, output_specs
+
+Dynamic = Mapping[str, Sequence[str | None] | Mapping[int, str]]
+"""Input name -> the name of each axis (None: static), or axis index -> name."""
+
+_SMALLEST_EXAMPLE = 2  # torch.export specialises axes whose example size is 0 or 1
+
+
+class _Flat(torch.nn.Module):
+    """The user's model in tokopt's calling convention: positional tensors in, a flat tuple of tensors out."""
+
+    def __init__(self, model: torch.nn.Module, leaves: list[Any], spec: pytree.TreeSpec) -> None:
+        super().__init__()
+        self.model = model
+        self._leaves = [None if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves]
+        self._is_tensor = [isinstance(leaf, torch.Tensor) for leaf in leaves]
+        self._spec = spec
+
+    def call(self, tensors: Sequence[torch.Tensor]) -> object:
+        given = iter(tensors)
+        leaves = [
+            next(given) if is_tensor else leaf
+            for leaf, is_tensor in zip(self._leaves, self._is_tensor, strict=True)
+        ]
+        args, kwargs = pytree.tree_unflatten(leaves, self._spec)
+        return self.model(*args, **kwargs)
+
+    def forward(self, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return tuple(
+            leaf for leaf in pytree.tree_leaves(self.call(tensors)) if isinstance(leaf, torch.Tensor)
+        )
+
+
+def capture(
+    model: torch.nn.Module | torch.export.ExportedProgram | str | Path,
+    args: tuple[Any, ...] = (),
+    kwargs: Mapping[str, Any] | None = None,
+    *,
+    dynamic: Dynamic | None = None,
+    ranges: Mapping[str, AxisRange] | None = None,
+    tokenizer: str | None = None,
+) -> Bundle:
+    """Capture a model on example inputs.
+
+    ``model`` is a module, an ExportedProgram, or the path of a ``.pt2`` file (the last two bring their own
+    example inputs when ``args`` is empty, and keep the dynamic axes they have). ``dynamic`` names the axes
+    that may change, for example ``{"ids": ("batch", "tokens"), "mask": ("batch", "tokens")}``; without it,
+    axis 0 of every input is ``batch``; ``{}`` makes everything static. ``ranges`` bounds the named axes.
+    ``tokenizer`` is the text of a ``tokenizer.json`` that travels with the artifact.
+
+    The graph is normalised: masks that hide nothing are dropped and softmax chains become
+    ``scaled_dot_product_attention``. Raises CaptureError when ``torch.export`` cannot trace the model or an
+    axis cannot be dynamic, and InputError when the example does not fit ``dynamic``.
+    """
+    module, args, kwargs, own = _as_module(model, args, dict(kwargs or {}))
+    with evaluation(module):
+        leaves, spec = pytree.tree_flatten((args, kwargs))
+        flat = _Flat(module, leaves, spec)
+        names = _input_names(module, args, kwargs)
+        if dynamic is None and own is not None:
+            dynamic = dict(zip(names, own, strict=True))
+        example = tuple(leaf.detach() for leaf in leaves if isinstance(leaf, torch.Tensor))
+        if not example:
+            raise CaptureError("capture needs example inputs; pass them as capture(model, (images,))")
+        axes = _named_axes(names, example, dynamic)
+        example = _grow_example(example, axes)
+        inputs = tuple(
+            TensorSpec(name, dtype_name(t.dtype), tuple(a or s for a, s in zip(ax, t.shape, strict=True)))
+            for name, t, ax in zip(names, example, axes, strict=True)
+        )
+        used = {axis: AxisRange() for spec in inputs for axis in spec.axes if isinstance(axis, str)}
+        bounds = {**used, **{k: v for k, v in (ranges or {}).items() if k in used}}
+        outputs = _output_names(flat, example)
+        try:
+            exported, bounds = export_flat(flat, example, inputs, bounds)
+        except Exception as error:
+            raise CaptureError(explain(error, module, inputs)) from error
+    blank = tuple(TensorSpec(name, "float32", (), "output") for name in outputs)
+    program = Program(exported, inputs, blank, bounds, example)
+    program = Program(exported, inputs, output_specs(exported, program), bounds, example)
+    return Bundle({"forward": normalize(program)}, tokenizer=tokenizer)
+
+
+def _as_module(
+    model: Any, args: tuple, kwargs: dict
+) -> tuple[torch.nn.Module, tuple, dict, list[dict[int, str]] | None]:
+    """The module, its example inputs, and the dynamic axes that an ExportedProgram brings."""
+    own = None
+    if isinstance(model, (str, Path)):
+        if not Path(model).is_file():
+            raise CaptureError(
+                f"no such file: {model}; capture takes a module, an ExportedProgram or a .pt2 file"
+            )
+        import tokopt.kernels  # noqa: F401  # registers the ops that the file may call
+
+        try:
+            model = torch.export.load(model)
+        except Exception as error:
+            raise CaptureError(f"{model} is not a readable .pt2 file: {error}") from error
+    if isinstance(model, torch.export.ExportedProgram):
+        if not args and not kwargs and model.example_inputs is not None:
+            args, kwargs = model.example_inputs
+        own = _exported_axes(model)
+        model = model.module(check_guards=False)
+    if not isinstance(model, torch.nn.Module):
+        raise CaptureError(
+            f"cannot capture a {type(model).__name__}; pass an nn.Module, an ExportedProgram or a .pt2 path"
+        )
+    return model, tuple(args), dict(kwargs), own
+
+
+def _exported_axes(exported: torch.export.ExportedProgram) -> list[dict[int, str]]:
+    """The symbolic axes of every input tensor, in order; the first that leads a tensor is named ``batch``."""
+    names: dict[str, str] = {}
+    result = []
+    for node in exported.graph.nodes:
+        value = node.meta.get("val")
+        if node.name not in exported.graph_signature.user_inputs or not isinstance(value, torch.Tensor):
+            continue
+        axes: dict[int, str] = {}
+        for i, size in enumerate(value.shape):
+            if not isinstance(size, int):
+                leads = i == 0 and "batch" not in names.values()
+                axes[i] = names.setdefault(str(size), "batch" if leads else f"axis_{len(names)}")
+        result.append(axes)
+    return result
+
+
+class evaluation:
+    """Evaluation mode without gradients, and the attention fast path (one opaque op) off; restored after."""
+
+    def __init__(self, module: torch.nn.Module) -> None:
+        self.module = module
+
+    def __enter__(self) -> None:
+        self.training = [(m, m.training) for m in self.module.modules()]
+        self.gradients = [(p, p.requires_grad) for p in self.module.parameters()]
+        self.fastpath = torch.backends.mha.get_fastpath_enabled()
+        torch.backends.mha.set_fastpath_enabled(False)
+        for m, _ in self.training:
+            m.training = False
+        for p, _ in self.gradients:
+            p.requires_grad_(False)
+
+    def __exit__(self, *_: object) -> None:
+        torch.backends.mha.set_fastpath_enabled(self.fastpath)
+        for m, training in self.training:
+            m.training = training
+        for p, wanted in self.gradients:
+            p.requires_grad_(wanted)
+
+
+def _input_names(module: torch.nn.Module, args: tuple, kwargs: dict) -> list[str]:
+    """One name per tensor: the parameter of ``forward`` it belongs to, with its path inside when nested."""
+    target = module.forward
+    try:
+        bound = inspect.signature(target).bind_partial(*args, **kwargs).arguments
+    except TypeError as error:
+        raise InputError(f"the example inputs do not fit {type(module).__name__}.forward: {error}") from error
+    named: dict[str, Any] = {}
+    for name, value in bound.items():
+        kind = inspect.signature(target).parameters[name].kind
+        if kind is inspect.Parameter.VAR_POSITIONAL:
+            named.update({f"{name}_{i}" if len(value) > 1 else name: v for i, v in enumerate(value)})
+        elif kind is inspect.Parameter.VAR_KEYWORD:
+            named.update(value)
+        else:
+            named[name] = value
+    ordered = [*list(named.values())[: len(args)], *kwargs.values()]
+    spelled = {id(value): name for name, value in named.items()}
+    names = []
+    for value in ordered:
+        for path, leaf in pytree.tree_flatten_with_path(value)[0]:
+            if isinstance(leaf, torch.Tensor):
+                names.append(_path_name(spelled[id(value)], path))
+    return names
+
+
+def _path_name(root: str, path: tuple) -> str:
+    parts = [str(getattr(key, "key", getattr(key, "idx", getattr(key, "name", key)))) for key in path]
+    return re.sub(r"\W", "_", "_".join(filter(None, [root, *parts])))
+
+
+def _output_names(flat: _Flat, example: tuple[torch.Tensor, ...]) -> list[str]:
+    try:
+        with torch.no_grad():
+            result = flat.call(example)
+    except Exception as error:
+        raise CaptureError(
+            f"{type(flat.model).__name__} fails on the example inputs: {type(error).__name__}: {error}"
+        ) from error
+    if isinstance(result, torch.Tensor):
+        return ["output"]
+    tensors = [
+        _path_name("", path)
+        for path, leaf in pytree.tree_flatten_with_path(result)[0]
+        if isinstance(leaf, torch.Tensor)
+    ]
+    if not tensors:
+        raise CaptureError(f"{type(flat.model).__name__} returns no tensor")
+    return [f"output_{name}" if name.isdigit() else name for name in tensors]
+
+
+def _named_axes(
+    names: list[str], example: tuple[torch.Tensor, ...], dynamic: Dynamic | None
+) -> list[tuple[str | None, ...]]:
+    if dynamic is None:
+        dynamic = {name: {0: "batch"} for name, t in zip(names, example, strict=True) if t.dim()}
+    for name in dynamic:
+        if name not in names:
+            raise InputError(
+                f"dynamic names the input {name!r}, which the model does not have; it has {names}"
+            )
+    result = []
+    for name, tensor in zip(names, example, strict=True):
+        given = dynamic.get(name, {})
+        by_index = given if isinstance(given, Mapping) else dict(enumerate(given))
+        if any(not -tensor.dim() <= i < tensor.dim() for i in by_index):
+            raise InputError(f"dynamic names axis {max(by_index)} of {name!r}, which has {tensor.dim()} axes")
+        by_index = {i % tensor.dim(): axis for i, axis in by_index.items()}
+        result.append(tuple(by_index.get(i) for i in range(tensor.dim())))
+    return result
+
+
+def _grow_example(
+    example: tuple[torch.Tensor, ...], axes: list[tuple[str | None, ...]]
+) -> tuple[torch.Tensor, ...]:
+    """Repeat the example along dynamic axes of size 1, which ``torch.export`` would otherwise make static."""
+    grown = []
+    for tensor, names in zip(example, axes, strict=True):
+        if 0 in tensor.shape:
+            raise InputError(f"an example input has shape {tuple(tensor.shape)}; every axis needs at least 1")
+        repeats = [_SMALLEST_EXAMPLE if n and s == 1 else 1 for n, s in zip(names, tensor.shape, strict=True)]
+        grown.append(tensor.repeat(repeats) if any(r > 1 for r in repeats) else tensor)
+    return tuple(grown)
+
+
+def explain(error: Exception, model: torch.nn.Module, inputs: tuple[TensorSpec, ...]) -> str:
+    """One sentence from an error of ``torch.export``, naming the user's axis and the line of the model."""
+    text = str(error)
+    name = type(model).__name__
+    axes = sorted({axis for spec in inputs for axis in spec.axes if isinstance(axis, str)})
+    line = re.findall(r'File "([^"]+)", line (\d+)', text)
+    where = f" (at {line[-1][0].rsplit('/', 1)[-1]}:{line[-1][1]})" if line else ""
+    for axis in axes:
+        if found := re.search(rf"\b{axis}\b\s*=\s*(\d+)\b", text):
+            return (
+                f"{name} fixes axis {axis!r} to {found[1]}{where}; leave {axis!r} out of dynamic, or make "
+                "the model independent of that size"
+            )
+    for axis in axes:
+        if f"({axis})" in text or f"'{axis}'" in text:
+            first = text.strip().splitlines()[0]
+            return f"{name} cannot be captured with axis {axis!r} dynamic{where}: {first}"
+    first = next((row for row in text.splitlines() if row.strip()), type(error).__name__)
+    return f"{name} cannot be captured{where}: {type(error).__name__}: {first.strip()}"

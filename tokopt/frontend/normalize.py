@@ -1,0 +1,279 @@
+"""Normalisation at capture, so that every pass sees one form of attention.
+
+1. A mask that hides nothing (built from sizes alone, all True or all zero) is dropped.
+2. ``softmax(scale * q @ k.T + bias) @ v`` becomes ``scaled_dot_product_attention``: hand-written attention,
+   ``attn_implementation="eager"`` and ``nn.MultiheadAttention`` end up like everything else.
+"""
+
+from __future__ import annotations
+
+import functools
+import operator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch.fx import GraphModule, Node
+from torch.fx.node import map_arg
+
+from tokopt.analysis.graph import (
+    ancestors,
+    argument,
+    aten,
+    attention_nodes,
+    is_call,
+    is_tensor,
+    program_module,
+    value_users,
+)
+from tokopt.errors import CaptureError
+from tokopt.ir.program import Program
+from tokopt.rewrite.edit import call, reexport
+
+_NO_OPS = (aten.dropout, aten.clone, aten.contiguous, aten.alias, aten.detach)
+_HIDDEN = -1e4  # additive masks at or below this hide a key
+
+
+def normalize(program: Program) -> Program:
+    """The normalised Program; the same object when nothing had to change.
+
+    Raises CaptureError when the rewritten graph does not reproduce the model on the example inputs.
+    """
+    module = program_module(program)
+    if not _fuse_softmax_chains(module) | _drop_empty_masks(module, program):
+        return program
+    normalized = reexport(program, module)
+    for spec, got, wanted in zip(
+        program.outputs, normalized(*program.example), program(*program.example), strict=True
+    ):
+        if not torch.allclose(got.double(), wanted.double(), rtol=1e-3, atol=1e-4, equal_nan=True):
+            raise CaptureError(
+                f"rewriting attention changed the output {spec.name!r}; please report this model"
+            )
+    return normalized
+
+
+# --- masks that hide nothing ----------------------------------------------------------------------------
+
+
+def _drop_empty_masks(module: GraphModule, program: Program) -> bool:
+    changed = False
+    for node in attention_nodes(module.graph):
+        mask = argument(node, 3, "attn_mask")
+        if isinstance(mask, Node) and _hides_nothing(module, mask, program):
+            if len(node.args) > 3:
+                node.update_arg(3, None)
+            else:
+                node.update_kwarg("attn_mask", None)
+            changed = True
+    return changed
+
+
+def _hides_nothing(module: GraphModule, mask: Node, program: Program) -> bool:
+    """Whether the mask depends on sizes alone and is neutral at the example's sizes and at larger ones."""
+    if any(n.op == "placeholder" for n in {mask, *ancestors(mask)}):
+        return False
+    if any(n.op == "get_attr" and _attribute(module, n).is_floating_point() for n in ancestors(mask)):
+        return False
+    for extra in (0, 1, 5):
+        value = _evaluate(module, mask, _resized(program, extra), {})
+        neutral = value.all() if value.dtype == torch.bool else not value.any()
+        if not neutral:
+            return False
+    return True
+
+
+def _resized(program: Program, extra: int) -> dict[str, tuple[int, ...]]:
+    """Placeholder order -> shape, with every dynamic axis ``extra`` larger than in the example."""
+    return {
+        str(i): tuple(s + extra * isinstance(a, str) for s, a in zip(t.shape, spec.axes, strict=True))
+        for i, (t, spec) in enumerate(zip(program.example, program.inputs, strict=True))
+    }
+
+
+def _evaluate(
+    module: GraphModule, node: Node, shapes: dict[str, tuple[int, ...]], memo: dict[Node, Any]
+) -> Any:
+    """The value of a node that depends on parameters and sizes only."""
+    if node in memo:
+        return memo[node]
+    if node.op == "get_attr":
+        return _attribute(module, node)
+    if is_call(node, aten.sym_size) and node.args[0].op == "placeholder":  # type: ignore[union-attr]
+        placeholders = [n for n in module.graph.nodes if n.op == "placeholder"]
+        return shapes[str(placeholders.index(node.args[0]))][node.args[1]]  # type: ignore[index]
+    args, kwargs = map_arg((node.args, node.kwargs), lambda n: _evaluate(module, n, shapes, memo))
+    memo[node] = node.target(*args, **kwargs)  # type: ignore[operator]
+    return memo[node]
+
+
+def _attribute(module: GraphModule, node: Node) -> torch.Tensor:
+    owner: object = module
+    for part in str(node.target).split("."):
+        owner = getattr(owner, part)
+    assert isinstance(owner, torch.Tensor)
+    return owner
+
+
+# --- softmax chains -------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Bias:
+    """What is added to the logits: ``factor * node``, or a large negative number where ``node`` hides a key."""
+
+    node: Node
+    factor: float = 1.0
+    hides: bool = False
+
+
+@dataclass(frozen=True)
+class _Chain:
+    """An explicit attention: ``output = softmax(scale * query @ key_t + sum(biases)) @ value``."""
+
+    query: Node
+    key_t: Node
+    value: Node
+    output: Node
+    scale: float
+    biases: list[_Bias]
+
+
+def _fuse_softmax_chains(module: GraphModule) -> bool:
+    chains = [chain for node in module.graph.nodes if (chain := _match_chain(node)) is not None]
+    for chain in chains:
+        with module.graph.inserting_before(chain.output):
+            bias = _insert_bias(module, chain)
+            operands = (chain.query, chain.key_t, chain.value, bias, chain.scale)
+            fused = call(module.graph, _attention, *operands, like=chain.output)
+            fused.meta["val"] = chain.output.meta["val"]
+        chain.output.replace_all_uses_with(fused)
+    module.graph.eliminate_dead_code()
+    return bool(chains)
+
+
+def _insert_bias(module: GraphModule, chain: _Chain) -> Node | None:
+    if not chain.biases:
+        return None
+    forms = tuple((bias.factor, bias.hides) for bias in chain.biases)
+    dtype = chain.output.meta["val"].dtype
+    return call(module.graph, _sum_biases, forms, dtype, *[b.node for b in chain.biases], like=chain.output)
+
+
+def _sum_biases(
+    forms: tuple[tuple[float, bool], ...], dtype: torch.dtype, *biases: torch.Tensor
+) -> torch.Tensor:
+    terms = []
+    for (factor, hides), bias in zip(forms, biases, strict=True):
+        if hides:
+            terms.append(torch.zeros_like(bias, dtype=dtype).masked_fill(bias, torch.finfo(dtype).min))
+        else:
+            terms.append(bias if factor == 1.0 else bias * factor)
+    return functools.reduce(operator.add, terms)
+
+
+def _attention(
+    query: torch.Tensor, key_t: torch.Tensor, value: torch.Tensor, bias: torch.Tensor | None, scale: float
+) -> torch.Tensor:
+    """SDPA on ``[..., tokens, channels]``; three axes (batch x heads in one) gain a head axis for the call."""
+    key = key_t.transpose(-1, -2)
+    flat = query.dim() == 3
+    if flat:
+        query, key, value = query.unsqueeze(1), key.unsqueeze(1), value.unsqueeze(1)
+        bias = bias.unsqueeze(1) if bias is not None and bias.dim() == 3 else bias
+    if bias is not None:
+        bias = bias.to(query.dtype)
+    out = torch.nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=bias, scale=scale)
+    return out.squeeze(1) if flat else out
+
+
+def _match_chain(node: Node) -> _Chain | None:
+    if not is_call(node, aten.softmax, aten._softmax) or argument(node, 1, "dim") not in (
+        -1,
+        node.meta["val"].dim() - 1,
+    ):
+        return None
+    product = _only_user_past_no_ops(node)
+    if (
+        product is None
+        or not is_call(product, aten.matmul, aten.bmm)
+        or not _is_or_passes(product.args[0], node)
+    ):
+        return None
+    logits = node.args[0]
+    scale, biases = 1.0, list[_Bias]()
+    while isinstance(logits, Node) and len(value_users(logits)) == 1:
+        if is_call(logits, aten.matmul, aten.bmm):
+            query, key_t = logits.args[:2]
+            return _chain(query, key_t, product, scale, biases)
+        if is_call(logits, aten.baddbmm):
+            bias, query, key_t = logits.args[:3]
+            beta, alpha = float(argument(logits, 3, "beta", 1)), float(argument(logits, 4, "alpha", 1))  # type: ignore[arg-type]
+            if beta and is_tensor(bias):
+                biases.append(_Bias(bias, scale * beta))  # type: ignore[arg-type]
+            return _chain(query, key_t, product, scale * alpha, biases)
+        step = _step_up(logits)
+        if step is None:
+            return None
+        logits, factor, bias = step
+        if bias is not None:
+            biases.append(replace(bias, factor=bias.factor * scale))
+        scale *= factor
+    return None
+
+
+def _chain(query: object, key_t: object, product: Node, scale: float, biases: list) -> _Chain | None:
+    value = product.args[1]
+    operands = (query, key_t, value)
+    if not all(is_tensor(n) for n in operands):
+        return None
+    ranks = {n.meta["val"].dim() for n in operands}  # type: ignore[union-attr]
+    if ranks not in ({3}, {4}):
+        return None
+    return _Chain(*operands, output=product, scale=scale, biases=biases)  # type: ignore[arg-type]
+
+
+def _step_up(logits: Node) -> tuple[Node, float, _Bias | None] | None:
+    """One operation before the softmax: the operand it works on, its scale factor, the bias it adds."""
+    if is_call(logits, *_NO_OPS):
+        return logits.args[0], 1.0, None  # type: ignore[return-value]
+    if is_call(logits, aten.mul, aten.div) and isinstance(logits.args[1], (int, float)):
+        factor = float(logits.args[1])
+        return logits.args[0], factor if is_call(logits, aten.mul) else 1 / factor, None  # type: ignore[return-value]
+    if is_call(logits, aten.add) and not logits.kwargs and all(is_tensor(a) for a in logits.args):
+        a, b = logits.args
+        if _leads_to_product(a):
+            return a, 1.0, _Bias(b)  # type: ignore[return-value,arg-type]
+        if _leads_to_product(b):
+            return b, 1.0, _Bias(a)  # type: ignore[return-value,arg-type]
+    if (
+        is_call(logits, aten.masked_fill)
+        and isinstance(logits.args[2], (int, float))
+        and logits.args[2] <= _HIDDEN
+    ):
+        return logits.args[0], 1.0, _Bias(logits.args[1], hides=True)  # type: ignore[return-value,arg-type]
+    return None
+
+
+def _leads_to_product(node: object) -> bool:
+    """Whether this operand of an add is the logits rather than the bias."""
+    while isinstance(node, Node) and len(value_users(node)) == 1:
+        if is_call(node, aten.matmul, aten.bmm, aten.baddbmm):
+            return True
+        if not is_call(node, aten.mul, aten.div, aten.add, aten.masked_fill, *_NO_OPS):
+            return False
+        node = node.args[0]
+    return False
+
+
+def _only_user_past_no_ops(node: Node) -> Node | None:
+    users = value_users(node)
+    while len(users) == 1 and is_call(users[0], *_NO_OPS):
+        users = value_users(users[0])
+    return users[0] if len(users) == 1 else None
+
+
+def _is_or_passes(node: object, target: Node) -> bool:
+    while isinstance(node, Node) and node is not target and is_call(node, *_NO_OPS):
+        node = node.args[0]
+    return node is target

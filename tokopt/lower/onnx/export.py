@@ -1,0 +1,312 @@
+"""Lower a Program to ONNX, opset 23 (24 with a cache): one portable graph per program, weights in external data.
+
+The file uses the standard domain and model-local functions of the domain ``tokopt`` only, so any ONNX
+runtime executes it. After export the graph is folded, its masks are brought into the form that ONNX Runtime
+takes, the axes get the names of the signature, and the result is compared with the exported program.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import re
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+import onnx
+import onnx_ir as ir
+import torch
+from onnx_ir.passes import common as passes
+from onnxscript import optimizer
+from onnxscript.rewriter import onnx_fusions, rewrite
+from onnxscript.rewriter.rules import common as rules
+
+import tokopt.kernels
+from tokopt import __version__
+from tokopt.errors import LoweringError
+from tokopt.ir.program import Program
+from tokopt.lower.onnx.fusions import fold_factors, merge_products
+from tokopt.lower.onnx.real_tokens import assume_real_tokens
+from tokopt.lower.onnx.unread import drop_unread
+from tokopt.lower.onnx.weights import pack_weights
+from tokopt.lower.parity.check import check_parity
+from tokopt.rewrite.edit import axis_names
+
+OPSET = 23
+"""The first opset with ``Attention``; only a cache that is written in place needs a newer one."""
+
+WEIGHTS = "weights.data"
+
+
+RULES = (
+    rules.add_0_rule,
+    rules.sub_0_rule,
+    rules.mul_by_1_rule,
+    rules.div_by_1_rule,
+    rules.cast_cast_rule,
+    rules.no_op_cast_rule,
+    rules.no_op_expand_rule,
+    rules.no_op_transpose_rule,
+    rules.transpose_transpose_rule,
+    rules.unsqueeze_unsqueeze_rule,
+    rules.squeeze_reshape_1d_rule,
+    rules.reshape_reshape_rule,
+    rules.materialize_reshape_shape_rule,
+    rules.flatten_to_reshape_rule,
+    rules.cast_constant_of_shape_rule,
+    rules.cast_constant_of_shape_without_value_rule,
+    rules.collapse_slice_rule,
+    rules.collapse_slice2_rule,
+    rules.remove_optional_bias_from_gemm_rule,
+)
+"""What onnxscript's optimizer does to transformers. All its rules take a time quadratic in the model's depth."""
+
+
+class WeightFile:
+    """The external data of a bundle: every distinct tensor once, whichever programs use it."""
+
+    def __init__(self, directory: Path, name: str = WEIGHTS) -> None:
+        self.directory, self.name = directory, name
+        self._places: dict[bytes, tuple[int, int]] = {}
+
+    def place(self, tensor: ir.TensorProtocol) -> ir.ExternalTensor:
+        """Write ``tensor`` unless its bytes are there already; return the reference that replaces it."""
+        data = tensor.tobytes()
+        key = hashlib.sha256(data).digest()
+        if key not in self._places:
+            self._places[key] = (self._append(data), len(data))
+        offset, length = self._places[key]
+        return ir.ExternalTensor(
+            self.name,
+            offset,
+            length,
+            ir.DataType(tensor.dtype),
+            shape=ir.Shape(list(tensor.shape.numpy())),
+            name=tensor.name or "",
+            base_dir=self.directory,
+        )
+
+    def _append(self, data: bytes) -> int:
+        with (self.directory / self.name).open("ab") as stream:
+            alignment = 4096 if len(data) >= 4096 else 64  # whole pages can be memory-mapped
+            stream.write(bytes(-stream.tell() % alignment))
+            offset = stream.tell()
+            stream.write(data)
+        return offset
+
+
+def lower(
+    program: Program,
+    directory: Path,
+    name: str,
+    *,
+    weights: WeightFile | None = None,
+    metadata: Mapping[str, str] | None = None,
+    check: bool = True,
+    tolerance: float | None = None,
+) -> Path:
+    """Write ``directory/<name>.onnx`` and its external data; return the path of the ONNX file.
+
+    ``weights`` is shared by the programs of a bundle. ``metadata`` goes into the file's properties. ``check``
+    compares ONNX Runtime with the exported program, output by output, on the example and on one more size of
+    every named axis; ``tolerance`` replaces the largest NMSE that the dtype of an output allows.
+
+    Raises LoweringError when an operator has no ONNX form, when the graph does not pass the ONNX checker, and
+    when the two disagree.
+    """
+    _check_dtypes(program, name)
+    program = drop_unread(program)
+    model = _export(program, name)
+    model.producer_name, model.producer_version = "tokopt", __version__
+    model.metadata_props.update(metadata or {})
+    model.graph.name = name
+    _name_axes(model, program)
+    expand_masks(model)
+    _simplify(model)
+    expand_rotary_tables(model)
+    pack_weights(model)
+    fold_factors(model)
+    merge_products(model)
+    assume_real_tokens(model)
+    passes.RemoveUnusedNodesPass()(model)
+    # Only now: shape inference inside a body, where inputs have no shape, gets the rank of Max wrong.
+    tokopt.kernels.attach_functions(model)
+    weights = weights or WeightFile(directory)
+    for value in model.graph.initializers.values():
+        if value.const_value is not None and value.const_value.nbytes > 1024:
+            value.const_value = weights.place(value.const_value)
+    path = directory / f"{name}.onnx"
+    ir.save(model, path)
+    try:
+        onnx.checker.check_model(path, full_check=True)
+    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
+        raise LoweringError(f"the ONNX graph of program {name!r} is not valid: {_sentence(error)}") from error
+    if check:
+        check_parity(program, path, name, tolerance=tolerance)
+    return path
+
+
+def expand_masks(model: ir.Model) -> None:
+    """Give every attention mask real query and key axes, in place.
+
+    ONNX lets a mask broadcast; ONNX Runtime's ``Attention`` lets it do so over batch and heads only and
+    rejects ``[batch, 1, 1, keys]``. Masks whose last two sizes are known to fit are left alone; layers that
+    share a mask and the names of its sizes share the expanded one.
+    """
+    expanded: dict[tuple[object, object, object], ir.Value] = {}
+    for node in list(model.graph):
+        if node.op_type != "Attention" or node.domain or len(node.inputs) < 4 or node.inputs[3] is None:
+            continue
+        query, key, mask = node.inputs[0], node.inputs[1], node.inputs[3]
+        assert query is not None and key is not None
+        rows, columns = _size(query, -2), _size(key, -2)
+        if None not in (rows, columns) and (_size(mask, -2), _size(mask, -1)) == (rows, columns):
+            continue
+        place = (mask, query if rows is None else rows, key if columns is None else columns)
+        if place not in expanded:
+            expanded[place] = _insert_expand(model.graph, node, query, key, mask)
+        node.replace_input_with(3, expanded[place])
+
+
+def expand_rotary_tables(model: ir.Model) -> None:
+    """Give the tables of every fused rotary embedding the batch of what they rotate, in place.
+
+    The pattern that is fused broadcasts a table ``[1, tokens, channels]`` over the batch; the operator does not.
+    """
+    expanded: dict[tuple[object, object], ir.Value] = {}
+    for node in list(model.graph):
+        if node.op_type != "RotaryEmbedding" or node.domain:
+            continue
+        x, *tables = (value for value in node.inputs[:3] if value is not None)
+        rows = _size(x, -len(x.shape)) if x.shape is not None else None
+        for i, table in enumerate(tables, start=1):
+            by_position = table.shape is not None and len(table.shape) == 2
+            if by_position or (rows is not None and _size(table, -3) == rows):
+                continue
+            place = (table, rows or x)
+            if place not in expanded:
+                batch = ir.node("Shape", [x], attributes={"start": 0, "end": 1})
+                one = ir.node("Constant", [], attributes={"value_ints": [1, 1]})
+                shape = ir.node("Concat", [batch.outputs[0], one.outputs[0]], attributes={"axis": 0})
+                expand = ir.node("Expand", [table, shape.outputs[0]])
+                model.graph.insert_before(node, [batch, one, shape, expand])
+                expanded[place] = expand.outputs[0]
+            node.replace_input_with(i, expanded[place])
+
+
+def _size(value: ir.Value, axis: int) -> int | str | None:
+    """The size of an axis as a number or a name; None when unknown."""
+    if value.shape is None or len(value.shape) < -axis:
+        return None
+    size = value.shape[axis]
+    return size if isinstance(size, int) else size.value
+
+
+def _insert_expand(
+    graph: ir.Graph, node: ir.Node, query: ir.Value, key: ir.Value, mask: ir.Value
+) -> ir.Value:
+    """``Expand(mask, [queries, keys])``: it broadcasts both ways, so batch and heads of the mask stay."""
+    rows = ir.node("Shape", [query], attributes={"start": -2, "end": -1})
+    columns = ir.node("Shape", [key], attributes={"start": -2, "end": -1})
+    shape = ir.node("Concat", [rows.outputs[0], columns.outputs[0]], attributes={"axis": 0})
+    expand = ir.node("Expand", [mask, shape.outputs[0]])
+    graph.insert_before(node, [rows, columns, shape, expand])
+    return expand.outputs[0]
+
+
+def _check_dtypes(program: Program, name: str) -> None:
+    for spec in (*program.inputs, *program.outputs):
+        if spec.dtype == "bfloat16":
+            raise LoweringError(
+                f"{spec.name!r} of program {name!r} is bfloat16, which numpy cannot hold; cast the model's "
+                "inputs and outputs to float32"
+            )
+
+
+def _export(program: Program, name: str) -> ir.Model:
+    try:
+        with _quiet(), torch.no_grad():  # with gradients, attention is traced in another layout
+            exported = torch.onnx.export(
+                program.exported,
+                dynamo=True,
+                opset_version=OPSET,
+                input_names=[spec.name for spec in program.inputs],
+                output_names=[spec.name for spec in program.outputs],
+                custom_translation_table=tokopt.kernels.onnx_translations(),
+                optimize=False,
+                verbose=False,
+            )
+    except (torch.onnx.errors.OnnxExporterError, RuntimeError) as error:
+        raise LoweringError(f"program {name!r} has no ONNX form: {_sentence(error)}") from error
+    assert exported is not None
+    return exported.model
+
+
+def _simplify(model: ir.Model) -> None:
+    """Fold constants, fuse norms and rotary embeddings, drop what is dead, double, or tells of the machine."""
+    with _quiet():
+        for _ in range(2):
+            optimizer.fold_constants(model, onnx_shape_inference=True)
+            rewrite(model, RULES)
+        for tidy in (
+            passes.RemoveUnusedNodesPass(),
+            passes.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0),
+            passes.LiftSubgraphInitializersToMainGraphPass(),
+            passes.DeduplicateInitializersPass(),
+            passes.CommonSubexpressionEliminationPass(),
+            passes.OutputFixPass(),
+            passes.NameFixPass(),
+        ):
+            tidy(model)
+        onnx_fusions.fuse(model)
+        passes.CommonSubexpressionEliminationPass()(model)
+    scopes = {node: node.metadata_props.get("namespace") for node in model.graph}
+    passes.ClearMetadataAndDocStringPass()(model)
+    for node, scope in scopes.items():
+        if scope:  # the module of the user's model that the node came from
+            node.metadata_props["namespace"] = scope
+
+
+def _name_axes(model: ir.Model, program: Program) -> None:
+    """Spell symbols (``s77``) as the signature's axes; inputs and outputs get exactly its axes."""
+    names = axis_names(program.exported, program.inputs)
+    symbol = re.compile("|".join(rf"\b{re.escape(key)}\b" for key in names) or r"(?!)")
+    for node in model.graph:
+        for value in node.outputs:
+            if value.shape is not None:
+                value.shape = ir.Shape([_spell(dim, symbol, names) for dim in value.shape])
+    for values, specs in ((model.graph.inputs, program.inputs), (model.graph.outputs, program.outputs)):
+        for value, spec in zip(values, specs, strict=True):
+            value.shape = ir.Shape(spec.axes)
+
+
+def _spell(dim: int | ir.SymbolicDim, symbol: re.Pattern[str], names: Mapping[str, str]) -> int | str | None:
+    if isinstance(dim, int) or dim.value is None:
+        return dim if isinstance(dim, int) else None
+    return symbol.sub(lambda found: names[found[0]], dim.value)
+
+
+def _sentence(error: BaseException) -> str:
+    """The first line of the innermost cause."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    line = next((row.strip() for row in str(error).splitlines() if row.strip()), "")
+    return f"{type(error).__name__}: {line}"
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Silence the exporter's remarks on packages it does not find and on its own deprecations."""
+    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir")]
+    levels = [logger.level for logger in loggers]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for logger in loggers:
+            logger.setLevel(logging.ERROR)
+        try:
+            yield
+        finally:
+            for logger, level in zip(loggers, levels, strict=True):
+                logger.setLevel(level)

@@ -1,0 +1,210 @@
+"""Does a lowered program compute what the exported program computes? Compared by NMSE per output."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import onnxruntime
+import torch
+
+from tokopt.analysis.graph import dtype_name
+from tokopt.errors import LoweringError
+from tokopt.ir.program import Program
+from tokopt.lower.parity.precision import rounds_alike
+from tokopt.lower.parity.selections import expose_selections, run_with_selections, selects
+from tokopt.runtime.buffers import run_in_place
+from tokopt.runtime.numerics import LIMITS, SELFTEST_LIMITS, check_output
+
+ACTIVATIONS = "session.qdq_matmulnbits_accuracy_level"
+"""How ONNX Runtime multiplies with block-quantized weights: 1 in float32, 4 with activations of 8 bits."""
+
+Example = tuple[torch.Tensor, ...]
+
+
+def check_parity(
+    program: Program,
+    path: Path,
+    name: str,
+    *,
+    tolerance: float | None = None,
+    shared: Mapping[str, str] | None = None,
+) -> None:
+    """Compare the ONNX file at ``path`` with ``program`` on the example and other sizes of its named axes.
+
+    Where both are as far from the program's float64 values, they agree as well as float32 can (see
+    :mod:`tokopt.lower.parity.precision`). Where the program chooses tokens and rounding alone made the two choose
+    differently, they are compared again with the same choice (see :mod:`tokopt.lower.parity.selections`). ``tolerance``
+    replaces the largest NMSE that the dtype of an output allows. ``shared`` (``{output: input}``) are caches
+    written in place. Raises
+    LoweringError naming the output, its NMSE and the sizes.
+    """
+    session = _session(path, name)
+    tolerance = _coarsest(program) if tolerance is None else tolerance
+    exported = program.exported.module(check_guards=False)
+    for sizes, inputs in resized_examples(program):
+        try:
+            with torch.no_grad():
+                expected = exported(*inputs)
+        except Exception:
+            if inputs is program.example:
+                raise
+            continue  # the exported program refuses these sizes, so nothing is promised for them
+        where = f"program {name!r}{sizes}"
+        actual = _run(session, program, inputs, where, shared=shared or {})
+        fault = _fault(program, expected, actual, tolerance)
+        if fault and selects(program):
+            fault = _fault_given_selections(program, path, name, inputs, tolerance, shared or {})
+        if fault and tolerance is None and rounds_alike(program, inputs, expected, actual):
+            continue
+        if fault:
+            raise LoweringError(
+                f"{where}: {fault}; if the example inputs of capture are noise, give it real ones, else report "
+                "it, or pass check=False"
+            )
+
+
+def check_rewritten(program: Program, portable: Path, rewritten: Path, limit: float | None) -> None:
+    """Compare two ONNX files of ``program`` on its example, both on ONNX Runtime.
+
+    ``limit`` is the largest NMSE, by default what the dtype of an output allows, or more where rounding may choose
+    other tokens or steps. Raises LoweringError naming the output and its NMSE.
+    """
+    where = f"program {portable.stem!r}"
+    if limit is None:
+        limit = SELFTEST_LIMITS["approximate"] if selects(program) else _coarsest(program)
+    # Unfused, since TensorRT's bytes are signed, whose products saturate on processors without VNNI.
+    sessions = _session(portable, portable.stem), _session(rewritten, portable.stem, {_UNFUSED: "1"})
+    wanted, actual = (_run(session, program, program.example, where) for session in sessions)
+    for spec, want, got in zip(program.outputs, wanted, actual, strict=True):
+        check = check_output(spec.name, want, got, limit)
+        if not check.ok:
+            raise LoweringError(
+                f"{where}: output {spec.name!r} of the graph for TensorRT differs from the portable one: NMSE "
+                f"{check.nmse:.2g}, at most {check.limit:.2g} is allowed; report it, or pass check=False"
+            )
+
+
+def _coarsest(program: Program) -> float | None:
+    """The limit of the half-precision dtype that a program computes in; None where it has none."""
+    values = [node.meta.get("val") for node in program.exported.graph.nodes]
+    found = {dtype_name(value.dtype) for value in values if isinstance(value, torch.Tensor)}
+    return max((LIMITS[dtype] for dtype in found & {"float16", "bfloat16"}), default=None)
+
+
+def _fault(
+    program: Program, expected: Sequence[torch.Tensor], actual: list[np.ndarray], tolerance: float | None
+) -> str | None:
+    """The first output that differs by more than its dtype allows."""
+    for spec, want, got in zip(program.outputs, expected, actual, strict=True):
+        check = check_output(spec.name, want.numpy(force=True), got, tolerance)
+        if not check.ok:
+            return (
+                f"output {spec.name!r} differs between ONNX Runtime and the exported program: NMSE "
+                f"{check.nmse:.2g}, at most {check.limit:.2g} is allowed"
+            )
+    return None
+
+
+def _fault_given_selections(
+    program: Program,
+    path: Path,
+    name: str,
+    inputs: Example,
+    tolerance: float | None,
+    shared: Mapping[str, str],
+) -> str | None:
+    """The first output or selection that still differs when both forms choose the same tokens."""
+    copy, names = expose_selections(path)
+    try:
+        session = _session(copy, name)
+    finally:
+        copy.unlink()
+    every = [value.name for value in session.get_outputs()]
+    found = dict(zip(every, _run(session, program, inputs, f"program {name!r}", every, shared), strict=True))
+    given = [[found[output] for output in outputs] for outputs in names]
+    expected, selections = run_with_selections(program, inputs, given)
+    for selection in selections:
+        if not selection.ok:
+            return (
+                f"{selection.name} chooses differently for {selection.different} of {selection.tokens} tokens "
+                "in ONNX Runtime and the exported program"
+            )
+    return _fault(program, expected, [found[spec.name] for spec in program.outputs], tolerance)
+
+
+def resized_examples(program: Program) -> Iterator[tuple[str, Example]]:
+    """The example, then copies in which one named axis has its smallest size, or one less (or more).
+
+    Each comes with its sizes in words.
+    """
+    sizes = {
+        axis: size
+        for spec, tensor in zip(program.inputs, program.example, strict=True)
+        for axis, size in zip(spec.axes, tensor.shape, strict=True)
+        if isinstance(axis, str)
+    }
+    yield _words(sizes), program.example
+    for axis, old in sizes.items():
+        bounds = program.ranges[axis]
+        low, high = max(bounds.min, 1), old + 1 if bounds.max is None else bounds.max
+        near = old - 1 if old > low else old + 1
+        for size in sorted({low, near} - {old}):
+            if size <= high:
+                yield _words({**sizes, axis: size}), resized(program, axis, size)
+
+
+def resized(program: Program, axis: str, size: int) -> Example:
+    """The example with ``axis`` cut to ``size``, or grown by starting again."""
+    result = []
+    for spec, tensor in zip(program.inputs, program.example, strict=True):
+        for i, name in enumerate(spec.axes):
+            if name == axis:
+                tensor = tensor.index_select(i, torch.arange(size) % tensor.shape[i])
+        result.append(tensor)
+    return tuple(result)
+
+
+def _words(sizes: dict[str, int]) -> str:
+    return " (" + ", ".join(f"{axis} {size}" for axis, size in sizes.items()) + ")" if sizes else ""
+
+
+_UNFUSED = "session.disable_quant_qdq"
+"""Whether quantized products are computed in float."""
+
+
+def _session(path: Path, name: str, entries: Mapping[str, str] | None = None) -> onnxruntime.InferenceSession:
+    settings = onnxruntime.SessionOptions()
+    settings.log_severity_level = 4  # what fails is raised
+    settings.add_session_config_entry("session.intra_op.allow_spinning", "0")  # torch uses the same cores
+    settings.add_session_config_entry(ACTIVATIONS, "1")  # in float: what is compared is the program
+    for entry in (entries or {}).items():
+        settings.add_session_config_entry(*entry)
+    try:
+        return onnxruntime.InferenceSession(path, settings, providers=["CPUExecutionProvider"])
+    except Exception as error:  # ONNX Runtime raises several unrelated classes
+        raise LoweringError(
+            f"ONNX Runtime cannot load program {name!r}: {_line(error)}; report it"
+        ) from error
+
+
+def _run(
+    session: onnxruntime.InferenceSession,
+    program: Program,
+    inputs: Example,
+    where: str,
+    outputs: Sequence[str] | None = None,
+    shared: Mapping[str, str] | None = None,
+) -> list[np.ndarray]:
+    """The values of ``outputs``, by default those of the program."""
+    outputs = outputs or [spec.name for spec in program.outputs]
+    feed = {spec.name: tensor.numpy(force=True) for spec, tensor in zip(program.inputs, inputs, strict=True)}
+    try:
+        return run_in_place(session, outputs, feed, shared or {})
+    except Exception as error:  # ONNX Runtime raises several unrelated classes
+        raise LoweringError(f"ONNX Runtime fails on {where}: {_line(error)}; report it") from error
+
+
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split())

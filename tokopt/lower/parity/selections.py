@@ -1,0 +1,166 @@
+"""Compare two forms of a program that chooses tokens or rounds activations, when they chose differently.
+
+Among many tokens some are nearly equally good, and two engines that round differently take different ones;
+everything after the choice then differs, although both are right. So the ONNX form runs with its selections as
+further outputs, and the exported program runs again with each of its selections replaced by the ONNX one:
+all arithmetic must agree as closely as ever, and the selections themselves on nearly all tokens. So it is with
+activations that are rounded to 8 bits: what lies near the middle of two steps falls either way.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+import torch
+from torch import Tensor
+from torch.fx import Interpreter, Node
+
+from tokopt.ir.program import Program
+from tokopt.kernels import ROUNDINGS, SELECTIONS, ops
+from tokopt.lower.onnx.real_tokens import plain_name
+
+CHOICES = SELECTIONS + ROUNDINGS
+
+DIFFERENT = 0.02
+"""The largest share of tokens on which two forms of one selection may differ, beside :data:`SLACK`."""
+
+DIFFERENT_BY_RANK = 0.1
+"""The same where ranks alternate between merging and being merged into: a near tie then exchanges the roles of
+two tokens and redirects all that merge into them. A wrong form differs on half of the tokens."""
+
+SCALED = 14
+"""Inputs of an attention over a cache in 8 bits: its scales are the last two."""
+
+SLACK = 2
+"""Tokens on which a selection may differ in any case: one pair that changed places."""
+
+
+@dataclass(frozen=True)
+class Selection:
+    """One selection in both forms: the tokens (numbers, where it rounds) that fared differently, out of ``tokens``."""
+
+    name: str
+    different: int
+    tokens: int
+    share: float = DIFFERENT
+
+    @property
+    def ok(self) -> bool:
+        """Whether near ties explain the difference."""
+        return self.different <= SLACK + self.share * self.tokens
+
+
+def selects(program: Program) -> bool:
+    """Whether the program chooses tokens, or rounds activations."""
+    return any(_selection(node) for node in program.exported.graph.nodes)
+
+
+def expose_selections(path: Path) -> tuple[Path, list[list[str]]]:
+    """A copy of the ONNX file beside it whose selections are outputs; returns it and their names, in order."""
+    model = ir.load(path)
+    names = []
+    for node in list(model.graph):
+        chosen = [list(node.outputs)] if node.domain == "tokopt" and plain_name(node) in CHOICES else []
+        for values in chosen or [[value] for value in _new_codes(model.graph, node)]:
+            names.append([str(value.name) for value in values])
+            known = {value.name for value in model.graph.outputs}
+            model.graph.outputs.extend(value for value in values if value.name not in known)
+    copy = path.with_name(f"{path.stem}-selections.onnx")
+    ir.save(model, copy)
+    return copy, names
+
+
+def _new_codes(graph: ir.Graph, node: ir.Node) -> list[ir.Value]:
+    """What an attention that rounds keys and values itself wrote to its cache: their new tokens, as the op rounds them.
+
+    See :mod:`tokopt.lower.onnxruntime.cpu`.
+    """
+    if node.op_type != "GroupQueryAttention" or len(node.inputs) < SCALED:
+        return []
+    tokens, last = node.inputs[0], node.inputs[5]
+    count = ir.node("Shape", [tokens], attributes={"start": 1, "end": 2})
+    final = ir.node("Cast", [last], attributes={"to": ir.DataType.INT64})
+    one, axis = (ir.node("Constant", [], attributes={"value_ints": [value]}) for value in (1, 2))
+    end = ir.node("Add", [final.outputs[0], one.outputs[0]])
+    start = ir.node("Sub", [end.outputs[0], count.outputs[0]])
+    bounds = start.outputs[0], end.outputs[0], axis.outputs[0]
+    slices = [ir.node("Slice", [cache, *bounds]) for cache in node.outputs[1:]]
+    for made, cache in zip(slices, node.outputs[1:], strict=True):
+        made.outputs[0].type, made.outputs[0].name = cache.type, f"{cache.name}_new"
+        made.outputs[0].shape = ir.Shape([None] * 4)
+    graph.insert_after(node, [count, final, one, axis, end, start, *slices])
+    return [made.outputs[0] for made in slices]
+
+
+@dataclass
+class _Forced(Interpreter):
+    """Runs a graph with its selections replaced by ``given``, and compares each with its own."""
+
+    module: torch.fx.GraphModule
+    given: Iterator[list[Tensor]]
+    compared: list[Selection] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        super().__init__(self.module)
+
+    def run_node(self, n: Node) -> Any:
+        own = super().run_node(n)
+        if not _selection(n):
+            return own
+        forced = next(self.given)
+        outputs = list(own) if isinstance(own, (tuple, list)) else [own]
+        share = DIFFERENT_BY_RANK if n.target == ops.energy_match.default else DIFFERENT
+        found = _compare_steps(outputs[0], forced[0], n) if _rounds(n) else _compare(outputs, forced)
+        self.compared.append(Selection(n.name, *found, share))
+        return tuple(forced) if isinstance(own, (tuple, list)) else forced[0]
+
+
+def run_with_selections(
+    program: Program, inputs: tuple[Tensor, ...], selections: list[list[np.ndarray]]
+) -> tuple[list[Tensor], list[Selection]]:
+    """The exported program's outputs under the given selections, and how its own ones differ."""
+    given = iter([[torch.from_numpy(array) for array in arrays] for arrays in selections])
+    forced = _Forced(program.exported.module(check_guards=False), given)
+    with torch.no_grad():
+        outputs = forced.run(*inputs)
+    return list(outputs), forced.compared
+
+
+def _selection(node: Node) -> bool:
+    return node.op == "call_function" and node.target in {getattr(ops, name).default for name in CHOICES}
+
+
+def _rounds(node: Node) -> bool:
+    return node.target in {getattr(ops, name).default for name in ROUNDINGS}
+
+
+def _compare_steps(own: Tensor, given: Tensor, node: Node) -> tuple[int, int]:
+    """How many numbers fell on another step, and how many there are; all of them if one fell further than the next."""
+    step = node.args[1] if isinstance(node.args[1], float) else 1  # codes
+    apart = (own.float() - given.float()).abs() / step
+    return (own.numel() if bool((apart > 1.5).any()) else int((apart > 0.5).sum())), own.numel()
+
+
+def _compare(own: list[Tensor], given: list[Tensor]) -> tuple[int, int]:
+    """How many tokens fare differently, and how many there are."""
+    a, b = _fate(own), _fate(given)
+    return (a.numel() if a.shape != b.shape else int((a != b).sum())), a.numel()
+
+
+def _fate(outputs: list[Tensor]) -> Tensor:
+    """What becomes of every token [batch, tokens]: itself if kept, -1 if dropped, else what it merges into.
+
+    Independent of the order in which a selection lists its tokens. A selection of destinations alone is its
+    own fate.
+    """
+    if len(outputs) == 1:
+        return outputs[0]
+    keep, drop = outputs[:2]
+    target = keep.gather(1, outputs[2]) if len(outputs) > 2 else torch.full_like(drop, -1)
+    fate = torch.full((keep.shape[0], keep.shape[1] + drop.shape[1]), -1)
+    return fate.scatter(1, keep, keep).scatter(1, drop, target)

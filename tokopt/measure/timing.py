@@ -1,0 +1,215 @@
+"""Run and time artifacts of either target: ONNX Runtime for ``onnx``, torch for ``torch``."""
+
+from __future__ import annotations
+
+import multiprocessing
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from copy import deepcopy
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from tokopt.errors import ArtifactError, InputError, MissingDependencyError, TokoptError
+from tokopt.runtime import LanguageModel, language, load
+from tokopt.runtime.engines.onnxruntime import Backend
+from tokopt.runtime.format.manifest import Manifest, ProgramEntry, read_manifest
+from tokopt.runtime.selftest import read_selftest
+
+if TYPE_CHECKING:
+    from torch.export import ExportedProgram
+
+Feed = dict[str, np.ndarray]
+
+
+@dataclass(frozen=True)
+class Runner:
+    """An opened artifact: its manifest, and a function from named inputs to named outputs."""
+
+    folder: Path
+    manifest: Manifest
+    run: Callable[[Feed], Mapping[str, np.ndarray]]
+
+    @property
+    def program(self) -> ProgramEntry:
+        """The signature of ``forward``."""
+        return self.manifest.programs["forward"]
+
+    def example(self, batch: int | None = None) -> Feed:
+        """The inputs of the artifact's self-test, repeated or cut along the axis ``batch``."""
+        stored = read_selftest(self.folder, self.manifest, "forward")[0]
+        if batch is None:
+            return stored
+        axes = {tensor.name: tensor.axes for tensor in self.program.inputs}
+        if batch < 1 or not any("batch" in a for a in axes.values()):
+            raise InputError(f"{self.folder} cannot run a batch of {batch}; leave --batch out")
+        for name, array in stored.items():
+            if "batch" in axes[name]:
+                axis = axes[name].index("batch")
+                stored[name] = np.take(array, np.arange(batch) % array.shape[axis], axis)
+        return stored
+
+
+def open_runner(path: str | Path, threads: int | None = None, backend: Backend = "onnxruntime") -> Runner:
+    """Open an artifact.
+
+    ``backend`` executes ONNX; an artifact of target ``torch`` is executed by torch on the CPU, or with ``"torch-cuda"``
+    on a GPU with the CUDA kernels of the token ops. Raises ArtifactError, InputError for a backend that cannot execute
+    it, and MissingDependencyError where there is no GPU.
+    """
+    folder = Path(path)
+    manifest = read_manifest(folder)
+    if "forward" not in manifest.programs:
+        raise ArtifactError(f"{folder} is a language model; use it with: tokopt generate {folder} PROMPT")
+    if backend == "torch-cuda":
+        return _torch_runner(folder, manifest, "cuda")
+    if "onnx" in manifest.programs["forward"].files:
+        model = load(folder, threads=threads, backend=backend)
+        return Runner(folder, manifest, lambda feed: model.run(**feed))
+    if backend != "onnxruntime":
+        raise InputError(
+            f"{folder} is of target torch; export it for {backend} with: tokopt export {folder} -o DIR"
+        )
+    if threads is not None:
+        import torch
+
+        torch.set_num_threads(threads)
+    return _torch_runner(folder, manifest, "cpu")
+
+
+def _torch_runner(folder: Path, manifest: Manifest, device: str) -> Runner:
+    """An artifact of target ``torch`` on a device."""
+    import torch
+
+    import tokopt
+
+    if device == "cuda" and not torch.cuda.is_available():
+        raise MissingDependencyError(
+            f"torch {torch.__version__} finds no CUDA device; leave out --backend torch-cuda"
+        )
+    program = tokopt.open_bundle(folder).forward
+    module = module_on(program.exported, device)
+    inputs, outputs = [spec.name for spec in program.inputs], [spec.name for spec in program.outputs]
+
+    @torch.no_grad()
+    def run(feed: Feed) -> Mapping[str, np.ndarray]:
+        if missing := [name for name in inputs if name not in feed]:
+            raise InputError(f"input {missing[0]!r} is missing; the program takes {', '.join(inputs)}")
+        values = module(*(torch.from_numpy(feed[name]).to(device) for name in inputs))
+        return dict(zip(outputs, (value.cpu().numpy() for value in values), strict=True))
+
+    return Runner(folder, manifest, run)
+
+
+def module_on(exported: ExportedProgram, device: str) -> Callable[..., Any]:
+    """A program with its weights, and all tensors that it makes itself, on ``device``; the one given stays as it is."""
+    from torch.export.passes import move_to_device_pass
+
+    return move_to_device_pass(deepcopy(exported), device).module(check_guards=False)
+
+
+STEPS = 8
+"""Tokens that one timed call of a language model decodes."""
+
+
+def decoder(path: str | Path, prompt: int, threads: int | None = None) -> Callable[[], object]:
+    """A function that decodes the next :data:`STEPS` tokens after ``prompt`` of them; raises ArtifactError.
+
+    The cache goes on growing, and is compacted when it is time.
+    """
+    model: LanguageModel = load(path, threads=threads)
+    ids = np.arange(prompt) % model.settings.vocabulary
+    session = language._Session(model, 1, prompt + STEPS)
+    state = [int(session.prefill([ids.tolist()])[0].argmax()), prompt]
+
+    def decode() -> None:
+        for _ in range(STEPS):
+            token, position = state
+            logits = session.step(np.array([[token]]), np.array([[position]]), np.array([-1]))
+            state[:] = int(logits[0, -1].argmax()), position + 1
+
+    return decode
+
+
+def interleaved_times(
+    paths: Sequence[str],
+    rounds: int,
+    batch: int | None,
+    threads: int | None,
+    prompt: int | None = None,
+    backend: Backend = "onnxruntime",
+) -> Iterator[tuple[float, ...]]:
+    """Yield, per round, the seconds that each artifact took: an encoder for its stored example, repeated or cut to
+    ``batch``, a language model for one token of the :data:`STEPS` that it decodes after ``prompt`` of them.
+
+    Every artifact runs in a process of its own, so that the thread pools of two engines do not disturb each
+    other; within a round they take turns, and the order is reversed every other round, so that a machine that
+    slows down slows all of them.
+    """
+    context = multiprocessing.get_context("spawn")
+    with ExitStack() as stack:
+        workers: list[Connection] = []
+        for path in paths:
+            here, there = context.Pipe()
+            process = context.Process(
+                target=_worker, args=(there, path, batch, threads, prompt, backend), daemon=True
+            )
+            process.start()
+            there.close()
+            stack.callback(process.join, 10)
+            stack.enter_context(here)  # closed first, which ends the worker
+            _answer(here, path)
+            workers.append(here)
+        for number in range(rounds):
+            order = range(len(paths)) if number % 2 == 0 else reversed(range(len(paths)))
+            seconds = [0.0] * len(paths)
+            for index in order:
+                workers[index].send("run")
+                seconds[index] = _answer(workers[index], paths[index])
+            yield tuple(seconds)
+
+
+def _answer(worker: Connection, path: str) -> float:
+    try:
+        answer = worker.recv()
+    except EOFError as error:
+        raise TokoptError(f"the process that ran {path} ended without an answer (out of memory?)") from error
+    if isinstance(answer, str):
+        raise TokoptError(answer)
+    return answer
+
+
+def _encoder(path: str, batch: int | None, threads: int | None, backend: Backend) -> Callable[[], object]:
+    runner = open_runner(path, threads, backend)
+    feed = runner.example(batch)
+    return lambda: runner.run(feed)
+
+
+def _worker(
+    pipe: Connection,
+    path: str,
+    batch: int | None,
+    threads: int | None,
+    prompt: int | None,
+    backend: Backend,
+) -> None:
+    try:
+        call = _encoder(path, batch, threads, backend) if prompt is None else decoder(path, prompt, threads)
+        each = 1 if prompt is None else STEPS
+        call()  # the first one allocates
+        pipe.send(0.0)
+        while True:
+            pipe.recv()
+            start = time.perf_counter()
+            call()
+            pipe.send((time.perf_counter() - start) / each)
+    except (EOFError, BrokenPipeError, KeyboardInterrupt):
+        return
+    except Exception as error:
+        pipe.send(
+            str(error) if isinstance(error, TokoptError) else f"{path}: {type(error).__name__}: {error}"
+        )

@@ -1,0 +1,342 @@
+"""Search the pipeline that is fastest on this machine among those that are good enough.
+
+Every candidate is exported, run by the runtime on inputs that calibration has not seen, and timed in turns with the
+model as it was. Methods of one kind come first; what misses the floor is not combined with anything, and combinations
+are tried in the order of the speed that their parts promise, until the time is up.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import secrets
+import shutil
+import statistics
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from tokopt.artifact import export
+from tokopt.errors import InputError, TokoptError
+from tokopt.ir.bundle import Bundle
+from tokopt.measure.judge import OWN, Floor, Sample, judge
+from tokopt.measure.timing import interleaved_times, open_runner
+from tokopt.pipeline.manager import optimize, parse
+
+SPACES: Mapping[str, tuple[tuple[str, ...], ...]] = {
+    "encoder": (
+        ("tome{target=0.75}", "tome{target=0.5}", "tome{target=0.35}", "tome{target=0.25}"),
+        ("int8", "smoothquant,int8{activations=static}", "rtn{bits=8}"),
+    ),
+    "causal-lm": (
+        ("streaming{budget=0.5}", "h2o{budget=0.5}", "expected_attention{budget=0.5}"),
+        ("keep_grid", "rtn{bits=8}", "gptq{group=16 order=true}", "rtn"),
+        ("int8_kv",),
+    ),
+}
+"""Task -> kinds of methods, and the candidates of each; at most one of each kind is in a pipeline."""
+
+GAIN = 1.05
+"""The least speed-up that is called one: two timings of the same program differ by less than this."""
+
+ROUNDS = 21
+"""Turns of the model and of a candidate: few seconds beside an export, and a disturbed machine needs them."""
+
+Metric = Callable[[Path], float]
+"""A user's own measure of an artifact of target onnx, by its folder."""
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One candidate: its quality, and its speed as a ratio to the model itself; or the reason why there is none.
+
+    ``speedup`` is the median of the rounds' ratios and ``quartiles`` are theirs. ``milliseconds`` are the median of a
+    batch of an encoder, or of a token that a language model decodes.
+    """
+
+    pipeline: str
+    quality: Mapping[str, float] = field(default_factory=dict)
+    speedup: float | None = None
+    quartiles: tuple[float, float] | None = None
+    milliseconds: float | None = None
+    megabytes: float | None = None
+    reason: str = ""
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """All trials of a search, in order, and what was not tried for want of time."""
+
+    floor: Floor
+    trials: tuple[Trial, ...]
+    untried: tuple[str, ...] = ()
+
+    @property
+    def winner(self) -> Trial | None:
+        """The fastest trial that reaches the floor and is faster than the model itself; None: no gain."""
+        good = [t for t in self.trials if t.speedup and t.speedup >= GAIN and self.floor.holds(t.quality)]
+        return max(good, key=lambda t: t.speedup or 0.0, default=None)
+
+    @property
+    def front(self) -> tuple[Trial, ...]:
+        """Trials that no other beats in speed and quality both, the fastest first."""
+        timed = [trial for trial in self.trials if trial.speedup]
+        timed.sort(key=lambda trial: (trial.speedup or 0.0, self._quality(trial)), reverse=True)
+        found: list[Trial] = []
+        for trial in timed:
+            if not found or self._quality(trial) > self._quality(found[-1]):
+                found.append(trial)
+        return tuple(found)
+
+    def _quality(self, trial: Trial) -> float:
+        value = trial.quality[self.floor.measure]
+        return value if self.floor.sign == ">=" else -value
+
+    def as_dict(self) -> dict[str, Any]:
+        """A JSON-ready form."""
+        return {
+            "floor": str(self.floor),
+            "winner": self.winner.pipeline if self.winner else None,
+            "front": [trial.pipeline for trial in self.front],
+            "trials": [asdict(trial) for trial in self.trials],
+            "untried": list(self.untried),
+        }
+
+
+@dataclass(frozen=True)
+class Machine:
+    """How candidates are timed: threads of the engine, tokens that a language model has read before, and images or
+    texts at once of an encoder (None: as many as the model was captured with).
+    """
+
+    threads: int | None = None
+    prompt: int = 256
+    batch: int | None = None
+
+
+def tune(
+    bundle: Bundle,
+    samples: Sequence[Sample],
+    folder: str | Path,
+    *,
+    floor: str = "",
+    candidates: Sequence[Sequence[str]] = (),
+    metric: Metric | None = None,
+    minutes: float = 30.0,
+    machine: Machine | None = None,
+    progress: Callable[[str], None] | None = None,
+) -> Tuning:
+    """Find the fastest pipeline for ``bundle`` whose quality on ``samples`` reaches ``floor``.
+
+    Samples of even places calibrate, the others judge. ``floor`` is a :class:`~tokopt.measure.judge.Floor` in words, by
+    default ``cosine>=0.99`` or ``KL<=0.05``. ``candidates`` replaces :data:`SPACES`: kinds of methods, of which a
+    pipeline takes at most one each. ``metric`` is called with the folder of every candidate's artifact, and a floor can
+    speak of it: ``metric>=0.8``. No trial begins after ``minutes``. ``progress`` is called with a line per step.
+
+    ``folder`` keeps what was measured (``trials.json``), so that the same search goes on where it stopped; the winner's
+    artifact (``best.tokopt``), its pipeline (``pipeline.txt``, empty when nothing gains) and, with matplotlib, the
+    picture ``pareto.png``.
+
+    Raises InputError for fewer than two samples, a bad floor or candidate, a batch that the model cannot run, and a
+    folder of another search.
+    """
+    if len(samples) < 2:
+        raise InputError(
+            "tuning needs at least two samples, one to calibrate with and one to judge by; give more"
+        )
+    machine = machine or Machine()
+    if bundle.task == "causal-lm" and machine.batch not in (None, 1):
+        raise InputError("tuning times a language model one text at a time; leave the batch out")
+    usual = {"encoder": "cosine>=0.99", "causal-lm": "KL<=0.05"}[bundle.task]
+    wanted = Floor.parse(floor or usual, bundle.task, *([OWN] if metric else []))
+    # One spelling of each; a misspelt candidate is refused before anything runs.
+    kinds = [[str(parse(text)) for text in kind] for kind in candidates or SPACES[bundle.task]]
+    say = progress or (lambda line: None)
+    search = _Search(bundle, samples, Path(folder), machine, metric, say)
+    end = time.monotonic() + 60 * minutes
+    untried: list[str] = []
+    for text in _candidates(kinds, search.trials, wanted):
+        if text in search.trials:
+            continue
+        if time.monotonic() >= end:
+            untried.append(text)
+            continue
+        search.try_one(text, wanted)
+    found = Tuning(wanted, tuple(search.trials.values()), tuple(untried))
+    search.finish(found)
+    return found
+
+
+def _candidates(kinds: Sequence[Sequence[str]], trials: Mapping[str, Trial], floor: Floor) -> Iterator[str]:
+    """Single methods; then combinations of those that reached the floor, the most promising first."""
+    for kind in kinds:
+        yield from kind
+    combined: list[tuple[tuple[str, ...], float]] = [((), 1.0)]
+    for kind in kinds:
+        good = [trials[text] for text in kind if text in trials and _reaches(trials[text], floor)]
+        combined += [
+            ((*parts, t.pipeline), speed * (t.speedup or 0.0)) for parts, speed in combined for t in good
+        ]
+    pairs = [(",".join(parts), speed) for parts, speed in combined if len(parts) > 1]
+    for text, _ in sorted(pairs, key=lambda pair: -pair[1]):
+        yield text
+
+
+def _reaches(trial: Trial, floor: Floor) -> bool:
+    return trial.speedup is not None and trial.speedup >= 1.0 and floor.holds(trial.quality)
+
+
+class _Search:
+    """One search and its folder."""
+
+    def __init__(
+        self,
+        bundle: Bundle,
+        samples: Sequence[Sample],
+        folder: Path,
+        machine: Machine,
+        metric: Metric | None,
+        say: Callable[[str], None],
+    ) -> None:
+        self.bundle, self.folder, self.machine, self.say = bundle, folder, machine, say
+        self.metric = metric
+        self.calibration, self.judged = list(samples[::2]), list(samples[1::2])
+        folder.mkdir(parents=True, exist_ok=True)
+        self.baseline, self.best = folder / "original.tokopt", ""
+        self.key = self._key(samples)
+        self.trials = self._read()
+        if not (folder / "trials.json").exists() or not self.baseline.exists():
+            say("exporting the model as it is")
+            export(bundle, self.baseline, overwrite=self.baseline.exists())
+            self._keep()
+        if machine.batch is not None and bundle.task == "encoder":
+            open_runner(self.baseline, machine.threads).example(machine.batch)  # refuses what cannot run
+
+    def try_one(self, text: str, floor: Floor) -> None:
+        """Measure one candidate and keep what was found."""
+        path = self.folder / "candidate.tokopt"
+        try:
+            trial = self._measure(text, path)
+        except TokoptError as error:
+            trial = Trial(text, reason=str(error))
+        best = Tuning(floor, tuple(self.trials.values())).winner
+        self.trials[text] = trial
+        if Tuning(floor, tuple(self.trials.values())).winner not in (None, best):
+            shutil.rmtree(self.folder / "best.tokopt", ignore_errors=True)
+            path.rename(self.folder / "best.tokopt")
+            self.best = text
+        shutil.rmtree(path, ignore_errors=True)
+        self._keep()
+
+    def _keep(self) -> None:
+        rows = [asdict(trial) for trial in self.trials.values()]
+        content = {"search": self.key, "best": self.best, "trials": rows}
+        _write(self.folder / "trials.json", json.dumps(content, indent=1))
+
+    def _measure(self, text: str, path: Path) -> Trial:
+        self.say(f"{text}: optimizing")
+        made = optimize(self.bundle, text, calibration=self.calibration)
+        idle = [step.text for step in made.history[len(self.bundle.history) :] if not step.matches]
+        if idle:
+            return Trial(text, reason=f"{', '.join(idle)} changed nothing; tokopt optimize says why")
+        self.say(f"{text}: exporting")
+        export(made, path, overwrite=True)
+        self.say(f"{text}: judging and timing")
+        quality = judge(self.baseline, path, self.judged, self.machine.threads)
+        if self.metric is not None:
+            quality[OWN] = float(self.metric(path))
+        prompt = self.machine.prompt if self.bundle.task == "causal-lm" else None
+        paths = [str(self.baseline), str(path)]
+        rounds = list(interleaved_times(paths, ROUNDS, self.machine.batch, self.machine.threads, prompt))
+        low, middle, high = np.quantile([before / after for before, after in rounds], [0.25, 0.5, 0.75])
+        return Trial(
+            text,
+            quality,
+            speedup=float(middle),
+            quartiles=(float(low), float(high)),
+            milliseconds=1e3 * statistics.median(after for _, after in rounds),
+            megabytes=sum(file.stat().st_size for file in path.iterdir()) / 1e6,
+        )
+
+    def finish(self, found: Tuning) -> None:
+        """Write the winning pipeline, its artifact if another floor chose it, and the picture."""
+        winner = found.winner.pipeline if found.winner else ""
+        if winner != self.best:
+            shutil.rmtree(self.folder / "best.tokopt", ignore_errors=True)
+            if winner:
+                self.say(f"{winner}: exporting the best again")
+                made = optimize(self.bundle, winner, calibration=self.calibration)
+                export(made, self.folder / "best.tokopt")
+            self.best = winner
+            self._keep()
+        _write(self.folder / "pipeline.txt", f"{winner}\n" if winner else "")
+        if find_spec("matplotlib") is None:
+            self.say("pareto.png needs matplotlib; install tokopt[bench]")
+        else:
+            _draw(found, self.folder / "pareto.png")
+
+    def _key(self, samples: Sequence[Sample]) -> str:
+        """What the measurements depend on: the model, how it is timed and judged, and the samples."""
+        exported = self.bundle.main.exported
+        own = getattr(self.metric, "__qualname__", "")
+        digest = hashlib.sha256(f"{self.machine} {own} {exported.graph}".encode())
+        for tensor in exported.state_dict.values():
+            digest.update(np.ascontiguousarray(tensor.detach().float().numpy()).data)
+        for sample in samples:
+            for part in sample if isinstance(sample, (list, tuple)) else [sample]:
+                digest.update(np.ascontiguousarray(part).tobytes())
+        return digest.hexdigest()
+
+    def _read(self) -> dict[str, Trial]:
+        path = self.folder / "trials.json"
+        if not path.exists():
+            return {}
+        stored = json.loads(path.read_text())
+        if stored["search"] != self.key:
+            raise InputError(
+                f"{self.folder} holds a search with another model, other samples or settings; choose another folder"
+            )
+        self.best = stored["best"]
+        trials = {}
+        for row in stored["trials"]:
+            quartiles = tuple(row.pop("quartiles") or ()) or None
+            trials[row["pipeline"]] = Trial(**row, quartiles=quartiles)
+        return trials
+
+
+def _write(path: Path, text: str) -> None:
+    """Replace a file at once."""
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def _draw(found: Tuning, path: Path) -> None:
+    """Quality against speed: every trial a point, the front a line, the floor dashed."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(8, 5), layout="constrained")
+    timed = [trial for trial in found.trials if trial.speedup]
+    for trial in timed:
+        point = trial.speedup or 0.0, trial.quality[found.floor.measure]
+        axes.plot(*point, "o", color="tab:green" if trial is found.winner else "tab:blue")
+        axes.annotate(trial.pipeline, point, textcoords="offset points", xytext=(5, 4), fontsize=7)
+    front = [(trial.speedup or 0.0, trial.quality[found.floor.measure]) for trial in found.front]
+    axes.plot(*zip(*front, strict=True), color="tab:blue", alpha=0.4) if front else None
+    axes.axhline(found.floor.limit, linestyle="--", color="gray", label=f"floor: {found.floor}")
+    axes.set_xlabel("speed, times that of the model itself")
+    axes.set_ylabel(found.floor.measure)
+    axes.legend()
+    temporary = path.with_name(f".{path.name}")
+    figure.savefig(temporary, format="png", dpi=120)
+    pyplot.close(figure)
+    os.replace(temporary, path)

@@ -1,0 +1,134 @@
+"""What a pass is: a frozen dataclass of options, the context it runs in, and the result it gives."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from types import UnionType
+from typing import ClassVar, Literal, get_args, get_origin, get_type_hints
+
+from tokopt.analysis.calibration import Sample
+from tokopt.analysis.cost import Cost
+from tokopt.errors import PassError
+from tokopt.ir.bundle import Bundle, Semantics
+from tokopt.pipeline.text import format_value
+
+Observer = Callable[["PassRecord", Bundle, Bundle], None]
+"""Called after each pass with its record, the bundle before and the bundle after."""
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """A site where a pass could not prove itself legal: where, and the reason in one sentence."""
+
+    where: str
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.where}: {self.reason}"
+
+
+@dataclass(frozen=True)
+class Context:
+    """What a pass may know about the run it is part of.
+
+    ``strict`` turns a pass that changed nothing, or that refused a site, into a :class:`PassRefused`.
+    ``observers`` see every pass. ``reproducers`` is the folder that receives the input bundle and the
+    pipeline text of a pass that failed; None writes nothing. ``calibration`` holds real inputs for the passes that
+    measure (see :data:`tokopt.analysis.calibration.Sample`), which iterate over it once each.
+    """
+
+    strict: bool = False
+    observers: tuple[Observer, ...] = ()
+    reproducers: Path | None = None
+    calibration: Iterable[Sample] | None = None
+
+    def __post_init__(self) -> None:
+        """Keep what can be iterated only once."""
+        if isinstance(self.calibration, Iterator):
+            object.__setattr__(self, "calibration", list(self.calibration))
+
+    def samples(self, name: str) -> Iterable[Sample]:
+        """The calibration inputs, for the pass of this name, which cannot do without; raises PassError."""
+        if self.calibration is None:
+            raise PassError(
+                f"{name} needs inputs to calibrate with: pass calibration=[...] to optimize, or --calibrate on the "
+                "command line"
+            )
+        return self.calibration
+
+
+@dataclass(frozen=True)
+class PassResult:
+    """The new bundle, how many sites changed, what the user should know, and the sites refused."""
+
+    bundle: Bundle
+    matches: int
+    notes: tuple[str, ...] = ()
+    refusals: tuple[Refusal, ...] = ()
+
+
+@dataclass(frozen=True)
+class Pass:
+    """Base of all passes: a frozen dataclass whose fields are the options.
+
+    A subclass sets ``name`` (its text spelling) and ``semantics`` and implements :meth:`run`, which must not
+    mutate its input. ``requires`` raises :class:`PassError` when the bundle is not one the pass can read.
+    """
+
+    name: ClassVar[str] = ""
+    semantics: ClassVar[Semantics] = "approximate"
+
+    def __post_init__(self) -> None:
+        """Raise :class:`PassError` for an option whose value is not of its annotated type."""
+        hints = get_type_hints(type(self))
+        for option in dataclasses.fields(self):
+            value, hint = getattr(self, option.name), hints[option.name]
+            if not _fits(value, hint):
+                raise PassError(
+                    f"{self.name}: {option.name}={format_value(value)} is of the wrong type; it takes {option.type}"
+                )
+
+    def requires(self, bundle: Bundle) -> None:
+        """Raise :class:`PassError` when ``bundle`` does not meet this pass's preconditions."""
+
+    def run(self, bundle: Bundle, context: Context) -> PassResult:
+        """Return the transformed bundle; leave ``bundle`` untouched."""
+        raise NotImplementedError
+
+    def __str__(self) -> str:
+        options = [
+            f"{f.name}={format_value(value)}"
+            for f in dataclasses.fields(self)
+            if (value := getattr(self, f.name)) != f.default
+        ]
+        return self.name + (f"{{{' '.join(options)}}}" if options else "")
+
+
+def _fits(value: object, hint: object) -> bool:
+    """Whether an option's value is of its annotated type; an int is a float, a bool is neither."""
+    inner = get_args(hint)
+    if get_origin(hint) is UnionType:
+        return any(_fits(value, part) for part in inner)
+    if get_origin(hint) is Literal:
+        return value in inner
+    if get_origin(hint) is tuple:
+        return isinstance(value, tuple) and all(_fits(item, inner[0]) for item in value)
+    if hint in (int, float):
+        return isinstance(value, (int, hint)) and not isinstance(value, bool)  # type: ignore[arg-type]
+    return isinstance(value, hint)  # type: ignore[arg-type]
+
+
+@dataclass(frozen=True)
+class PassRecord:
+    """What one pass did: its text, sites changed, time, and cost before and after."""
+
+    text: str
+    matches: int
+    seconds: float
+    before: Cost
+    after: Cost
+    notes: tuple[str, ...] = ()
+    refusals: tuple[Refusal, ...] = ()

@@ -1,0 +1,185 @@
+"""The pass manager: Pass, PassResult, Pipeline, and the one text spelling of a pipeline.
+
+A pass is a frozen dataclass whose fields are its options. Its text is ``name{option=value option=value}``;
+a pipeline is passes joined by commas. The same text is the Python repr, the command line, the log line and
+the artifact's manifest::
+
+    tome{r=16},evit{keep=0.7 layers=[3,6,9]}
+
+Between passes the manager verifies the bundle, times the pass, counts what it changed, and calls every
+observer of the :class:`Context`: printing, IR dumps and numeric comparison are observers.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from tokopt.analysis.calibration import Sample
+from tokopt.analysis.cost import bundle_cost
+from tokopt.errors import PassError, PassRefused, PipelineSyntaxError, TokoptError
+from tokopt.ir.bundle import AppliedPass, Bundle
+from tokopt.ir.verifier import verify_bundle
+from tokopt.pipeline.base import Context, Pass, PassRecord
+from tokopt.pipeline.text import Reader, Value
+
+
+@dataclass(frozen=True)
+class Report:
+    """One record per pass, in order."""
+
+    records: tuple[PassRecord, ...] = ()
+
+    def as_dict(self) -> dict[str, object]:
+        """A JSON-ready form."""
+        return dataclasses.asdict(self)
+
+
+@dataclass(frozen=True)
+class Pipeline:
+    """Passes run in order. ``str(pipeline)`` and :func:`parse` are inverse."""
+
+    passes: tuple[Pass, ...] = ()
+
+    def __str__(self) -> str:
+        return ",".join(map(str, self.passes))
+
+    def run(self, bundle: Bundle, context: Context | None = None) -> tuple[Bundle, Report]:
+        """Run every pass on ``bundle``, which stays untouched.
+
+        Raises PassError when a pass fails or returns a bundle that does not verify, naming the passes that ran
+        before it; raises PassRefused in strict mode when a pass refused a site or changed nothing.
+        """
+        context = context or Context()
+        verify_bundle(bundle)
+        records: list[PassRecord] = []
+        for index, step in enumerate(self.passes):
+            try:
+                after, record = _run_one(step, bundle, context)
+            except TokoptError as error:
+                raise self._located(error, index, bundle, context) from error
+            except Exception as error:
+                raise self._located(
+                    PassError(f"{type(error).__name__}: {error}"), index, bundle, context
+                ) from error
+            for observer in context.observers:
+                observer(record, bundle, after)
+            records.append(record)
+            bundle = after
+        return bundle, Report(tuple(records))
+
+    def _located(self, error: TokoptError, index: int, bundle: Bundle, context: Context) -> TokoptError:
+        """The same kind of error, saying which pass failed, after which others, and where the reproducer is."""
+        before = ", after " + ",".join(map(str, self.passes[:index])) if index else ""
+        message = f"pass {self.passes[index]}{before}: {error}"
+        if context.reproducers is not None and not isinstance(error, PassRefused):
+            message += f" (reproducer: {_write_reproducer(bundle, self, index, context.reproducers)})"
+        kind = type(error) if isinstance(error, PassError) else PassError
+        return kind(message)
+
+
+def _run_one(step: Pass, bundle: Bundle, context: Context) -> tuple[Bundle, PassRecord]:
+    before, start = bundle_cost(bundle), time.perf_counter()
+    step.requires(bundle)
+    result = step.run(bundle, context)
+    if context.strict and (result.refusals or not result.matches):
+        reasons = "; ".join(map(str, result.refusals)) or "; ".join(result.notes) or "nothing matched"
+        raise PassRefused(f"refused in strict mode: {reasons}")
+    after = result.bundle
+    verify_bundle(after)
+    applied = AppliedPass(
+        str(step), result.matches, step.semantics, result.notes + tuple(map(str, result.refusals))
+    )
+    after = replace(after, history=bundle.history + (applied,))
+    seconds = time.perf_counter() - start
+    cost = bundle_cost(after)
+    record = PassRecord(str(step), result.matches, seconds, before, cost, result.notes, result.refusals)
+    return after, record
+
+
+def _write_reproducer(bundle: Bundle, pipeline: Pipeline, index: int, folder: Path) -> Path:
+    """Save the bundle that entered the failing pass and the rest of the pipeline, ready to be run again."""
+    from tokopt.artifact import export
+
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"reproducer-{pipeline.passes[index].name}-{time.time_ns():x}"
+    export(bundle, path, target="torch")
+    rest = ",".join(map(str, pipeline.passes[index:]))
+    (path / "pipeline.txt").write_text(rest + "\n")
+    return path
+
+
+def optimize(
+    bundle: Bundle,
+    passes: str | Pipeline | Sequence[Pass],
+    *,
+    strict: bool = False,
+    calibration: Iterable[Sample] | None = None,
+    context: Context | None = None,
+) -> Bundle:
+    """Run a pipeline on a bundle and return the new bundle; the input stays untouched.
+
+    ``passes`` is the text of a pipeline (``"tome{r=16}"``), a :class:`Pipeline`, or a list of passes. The
+    result's ``history`` says what each pass changed and what it refused. ``strict`` and ``calibration`` are short
+    for those fields of a :class:`Context`: real inputs, for the passes that measure.
+    """
+    context = context or Context(strict=strict, calibration=calibration)
+    return as_pipeline(passes).run(bundle, context)[0]
+
+
+def as_pipeline(passes: str | Pipeline | Sequence[Pass]) -> Pipeline:
+    """A :class:`Pipeline` from its text, from a list of passes, or from itself."""
+    if isinstance(passes, Pipeline):
+        return passes
+    return parse(passes) if isinstance(passes, str) else Pipeline(tuple(passes))
+
+
+def parse(text: str) -> Pipeline:
+    """Read the text of a pipeline. Unknown passes and options are named with the nearest known spelling.
+
+    >>> str(parse("tome{r=16, schedule=decreasing}"))
+    'tome{r=16 schedule=decreasing}'
+    """
+    reader = Reader(text)
+    passes: list[Pass] = []
+    reader.space()
+    while reader.at < len(text):
+        if passes and not reader.take(","):
+            raise reader.fail("',' or the end")
+        name = reader.name("a pass's name")
+        passes.append(build_pass(name, reader.options() if reader.take("{") else {}))
+        reader.space()
+    return Pipeline(tuple(passes))
+
+
+def build_pass(name: str, options: dict[str, Value]) -> Pass:
+    """Make a pass from its name and options.
+
+    Raises PipelineSyntaxError for an unknown name or option, or an option whose value the pass rejects.
+    """
+    from tokopt.passes import PASSES, load_pass
+
+    if name not in PASSES:
+        raise PipelineSyntaxError(
+            f"unknown pass {name!r}{_nearest(name, PASSES)}; known: {', '.join(PASSES)}"
+        )
+    cls = load_pass(name)
+    known = [f.name for f in dataclasses.fields(cls)]
+    for option in options:
+        if option not in known:
+            raise PipelineSyntaxError(
+                f"pass {name} has no option {option!r}{_nearest(option, known)}; its options: {', '.join(known)}"
+            )
+    try:
+        return cls(**options)
+    except PassError as error:
+        raise PipelineSyntaxError(str(error)) from error
+
+
+def _nearest(name: str, known: Sequence[str] | dict[str, str]) -> str:
+    close = difflib.get_close_matches(name, list(known), n=1)
+    return f", did you mean {close[0]!r}?" if close else ""
