@@ -346,7 +346,7 @@ def _load_program(path: Path, manifest: Manifest, name: str) -> Program:
             f"{file} cannot be loaded by torch {torch.__version__} ({type(error).__name__}: {error}); it was "
             f"saved by torch {manifest.versions.get('torch', '?')}"
         ) from error
-    return Program(
+    return Program.of(
         exported,
         tuple(TensorSpec(**vars(tensor)) for tensor in entry.inputs),
         tuple(TensorSpec(**vars(tensor)) for tensor in entry.outputs),

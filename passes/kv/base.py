@@ -20,7 +20,6 @@ import torch
 from torch import Tensor
 
 from tokopt.analysis.cache import CachedAttention, cached_attentions
-from tokopt.analysis.graph import program_module
 from tokopt.analysis.rotary import rotaries
 from tokopt.errors import PassError, PassRefused
 from tokopt.ir.bundle import Bundle, State
@@ -35,6 +34,7 @@ from tokopt.rewrite.cache import (
     require_language_model,
     state_program,
 )
+from tokopt.rewrite.edit import open_graph
 
 if TYPE_CHECKING:
     from tokopt.runtime.format.manifest import Generation
@@ -129,7 +129,7 @@ class KVEviction(Pass):
         if self.budget == 1.0 and isinstance(self.budget, float):
             return PassResult(bundle, 0, ("a budget of 1.0 evicts nothing",))
         step = bundle.programs["step"]
-        module = program_module(step)
+        module = open_graph(step)
         try:
             layers = cached_attentions(step, module.graph)
             if self.needs_rotary or self.renumbers:

@@ -7,11 +7,11 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor
-from torch.fx import Interpreter, Node
+from torch.fx import Node
 
 from tokopt.analysis.cache import CachedAttention, cached_attentions
 from tokopt.analysis.calibration import observe
-from tokopt.analysis.graph import program_module, sizes
+from tokopt.analysis.graph import sizes
 from tokopt.analysis.rotary import Rotary, find_rotaries
 from tokopt.errors import PassRefused
 from tokopt.ir.bundle import Bundle, State
@@ -20,7 +20,8 @@ from tokopt.kernels import ops
 from tokopt.kernels.quantize_int8.reference import HIGH
 from tokopt.pipeline.base import Context, Pass, PassResult, Refusal
 from tokopt.rewrite.cache import ProgramEdit, require_language_model, state_program
-from tokopt.rewrite.edit import call, put_parameter
+from tokopt.rewrite.edit import call, open_graph, put_parameter, redirect
+from tokopt.rewrite.shapes import Shapes
 
 TINY = 1e-8
 """The smallest scale: a channel of zeros stays one."""
@@ -50,7 +51,7 @@ class Int8KV(Pass):
         """Turn every layer's cache into codes, in ``step`` and in ``compact``."""
         samples = context.samples(self.name)
         step = bundle.programs["step"]
-        module = program_module(step)
+        module = open_graph(step)
         try:
             layers = cached_attentions(step, module.graph)
             self._check(bundle, layers)
@@ -130,22 +131,19 @@ class _IntegerCache(ProgramEdit):
         return self.finish()
 
     def _convert(self, name: str, layer: CachedAttention, write: Node) -> None:
-        graph, state = self.module.graph, self.states[name]
-        self.states[name] = replace(state, dtype="int8")
+        graph = self.module.graph
         place = [spec.name for spec in self.inputs].index(name)
-        out = [spec.name for spec in self.outputs].index(state.output)
-        self.inputs[place] = replace(self.inputs[place], dtype="int8")
-        self.outputs[out] = replace(self.outputs[out], dtype="int8")
-        self.example[place] = ops.quantize_int8(self.example[place], self.scales[name])
+        codes = ops.quantize_int8(self.example[place], self.scales[name])
+        self.respell(name, codes, dtype="int8")
         scale = put_parameter(self.module, write, None, self.scales[name])
         with graph.inserting_before(write):
             codes = call(graph, ops.quantize_int8, write.args[1], scale, like=layer.node)
         write.update_arg(1, codes)
+        Shapes.attached(self.module).renew(self.module, write)
+        readers = [user for user in write.users if user.op != "output"]
         with graph.inserting_after(write):
             whole = call(graph, ops.dequantize_int8, write, scale, like=layer.node)
-        write.replace_all_uses_with(
-            whole, delete_user_cb=lambda user: user is not whole and user.op != "output"
-        )
+        redirect(readers, write, whole)
 
 
 class _IntegerCompact(torch.nn.Module):
@@ -156,7 +154,6 @@ class _IntegerCompact(torch.nn.Module):
         self.compact = compact
         for name, scale in scales.items():
             self.register_buffer(name, scale)
-        self.__dict__["_traced"] = program_module(compact)
 
     def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
         scales = [self._buffers.get(spec.name) for spec in self.compact.inputs]
@@ -164,7 +161,7 @@ class _IntegerCompact(torch.nn.Module):
             tensor if scale is None else ops.dequantize_int8(tensor, scale)
             for tensor, scale in zip(tensors, scales, strict=True)
         ]
-        results = Interpreter(self.__dict__["_traced"]).run(*given, enable_io_processing=False)
+        results = self.compact.module(*given)
         return tuple(
             result if scale is None else ops.quantize_int8(result, scale)
             for result, scale in zip(results, scales, strict=True)

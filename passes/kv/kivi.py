@@ -8,10 +8,9 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
-from torch.fx import GraphModule, Interpreter, Node
+from torch.fx import Node
 
 from tokopt.analysis.cache import CachedAttention, cached_attentions
-from tokopt.analysis.graph import program_module
 from tokopt.errors import PassError, PassRefused
 from tokopt.ir.bundle import Bundle, State
 from tokopt.ir.program import AxisRange, Program, TensorSpec
@@ -20,7 +19,7 @@ from tokopt.kernels.quantize_keys.reference import LEVELS
 from tokopt.passes.kv.streaming import Streaming
 from tokopt.pipeline.base import Context, Pass, PassResult, Refusal
 from tokopt.rewrite.cache import ProgramEdit, require_language_model, state_program
-from tokopt.rewrite.edit import call
+from tokopt.rewrite.edit import call, open_graph
 
 ALL = 2**40
 """A budget that holds everything: what is left of an eviction is that padding is dropped."""
@@ -76,7 +75,7 @@ class KIVI(Pass):
             bundle = Streaming(budget=ALL, every=self.every).run(bundle, context).bundle
             step = bundle.programs["step"]
         step = replace(step, example=_longer(step, self.group))
-        module = program_module(step)
+        module = open_graph(step)
         try:
             if len(next(spec for spec in step.inputs if spec.name == "length").axes) > 1:
                 raise PassRefused("layers have budgets of their own; give all one budget")
@@ -254,14 +253,12 @@ class _Packed(torch.nn.Module):
     def __init__(self, method: KIVI, compact: Program, states: Sequence[State]) -> None:
         super().__init__()
         self.method, self.compact, self.states = method, compact, states
-        self.__dict__["_traced"] = program_module(compact)
 
     def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
         old = dict(zip((state.name for state in self.states), tensors, strict=True))
         lengths = old["length"], old["recent_length"]
         given = [self._given(spec.name, old, lengths) for spec in self.compact.inputs]
-        module: GraphModule = self.__dict__["_traced"]
-        results = Interpreter(module).run(*given, enable_io_processing=False)
+        results = self.compact.module(*given)
         new = dict(zip((spec.name for spec in self.compact.inputs), results, strict=True))
         length = new["length"]
         packed = (length - self.method.residual).clamp(min=0) // self.method.group * self.method.group

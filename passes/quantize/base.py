@@ -14,13 +14,13 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from tokopt.analysis.calibration import Moments, collect
-from tokopt.analysis.graph import aten, program_module
+from tokopt.analysis.graph import aten
 from tokopt.analysis.linears import Linear, find_linears, matches
 from tokopt.errors import PassError
 from tokopt.ir.bundle import Bundle
 from tokopt.kernels import ops
 from tokopt.pipeline.base import Context, Pass, PassResult, Refusal
-from tokopt.rewrite.edit import call, put_parameter, reexport
+from tokopt.rewrite.edit import call, close_graph, open_graph, put_parameter
 from tokopt.rewrite.scales import by_input
 
 Known = dict[Node, Moments]
@@ -150,7 +150,7 @@ class Quantization(Pass):
 
     def run(self, bundle: Bundle, context: Context) -> PassResult:
         """Quantize the main program's linears."""
-        module = program_module(bundle.main)
+        module = open_graph(bundle.main)
         linears, refusals = self._sites(module)
         if not linears:
             return PassResult(
@@ -168,7 +168,7 @@ class Quantization(Pass):
             sizes[1] += quantized.nbytes
             errors.append((output_error(weight, quantized.dequantized(), moments), linear.path))
         name = "forward" if bundle.task == "encoder" else "step"
-        quantized_bundle = bundle.with_program(name, reexport(bundle.main, module))
+        quantized_bundle = bundle.with_program(name, close_graph(bundle.main, module))
         return PassResult(quantized_bundle, len(linears), _notes(errors, *sizes), refusals)
 
     def _sites(self, module: GraphModule) -> tuple[list[Linear], tuple[Refusal, ...]]:

@@ -10,12 +10,12 @@ from torch import Tensor
 from torch.fx import Node
 
 from tokopt.analysis.blocks import find_sites
-from tokopt.analysis.graph import is_call, program_module
+from tokopt.analysis.graph import is_call
 from tokopt.analysis.linears import find_linears, matches, parameter
 from tokopt.ir.bundle import Bundle
 from tokopt.kernels import ops
 from tokopt.pipeline.base import Context, Pass, PassResult, Refusal
-from tokopt.rewrite.edit import call, put_parameter, reexport
+from tokopt.rewrite.edit import call, close_graph, open_graph, put_parameter, redirect
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class Cast(Pass):
 
     def run(self, bundle: Bundle, context: Context) -> PassResult:
         """Cast around every product whose operands are float32."""
-        module, dtype = program_module(bundle.main), getattr(torch, self.dtype)
+        module, dtype = open_graph(bundle.main), getattr(torch, self.dtype)
         graph, done = module.graph, 0
         for linear in find_linears(graph):
             node = linear.node
@@ -61,7 +61,7 @@ class Cast(Pass):
         if not done:
             return PassResult(bundle, 0, (), (Refusal("model", "there is no product in float32"),))
         name = "forward" if bundle.task == "encoder" else "step"
-        return PassResult(bundle.with_program(name, reexport(bundle.main, module)), done)
+        return PassResult(bundle.with_program(name, close_graph(bundle.main, module)), done)
 
     def _cast_around(self, node: Node, dtype: torch.dtype) -> None:
         """Float operands of a node to ``dtype``, its result back to float32."""
@@ -73,9 +73,10 @@ class Cast(Pass):
             for name, operand in node.kwargs.items():
                 if isinstance(operand, Node) and _is_float32(operand):
                     node.update_kwarg(name, call(graph, _to, operand, dtype, like=node))
+        users = list(node.users)
         with graph.inserting_after(node):
             back = call(graph, _to, node, torch.float32, like=node)
-        node.replace_all_uses_with(back, delete_user_cb=lambda user: user is not back)
+        redirect(users, node, back)
 
 
 def _is_float32(node: Node) -> bool:

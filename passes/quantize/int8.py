@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import operator
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
-from torch.fx import Graph, GraphModule, Node
+from torch.fx import GraphModule
 from torch.nn.functional import linear as linear_product
 
 from tokopt.analysis.calibration import Moments
 from tokopt.analysis.linears import Linear
 from tokopt.kernels import ops
 from tokopt.passes.quantize.base import Quantization, QuantizedWeight, fit_grid, replace_weight
-from tokopt.rewrite.edit import call
+from tokopt.rewrite.edit import call, call_once
 
 LEVELS = 127
 """The largest code of an activation."""
@@ -56,26 +54,16 @@ class Int8(Quantization):
         replace_weight(module, linear, quantized)
         node, graph = linear.node, module.graph
         if moments is not None:
-            rounded = _shared(graph, node, ops.fake_quantize.default, linear.input, *_range(moments))
+            rounded = call_once(node, ops.fake_quantize.default, linear.input, *_range(moments))
             node.replace_input_with(linear.input, rounded)
             return quantized
-        parts = _shared(graph, node, rounded_tokens, linear.input)
+        rounded, scale = call_once(node, rounded_tokens, linear.input)
         with graph.inserting_before(node):
-            rounded, scale = (call(graph, operator.getitem, parts, i, like=node) for i in range(2))
             operands = (rounded, scale, linear.weight, linear.bias, linear.transposed)
             product = call(graph, scaled_product, *operands, like=node)
         node.replace_all_uses_with(product)
         graph.erase_node(node)
         return quantized
-
-
-def _shared(graph: Graph, reader: Node, function: Callable, x: Node, *options: object) -> Node:
-    """The call of a function on ``x``, once for all its readers, of which ``reader`` may be the first."""
-    for user in x.users:
-        if user.target is function and user.args == (x, *options):
-            return user
-    with graph.inserting_before(reader):
-        return call(graph, function, x, *options, like=reader)
 
 
 def _range(moments: Moments) -> tuple[float, int]:

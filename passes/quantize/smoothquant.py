@@ -8,12 +8,11 @@ from typing import ClassVar
 import torch
 
 from tokopt.analysis.calibration import collect
-from tokopt.analysis.graph import program_module
 from tokopt.analysis.linears import find_linears, matches
 from tokopt.errors import PassError
 from tokopt.ir.bundle import Bundle, Semantics
 from tokopt.pipeline.base import Context, Pass, PassResult, Refusal
-from tokopt.rewrite.edit import reexport
+from tokopt.rewrite.edit import close_graph, open_graph
 from tokopt.rewrite.scales import by_input, division, rescale
 
 SMALLEST = 1e-5
@@ -47,7 +46,7 @@ class SmoothQuant(Pass):
         if context.calibration is None:
             raise PassError(f"{self.name} needs inputs to calibrate with: pass calibration=[...] to optimize")
         name = "forward" if bundle.task == "encoder" else "step"
-        module = program_module(bundle.main)
+        module = open_graph(bundle.main)
         linears = [one for one in find_linears(module.graph) if matches(one.path, self.only, self.skip)]
         groups = [group for group in by_input(linears) if division(module, group) is not None]
         left = [group for group in by_input(linears) if group not in groups]
@@ -60,4 +59,4 @@ class SmoothQuant(Pass):
             rescale(module, group, scale.clamp(min=SMALLEST))
         refusals = tuple(Refusal(group[0].path, "nothing before it can take the division") for group in left)
         done = sum(map(len, groups))
-        return PassResult(bundle.with_program(name, reexport(bundle.main, module)), done, (), refusals)
+        return PassResult(bundle.with_program(name, close_graph(bundle.main, module)), done, (), refusals)

@@ -15,16 +15,19 @@ from functools import partial
 from typing import Any, ClassVar, Literal, TypeGuard
 
 import torch
+from torch.fx import GraphModule
 
 from tokopt.analysis.blocks import Block, NoBlock, find_blocks
-from tokopt.analysis.graph import ancestors, is_call, program_module, size_hint
+from tokopt.analysis.graph import ancestors, is_call, size_hint
 from tokopt.analysis.token_axis import Seed, TokenTrace, prefix_tokens, trace_tokens
 from tokopt.errors import PassError, PassRefused, UnsupportedModelError
 from tokopt.ir.bundle import Bundle
+from tokopt.ir.export import axis_names, placeholders
 from tokopt.ir.program import AxisRange, Program, Reductions
 from tokopt.kernels import SELECTIONS, ops
 from tokopt.pipeline.base import Context, Pass, PassResult, Refusal
-from tokopt.rewrite.edit import axis_names, reexport
+from tokopt.rewrite.edit import close_graph, open_graph
+from tokopt.rewrite.shapes import Shapes
 from tokopt.rewrite.tokens import Assignment, Reduction, TokenRewriter, Tokens, batch_size, padding_mask
 
 Size = Any
@@ -84,7 +87,7 @@ class TokenReduction(Pass):
         """Reduce tokens in every block where that is provably legal; refuse the others with the reason."""
         program = bundle.forward
         done = program.reductions or Reductions(program, ())
-        module = program_module(done.base)
+        module = open_graph(done.base)
         if any(is_call(node, *_CHOOSE_TOKENS) for node in module.graph.nodes):
             return PassResult(bundle, 0, (), (Refusal("the model", _REDUCED_BEFORE),))
         sites = find_blocks(module.graph)
@@ -103,13 +106,13 @@ class TokenReduction(Pass):
             return PassResult(bundle, 0, notes, tuple(refusals))
         if objection := self.objection(plan.prefix(trace, self), plan.dynamic):
             return PassResult(bundle, 0, (), (*refusals, Refusal("the model", objection)))
+        base = _raise_minimum(done.base, module, plan, trace) if plan.dynamic else done.base
         rewriter = TokenRewriter(module, batch_size(plan.steps[0].block))
         try:
             rewriter.apply(plan.reductions(trace), trace)
         except PassRefused as reason:
             return PassResult(bundle, 0, (), (*refusals, Refusal("the model", str(reason))))
-        base = _raise_minimum(done.base, plan, trace) if plan.dynamic else done.base
-        reduced = replace(reexport(base, module, deferred=True), reductions=Reductions(done.base, methods))
+        reduced = replace(close_graph(base, module), reductions=Reductions(done.base, methods))
         notes = [f"{plan.prefix(trace, self)} prefix tokens protected"]
         if rewriter.restored:
             names = ", ".join(base.outputs[i].name for i in rewriter.restored)
@@ -342,17 +345,19 @@ def _tokens(block: Block) -> Size:
     return block.residual.meta["val"].shape[block.token_axis]
 
 
-def _raise_minimum(program: Program, plan: Plan, trace: TokenTrace) -> Program:
-    """The program with the smallest size of its token axis raised to what the plan needs."""
+def _raise_minimum(program: Program, module: GraphModule, plan: Plan, trace: TokenTrace) -> Program:
+    """The program, open as ``module``, with the smallest size of its token axis raised to what the plan needs."""
     symbol = str(_tokens(plan.steps[0].block))
-    axis = axis_names(program.exported, program.inputs).get(symbol)
+    axis = axis_names(placeholders(module), program.inputs).get(symbol)
     if axis is None:
         raise PassError(
             f"the number of tokens depends on the input's size ({symbol}); capture with a fixed input size"
         )
     known = program.ranges[axis]
     lowest = max(known.min, plan.shortest(trace))
-    ranges = {**program.ranges, axis: AxisRange(lowest, known.max)}
+    bounds = AxisRange(lowest, known.max)
+    Shapes.attached(module).narrow(axis, bounds)
+    ranges = {**program.ranges, axis: bounds}
     return replace(program, ranges=ranges)
 
 

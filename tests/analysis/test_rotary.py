@@ -10,7 +10,6 @@ import torch
 from tests.matrix.language import bundle, model
 from tests.zoo.decoders import GROUPED, _hugging_face
 from tokopt.analysis.cache import cached_attentions
-from tokopt.analysis.graph import program_module
 from tokopt.analysis.rotary import Rotary, rotaries
 from tokopt.frontend.language import capture_lm
 from tokopt.ir.bundle import Bundle
@@ -18,7 +17,7 @@ from tokopt.ir.bundle import Bundle
 
 def found(made: Bundle) -> list[Rotary]:
     step = made.programs["step"]
-    module = program_module(step)
+    module = step.module
     return rotaries(step, module, cached_attentions(step, module.graph))
 
 

@@ -14,7 +14,6 @@ import tokopt
 import tokopt.errors
 from tests.zoo import ZOO
 from tokopt.analysis.blocks import Block, find_blocks
-from tokopt.analysis.graph import program_module
 from tokopt.analysis.token_axis import Seed, TokenAxis, _Cannot, _reshaped, prefix_tokens, trace_tokens
 
 
@@ -68,7 +67,7 @@ def test_prefix_tokens_are_found_in_the_graph(name: str) -> None:
     """Class and register tokens are parameters that lead the stream; text models have none."""
     entry = ZOO[name]
     bundle = tokopt.capture(entry.build(), (), entry.inputs(), dynamic=entry.dynamic)
-    graph = program_module(bundle.forward).graph
+    graph = bundle.forward.module.graph
     blocks = [b for b in find_blocks(graph) if isinstance(b, Block)]
     assert len(blocks) == entry.layers
     trace = trace_tokens(graph, {blocks[0].residual: Seed(blocks[0].token_axis)})

@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_leaves
 import tokopt
 from tests.zoo import ZOO
 from tokopt.analysis.blocks import find_sites
-from tokopt.analysis.graph import aten, is_call, program_module
+from tokopt.analysis.graph import aten, is_call
 from tokopt.errors import CaptureError, InputError
 from tokopt.ir.program import AxisRange
 
@@ -38,7 +38,7 @@ def test_every_attention_is_sdpa_after_capture(name: str) -> None:
     """No softmax is left, and a mask that hides nothing is gone."""
     entry = ZOO[name]
     bundle = tokopt.capture(entry.build(), (), entry.inputs(), dynamic=entry.dynamic)
-    graph = program_module(bundle.forward).graph
+    graph = bundle.forward.module.graph
     assert not [n for n in graph.nodes if is_call(n, aten.softmax, aten._softmax)]
     sites = find_sites(graph)
     assert [s.kind for s in sites].count("self") == entry.layers
@@ -76,7 +76,7 @@ def test_softmax_chains_are_recognised_whatever_their_form(form: str) -> None:
     torch.manual_seed(1)
     model, x = Scores(FORMS[form]).eval(), torch.randn(2, 7, 12)
     bundle = tokopt.capture(model, (x,))
-    assert len(find_sites(program_module(bundle.forward).graph)) == 1
+    assert len(find_sites(bundle.forward.module.graph)) == 1
     torch.testing.assert_close(bundle(x)[0], model(x), atol=1e-6, rtol=1e-5)
 
 
@@ -88,7 +88,7 @@ def test_attention_weights_that_are_used_elsewhere_are_left_alone() -> None:
             return weights @ v, weights
 
     bundle = tokopt.capture(Returned(FORMS["scaled"]), (torch.randn(2, 7, 12),))
-    assert not find_sites(program_module(bundle.forward).graph)
+    assert not find_sites(bundle.forward.module.graph)
 
 
 def test_capture_leaves_the_model_as_it_was() -> None:

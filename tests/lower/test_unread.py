@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import tokopt
 from tests.lower.encoders import CHANNELS, PATCHES, Vision
-from tokopt.analysis.graph import SDPA, aten, is_call, program_module
+from tokopt.analysis.graph import SDPA, aten, is_call
 from tokopt.ir.bundle import Bundle
 from tokopt.ir.program import Program
 from tokopt.lower.onnx.unread import SELECTED, drop_unread
@@ -41,7 +41,7 @@ def captured(read: Callable[[Tensor], object]) -> Bundle:
 
 def rows(program: Program) -> list[int]:
     """Tokens that every linear and every attention computes, in order."""
-    nodes = program_module(program).graph.nodes
+    nodes = program.module.graph.nodes
     return [node.meta["val"].shape[-2] for node in nodes if is_call(node, aten.linear, SDPA)]
 
 
@@ -137,7 +137,7 @@ def test_reductions_that_nobody_sees_are_left_out(pipeline: str) -> None:
 
 
 def chosen(program: Program) -> list[object]:
-    return [node for node in program_module(program).graph.nodes if is_call(node, *SELECTED)]
+    return [node for node in program.module.graph.nodes if is_call(node, *SELECTED)]
 
 
 @pytest.mark.parametrize("pipeline", ["", "tome{r=[4,0]}", "tome{r=[4,0]},int8", "int8{activations=static}"])

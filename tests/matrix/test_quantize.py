@@ -24,7 +24,6 @@ from tests.matrix.test_matrix import assert_close, captured
 from tests.zoo import ZOO
 from tests.zoo.decoders import DECODERS
 from tokopt.analysis.calibration import collect
-from tokopt.analysis.graph import program_module
 from tokopt.analysis.linears import find_linears, parameter
 from tokopt.errors import TokoptError
 from tokopt.frontend.language import capture_lm
@@ -201,7 +200,7 @@ def test_composes_with_tokens_and_caches(name: str, method: str, other: str) -> 
 def layers(name: str) -> list[tuple[Tensor, Any]]:
     """Weight and moments of every linear."""
     given = bundle(name)
-    module = program_module(given.main)
+    module = given.main.module
     linears = find_linears(module.graph)
     known = collect(given, module, [linear.input for linear in linears], samples(name))
     found = [(linear.matrix(module), known[linear.input]) for linear in linears]
@@ -308,7 +307,7 @@ def test_an_average_is_kept_and_spent_where_it_helps() -> None:
     few, some = (quantized("llama", f"rtn{{group={GROUP}{more}}}") for more in ("", " average=5"))
     bits = {}
     for made in (few, some):
-        module = program_module(made.main)
+        module = made.main.module
         weights = [node for node in module.graph.nodes if "dequantize_weight" in str(node.target)]
         codes = [parameter(module, node.args[0]) for node in weights]
         bits[made.pipeline] = [(int(c.max()) > 15, c.numel()) for c in codes]
@@ -336,7 +335,7 @@ def test_a_generator_serves_several_passes() -> None:
 def test_dynamic_scales_are_per_token() -> None:
     """A token is rounded as if it were alone, however large the others are."""
     made = quantized("llama", "int8")
-    assert made.history[-1].matches == len(find_linears(program_module(bundle("llama").main).graph))
+    assert made.history[-1].matches == len(find_linears(bundle("llama").main.module.graph))
     x = torch.randn(2, 5, 32)
     weight = torch.randn(8, 32)
 
@@ -443,6 +442,6 @@ def test_patterns_choose_layers() -> None:
     made = tokopt.optimize(
         captured("vit"), 'rtn{group=16 only=["layers.0*"] skip=["*attention*"]}', strict=True
     )
-    module = program_module(made.main)
+    module = made.main.module
     assert made.history[-1].matches == 2
     assert len([n for n in module.graph.nodes if "dequantize_weight" in str(n.target)]) == 2

@@ -11,13 +11,13 @@ import pytest
 
 import tokopt
 from tests.zoo import ZOO
-from tokopt.analysis.graph import aten, is_call, program_module
+from tokopt.analysis.graph import aten, is_call
 from tokopt.errors import PassError
 from tokopt.ir.bundle import Bundle
 from tokopt.pipeline.base import Context, Pass, PassResult
 from tokopt.pipeline.manager import Pipeline, parse
 from tokopt.pipeline.observers import bisect, differences, dump_to
-from tokopt.rewrite.edit import reexport
+from tokopt.rewrite.edit import close_graph, open_graph
 
 
 @cache
@@ -34,11 +34,11 @@ class Scale(Pass):
     name: ClassVar[str] = "scale"
 
     def run(self, bundle: Bundle, context: Context) -> PassResult:
-        module = program_module(bundle.forward)
+        module = open_graph(bundle.forward)
         norms = [n for n in module.graph.nodes if is_call(n, aten.layer_norm)]
         for norm in norms:
             norm.update_arg(4, float(norm.args[4]) * self.by)
-        return PassResult(bundle.with_program("forward", reexport(bundle.forward, module)), len(norms))
+        return PassResult(bundle.with_program("forward", close_graph(bundle.forward, module)), len(norms))
 
 
 @dataclass(frozen=True)
@@ -104,7 +104,7 @@ def test_module_paths_and_source_lines_survive_a_pass() -> None:
     from tokopt.analysis.graph import source_line
 
     reduced = tokopt.optimize(vit(), "tome{r=2}")
-    before, after = (find_sites(program_module(b.forward).graph) for b in (vit(), reduced))
+    before, after = (find_sites(b.forward.module.graph) for b in (vit(), reduced))
     assert [s.path for s in before] == [s.path for s in after] != ["", "", ""]
     assert [source_line(s.node) for s in before] == [source_line(s.node) for s in after]
     assert all(".py:" in source_line(s.node) for s in after)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from torch.fx import Node
 
 from tokopt.analysis.blocks import find_sites
-from tokopt.analysis.graph import aten, is_call, is_tensor, program_module, sizes
+from tokopt.analysis.graph import aten, is_call, is_tensor, sizes
 from tokopt.ir.bundle import Bundle
 from tokopt.ir.program import Program
 
@@ -31,13 +31,13 @@ class Cost:
 
 def program_cost(program: Program) -> Cost:
     """The cost of one call of ``program``, from shapes alone."""
-    graph = program_module(program).graph
+    graph = program.module.graph
     compute = [n for n in graph.nodes if n.op == "call_function" and is_tensor(n)]
     return Cost(
         flops=sum(map(node_flops, compute)),
         bytes=sum(map(node_bytes, compute)),
         nodes=sum(n.op == "call_function" for n in graph.nodes),
-        parameters=sum(p.numel() for p in program.exported.state_dict.values()),
+        parameters=sum(p.numel() for p in program.module.state_dict().values()),
         tokens=tuple(site.tokens for site in find_sites(graph)),
     )
 

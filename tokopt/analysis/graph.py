@@ -7,24 +7,11 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
-from torch.fx import Graph, GraphModule, Node
-
-from tokopt.ir.program import Program
+from torch.fx import Graph, Node
 
 aten = torch.ops.aten
 
 SDPA = aten.scaled_dot_product_attention.default
-
-
-def program_module(program: Program) -> GraphModule:
-    """A fresh unlifted GraphModule of ``program``, without dead code.
-
-    Parameters are attributes and every node has ``meta["val"]``.
-    """
-    module = program.exported.module(check_guards=False)
-    assert isinstance(module, GraphModule)
-    module.graph.eliminate_dead_code()
-    return module
 
 
 def is_call(node: object, *targets: object) -> bool:

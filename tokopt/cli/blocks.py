@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from tokopt.analysis.blocks import Block, find_blocks
 from tokopt.analysis.cost import node_flops
-from tokopt.analysis.graph import is_tensor, module_path, program_module
+from tokopt.analysis.graph import is_tensor, module_path
 from tokopt.ir.program import Program
 
 
@@ -29,7 +29,7 @@ class BlockRow:
 
 def describe_blocks(program: Program) -> list[BlockRow]:
     """A row per attention of ``program``, in execution order."""
-    graph = program_module(program).graph
+    graph = program.module.graph
     costs = [(module_path(n), node_flops(n)) for n in graph.nodes if n.op == "call_function" and is_tensor(n)]
     rows = []
     for found in find_blocks(graph):

@@ -34,9 +34,9 @@ from tokopt.errors import CaptureError, MissingDependencyError
 from tokopt.frontend.module import evaluation, explain
 from tokopt.frontend.normalize import normalize
 from tokopt.ir.bundle import Bundle, State
+from tokopt.ir.export import export_flat, output_specs
 from tokopt.ir.program import AxisRange, Program, TensorSpec
 from tokopt.kernels import ops
-from tokopt.rewrite.edit import export_flat, output_specs
 from tokopt.runtime.format.manifest import Generation
 from tokopt.runtime.text import Tokenizer
 
@@ -192,8 +192,8 @@ def _export(step: _Step, generation: Generation, model: nn.Module) -> tuple[Prog
         exported, ranges = export_flat(step, example, inputs, ranges)
     except Exception as error:
         raise CaptureError(explain(error, model, inputs)) from error
-    program = Program(exported, inputs, outputs, ranges, example)
-    return normalize(Program(exported, inputs, output_specs(exported, program), ranges, example)), states
+    program = Program.of(exported, inputs, outputs, ranges, example)
+    return normalize(program.with_outputs(output_specs(program))), states
 
 
 def _states(layers: Sequence[tuple[Tensor, Tensor]]) -> tuple[State, ...]:

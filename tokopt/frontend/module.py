@@ -18,8 +18,8 @@ from tokopt.analysis.graph import dtype_name
 from tokopt.errors import CaptureError, InputError
 from tokopt.frontend.normalize import normalize
 from tokopt.ir.bundle import Bundle
+from tokopt.ir.export import export_flat, output_specs
 from tokopt.ir.program import AxisRange, Program, TensorSpec
-from tokopt.rewrite.edit import export_flat, output_specs
 
 Dynamic = Mapping[str, Sequence[str | None] | Mapping[int, str]]
 """Input name -> the name of each axis (None: static), or axis index -> name."""
@@ -97,9 +97,8 @@ def capture(
         except Exception as error:
             raise CaptureError(explain(error, module, inputs)) from error
     blank = tuple(TensorSpec(name, "float32", (), "output") for name in outputs)
-    program = Program(exported, inputs, blank, bounds, example)
-    program = Program(exported, inputs, output_specs(exported, program), bounds, example)
-    return Bundle({"forward": normalize(program)}, tokenizer=tokenizer)
+    program = Program.of(exported, inputs, blank, bounds, example)
+    return Bundle({"forward": normalize(program.with_outputs(output_specs(program)))}, tokenizer=tokenizer)
 
 
 def _as_module(

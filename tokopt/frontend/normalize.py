@@ -23,12 +23,11 @@ from tokopt.analysis.graph import (
     attention_nodes,
     is_call,
     is_tensor,
-    program_module,
     value_users,
 )
 from tokopt.errors import CaptureError
 from tokopt.ir.program import Program
-from tokopt.rewrite.edit import call, reexport
+from tokopt.rewrite.edit import call, close_graph, open_graph
 
 _NO_OPS = (aten.dropout, aten.clone, aten.contiguous, aten.alias, aten.detach)
 _HIDDEN = -1e4  # additive masks at or below this hide a key
@@ -39,10 +38,10 @@ def normalize(program: Program) -> Program:
 
     Raises CaptureError when the rewritten graph does not reproduce the model on the example inputs.
     """
-    module = program_module(program)
+    module = open_graph(program)
     if not _fuse_softmax_chains(module) | _drop_empty_masks(module, program):
         return program
-    normalized = reexport(program, module)
+    normalized = close_graph(program, module)
     for spec, got, wanted in zip(
         program.outputs, normalized(*program.example), program(*program.example), strict=True
     ):

@@ -1,16 +1,16 @@
-"""A Program: one exported graph in tokopt's flat calling convention, and the meaning of what goes in and comes out."""
+"""A Program: one graph in tokopt's flat calling convention, and the meaning of what goes in and comes out."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
     import torch
     from torch.export import ExportedProgram
-
-    from tokopt.passes.reduce.base import TokenReduction
+    from torch.fx import GraphModule
 
 Axis = str | int
 """A named (dynamic) axis, or the size of a static one."""
@@ -38,27 +38,63 @@ class AxisRange:
 
 @dataclass(frozen=True)
 class Program:
-    """One exported graph and the meaning of what goes in and comes out.
+    """One graph and the meaning of what goes in and comes out.
 
-    ``exported`` takes ``len(inputs)`` positional tensors and returns a tuple of ``len(outputs)`` tensors.
-    ``ranges`` gives the sizes of every named axis. ``example`` holds one tuple of inputs that fits, used for
-    re-export, numeric comparison and the artifact's self-test. ``reductions`` lives in memory only: the program
-    before any token reduction and the passes since, so that a further reduction joins the same rewrite.
+    ``module`` takes ``len(inputs)`` positional tensors and returns a tuple of ``len(outputs)`` tensors. Its parameters
+    are attributes, and every node has its value's shape and dtype in ``meta["val"]``. It is never changed in place:
+    passes edit a copy (:func:`tokopt.rewrite.edit.open_graph`). ``ranges`` gives the sizes of every named axis.
+    ``example`` holds one tuple of inputs that fits, used for the export, numeric comparison and the artifact's
+    self-test. ``reductions`` lives in memory only: the program before any token reduction and the passes since, so that
+    a further reduction joins the same rewrite.
     """
 
-    exported: ExportedProgram
+    module: GraphModule
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
     ranges: Mapping[str, AxisRange]
     example: tuple[torch.Tensor, ...]
     reductions: Reductions | None = field(default=None, compare=False, repr=False)
 
+    @classmethod
+    def of(
+        cls,
+        exported: ExportedProgram,
+        inputs: tuple[TensorSpec, ...],
+        outputs: tuple[TensorSpec, ...],
+        ranges: Mapping[str, AxisRange],
+        example: tuple[torch.Tensor, ...],
+    ) -> Program:
+        """The program of what ``torch.export`` returned, which :attr:`exported` then is."""
+        from tokopt.ir.export import unlifted
+
+        program = cls(unlifted(exported), inputs, outputs, ranges, example)
+        program.__dict__["exported"] = exported
+        return program
+
+    @cached_property
+    def exported(self) -> ExportedProgram:
+        """The graph as ``torch.export`` gives it, for lowering and saving.
+
+        An edited graph is exported when this is first asked for, which takes seconds. Raises PassError when the graph
+        does not hold for every size that ``ranges`` allows.
+        """
+        from tokopt.ir.export import export_program
+
+        return export_program(self)
+
+    def with_outputs(self, outputs: tuple[TensorSpec, ...]) -> Program:
+        """The same graph with other names, roles or axes of its outputs."""
+        program = replace(self, outputs=outputs)
+        if "exported" in self.__dict__:
+            program.__dict__["exported"] = self.exported
+        return program
+
     def __call__(self, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """Run the exported graph on positional tensors, without gradients."""
+        """Run the graph on positional tensors, without gradients."""
         import torch
 
         with torch.no_grad():
-            return self.exported.module(check_guards=False)(*tensors)
+            return self.module(*tensors)
 
 
 @dataclass(frozen=True)
@@ -66,4 +102,4 @@ class Reductions:
     """A program before any token was removed, and the token reductions applied to it, in order."""
 
     base: Program
-    methods: tuple[TokenReduction, ...]
+    methods: tuple[object, ...]

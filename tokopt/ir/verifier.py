@@ -7,6 +7,7 @@ from torch.fx import Node
 from tokopt.analysis.graph import dtype_name, is_call, value_users
 from tokopt.errors import PassError
 from tokopt.ir.bundle import Bundle, State
+from tokopt.ir.export import placeholders
 from tokopt.ir.program import Program
 from tokopt.kernels import ops
 
@@ -53,11 +54,9 @@ def _verify_state(bundle: Bundle, state: State) -> None:
 
 
 def _is_written_in_place(program: Program, state: State) -> bool:
-    signature = program.exported.graph_signature
     index = [spec.name for spec in program.inputs].index(state.name)
-    name = tuple(signature.user_inputs)[index]
-    cache = next(n for n in program.exported.graph.nodes if n.name == name)
-    result = program.exported.graph.output_node().args[0]
+    cache = placeholders(program.module)[index]
+    result = program.module.graph.output_node().args[0]
     assert isinstance(result, (tuple, list))
     written = result[[spec.name for spec in program.outputs].index(state.output)]
     assert isinstance(written, Node)
@@ -65,17 +64,16 @@ def _is_written_in_place(program: Program, state: State) -> bool:
 
 
 def _verify_program(program: Program) -> None:
-    exported = program.exported
-    exported.graph.lint()
-    placeholders = {n.name: n for n in exported.graph.nodes if n.op == "placeholder"}
-    inputs = [placeholders[name] for name in exported.graph_signature.user_inputs if isinstance(name, str)]
+    graph = program.module.graph
+    graph.lint()
+    inputs = placeholders(program.module)
     _require(len(inputs) == len(program.inputs), f"{len(inputs)} inputs, {len(program.inputs)} specs")
     for node, spec, example in zip(inputs, program.inputs, program.example, strict=True):
         _check_value(node, spec.name, spec.dtype, spec.axes)
         _require(dtype_name(example.dtype) == spec.dtype, f"example of {spec.name!r} is {example.dtype}")
         static = [(s, a) for s, a in zip(example.shape, spec.axes, strict=True) if isinstance(a, int)]
         _require(all(s == a for s, a in static), f"example of {spec.name!r} has shape {tuple(example.shape)}")
-    outputs = exported.graph.output_node().args[0]
+    outputs = graph.output_node().args[0]
     assert isinstance(outputs, (tuple, list))
     _require(len(outputs) == len(program.outputs), f"{len(outputs)} outputs, {len(program.outputs)} specs")
     for node, spec in zip(outputs, program.outputs, strict=True):

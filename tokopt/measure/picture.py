@@ -14,7 +14,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from tokopt.analysis.graph import program_module
 from tokopt.errors import InputError, MissingDependencyError
 from tokopt.ir.program import Program
 from tokopt.kernels import ops
@@ -59,7 +58,7 @@ def _selections(program: Program, inputs: tuple[torch.Tensor, ...]) -> list[tupl
             return value
 
     with torch.no_grad():
-        Recorder(program_module(program)).run(*inputs)
+        Recorder(program.module).run(*inputs)
     return found
 
 

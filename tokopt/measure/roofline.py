@@ -17,7 +17,7 @@ import torch
 from torch.fx import Node
 
 from tokopt.analysis.cost import node_bytes, node_flops
-from tokopt.analysis.graph import is_tensor, program_module, sizes
+from tokopt.analysis.graph import is_tensor, sizes
 from tokopt.ir.program import Program
 
 _LAUNCH = 5e-6
@@ -62,7 +62,7 @@ def _best(work: Callable[[], object]) -> float:
 
 def predict_seconds(program: Program, machine: Machine) -> float:
     """The predicted time of one call of ``program`` under its example inputs."""
-    nodes = [n for n in program_module(program).graph.nodes if n.op == "call_function"]
+    nodes = [n for n in program.module.graph.nodes if n.op == "call_function"]
     return sum(_work(node).seconds(machine) for node in nodes if _computes(node))
 
 

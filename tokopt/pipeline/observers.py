@@ -97,7 +97,7 @@ def dump_to(folder: str | Path) -> Observer:
         folder.mkdir(parents=True, exist_ok=True)
         for name, program in after.programs.items():
             path = folder / f"{count:02d}-{record.text.split('{')[0]}.{name}.py"
-            code = program.exported.graph_module.print_readable(print_output=False)
+            code = program.module.print_readable(print_output=False)
             path.write_text(f"# after {record.text}: {record.matches} sites changed\n{code}\n")
 
     return observe

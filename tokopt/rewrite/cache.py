@@ -6,7 +6,6 @@ the positions of what they hold, so each gets slots of its own; so does every la
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
@@ -20,9 +19,11 @@ from tokopt.analysis.graph import argument
 from tokopt.analysis.rotary import Rotary
 from tokopt.errors import PassError
 from tokopt.ir.bundle import Bundle, State
+from tokopt.ir.export import placeholders
 from tokopt.ir.program import Axis, AxisRange, Program, TensorSpec
 from tokopt.kernels import ops
-from tokopt.rewrite.edit import call, export_flat, output_specs, reexport
+from tokopt.rewrite.edit import call, close_graph, new_graph, redirect
+from tokopt.rewrite.shapes import Shapes
 
 
 @dataclass(frozen=True)
@@ -119,12 +120,15 @@ class ProgramEdit:
         axes = {axis for spec in self.inputs for axis in spec.axes}
         program = replace(
             self.bundle.programs["step"],
+            ranges={axis: bounds for axis, bounds in self.ranges.items() if axis in axes},
+        )
+        return close_graph(
+            program,
+            self.module,
             inputs=tuple(self.inputs),
             outputs=tuple(self.outputs),
             example=tuple(self.example),
-            ranges={axis: bounds for axis, bounds in self.ranges.items() if axis in axes},
         )
-        return reexport(program, self.module)
 
     def take(self, state: State, example: Tensor) -> Node:
         """A new state as an input."""
@@ -132,12 +136,31 @@ class ProgramEdit:
         last = [node for node in graph.nodes if node.op == "placeholder"][-1]
         with graph.inserting_after(last):
             node = graph.placeholder(state.name)
-        node.meta["val"] = example
         self.states[state.name] = state
         self.inputs.append(TensorSpec(state.name, state.dtype, state.axes, "state"))
+        node.meta["val"] = self._blank_value(self.inputs[-1], example)
         self.example.append(example)
         self.nodes[state.name] = node
         return node
+
+    def _blank_value(self, spec: TensorSpec, example: Tensor) -> Tensor:
+        shapes = Shapes.attached(self.module)
+        shapes.name(spec, example, self.ranges)
+        for axis, size in zip(spec.axes, example.shape, strict=True):
+            if isinstance(axis, str):
+                self.ranges.setdefault(axis, AxisRange())
+                self.sizes.setdefault(axis, size)
+        return shapes.blank(spec)
+
+    def respell(self, name: str, example: Tensor, **changes: Any) -> None:
+        """Give a state another dtype or other axes, and an example that has them."""
+        state = self.states[name] = replace(self.states[name], **changes)
+        place = [spec.name for spec in self.inputs].index(name)
+        out = [spec.name for spec in self.outputs].index(state.output)
+        self.inputs[place] = replace(self.inputs[place], **changes)
+        self.outputs[out] = replace(self.outputs[out], **changes)
+        self.example[place] = example
+        self.nodes[name].meta["val"] = self._blank_value(self.inputs[place], example)
 
     def give(self, state: State, node: Node) -> None:
         """The next value of a state as an output."""
@@ -210,11 +233,10 @@ class StepEdit(ProgramEdit):
         """Everything that reads positions reads them less the state ``shift``."""
         state = State("shift", "int64", ("batch",), "next_shift")
         positions, shift = self.nodes["positions"], self.take(state, self._blank(state))
+        readers = list(positions.users)
         with self.module.graph.inserting_after(shift):
-            pair = call(self.module.graph, _shifted, positions, shift, like=self.layers[0].node)
-        with self.module.graph.inserting_after(pair):
-            moved, same = (self.module.graph.call_function(operator.getitem, (pair, i)) for i in range(2))
-        positions.replace_all_uses_with(moved, delete_user_cb=lambda user: user is not pair)
+            moved, same = call(self.module.graph, _shifted, positions, shift, like=self.layers[0].node)
+        redirect(readers, positions, moved)
         self.nodes["positions"] = moved
         self.give(state, same)
 
@@ -222,21 +244,17 @@ class StepEdit(ProgramEdit):
         """One length per layer, and slot axes of their own."""
         count = len(self.layers)
         place = [spec.name for spec in self.inputs].index("length")
-        self.example[place] = self.example[place][:, None].repeat(1, count)
-        self._respell("length", ("batch", count))
+        self.respell("length", self.example[place][:, None].repeat(1, count), axes=("batch", count))
         with self.module.graph.inserting_after(self.nodes["length"]):
             lengths = call(self.module.graph, torch.unbind, self.nodes["length"], 1, like=self.layers[0].node)
-        for layer in self.layers:
-            with self.module.graph.inserting_after(lengths):
-                length = self.module.graph.call_function(operator.getitem, (lengths, layer.index))
+        for layer, length in zip(self.layers, lengths, strict=True):
             self.nodes[f"length_{layer.index}"] = length
             for write in (layer.keys, layer.values):
                 write.update_arg(2, length)
             for name in (f"keys_{layer.index}", f"values_{layer.index}"):
-                axes = self.states[name].axes
-                self._respell(name, tuple(self.axis(layer) if axis == "slots" else axis for axis in axes))
-            self.ranges[self.axis(layer)] = AxisRange()
-            self.sizes[self.axis(layer)] = self.sizes["slots"]
+                axes = tuple(self.axis(layer) if axis == "slots" else axis for axis in self.states[name].axes)
+                example = self.example[[spec.name for spec in self.inputs].index(name)]
+                self.respell(name, example, axes=axes)
 
     def _add_slots(self, layer: CachedAttention) -> None:
         """Slots of the layer's own, and the mask that follows from them."""
@@ -255,9 +273,9 @@ class StepEdit(ProgramEdit):
         length = self.nodes.get(f"length_{layer.index}", self.nodes["length"])
         operands = (slots, self.nodes["positions"], self.nodes["mask"], length)
         graph = self.module.graph
+        Shapes.attached(self.module).refresh(self.module, until=layer.node)
         with graph.inserting_before(layer.node):
-            pair = call(graph, _own_mask, *operands, layer.window, groups, like=layer.node)
-            written, mask = (graph.call_function(operator.getitem, (pair, i)) for i in range(2))
+            written, mask = call(graph, _own_mask, *operands, layer.window, groups, like=layer.node)
         self.give(state, written)
         layer.node.replace_input_with(argument(layer.node, 3, "attn_mask"), mask)  # type: ignore[arg-type]
         self.nodes[f"mask_{layer.index}"] = mask
@@ -272,11 +290,11 @@ class StepEdit(ProgramEdit):
         mask = self.nodes.get(f"mask_{layer.index}", layer.mask)
         operands = (layer.query, layer.keys, mask, self.nodes["positions"], *taken)
         graph = self.module.graph
+        Shapes.attached(self.module).refresh(self.module, until=layer.node)
         with graph.inserting_after(layer.node):
             observed = call(graph, _observation(self.tap, layer), *operands, like=layer.node)
-        with graph.inserting_after(observed):
-            for i, state in enumerate(states):
-                self.give(state, graph.call_function(operator.getitem, (observed, i)))
+        for state, node in zip(states, observed, strict=True):
+            self.give(state, node)
 
     def _blank(self, state: State) -> Tensor:
         """An example of a new state: small whole numbers, which any dtype holds exactly."""
@@ -284,27 +302,22 @@ class StepEdit(ProgramEdit):
         generator = torch.Generator().manual_seed(len(self.inputs))
         return torch.randint(0, 3, shape, generator=generator).to(getattr(torch, state.dtype))
 
-    def _respell(self, name: str, axes: tuple[Axis, ...]) -> None:
-        """Give a state other axes."""
-        self.states[name] = replace(self.states[name], axes=axes)
-        place = [spec.name for spec in self.inputs].index(name)
-        self.inputs[place] = replace(self.inputs[place], axes=axes)
-
 
 def state_program(
-    module: torch.nn.Module,
+    function: Callable[..., tuple[Tensor, ...]],
     states: tuple[State, ...],
     example: tuple[Tensor, ...],
     ranges: Mapping[str, AxisRange],
 ) -> Program:
-    """The program of a module that takes every state and returns the next ones."""
+    """The program of a function that takes every state and returns the next ones."""
     inputs = tuple(TensorSpec(state.name, state.dtype, state.axes, "state") for state in states)
     outputs = tuple(TensorSpec(state.output, state.dtype, state.axes, "state") for state in states)
     axes = {axis for spec in inputs for axis in spec.axes}
     chosen = {axis: bounds for axis, bounds in ranges.items() if axis in axes}
-    exported, chosen = export_flat(module, example, inputs, chosen)
-    program = Program(exported, inputs, outputs, chosen, example)
-    return replace(program, outputs=output_specs(exported, program))
+    opened = new_graph(inputs, chosen, example)
+    given = placeholders(opened)
+    opened.graph.output(call(opened.graph, function, *given, like=given[0]))
+    return close_graph(Program(opened, inputs, outputs, chosen, example), opened)
 
 
 def _shifted(positions: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,191 +1,207 @@
-"""The edit loop that every pass is made of: open a Program, edit its graph, export it again.
+"""The edit loop that every pass is made of: open a Program's graph, edit it, close it.
 
-An edit inserts calls to plain Python functions written in ordinary PyTorch; exporting again traces them and
-derives every shape and the signature anew. The graph is traced through ``torch.fx.Interpreter`` with node
-metadata preserved, so module paths and source lines of the user's model survive every pass.
+An edit inserts calls of plain Python functions written in ordinary PyTorch. A call is inlined at once: the function is
+traced on the shapes and dtypes of its operands, before dispatch, so that attention stays one node, and its nodes are
+copied into the graph. Closing derives every shape after the edits anew. Nothing is exported: that happens once, when
+the program is lowered or saved (:attr:`tokopt.ir.program.Program.exported`).
 """
 
 from __future__ import annotations
 
 import re
-import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
-import torch.fx.traceback
-from torch.fx import GraphModule, Node
+from torch import Tensor
+from torch.fx import Graph, GraphModule, Node
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils import _pytree as pytree
 
-from tokopt.analysis.graph import aten, dtype_name, is_call
+from tokopt.analysis.graph import aten, is_call
+from tokopt.ir.export import copied, output_specs, placeholders
 from tokopt.ir.program import AxisRange, Program, TensorSpec
+from tokopt.rewrite.shapes import Shapes, attribute
 
 
-class _Retrace(torch.nn.Module):
-    """Runs an edited graph under tracing; its parameters keep the names they had."""
-
-    def __init__(self, module: GraphModule) -> None:
-        super().__init__()
-        # Not a sub-module, or every re-export would put one more prefix before each parameter's name.
-        self.__dict__["_traced"] = module
-        for name, child in module.named_children():
-            self.add_module(name, child)
-        for name, parameter in module.named_parameters(recurse=False):
-            self.register_parameter(name, parameter)
-        for name, buffer in module.named_buffers(recurse=False):
-            self.register_buffer(name, buffer)
-
-    def forward(self, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        with torch.fx.traceback.preserve_node_meta():
-            interpreter = torch.fx.Interpreter(self.__dict__["_traced"])
-            # Flat in, flat out; the module's own calling convention is that of the unedited signature.
-            return tuple(interpreter.run(*tensors, enable_io_processing=False))
+def open_graph(program: Program) -> GraphModule:
+    """A copy of the program's graph to edit; parameters are shared."""
+    known = Shapes.find(program.module)
+    if known is None or not known.fits(program.inputs, program.example):
+        program = replace(program, module=_with_shapes(program))
+    module = copied(program.module)
+    Shapes.attached(program.module).derive(module, program.ranges)
+    return module
 
 
-Ranges = Mapping[str, AxisRange]
+def _with_shapes(program: Program) -> GraphModule:
+    """The program's graph with shapes that are functions of its named axes, derived once for all that open it."""
+    key = "tokopt.shaped", *(tuple(tensor.shape) for tensor in program.example)
+    if key not in program.module.meta:
+        module = copied(program.module)
+        shapes = Shapes.of(program.inputs, program.ranges, program.example)
+        shapes.attach(module)
+        for node, spec in zip(placeholders(module), program.inputs, strict=True):
+            node.meta["val"] = shapes.blank(spec)
+        shapes.refresh(module)
+        program.module.meta[key] = module
+    return program.module.meta[key]
 
 
-def export_flat(
-    module: torch.nn.Module,
-    example: tuple[torch.Tensor, ...],
-    inputs: tuple[TensorSpec, ...],
-    ranges: Ranges,
-    *,
-    deferred: bool = False,
-) -> tuple[torch.export.ExportedProgram, Ranges]:
-    """``torch.export`` of a module that takes positional tensors and returns a tuple of tensors.
-
-    Returns the ranges too, narrowed by the bounds that the model itself sets (a table of 512 positions, say).
-    ``deferred`` turns guards that cannot be proved into run-time assertions.
-    """
-    try:
-        with warnings.catch_warnings(), torch.no_grad():
-            warnings.simplefilter("ignore")
-            exported = torch.export.export(
-                module,
-                example,
-                dynamic_shapes=_dynamic_shapes(inputs, ranges),
-                strict=False,
-                prefer_deferred_runtime_asserts_over_guards=deferred,
-            )
-        exported.graph.eliminate_dead_code()
-        return exported, ranges
-    except Exception as error:
-        narrowed = _suggested_ranges(str(error), ranges)
-        if narrowed == ranges:
-            raise
-    return export_flat(module, example, inputs, narrowed, deferred=deferred)
+def new_graph(
+    inputs: Sequence[TensorSpec], ranges: Mapping[str, AxisRange], example: Sequence[Tensor]
+) -> GraphModule:
+    """An open graph that has inputs and no output yet."""
+    module = GraphModule(torch.nn.Module(), Graph())
+    shapes = Shapes.of(inputs, ranges, example)
+    shapes.attach(module)
+    for spec in inputs:
+        module.graph.placeholder(spec.name).meta["val"] = shapes.blank(spec)
+    return module
 
 
-def _dynamic_shapes(
-    inputs: tuple[TensorSpec, ...], ranges: Ranges
-) -> tuple[tuple[dict[int, object] | None, ...]]:
-    dims = {name: torch.export.Dim(name, min=r.min, max=r.max) for name, r in ranges.items()}
-    return (
-        tuple(
-            {i: dims[axis] for i, axis in enumerate(spec.axes) if isinstance(axis, str)} or None
-            for spec in inputs
-        ),
-    )
+def close_graph(program: Program, module: GraphModule, **changes: Any) -> Program:
+    """The Program of an edited graph.
 
-
-def _suggested_ranges(text: str, ranges: Ranges) -> Ranges:
-    """The bounds in the "Suggested fixes" of ``torch.export``, within those already known."""
-    narrowed = dict(ranges)
-    for axis, known in ranges.items():
-        found = re.search(rf"\b{axis}\s*=\s*Dim\('{axis}'((?:, (?:min|max)=\d+)+)\)", text)
-        bounds = dict(re.findall(r"(min|max)=(\d+)", found[1])) if found else {}
-        low, high = max(int(bounds.get("min", 1)), known.min), int(bounds.get("max", known.max or 0)) or None
-        narrowed[axis] = AxisRange(low, min(high, known.max) if high and known.max else high)
-    return narrowed
-
-
-def reexport(program: Program, module: GraphModule, *, deferred: bool = False) -> Program:
-    """The Program of an edited graph, with the same inputs; output axes are derived anew.
-
-    ``deferred`` turns guards that cannot be proved into run-time assertions. It also forgets that axes of one
-    name are equal, so only edits that need it should ask for it.
+    ``changes`` replaces fields of ``program``: its inputs, outputs or example. Axes and dtypes of outputs are derived
+    from the graph, and the ranges of named axes are narrowed by what the edits take for granted. Raises PassError where
+    they take more for granted than a range can say.
     """
     for node in list(module.graph.nodes):
-        if is_call(node, aten._assert_tensor_metadata):  # what it asserts of dtypes, export derives anew
+        if is_call(node, aten._assert_tensor_metadata):  # what it asserts of dtypes is derived anew
             module.graph.erase_node(node)
-    _register_constants(module)
     module.graph.eliminate_dead_code()
     drop_unused(module)
+    shapes = Shapes.attached(module)
+    shapes.refresh(module)
     module.graph.lint()
-    traced = _Retrace(module)
-    exported, ranges = export_flat(traced, program.example, program.inputs, program.ranges, deferred=deferred)
-    outputs = output_specs(exported, program)
-    return replace(program, exported=exported, outputs=outputs, ranges=ranges, reductions=None)
+    module.recompile()
+    closed = replace(program, module=module, reductions=None, **changes)
+    used = {axis for spec in closed.inputs for axis in spec.axes}
+    ranges = {axis: bounds for axis, bounds in shapes.narrowed().items() if axis in used}
+    closed = replace(closed, ranges=ranges)
+    return replace(closed, outputs=output_specs(closed))
 
 
-def output_specs(exported: torch.export.ExportedProgram, program: Program) -> tuple[TensorSpec, ...]:
-    """Output specs with axes read off the exported graph; a symbol is spelled by the input axis it came from."""
-    names = axis_names(exported, program.inputs)
-    outputs = exported.graph.output_node().args[0]
-    assert isinstance(outputs, (tuple, list))
-    specs = []
-    for spec, node in zip(program.outputs, outputs, strict=True):
-        assert isinstance(node, Node)
-        value = node.meta["val"]
-        axes = tuple(size if isinstance(size, int) else _spell(size, names) for size in value.shape)
-        specs.append(replace(spec, axes=axes, dtype=dtype_name(value.dtype)))
-    return tuple(specs)
+def call(graph: Graph, function: Callable[..., Any], *args: Any, like: Node, **kwargs: Any) -> Any:
+    """Insert what a plain function does at the graph's insertion point, attributed to ``like``'s module.
+
+    Operands are nodes, numbers, or lists of them. Returns a node, or for a function that returns several values a tuple
+    of nodes.
+    """
+    leaves, spec = pytree.tree_flatten((args, kwargs), is_leaf=lambda x: isinstance(x, Node))
+    nodes = [leaf for leaf in leaves if isinstance(leaf, Node)]
+    module = graph.owning_module
+    assert module is not None
+    shapes = Shapes.attached(module)
+    for node in nodes:
+        if "val" not in node.meta:
+            shapes.refresh(module, until=node.next)
+
+    def on_operands(*values: Any) -> Any:
+        given = iter(values)
+        filled = [next(given) if isinstance(leaf, Node) else leaf for leaf in leaves]
+        positional, named = pytree.tree_unflatten(filled, spec)
+        return function(*positional, **named)
+
+    with torch.no_grad(), shapes.active():
+        traced = make_fx(on_operands, tracing_mode="real", pre_dispatch=True)(*(n.meta["val"] for n in nodes))
+    return splice(graph, traced, nodes, like=like)
 
 
-def axis_names(exported: torch.export.ExportedProgram, inputs: tuple[TensorSpec, ...]) -> dict[str, str]:
-    """Symbol (``"s77"``) -> the named axis of an input that it stands for."""
-    user_inputs = set(exported.graph_signature.user_inputs)
-    nodes = [n for n in exported.graph.nodes if n.op == "placeholder" and n.name in user_inputs]
-    names: dict[str, str] = {}
-    for node, spec in zip(nodes, inputs, strict=True):
-        for size, axis in zip(node.meta["val"].shape, spec.axes, strict=True):
-            if isinstance(axis, str) and not isinstance(size, int):
-                names[str(size)] = axis
-    return names
+def call_once(reader: Node, function: Callable[..., Any], *args: Any) -> Any:
+    """What a function makes of ``args``, inserted before ``reader`` or where an earlier reader asked for the same."""
+    module = reader.graph.owning_module
+    assert module is not None
+    made = Shapes.attached(module).calls
+    if (function, args) not in made:
+        with reader.graph.inserting_before(reader):
+            made[function, args] = call(reader.graph, function, *args, like=reader)
+    return made[function, args]
 
 
-def _spell(size: torch.SymInt, names: dict[str, str]) -> str:
-    # A symbol may begin with another's name: s7 and s73.
-    return re.sub(r"\bs\d+\b", lambda symbol: names.get(symbol[0], symbol[0]), str(size))
+def redirect(users: Sequence[Node], old: Node, new: Node) -> None:
+    """Let ``users`` of a node read another one; taken before an edit, so that what it inserts still reads the old."""
+    for user in users:
+        user.replace_input_with(old, new)
 
 
-def call(graph: torch.fx.Graph, function: Callable, *args: object, like: Node, **kwargs: object) -> Node:
-    """Insert a call of a plain function at the graph's insertion point, attributed to ``like``'s module."""
-    node = graph.call_function(function, args, kwargs)  # type: ignore[arg-type]
+def splice(graph: Graph, module: GraphModule, operands: list[Node], *, like: Node | None = None) -> Any:
+    """Copy a whole graph, fed with ``operands``, to the insertion point; returns what it returns, as nodes.
+
+    Nodes are attributed to ``like``'s module, or stay attributed as they are.
+    """
+    known: dict[Node, Any] = {}
+    given = iter(operands)
+    for node in module.graph.nodes:
+        if node.op == "placeholder":
+            known[node] = next(given)
+        elif node.op == "output":
+            return pytree.tree_map(
+                lambda x: known[x] if isinstance(x, Node) else x, node.args[0], is_leaf=_is_node
+            )
+        elif node.op == "get_attr":
+            known[node] = _take_attribute(graph, module, node)
+        else:
+            known[node] = graph.node_copy(node, lambda n: known[n])
+        if like is not None and node.op != "placeholder":
+            _attribute_to(known[node], like)
+    raise AssertionError("a graph has an output")
+
+
+def _is_node(value: object) -> bool:
+    return isinstance(value, Node)
+
+
+def _attribute_to(node: Node, like: Node) -> None:
     for key in ("nn_module_stack", "stack_trace"):
+        node.meta.pop(key, None)
         if key in like.meta:
             node.meta[key] = like.meta[key]
-    return node
 
 
-def put_parameter(module: GraphModule, reader: Node, place: int | None, value: torch.Tensor) -> Node:
+def _take_attribute(graph: Graph, module: GraphModule, node: Node) -> Node:
+    """A read of the attribute that ``node`` reads, which becomes one of the graph's own module."""
+    owner = graph.owning_module
+    assert owner is not None
+    value = attribute(module, node)
+    made = graph.get_attr(_held(owner, str(node.target), value))
+    made.meta["val"] = Shapes.attached(owner).symbols.constant(value) if isinstance(value, Tensor) else value
+    return made
+
+
+def _held(module: GraphModule, wanted: str, value: Any) -> str:
+    """The name under which the module holds a tensor or a sub-module; it is registered where it is new."""
+    held = (*module.named_parameters(), *module.named_buffers(), *module.named_modules())
+    for name, known in held:
+        if known is value:
+            return name
+    stem, count = wanted.replace(".", "_"), 0
+    while hasattr(module, name := f"{stem}_{count}" if count else stem):
+        count += 1
+    if isinstance(value, torch.nn.Module):
+        module.add_module(name, value)
+    else:
+        module.register_buffer(name, value.detach())
+    return name
+
+
+def put_parameter(module: GraphModule, reader: Node, place: int | None, value: Tensor) -> Node:
     """A new parameter of the module, read by argument ``place`` of ``reader`` (None: by nothing yet)."""
     before = reader.args[place] if place is not None else None
     stem = re.sub(r"_v\d+$", "", str(before.target)) if isinstance(before, Node) else reader.name
     name = stem.replace(".", "_")
     count = sum(1 for known in module._buffers if re.fullmatch(rf"{re.escape(name)}_v\d+", known))
     name = f"{name}_v{count + 1}"
-    module.register_buffer(name, value.detach().contiguous())
+    value = value.detach().contiguous()
+    module.register_buffer(name, value)
     with module.graph.inserting_before(reader):
         node = module.graph.get_attr(name)
-    node.meta["val"] = value
+    node.meta["val"] = Shapes.attached(module).symbols.constant(value)
     if place is not None:
         reader.update_arg(place, node)
     return node
-
-
-def _register_constants(module: GraphModule) -> None:
-    """Make buffers of the constants that an export lifted; lifted again, they would get names that are not there."""
-    for node in list(module.graph.nodes):
-        if is_call(node, aten.lift_fresh_copy, aten.detach_) and node.args[0].op == "get_attr":
-            node.replace_all_uses_with(node.args[0])
-            module.graph.erase_node(node)
-        elif node.op == "get_attr":
-            path, _, name = str(node.target).rpartition(".")
-            owner = module.get_submodule(path)
-            if isinstance(value := owner.__dict__.get(name), torch.Tensor):
-                delattr(owner, name)
-                owner.register_buffer(name, value)
 
 
 def drop_unused(module: GraphModule) -> None:

@@ -42,6 +42,7 @@ from tokopt.analysis.token_axis import (
 from tokopt.errors import PassRefused
 from tokopt.kernels import ops
 from tokopt.rewrite.edit import call
+from tokopt.rewrite.shapes import Shapes
 
 _HIDDEN = -1e4  # additive masks at or below this hide a key
 
@@ -151,6 +152,7 @@ class TokenRewriter:
         query, key, after, users = site.query, site.key, stream.next, list(stream.users)
         mask = argument(site.node, 3, "attn_mask")  # as repaired for the reductions before this block
         scale = argument(site.node, 6, "scale")
+        Shapes.attached(self.module).refresh(self.module, until=after)
         with self.graph.inserting_before(after):
             bias = self._call(_first_query_bias, mask, stream, flipped, like=stream)
             for reduction in reductions:
@@ -158,9 +160,7 @@ class TokenRewriter:
                 size = previous.size if previous else self._first_size(site, padding, stream, flipped)
                 arguments = (self._now(stream), query, key, bias, size, scale, padding is not None, flipped)
                 parts = self._call(_reduction(reduction.reduce), *arguments, like=stream)
-                reduced, new_size, keep, drop, dest, query, key, bias = (
-                    self._call(operator.getitem, parts, i, like=stream) for i in range(8)
-                )
+                reduced, new_size, keep, drop, dest, query, key, bias = parts
                 self._reduced[stream] = reduced
                 self.stages.append(self._stage(reduction, previous, (size, new_size, keep, drop, dest)))
         for user in users:
@@ -181,12 +181,13 @@ class TokenRewriter:
         merged, pruned = previous.merged or reduction.merges, previous.pruned or not reduction.merges
         return Stage(keep, new_size, source, previous.original_size, merged, pruned)
 
-    def _call(self, function: Callable, *args: object, like: Node) -> Node:
+    def _call(self, function: Callable, *args: object, like: Node) -> Any:
         return call(self.graph, function, *args, like=like)
 
     # --- repairing what is downstream -------------------------------------------------------------------
 
     def _edit(self, edit: Edit, trace: TokenTrace) -> None:
+        Shapes.attached(self.module).refresh(self.module, until=edit.node)
         with self.graph.inserting_before(edit.node):
             if isinstance(edit, Resize):
                 self._resize(edit)

@@ -26,13 +26,13 @@ from onnxscript.rewriter.rules import common as rules
 import tokopt.kernels
 from tokopt import __version__
 from tokopt.errors import LoweringError
+from tokopt.ir.export import axis_names, user_inputs
 from tokopt.ir.program import Program
 from tokopt.lower.onnx.fusions import fold_factors, merge_products
 from tokopt.lower.onnx.real_tokens import assume_real_tokens
 from tokopt.lower.onnx.unread import drop_unread
 from tokopt.lower.onnx.weights import pack_weights
 from tokopt.lower.parity.check import check_parity
-from tokopt.rewrite.edit import axis_names
 
 OPSET = 23
 """The first opset with ``Attention``; only a cache that is written in place needs a newer one."""
@@ -271,7 +271,7 @@ def _simplify(model: ir.Model) -> None:
 
 def _name_axes(model: ir.Model, program: Program) -> None:
     """Spell symbols (``s77``) as the signature's axes; inputs and outputs get exactly its axes."""
-    names = axis_names(program.exported, program.inputs)
+    names = axis_names(user_inputs(program.exported), program.inputs)
     symbol = re.compile("|".join(rf"\b{re.escape(key)}\b" for key in names) or r"(?!)")
     for node in model.graph:
         for value in node.outputs:

@@ -19,13 +19,12 @@ from tokopt.analysis.graph import (
     aten,
     is_call,
     is_tensor,
-    program_module,
     same_size,
     value_users,
 )
 from tokopt.ir.program import Program
 from tokopt.kernels import ops
-from tokopt.rewrite.edit import call, reexport
+from tokopt.rewrite.edit import call, close_graph, open_graph
 
 POINTWISE = (
     *(aten.abs, aten.add, aten.alias, aten.clamp, aten.clamp_min, aten.clone, aten.contiguous, aten.div),
@@ -53,7 +52,7 @@ class Part:
 
 def drop_unread(program: Program) -> Program:
     """The program with nothing computed that no output reads; the same object where everything is read."""
-    module = program_module(program)
+    module = open_graph(program)
     while _pass_reductions(module.graph):
         module.graph.eliminate_dead_code()
     parts = find_parts(module.graph)
@@ -64,7 +63,7 @@ def drop_unread(program: Program) -> Program:
             _narrow(node, parts)
         elif (read := _read(node)) is not None and node.args[0] in parts:
             _read_part(node, read, parts)
-    return reexport(program, module)
+    return close_graph(program, module)
 
 
 def find_parts(graph: Graph) -> dict[Node, Part]:

@@ -42,7 +42,7 @@ def check_parity(
     """
     session = _session(path, name)
     tolerance = _coarsest(program) if tolerance is None else tolerance
-    exported = program.exported.module(check_guards=False)
+    exported = program.module
     for sizes, inputs in resized_examples(program):
         try:
             with torch.no_grad():
@@ -88,7 +88,7 @@ def check_rewritten(program: Program, portable: Path, rewritten: Path, limit: fl
 
 def _coarsest(program: Program) -> float | None:
     """The limit of the half-precision dtype that a program computes in; None where it has none."""
-    values = [node.meta.get("val") for node in program.exported.graph.nodes]
+    values = [node.meta.get("val") for node in program.module.graph.nodes]
     found = {dtype_name(value.dtype) for value in values if isinstance(value, torch.Tensor)}
     return max((LIMITS[dtype] for dtype in found & {"float16", "bfloat16"}), default=None)
 

@@ -57,7 +57,7 @@ class Selection:
 
 def selects(program: Program) -> bool:
     """Whether the program chooses tokens, or rounds activations."""
-    return any(_selection(node) for node in program.exported.graph.nodes)
+    return any(_selection(node) for node in program.module.graph.nodes)
 
 
 def expose_selections(path: Path) -> tuple[Path, list[list[str]]]:
@@ -125,7 +125,7 @@ def run_with_selections(
 ) -> tuple[list[Tensor], list[Selection]]:
     """The exported program's outputs under the given selections, and how its own ones differ."""
     given = iter([[torch.from_numpy(array) for array in arrays] for arrays in selections])
-    forced = _Forced(program.exported.module(check_guards=False), given)
+    forced = _Forced(program.module, given)
     with torch.no_grad():
         outputs = forced.run(*inputs)
     return list(outputs), forced.compared

@@ -1,0 +1,174 @@
+"""``torch.export`` in tokopt's flat calling convention, and the way back to a graph that can be edited."""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+import torch
+import torch.fx.traceback
+from torch.fx import Graph, GraphModule, Node
+
+from tokopt.errors import PassError
+from tokopt.ir.program import AxisRange, Program, TensorSpec
+
+Ranges = Mapping[str, AxisRange]
+
+
+def unlifted(exported: torch.export.ExportedProgram) -> GraphModule:
+    """The graph with its parameters as attributes, flat in and flat out, without dead code."""
+    module = exported.module(check_guards=False)
+    assert isinstance(module, GraphModule)
+    return copied(module)
+
+
+def copied(module: GraphModule) -> GraphModule:
+    """A copy of the graph, without dead code, that shares parameters and buffers with ``module``."""
+    graph = Graph()
+    graph.output(graph.graph_copy(module.graph, {}))
+    graph.eliminate_dead_code()
+    return GraphModule(module, graph)
+
+
+class _Retrace(torch.nn.Module):
+    """Runs an edited graph under tracing; its parameters keep the names they had."""
+
+    def __init__(self, module: GraphModule) -> None:
+        super().__init__()
+        # Not a sub-module, or every export would put one more prefix before each parameter's name.
+        self.__dict__["_traced"] = module
+        for name, child in module.named_children():
+            self.add_module(name, child)
+        for name, parameter in module.named_parameters(recurse=False):
+            self.register_parameter(name, parameter)
+        for name, buffer in module.named_buffers(recurse=False):
+            self.register_buffer(name, buffer)
+
+    def forward(self, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        with torch.fx.traceback.preserve_node_meta():
+            interpreter = torch.fx.Interpreter(self.__dict__["_traced"])
+            return tuple(interpreter.run(*tensors, enable_io_processing=False))
+
+
+def export_program(program: Program) -> torch.export.ExportedProgram:
+    """The program's graph, traced by ``torch.export`` for every size in its ranges; raises PassError."""
+    traced = _Retrace(program.module)
+    try:
+        exported, ranges = export_flat(traced, program.example, program.inputs, program.ranges)
+        if ranges == program.ranges:
+            return exported
+    except Exception:
+        pass
+    # Guards that cannot be proved become assertions that run with the graph. It also forgets that axes of one name
+    # are equal, which is why it is not the first choice.
+    try:
+        exported, ranges = export_flat(traced, program.example, program.inputs, program.ranges, deferred=True)
+    except Exception as error:
+        line = next((row for row in str(error).splitlines() if row.strip()), "")
+        raise PassError(
+            f"the edited graph cannot be exported: {type(error).__name__}: {line.strip()}"
+        ) from error
+    for axis, bounds in ranges.items():
+        if bounds != program.ranges[axis]:
+            raise PassError(
+                f"the edited graph takes {axis} from {bounds.min} to {bounds.max or 'any size'} and its signature says "
+                f"{program.ranges[axis].min} to {program.ranges[axis].max or 'any size'}; capture with that range"
+            )
+    return exported
+
+
+def export_flat(
+    module: torch.nn.Module,
+    example: tuple[torch.Tensor, ...],
+    inputs: tuple[TensorSpec, ...],
+    ranges: Ranges,
+    *,
+    deferred: bool = False,
+) -> tuple[torch.export.ExportedProgram, Ranges]:
+    """``torch.export`` of a module that takes positional tensors and returns a tuple of tensors.
+
+    Returns the ranges too, narrowed by the bounds that the model itself sets (a table of 512 positions, say).
+    ``deferred`` turns guards that cannot be proved into run-time assertions.
+    """
+    try:
+        with warnings.catch_warnings(), torch.no_grad():
+            warnings.simplefilter("ignore")
+            exported = torch.export.export(
+                module,
+                example,
+                dynamic_shapes=_dynamic_shapes(inputs, ranges),
+                strict=False,
+                prefer_deferred_runtime_asserts_over_guards=deferred,
+            )
+        exported.graph.eliminate_dead_code()
+        return exported, ranges
+    except Exception as error:
+        narrowed = _suggested_ranges(str(error), ranges)
+        if narrowed == ranges:
+            raise
+    return export_flat(module, example, inputs, narrowed, deferred=deferred)
+
+
+def _dynamic_shapes(
+    inputs: tuple[TensorSpec, ...], ranges: Ranges
+) -> tuple[tuple[dict[int, object] | None, ...]]:
+    dims = {name: torch.export.Dim(name, min=r.min, max=r.max) for name, r in ranges.items()}
+    return (
+        tuple(
+            {i: dims[axis] for i, axis in enumerate(spec.axes) if isinstance(axis, str)} or None
+            for spec in inputs
+        ),
+    )
+
+
+def _suggested_ranges(text: str, ranges: Ranges) -> Ranges:
+    """The bounds in the "Suggested fixes" of ``torch.export``, within those already known."""
+    narrowed = dict(ranges)
+    for axis, known in ranges.items():
+        found = re.search(rf"\b{axis}\s*=\s*Dim\('{axis}'((?:, (?:min|max)=\d+)+)\)", text)
+        bounds = dict(re.findall(r"(min|max)=(\d+)", found[1])) if found else {}
+        low, high = max(int(bounds.get("min", 1)), known.min), int(bounds.get("max", known.max or 0)) or None
+        narrowed[axis] = AxisRange(low, min(high, known.max) if high and known.max else high)
+    return narrowed
+
+
+def output_specs(program: Program) -> tuple[TensorSpec, ...]:
+    """Output specs with axes read off the graph; a symbol is spelled by the input axis it came from."""
+    names = axis_names(placeholders(program.module), program.inputs)
+    outputs = program.module.graph.output_node().args[0]
+    assert isinstance(outputs, (tuple, list))
+    specs = []
+    for spec, node in zip(program.outputs, outputs, strict=True):
+        assert isinstance(node, Node)
+        value = node.meta["val"]
+        axes = tuple(size if isinstance(size, int) else _spell(size, names) for size in value.shape)
+        specs.append(replace(spec, axes=axes, dtype=str(value.dtype).removeprefix("torch.")))
+    return tuple(specs)
+
+
+def axis_names(placeholders: Sequence[Node], inputs: tuple[TensorSpec, ...]) -> dict[str, str]:
+    """Symbol (``"s77"``) -> the named axis of an input that it stands for."""
+    names: dict[str, str] = {}
+    for node, spec in zip(placeholders, inputs, strict=True):
+        for size, axis in zip(node.meta["val"].shape, spec.axes, strict=True):
+            if isinstance(axis, str) and not isinstance(size, int):
+                names[str(size)] = axis
+    return names
+
+
+def placeholders(module: GraphModule) -> list[Node]:
+    """The node of every input, in order."""
+    return [node for node in module.graph.nodes if node.op == "placeholder"]
+
+
+def user_inputs(exported: torch.export.ExportedProgram) -> list[Node]:
+    """The node of every input of an exported program, in order; parameters are none."""
+    names = set(exported.graph_signature.user_inputs)
+    return [node for node in exported.graph.nodes if node.op == "placeholder" and node.name in names]
+
+
+def _spell(size: torch.SymInt, names: dict[str, str]) -> str:
+    # A symbol may begin with another's name: s7 and s73.
+    return re.sub(r"\bs\d+\b", lambda symbol: names.get(symbol[0], symbol[0]), str(size))

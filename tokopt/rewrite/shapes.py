@@ -1,0 +1,252 @@
+"""Shapes and dtypes of an open graph, as functions of the signature's named axes.
+
+Every named axis is one symbol, so axes of one name are one size and axes of two names are never taken for one. A
+value's shape is derived by running its operator on tensors without data (FakeTensors).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypeGuard
+
+import torch
+from torch import Tensor
+from torch._dynamo.source import ConstantSource
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx import GraphModule, Node
+from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
+from torch.fx.node import map_arg
+from torch.utils._sympy.numbers import int_oo
+from torch.utils._sympy.value_ranges import ValueRanges
+
+from tokopt.errors import PassError
+from tokopt.ir.program import AxisRange, TensorSpec
+
+_KEY = "tokopt.shapes"
+
+_SMALLEST = 2
+"""``torch.export`` proves graphs for sizes from 2, since some operators take an axis of size 1 for one to broadcast."""
+
+
+class Symbols:
+    """The symbols that graphs derived from one another share, so that opening one derives nothing anew.
+
+    What may be taken for granted of a symbol differs from graph to graph: that of the one being edited holds.
+    """
+
+    def __init__(self) -> None:
+        self.env = ShapeEnv()
+        self.mode = FakeTensorMode(shape_env=self.env, allow_non_fake_inputs=True)
+        self.mode.cache_enabled = False  # with symbols, an entry costs more than running the operator again
+        self._constants: dict[int, tuple[Tensor, Tensor]] = {}
+        self._count = 0
+        self._active: Shapes | None = None
+
+    def make(self, axis: str, size: int) -> torch.SymInt:
+        """A new symbol, ``size`` in the example."""
+        self._count += 1
+        source = ConstantSource(f"{axis}_{self._count}")
+        symbol = self.env.create_symbol(
+            size, source, dynamic_dim=DimDynamic.DYNAMIC, do_not_specialize_zero_one=True, positive=True
+        )
+        made = self.env.create_symintnode(symbol, hint=size, source=source)
+        assert isinstance(made, torch.SymInt)
+        return made
+
+    def constant(self, value: Tensor) -> Tensor:
+        """A parameter without its data."""
+        if id(value) not in self._constants:
+            self._constants[id(value)] = (value, self.mode.from_tensor(value, static_shapes=True))
+        return self._constants[id(value)][1]
+
+    def activate(self, shapes: Shapes) -> FakeTensorMode:
+        """Let what one graph says of the symbols hold from now on."""
+        if self._active is not shapes:
+            if self._active is not None:
+                self._active.bounds = self._active.narrowed()
+            self._active = shapes
+            self.env.guards.clear()
+            self.env.replacements.clear()
+            for axis, bounds in shapes.bounds.items():
+                self.bound(shapes.axes[axis], bounds)
+        return self.mode
+
+    def bound(self, size: torch.SymInt, bounds: AxisRange) -> None:
+        """Let edits from now on take for granted that a symbol is within ``bounds``."""
+        high = int_oo if bounds.max is None else bounds.max
+        self.env.var_to_range[size.node._expr] = ValueRanges(max(bounds.min, _SMALLEST), high)
+        self.env._update_version_counter()
+
+    def found(self, axis: str, size: torch.SymInt, declared: AxisRange) -> AxisRange:
+        """The declared range of a symbol, narrowed by what edits took for granted; raises PassError."""
+        symbol = size.node._expr
+        if symbol in self.env.replacements:
+            fixed = self.env.replacements[symbol]
+            raise PassError(f"an edit takes for granted that {axis} is {fixed}; capture with a fixed {axis}")
+        known = self.env.var_to_range[symbol]
+        low = int(known.lower) if known.lower > max(_SMALLEST, declared.min) else declared.min
+        high = None if known.upper >= int_oo else int(known.upper)
+        return AxisRange(low, declared.max if high is None else min(high, declared.max or high))
+
+
+@dataclass(eq=False)
+class Shapes:
+    """What is known of the values of one open graph.
+
+    ``axes`` are the symbols of the signature's named axes, ``bounds`` their ranges, and ``calls`` what
+    :func:`tokopt.rewrite.edit.call_once` inserted.
+    """
+
+    symbols: Symbols
+    axes: dict[str, torch.SymInt] = field(default_factory=dict)
+    bounds: dict[str, AxisRange] = field(default_factory=dict)
+    calls: dict[tuple[Callable[..., Any], tuple[Any, ...]], Any] = field(default_factory=dict)
+    _known: dict[Node, _Made] = field(default_factory=dict)
+
+    @classmethod
+    def of(
+        cls, inputs: Sequence[TensorSpec], ranges: Mapping[str, AxisRange], example: Sequence[Tensor]
+    ) -> Shapes:
+        """New symbols for the named axes of a signature, with the example's sizes as hints."""
+        shapes = cls(Symbols())
+        for spec, tensor in zip(inputs, example, strict=True):
+            shapes.name(spec, tensor, ranges)
+        return shapes
+
+    @staticmethod
+    def attached(module: GraphModule) -> Shapes:
+        """The shapes of an open graph."""
+        return module.meta[_KEY]
+
+    @staticmethod
+    def find(module: GraphModule) -> Shapes | None:
+        """The shapes of a graph that was open once."""
+        return module.meta.get(_KEY)
+
+    def attach(self, module: GraphModule) -> None:
+        """Make these the shapes of a graph."""
+        module.meta[_KEY] = self
+
+    def derive(self, module: GraphModule, ranges: Mapping[str, AxisRange]) -> None:
+        """Attach shapes with the same symbols to a copy of this graph, whose values are all known."""
+        bounds = {axis: ranges[axis] for axis in self.axes if axis in ranges}
+        axes = {axis: self.axes[axis] for axis in bounds}
+        known = {
+            node: _Made.of(node) for node in module.graph.nodes if node.op not in ("placeholder", "output")
+        }
+        Shapes(self.symbols, axes, bounds, _known=known).attach(module)
+
+    def name(self, spec: TensorSpec, tensor: Tensor, ranges: Mapping[str, AxisRange]) -> None:
+        """Give the named axes of an input, of which ``tensor`` is an example, their symbols."""
+        for axis, size in zip(spec.axes, tensor.shape, strict=True):
+            if isinstance(axis, str) and axis not in self.axes:
+                self.axes[axis] = self.symbols.make(axis, size)
+                self.bounds[axis] = ranges.get(axis, AxisRange())
+                self.symbols.bound(self.axes[axis], self.bounds[axis])
+
+    def fits(self, inputs: Sequence[TensorSpec], example: Sequence[Tensor]) -> bool:
+        """Whether the symbols' hints are the sizes of this example."""
+        return all(
+            not isinstance(axis, str) or (axis in self.axes and self.axes[axis].node.hint == size)
+            for spec, tensor in zip(inputs, example, strict=True)
+            for axis, size in zip(spec.axes, tensor.shape, strict=True)
+        )
+
+    def narrow(self, axis: str, bounds: AxisRange) -> None:
+        """Let edits from now on take for granted that an axis is within ``bounds``."""
+        self.active()
+        self.symbols.bound(self.axes[axis], bounds)
+
+    def narrowed(self) -> dict[str, AxisRange]:
+        """The ranges of all axes, narrowed by what edits took for granted; raises PassError."""
+        self.active()
+        return {axis: self.symbols.found(axis, size, self.bounds[axis]) for axis, size in self.axes.items()}
+
+    def active(self) -> FakeTensorMode:
+        """The mode in which this graph's functions run without data."""
+        return self.symbols.activate(self)
+
+    def blank(self, spec: TensorSpec) -> Tensor:
+        """A tensor of an input's shape and dtype, without data."""
+        with self.active():
+            return torch.empty(
+                [self.axes[axis] if isinstance(axis, str) else axis for axis in spec.axes],
+                dtype=getattr(torch, spec.dtype),
+            )
+
+    def refresh(self, module: GraphModule, until: Node | None = None) -> None:
+        """Derive anew what depends on an edit, from the graph's beginning to ``until`` (without it).
+
+        A node is run again only where its operands are not what they were; one whose value is of the same shape and
+        dtype as before keeps it, and so do those that follow.
+        """
+        for node in module.graph.nodes:
+            if node is until:
+                return
+            if node.op not in ("placeholder", "output"):
+                self.renew(module, node)
+
+    def renew(self, module: GraphModule, node: Node) -> None:
+        """Derive one node's value anew, from operands whose values are right."""
+        made = _Made.of(node)
+        known = self._known.get(node)
+        if known is not None and known.same(made):
+            return
+        if node.op == "get_attr":
+            value = attribute(module, node)
+            node.meta["val"] = self.symbols.constant(value) if isinstance(value, Tensor) else value
+        else:
+            assert node.op == "call_function", f"{node.format_node()} is no call of a function"
+            function: Callable[..., Any] = node.target  # type: ignore[assignment]
+            args, kwargs = map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
+            with torch.no_grad(), self.active():
+                value = function(*args, **kwargs)
+            if not (known is not None and _alike(value, node.meta.get("val"))):
+                node.meta["val"] = value
+        self._known[node] = made
+
+
+@dataclass(frozen=True)
+class _Made:
+    """What a node's value was derived from."""
+
+    target: object
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+    operands: tuple[object, ...]
+
+    @classmethod
+    def of(cls, node: Node) -> _Made:
+        return cls(
+            node.target, node.args, node.kwargs, tuple(n.meta.get("val") for n in node.all_input_nodes)
+        )
+
+    def same(self, other: _Made) -> bool:
+        return (
+            self.target is other.target
+            and all(a is b for a, b in zip(self.operands, other.operands, strict=False))
+            and self.args == other.args
+            and self.kwargs == other.kwargs
+        )
+
+
+def attribute(module: GraphModule, node: Node) -> Any:
+    """What a ``get_attr`` node reads."""
+    value: Any = module
+    for part in str(node.target).split("."):
+        value = getattr(value, part)
+    return value
+
+
+def _is_group(value: object) -> TypeGuard[tuple[object, ...] | list[object]]:
+    return isinstance(value, (tuple, list))
+
+
+def _alike(a: object, b: object) -> bool:
+    """Whether two values have the same shape, strides and dtype."""
+    if _is_group(a) and _is_group(b):
+        return len(a) == len(b) and all(map(_alike, a, b))
+    if isinstance(a, Tensor) and isinstance(b, Tensor):
+        return a.dtype == b.dtype and str(a.shape) == str(b.shape) and str(a.stride()) == str(b.stride())
+    return type(a) is type(b) and str(a) == str(b)
