@@ -17,12 +17,12 @@ from typing import Any, ClassVar, Literal, TypeGuard
 import torch
 
 from tokopt.analysis.blocks import Block, NoBlock, find_blocks
-from tokopt.analysis.graph import ancestors, is_call, program_module, size_hint
+from tokopt.analysis.graph import ancestors, program_module, size_hint
 from tokopt.analysis.token_axis import Seed, TokenTrace, prefix_tokens, trace_tokens
 from tokopt.errors import PassError, PassRefused, UnsupportedModelError
 from tokopt.ir.bundle import Bundle
 from tokopt.ir.program import AxisRange, Program, Reductions
-from tokopt.kernels import SELECTIONS, ops
+from tokopt.kernels import declared, ops
 from tokopt.pipeline.base import Context, Pass, PassResult, Refusal
 from tokopt.rewrite.edit import axis_names, reexport
 from tokopt.rewrite.tokens import Assignment, Reduction, TokenRewriter, Tokens, batch_size, padding_mask
@@ -85,7 +85,7 @@ class TokenReduction(Pass):
         program = bundle.forward
         done = program.reductions or Reductions(program, ())
         module = program_module(done.base)
-        if any(is_call(node, *_CHOOSE_TOKENS) for node in module.graph.nodes):
+        if any((op := declared(node.target)) and op.choice for node in module.graph.nodes):
             return PassResult(bundle, 0, (), (Refusal("the model", _REDUCED_BEFORE),))
         sites = find_blocks(module.graph)
         if not sites:
@@ -154,8 +154,6 @@ def _check_options(options: TokenReduction) -> None:
     if options.prefix is not None and options.prefix < 0:
         raise PassError(f"{name}: prefix={options.prefix} must not be negative")
 
-
-_CHOOSE_TOKENS = [getattr(ops, name) for name in SELECTIONS]
 
 _REDUCED_BEFORE = "its tokens were reduced before it was saved; give all reductions in one pipeline"
 
