@@ -9,8 +9,8 @@ import re
 from pathlib import Path
 
 from examples.data import write_atomically
+from tokopt.kernels.catalogue import CUDA_OPS
 from tokopt.kernels.cuda import compile_source
-from tokopt.kernels.launch import CUDA_OPS
 
 PAGE = Path(__file__).parents[1] / "docs" / "kernels.md"
 ARCHITECTURES = ("sm_80", "sm_90")

@@ -34,11 +34,6 @@ def fashion_features(artifact: Path, size: int, split: str, count: int, threads:
     return _cached(artifact, f"fashion-{split}-{count}-{size}", extract, threads)
 
 
-def cosines(features: Features, reference: Features) -> NDArray[np.float64]:
-    """Cosine similarity of corresponding rows [count]."""
-    return (unit(features) * unit(reference)).sum(axis=1).astype(np.float64)
-
-
 def predict(train: Features, labels: NDArray[np.int64], test: Features) -> NDArray[np.int64]:
     """Weighted vote of the nearest neighbours by cosine [test count]."""
     similarity = unit(test) @ unit(train).T

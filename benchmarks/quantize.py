@@ -35,7 +35,9 @@ from examples.data import (
     smollm2,
     write_atomically,
 )
+from tokopt.measure.distance import predictions
 from tokopt.runtime import LanguageModel, language, load
+from tokopt.runtime.numerics import cosines
 
 RESULTS = Path(__file__).parent / "results"
 SIZE, WINDOW, TEXTS = 224, 512, 12
@@ -194,24 +196,14 @@ def logits(model: LanguageModel, ids: list[int]) -> NDArray[np.floating]:
 def quality(model: str, wanted: list[Any], got: list[Any]) -> dict[str, float]:
     """Cosine of features; or KL divergence, top-1 agreement and perplexity."""
     if TIMED[model][0] == "session":
-        cosines = [
-            float(a @ b / np.linalg.norm(a) / np.linalg.norm(b)) for a, b in zip(wanted, got, strict=True)
-        ]
-        return {"cosine": float(np.mean(cosines)), "smallest cosine": min(cosines)}
-    rows = []
+        similar = cosines(np.stack(wanted), np.stack(got))
+        return {"cosine": float(similar.mean()), "smallest cosine": float(similar.min())}
     judged = texts(load(artifact(model, "float32")))[1::2]
-    for a, b, ids in zip(wanted, got, judged, strict=True):
-        old, new = (log_softmax(x[:-1].astype(np.float64)) for x in (a, b))
-        divergence = (np.exp(old) * (old - new)).sum(-1)
-        same = old.argmax(-1) == new.argmax(-1)
-        rows.append(np.stack([divergence, same, -new[np.arange(len(ids) - 1), ids[1:]]]))
-    kl, top1, nats = np.concatenate(rows, axis=1).mean(1)
+    rows = [
+        predictions(a[:-1], b[:-1], np.array(ids[1:])) for a, b, ids in zip(wanted, got, judged, strict=True)
+    ]
+    kl, top1, _, nats = np.concatenate(rows).mean(0)
     return {"KL": float(kl), "top-1": float(top1), "perplexity": float(np.exp(nats))}
-
-
-def log_softmax(x: NDArray[np.float64]) -> NDArray[np.float64]:
-    x = x - x.max(-1, keepdims=True)
-    return x - np.log(np.exp(x).sum(-1, keepdims=True))
 
 
 def timings(model: str, threads: int, rounds: int) -> dict[str, list[dict[str, Any]]]:

@@ -31,9 +31,10 @@ from rich.table import Table
 import tokopt
 from benchmarks.machine import describe
 from benchmarks.progress import Progress
-from benchmarks.quality import cosines, fashion_features, photograph_features, predict
+from benchmarks.quality import fashion_features, photograph_features, predict
 from benchmarks.timing import Disturbed, Engine, Timing, compare
 from examples.data import cache_folder, fashion_mnist, write_atomically
+from tokopt.runtime.numerics import cosines
 
 RESULTS = Path(__file__).parent / "results"
 UNMERGED = ""

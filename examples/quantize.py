@@ -11,7 +11,6 @@ import sys
 from pathlib import Path
 from statistics import median
 
-import numpy as np
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -20,6 +19,7 @@ import tokopt
 from examples.data import class_feature, dinov2_small, photograph_views
 from tokopt.measure.timing import interleaved_times
 from tokopt.runtime import load
+from tokopt.runtime.numerics import cosines
 
 PIPELINES = ("rtn{bits=8}", "gptq", "int8", "smoothquant,int8{activations=static}")
 BATCH = 8
@@ -32,12 +32,6 @@ def options() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=10, help="timed calls of each artifact")
     parser.add_argument("--output", type=Path, default=Path("out"), help="folder for the artifacts")
     return parser.parse_args()
-
-
-def features(path: Path, images: np.ndarray) -> np.ndarray:
-    """Class features of unit length."""
-    found = load(path)(images)
-    return found / np.linalg.norm(found, axis=1, keepdims=True)
 
 
 def main() -> None:
@@ -55,10 +49,10 @@ def main() -> None:
         tokopt.export(quantized, path, overwrite=True)
 
     rounds = list(interleaved_times([str(path) for path in paths], args.rounds, BATCH, None))
-    wanted = features(paths[0], judged)
+    wanted = load(paths[0])(judged)
     print(f"{'pipeline':40} {'MB':>6} {'cosine':>8} {'worst':>8} {'ms':>7} {'times as fast':>14}")
     for number, (pipeline, path) in enumerate(zip(pipelines, paths, strict=True)):
-        cosine = (wanted * features(path, judged)).sum(1)
+        cosine = cosines(wanted, load(path)(judged))
         megabytes = (path / "weights.data").stat().st_size / 1e6
         milliseconds = 1e3 * median(times[number] for times in rounds)
         ratio = median(times[0] / times[number] for times in rounds)

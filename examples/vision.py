@@ -14,7 +14,6 @@ import sys
 from pathlib import Path
 from statistics import median
 
-import numpy as np
 import torch
 from PIL import Image
 
@@ -26,6 +25,7 @@ from tokopt.ir.bundle import Bundle
 from tokopt.measure.picture import save_picture, token_groups, token_picture
 from tokopt.measure.timing import interleaved_times
 from tokopt.runtime import load
+from tokopt.runtime.numerics import cosines
 
 PICTURED = "chelsea"
 
@@ -60,7 +60,7 @@ def main() -> None:
     merged_path = export(merged, args.output / "dinov2-merged.tokopt")
 
     plain, reduced = load(plain_path)(images), load(merged_path)(images)
-    cosine = (plain * reduced).sum(1) / np.linalg.norm(plain, axis=1) / np.linalg.norm(reduced, axis=1)
+    cosine = cosines(plain, reduced)
     seconds = list(interleaved_times([str(plain_path), str(merged_path)], args.rounds, 1, None))
     before, after = (median(times) for times in zip(*seconds, strict=True))
     print(f"one image: {before * 1e3:.1f} ms -> {after * 1e3:.1f} ms, {before / after:.2f} times as fast")

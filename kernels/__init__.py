@@ -3,6 +3,7 @@
 Importing this package (it needs torch) registers them as ``torch.ops.tokopt.*``.
 """
 
-from tokopt.kernels.registry import OPS, ROUNDINGS, SELECTIONS, attach_functions, onnx_translations, ops
+from tokopt.kernels.catalogue import OPS
+from tokopt.kernels.registry import attach_functions, declared, onnx_translations, ops
 
-__all__ = ["OPS", "ROUNDINGS", "SELECTIONS", "attach_functions", "onnx_translations", "ops"]
+__all__ = ["OPS", "attach_functions", "declared", "onnx_translations", "ops"]

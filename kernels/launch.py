@@ -24,21 +24,6 @@ BLOCK, WARPS, TILE = 256, 8, 64
 SCALARS = {torch.float32: "float", torch.float16: "Half", torch.bfloat16: "BFloat16"}
 """The dtypes that kernels are built for, by their names in ``shared.cuh``."""
 
-CUDA_OPS = (
-    "attention_mass",
-    "bipartite_match",
-    "dequantize_keys",
-    "energy_match",
-    "farthest_point",
-    "gather_tokens",
-    "keep_slots",
-    "merge_tokens",
-    "nearest_kept",
-    "quantize_keys",
-    "top_tokens",
-)
-"""The ops that have a ``kernel.cu``."""
-
 
 class Run(Protocol):
     """Launches one kernel of an op."""

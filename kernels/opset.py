@@ -8,15 +8,18 @@ The annotations of a scripted function say what is an input (a tensor type; ``r`
 computed from a dynamic shape), what is an attribute (``int``, ``float``), and how many outputs there are.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import wraps
 from inspect import signature
 from typing import Any, get_args, get_type_hints
 
+import onnx_ir as ir
 from onnx.defs import OpSchema
 from onnxscript import BOOL, FLOAT, INT8, INT64, UINT8, OnnxFunction, script, values
 from onnxscript.onnx_opset import opset23
 from onnxscript.onnx_types import TensorType
+
+from tokopt.kernels.plugins import NotAPlugin
 
 __all__ = [
     "BOOL",
@@ -27,7 +30,9 @@ __all__ = [
     "LAST",
     "TOKOPT",
     "UINT8",
+    "Given",
     "TensorType",
+    "maker",
     "node",
     "op",
     "op24",
@@ -47,6 +52,13 @@ INFINITY = float("inf")
 
 LAST = [2**63 - 1]
 """The end of a slice that runs to the end of its axis."""
+
+Given = Mapping[str, ir.Value | str | None]
+"""What a function is called with; None where the node leaves something out.
+
+An op whose function gets some arguments by way of other functions has ``arguments(given)`` in its ``onnx.py``:
+those arguments, by the names of the reference.
+"""
 
 _TENSORS = {
     FLOAT: "tensor(float)",
@@ -92,3 +104,11 @@ def node(function: OnnxFunction) -> Callable:
         return call(**signature(record).bind(*args, **kwargs).arguments)
 
     return record
+
+
+def maker(value: ir.Value | str | None) -> ir.Node:
+    """The call of one of the domain's functions that made ``value``; raises NotAPlugin where that is another op."""
+    found = value.producer() if isinstance(value, ir.Value) else None
+    if found is None or found.domain != TOKOPT.domain:
+        raise NotAPlugin("the functions that it is composed of were changed")
+    return found

@@ -29,10 +29,11 @@ from torch.utils._sympy.functions import FloorDiv
 from torch.utils._sympy.functions import Max as SymMax
 
 from tokopt.errors import TokoptError
+from tokopt.kernels.catalogue import CUDA_OPS, OPS
 from tokopt.kernels.cuda import compiled
-from tokopt.kernels.launch import BLOCK, CUDA_OPS, Run, signatures
+from tokopt.kernels.launch import BLOCK, Run, signatures
 
-PLUGIN_OPS = tuple(op for op in CUDA_OPS if op not in ("quantize_keys", "dequantize_keys"))
+PLUGIN_OPS = tuple(op for op in CUDA_OPS if not OPS[op].unsigned_bytes)
 """The ops whose kernels are plugins: TensorRT has unsigned bytes in inputs and outputs of a network alone."""
 
 DTYPES = {torch.float32: "FLOAT", torch.float16: "HALF", torch.bfloat16: "BF16"}

@@ -1,7 +1,4 @@
-"""The table of token ops: names the ops, registers them with torch, and collects their ONNX forms.
-
-A new op is a folder ``kernels/<op>/`` and one line in :data:`OPS`.
-"""
+"""Registers the token ops with torch, and collects their ONNX forms; a new op is a folder ``kernels/<op>/``."""
 
 from __future__ import annotations
 
@@ -13,39 +10,11 @@ from typing import TYPE_CHECKING
 import torch
 
 from tokopt.kernels import cuda
-from tokopt.kernels.launch import CUDA_OPS
+from tokopt.kernels.catalogue import CUDA_OPS, OPS
+from tokopt.kernels.declaration import Op
 
 if TYPE_CHECKING:
     import onnx_ir as ir
-
-OPS = (
-    "attention_mass",
-    "bipartite_match",
-    "cache_mask",
-    "cache_write",
-    "dequantize_int8",
-    "dequantize_keys",
-    "dequantize_weight",
-    "energy_match",
-    "fake_quantize",
-    "farthest_point",
-    "gather_tokens",
-    "keep_slots",
-    "log_size",
-    "merge_tokens",
-    "nearest_kept",
-    "quantize_int8",
-    "quantize_keys",
-    "source_map",
-    "top_tokens",
-)
-"""Every op of the domain ``tokopt``; ``kernels/<op>/reference.py`` holds its meaning."""
-
-SELECTIONS = ("bipartite_match", "energy_match", "farthest_point", "keep_slots", "nearest_kept", "top_tokens")
-"""The ops that choose tokens; a rounding error may change their outputs at a near tie."""
-
-ROUNDINGS = ("fake_quantize", "quantize_int8")
-"""The ops that round to a grid; a rounding error may change their outputs by a whole step at a near tie."""
 
 
 def _register(name: str) -> None:
@@ -61,6 +30,17 @@ for _name in OPS:
 
 ops = torch.ops.tokopt
 """The registered ops: ``ops.log_size(size)`` is ``torch.ops.tokopt.log_size(size)``."""
+
+_DECLARED = {getattr(ops, name): op for name, op in OPS.items()}
+
+
+def declared(target: object) -> Op | None:
+    """What the token op that a node's ``target`` calls declares of itself; None for any other target.
+
+    >>> declared(ops.keep_slots.default).choice
+    Choice(prefix=None, by_rank=False)
+    """
+    return _DECLARED.get(getattr(target, "overloadpacket", target))
 
 
 def onnx_translations() -> dict[Callable, Callable]:

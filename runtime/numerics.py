@@ -1,4 +1,4 @@
-"""How far an output is from what it should be: the normalised mean squared error (NMSE)."""
+"""How far outputs are from what they should be: normalised mean squared error (NMSE), cosines, log-probabilities."""
 
 from __future__ import annotations
 
@@ -32,19 +32,42 @@ class OutputCheck:
 
 
 def nmse(expected: np.ndarray, actual: np.ndarray) -> float:
-    """``sum((actual - expected)²) / sum(expected²)`` in float64.
+    """``sum((actual - expected)²) / sum(expected²)``, of the :func:`squares`."""
+    return ratio(*squares(expected, actual))
 
-    Infinite when shapes or dtypes differ, or when the non-finite elements are not the same ones; those that
-    are equal (``-inf`` in masked logits) do not count.
+
+def squares(expected: np.ndarray, actual: np.ndarray) -> tuple[float, float]:
+    """``sum((actual - expected)²)`` and ``sum(expected²)`` in float64; those of several arrays may be added up.
+
+    The first is infinite when shapes or dtypes differ, or when the non-finite elements are not the same ones; those
+    that are equal (``-inf`` in masked logits) do not count.
     """
     if expected.shape != actual.shape or expected.dtype != actual.dtype:
-        return float("inf")
+        return float("inf"), 1.0
     a, b = expected.astype(np.float64), actual.astype(np.float64)
     finite = np.isfinite(a)
     if not np.array_equal(a[~finite], b[~finite], equal_nan=True) or not np.isfinite(b[finite]).all():
-        return float("inf")
-    error = float(np.square(b[finite] - a[finite]).sum())
-    return error / max(float(np.square(a[finite]).sum()), np.finfo(np.float64).tiny) if error else 0.0
+        return float("inf"), 1.0
+    return float(np.square(b[finite] - a[finite]).sum()), float(np.square(a[finite]).sum())
+
+
+def ratio(error: float, energy: float) -> float:
+    """The NMSE of a sum of squared errors: nothing where there is no error, and huge where nothing was expected."""
+    return error / max(energy, np.finfo(np.float64).tiny) if error else 0.0
+
+
+def cosines(expected: np.ndarray, actual: np.ndarray) -> np.ndarray:
+    """The cosine similarity of every vector along the last axis [...] float64; 0 where one of the two is zero."""
+    a, b = expected.astype(np.float64), actual.astype(np.float64)
+    lengths = np.linalg.norm(a, axis=-1) * np.linalg.norm(b, axis=-1)
+    return (a * b).sum(-1) / np.maximum(lengths, 1e-30)
+
+
+def log_softmax(logits: np.ndarray) -> np.ndarray:
+    """The log-probability of every entry of the last axis, in float64."""
+    x = logits.astype(np.float64)
+    x -= x.max(-1, keepdims=True)
+    return x - np.log(np.exp(x).sum(-1, keepdims=True))
 
 
 def check_output(

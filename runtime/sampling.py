@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tokopt.errors import InputError
+from tokopt.runtime.numerics import log_softmax
 
 Logits = NDArray[np.float32]
 """[batch, vocabulary]."""
@@ -222,7 +223,4 @@ def _keep(logits: Logits, order: NDArray[np.int64], keep: NDArray[np.bool_]) -> 
 
 def log_probabilities(logits: np.ndarray, tokens: Sequence[int]) -> np.ndarray:
     """Log-probability of each token [tokens] float64 under its row of ``logits`` [tokens, vocabulary]."""
-    exact = logits.astype(np.float64)
-    peak = exact.max(axis=-1)
-    norm = peak + np.log(np.exp(exact - peak[:, None]).sum(axis=-1))
-    return exact[np.arange(len(tokens)), tokens] - norm
+    return log_softmax(logits)[np.arange(len(tokens)), tokens]

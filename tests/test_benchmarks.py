@@ -16,7 +16,7 @@ import tokopt
 from benchmarks import machine, timing
 from benchmarks.peers.report import fastest_ratio, floors
 from benchmarks.peers.report import markdown as peers_markdown
-from benchmarks.quality import cosines, predict
+from benchmarks.quality import predict
 from benchmarks.vision import FULL, QUICK, Scale, with_options
 from examples import data
 from tokopt.errors import MissingDependencyError
@@ -47,12 +47,6 @@ def test_bfloat16_is_read_from_the_processor(
 ) -> None:
     monkeypatch.setattr(machine, "_reported", lambda asked: names if asked == field else "")
     assert machine.has_bfloat16() is found
-
-
-def test_cosine_ignores_scale() -> None:
-    x = np.random.default_rng(0).standard_normal((7, 12)).astype(np.float32)
-    np.testing.assert_allclose(cosines(3 * x, x), 1.0, rtol=1e-6)
-    np.testing.assert_allclose(cosines(-x, x), -1.0, rtol=1e-6)
 
 
 class _Machine:

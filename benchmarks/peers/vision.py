@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from benchmarks.machine import has_bfloat16
 from benchmarks.timing import Engine
 from examples.data import class_feature, dinov2_small, photograph_views, write_atomically
+from tokopt.runtime.numerics import cosines
 
 Images = NDArray[np.float32]
 SIZE = 224
@@ -220,8 +221,8 @@ def reference(folder: Path) -> Images:
 def fidelity(engine: Engine, wanted: Images) -> dict[str, float]:
     """Mean and smallest cosine to the wanted features."""
     got = _features(engine)
-    cosines = (got * wanted).sum(1) / np.linalg.norm(got, axis=1) / np.linalg.norm(wanted, axis=1)
-    return {"cosine": float(cosines.mean()), "smallest": float(cosines.min())}
+    similar = cosines(wanted, got)
+    return {"cosine": float(similar.mean()), "smallest": float(similar.min())}
 
 
 def _features(engine: Engine) -> Images:

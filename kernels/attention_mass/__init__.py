@@ -1,0 +1,5 @@
+"""tokopt::attention_mass."""
+
+from tokopt.kernels.declaration import Op
+
+OP = Op()

@@ -1,6 +1,18 @@
 """The ONNX form of tokopt::attention_mass."""
 
-from tokopt.kernels.opset import BOOL, FLOAT, INFINITY, INT64, TOKOPT, TensorType, node, op, script
+from tokopt.kernels.opset import (
+    BOOL,
+    FLOAT,
+    INFINITY,
+    INT64,
+    TOKOPT,
+    Given,
+    TensorType,
+    maker,
+    node,
+    op,
+    script,
+)
 
 
 @script(TOKOPT, default_opset=op)
@@ -29,3 +41,8 @@ _group, _mass = node(grouped_heads), node(attention_mass)
 def translation(query, key, mask, positions, scale: float):
     """Group the heads that share keys, which a function of its own does for each type."""
     return _mass(_group(query, key), key, _group(mask, key), positions, scale)
+
+
+def arguments(given: Given) -> Given:
+    """Heads were grouped by functions of their own."""
+    return {name: maker(given[name]).inputs[0] for name in ("query", "mask")}

@@ -1,1 +1,5 @@
 """tokopt::cache_mask."""
+
+from tokopt.kernels.declaration import Op
+
+OP = Op()

@@ -1,1 +1,5 @@
 """tokopt::cache_write."""
+
+from tokopt.kernels.declaration import Op
+
+OP = Op()

@@ -1,1 +1,5 @@
 """tokopt::dequantize_keys."""
+
+from tokopt.kernels.declaration import Op
+
+OP = Op(unsigned_bytes=True)

@@ -1,6 +1,18 @@
 """The ONNX form of tokopt::farthest_point: one function per method's distances, and one for the selection."""
 
-from tokopt.kernels.opset import FLOAT, INFINITY, INT64, LAST, TOKOPT, TensorType, node, op, script
+from tokopt.kernels.opset import (
+    FLOAT,
+    INFINITY,
+    INT64,
+    LAST,
+    TOKOPT,
+    Given,
+    TensorType,
+    maker,
+    node,
+    op,
+    script,
+)
 from tokopt.kernels.shared import TINY
 
 NOTHING = -INFINITY
@@ -72,3 +84,9 @@ def translation(metric, size, r, prefix: int, method: str):
     """Compose the two functions that ``method`` needs."""
     distance, first = _MEASURES[method](metric, size, prefix)
     return _select(distance, first, size, r, prefix)
+
+
+def arguments(given: Given) -> Given:
+    """The distances come from a function of their own, named by the method."""
+    measured = maker(given["distance"])
+    return {"metric": measured.inputs[0], "method": measured.op_type.removesuffix("_distance")}

@@ -1,1 +1,5 @@
 """tokopt::log_size."""
+
+from tokopt.kernels.declaration import Op
+
+OP = Op()

@@ -1,1 +1,5 @@
 """tokopt::source_map."""
+
+from tokopt.kernels.declaration import Op
+
+OP = Op()

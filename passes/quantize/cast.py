@@ -10,8 +10,9 @@ from torch import Tensor
 from torch.fx import Node
 
 from tokopt.analysis.blocks import find_sites
+from tokopt.analysis.constants import parameter
 from tokopt.analysis.graph import is_call
-from tokopt.analysis.linears import find_linears, matches, parameter
+from tokopt.analysis.linears import find_linears, matches
 from tokopt.ir.bundle import Bundle
 from tokopt.kernels import ops
 from tokopt.pipeline.base import Context, Pass, PassResult, Refusal

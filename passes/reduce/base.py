@@ -18,13 +18,13 @@ import torch
 from torch.fx import GraphModule
 
 from tokopt.analysis.blocks import Block, NoBlock, find_blocks
-from tokopt.analysis.graph import ancestors, is_call, size_hint
+from tokopt.analysis.graph import ancestors, size_hint
 from tokopt.analysis.token_axis import Seed, TokenTrace, prefix_tokens, trace_tokens
 from tokopt.errors import PassError, PassRefused, UnsupportedModelError
 from tokopt.ir.bundle import Bundle
 from tokopt.ir.export import axis_names, placeholders
 from tokopt.ir.program import AxisRange, Program, Reductions
-from tokopt.kernels import SELECTIONS, ops
+from tokopt.kernels import declared, ops
 from tokopt.pipeline.base import Context, Pass, PassResult, Refusal
 from tokopt.rewrite.edit import close_graph, open_graph
 from tokopt.rewrite.shapes import Shapes
@@ -88,7 +88,7 @@ class TokenReduction(Pass):
         program = bundle.forward
         done = program.reductions or Reductions(program, ())
         module = open_graph(done.base)
-        if any(is_call(node, *_CHOOSE_TOKENS) for node in module.graph.nodes):
+        if any((op := declared(node.target)) and op.choice for node in module.graph.nodes):
             return PassResult(bundle, 0, (), (Refusal("the model", _REDUCED_BEFORE),))
         sites = find_blocks(module.graph)
         if not sites:
@@ -157,8 +157,6 @@ def _check_options(options: TokenReduction) -> None:
     if options.prefix is not None and options.prefix < 0:
         raise PassError(f"{name}: prefix={options.prefix} must not be negative")
 
-
-_CHOOSE_TOKENS = [getattr(ops, name) for name in SELECTIONS]
 
 _REDUCED_BEFORE = "its tokens were reduced before it was saved; give all reductions in one pipeline"
 

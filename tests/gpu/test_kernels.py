@@ -12,7 +12,8 @@ from torch import Tensor
 from tests.kernels.forms import CASES, Case, arrays, expected, world
 from tests.kernels.test_cuda import FLOAT_ONLY, ROUNDED, assert_close
 from tokopt.kernels import ops
-from tokopt.kernels.launch import CUDA_OPS, SCALARS
+from tokopt.kernels.catalogue import CUDA_OPS
+from tokopt.kernels.launch import SCALARS
 
 REPETITIONS = 20
 cases = pytest.mark.parametrize("case", [case for case in CASES if case.op in CUDA_OPS], ids=str)

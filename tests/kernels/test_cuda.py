@@ -15,8 +15,9 @@ from hypothesis import strategies as st
 
 from tests.kernels.forms import CASES, KERNELS, Case, expected, world
 from tokopt.errors import InputError
+from tokopt.kernels.catalogue import CUDA_OPS
 from tokopt.kernels.cuda import compile_source, compiled
-from tokopt.kernels.launch import CUDA_OPS, SCALARS, launched, signatures
+from tokopt.kernels.launch import SCALARS, launched, signatures
 
 ROOT = Path(__file__).resolve().parents[2]
 ROUNDED = {"metric", "x", "score", "query", "key"}

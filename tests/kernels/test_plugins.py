@@ -18,7 +18,8 @@ from torch import Tensor
 from tests.kernels.forms import CASES, Case, arrays, expected, world
 from tests.kernels.host import run_plugin
 from tests.kernels.test_cuda import assert_close
-from tokopt.kernels.launch import BLOCK, CUDA_OPS, signatures
+from tokopt.kernels.catalogue import CUDA_OPS
+from tokopt.kernels.launch import BLOCK, signatures
 from tokopt.kernels.plugins import PLUGIN_OPS, Described, Expression, Launch, NotAPlugin, evaluate, trace
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -16,7 +16,8 @@ from tests.lower.encoders import CHANNELS, PATCHES, Vision
 from tokopt.analysis.graph import SDPA, aten, is_call
 from tokopt.ir.bundle import Bundle
 from tokopt.ir.program import Program
-from tokopt.lower.onnx.unread import SELECTED, drop_unread
+from tokopt.kernels import declared
+from tokopt.lower.onnx.unread import drop_unread
 from tokopt.runtime import load
 
 TOKENS = PATCHES + 1
@@ -137,7 +138,7 @@ def test_reductions_that_nobody_sees_are_left_out(pipeline: str) -> None:
 
 
 def chosen(program: Program) -> list[object]:
-    return [node for node in program.module.graph.nodes if is_call(node, *SELECTED)]
+    return [n for n in program.module.graph.nodes if (op := declared(n.target)) and op.choice]
 
 
 @pytest.mark.parametrize("pipeline", ["", "tome{r=[4,0]}", "tome{r=[4,0]},int8", "int8{activations=static}"])

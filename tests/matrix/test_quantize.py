@@ -24,7 +24,8 @@ from tests.matrix.test_matrix import assert_close, captured
 from tests.zoo import ZOO
 from tests.zoo.decoders import DECODERS
 from tokopt.analysis.calibration import collect
-from tokopt.analysis.linears import find_linears, parameter
+from tokopt.analysis.constants import parameter
+from tokopt.analysis.linears import find_linears
 from tokopt.errors import TokoptError
 from tokopt.frontend.language import capture_lm
 from tokopt.ir.bundle import Bundle

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tokopt.runtime.numerics import check_output, nmse
+from tokopt.runtime.numerics import check_output, cosines, log_softmax, nmse, ratio, squares
 
 RNG = np.random.default_rng(0)
 
@@ -46,3 +46,25 @@ def test_integers_must_be_equal_and_floats_close() -> None:
     assert check_output("x", real, real * np.float32(1 + 1e-6)).ok
     assert not check_output("x", real, real * np.float32(1 + 1e-3)).ok
     assert check_output("x", real, real * np.float32(1 + 1e-3), limit=1e-5).ok
+
+
+def test_parts_add_up_to_the_whole() -> None:
+    x, y = RNG.standard_normal((2, 6, 5))
+    error, energy = map(sum, zip(*(squares(*rows) for rows in zip(x, y, strict=True)), strict=True))
+    assert ratio(error, energy) == pytest.approx(nmse(x, y))
+
+
+def test_cosine_ignores_scale_and_a_zero_vector_is_like_none() -> None:
+    x = RNG.standard_normal((7, 12)).astype(np.float32)
+    np.testing.assert_allclose(cosines(3 * x, x), 1.0, rtol=1e-6)
+    np.testing.assert_allclose(cosines(-x, x), -1.0, rtol=1e-6)
+    np.testing.assert_array_equal(cosines(0 * x, x), 0.0)
+
+
+def test_log_probabilities_ignore_a_shift_and_sum_to_one() -> None:
+    logits = RNG.standard_normal((3, 9))
+    logits[0, 4] = -np.inf
+    found = log_softmax(logits)
+    np.testing.assert_allclose(np.exp(found).sum(-1), 1.0)
+    np.testing.assert_allclose(log_softmax(logits + 1e4), found, atol=1e-9)
+    assert found[0, 4] == -np.inf

@@ -25,7 +25,7 @@ from tokopt.analysis.graph import (
     tensor_inputs,
     value_users,
 )
-from tokopt.kernels import ops
+from tokopt.kernels import declared, ops
 
 Kind = Literal["self", "cross", "pooling"]
 Style = Literal["pre-norm", "post-norm", "parallel"]
@@ -146,7 +146,8 @@ def _projected_from(node: Node) -> set[Node]:
 def _unwrap(node: Node) -> Node:
     """Past what leaves a tensor's values as they are, or rounds them for one product."""
     while True:
-        rounded = is_call(node, ops.fake_quantize)
+        op = declared(node.target)
+        rounded = op is not None and op.rounds and op.elementwise
         if rounded or is_call(node, *_WRAPPERS):
             node = node.args[0]  # type: ignore[assignment]
             if rounded and is_call(node, aten.div):

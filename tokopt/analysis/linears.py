@@ -8,8 +8,8 @@ from fnmatch import fnmatchcase
 import torch
 from torch import Tensor
 from torch.fx import Graph, GraphModule, Node
-from torch.fx.node import map_arg
 
+from tokopt.analysis.constants import evaluate
 from tokopt.analysis.graph import aten, is_call, module_path
 from tokopt.kernels import ops
 
@@ -48,7 +48,7 @@ class Linear:
 
     def matrix(self, module: GraphModule) -> Tensor:
         """The weight [out, in], detached."""
-        weight = constant(module, self.weight)
+        weight = evaluate(module, self.weight, {})
         return weight.T if self.transposed else weight
 
 
@@ -65,24 +65,6 @@ def matches(path: str, only: tuple[str, ...], skip: tuple[str, ...]) -> bool:
     """
     chosen = not only or any(fnmatchcase(path, pattern) for pattern in only)
     return chosen and not any(fnmatchcase(path, pattern) for pattern in skip)
-
-
-def parameter(module: GraphModule, node: Node) -> Tensor:
-    """The tensor behind a ``get_attr`` node, detached."""
-    value: object = module
-    for part in str(node.target).split("."):
-        value = getattr(value, part)
-    assert isinstance(value, Tensor)
-    return value.detach()
-
-
-def constant(module: GraphModule, node: Node) -> Tensor:
-    """The value of a node that is computed from parameters alone."""
-    if node.op == "get_attr":
-        return parameter(module, node)
-    given = map_arg(node.args, lambda one: constant(module, one))
-    options = map_arg(node.kwargs, lambda one: constant(module, one))
-    return node.target(*given, **options)  # type: ignore[operator, misc]
 
 
 def _is_constant(node: Node) -> bool:

@@ -16,9 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.fx import GraphModule, Interpreter, Node
-from torch.fx.node import map_arg
 
 from tokopt.analysis.cache import CachedAttention, input_nodes
+from tokopt.analysis.constants import evaluate
 from tokopt.analysis.graph import aten, is_call
 from tokopt.errors import PassRefused
 from tokopt.ir.program import Program
@@ -151,21 +151,7 @@ class _Probe:
             self.positions: torch.full_like(self.place, position),
         }
         with torch.no_grad():
-            return self._value(self.after, values).double()
-
-    def _value(self, node: Node, values: dict[Node, Any]) -> Any:
-        if node in values:
-            return values[node]
-        if node.op == "get_attr":
-            value: Any = self.module
-            for part in str(node.target).split("."):
-                value = getattr(value, part)
-        else:
-            assert node.op == "call_function", node
-            args, kwargs = map_arg((node.args, node.kwargs), lambda given: self._value(given, values))
-            value = node.target(*args, **kwargs)  # type: ignore[operator]
-        values[node] = value
-        return value
+            return evaluate(self.module, self.after, values).double()
 
 
 # --- the measurement --------------------------------------------------------------------------------------

@@ -30,7 +30,7 @@ from tokopt.analysis.graph import (
     tensor_inputs,
     value_users,
 )
-from tokopt.kernels import ops
+from tokopt.kernels import declared
 
 
 @dataclass(frozen=True)
@@ -235,6 +235,9 @@ class _Tracer:
         for targets, rule in _RULES:
             if is_call(node, *targets):
                 return rule(self, node)
+        op = declared(node.target)
+        if op is not None and op.elementwise:
+            return self.same(node)
         if isinstance(node.target, torch._ops.OpOverload) and torch.Tag.pointwise in node.target.tags:
             return self.join(node, tensor_inputs(node))
         raise _Cannot("no rule says what this op does to tokens")
@@ -617,7 +620,7 @@ _RULES: list[tuple[tuple[object, ...], Callable[[_Tracer, Node], Label | None]]]
         _Tracer.same,
     ),
     ((aten.type_as,), _Tracer.first),
-    ((aten.ones_like, aten.zeros_like, ops.fake_quantize), _Tracer.same),
+    ((aten.ones_like, aten.zeros_like), _Tracer.same),
 ]
 
 
@@ -655,7 +658,8 @@ def is_content(node: Node) -> bool:
         if is_call(current, *_LEARNED) and any(n.op == "placeholder" for n in ancestors(current)):
             return True
         operands = tensor_inputs(current)
-        if str(current.target).startswith("tokopt.gather_tokens"):
+        op = declared(current.target)
+        if op is not None and op.takes is not None:
             operands = operands[:1]  # which tokens were kept is a choice of positions, not content
         for operand in operands:
             if operand not in seen and not (is_call(operand, aten.sym_size) or not is_tensor(operand)):

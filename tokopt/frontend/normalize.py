@@ -14,8 +14,8 @@ from typing import Any
 
 import torch
 from torch.fx import GraphModule, Node
-from torch.fx.node import map_arg
 
+from tokopt.analysis.constants import evaluate, parameter
 from tokopt.analysis.graph import (
     ancestors,
     argument,
@@ -72,46 +72,26 @@ def _hides_nothing(module: GraphModule, mask: Node, program: Program) -> bool:
     """Whether the mask depends on sizes alone and is neutral at the example's sizes and at larger ones."""
     if any(n.op == "placeholder" for n in {mask, *ancestors(mask)}):
         return False
-    if any(n.op == "get_attr" and _attribute(module, n).is_floating_point() for n in ancestors(mask)):
+    if any(n.op == "get_attr" and parameter(module, n).is_floating_point() for n in ancestors(mask)):
         return False
     for extra in (0, 1, 5):
-        value = _evaluate(module, mask, _resized(program, extra), {})
+        value = evaluate(module, mask, _sizes(module, program, extra))
         neutral = value.all() if value.dtype == torch.bool else not value.any()
         if not neutral:
             return False
     return True
 
 
-def _resized(program: Program, extra: int) -> dict[str, tuple[int, ...]]:
-    """Placeholder order -> shape, with every dynamic axis ``extra`` larger than in the example."""
-    return {
-        str(i): tuple(s + extra * isinstance(a, str) for s, a in zip(t.shape, spec.axes, strict=True))
-        for i, (t, spec) in enumerate(zip(program.example, program.inputs, strict=True))
-    }
-
-
-def _evaluate(
-    module: GraphModule, node: Node, shapes: dict[str, tuple[int, ...]], memo: dict[Node, Any]
-) -> Any:
-    """The value of a node that depends on parameters and sizes only."""
-    if node in memo:
-        return memo[node]
-    if node.op == "get_attr":
-        return _attribute(module, node)
-    if is_call(node, aten.sym_size) and node.args[0].op == "placeholder":  # type: ignore[union-attr]
-        placeholders = [n for n in module.graph.nodes if n.op == "placeholder"]
-        return shapes[str(placeholders.index(node.args[0]))][node.args[1]]  # type: ignore[index]
-    args, kwargs = map_arg((node.args, node.kwargs), lambda n: _evaluate(module, n, shapes, memo))
-    memo[node] = node.target(*args, **kwargs)  # type: ignore[operator]
-    return memo[node]
-
-
-def _attribute(module: GraphModule, node: Node) -> torch.Tensor:
-    owner: object = module
-    for part in str(node.target).split("."):
-        owner = getattr(owner, part)
-    assert isinstance(owner, torch.Tensor)
-    return owner
+def _sizes(module: GraphModule, program: Program, extra: int) -> dict[Node, Any]:
+    """The sizes of the inputs that the graph reads, with every named axis ``extra`` larger than in the example."""
+    placeholders = [node for node in module.graph.nodes if node.op == "placeholder"]
+    found: dict[Node, Any] = {}
+    for node, spec, given in zip(placeholders, program.inputs, program.example, strict=True):
+        for size in node.users:
+            if is_call(size, aten.sym_size):
+                axis: int = size.args[1]  # type: ignore[assignment]
+                found[size] = given.shape[axis] + extra * isinstance(spec.axes[axis], str)
+    return found
 
 
 # --- softmax chains -------------------------------------------------------------------------------------

@@ -6,13 +6,13 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-import torch
-from torch import Tensor
-from torch.nn.functional import cosine_similarity
+import numpy as np
 
 from tokopt.analysis.calibration import Sample, program_inputs
 from tokopt.errors import InputError
 from tokopt.ir.bundle import Bundle
+from tokopt.measure.distance import predictions
+from tokopt.runtime.numerics import cosines, ratio, squares
 
 
 @dataclass(frozen=True)
@@ -49,35 +49,36 @@ def fidelity(before: Bundle, after: Bundle, samples: Iterable[Sample]) -> Featur
     A language model reads every text at once: what its cache would evict later does not show here. Raises
     InputError for samples that do not fit, and when there are none.
     """
-    rows = [_compare(before, after, sample) for sample in samples]
+    compare = _vectors if before.task == "encoder" else _predictions
+    rows = [compare(before, after, sample) for sample in samples]
     if not rows:
         raise InputError("there is no sample to compare on; pass a list of inputs")
-    table = torch.cat(rows)
+    table = np.concatenate(rows)
     if before.task == "encoder":
-        error = float(table[:, 1].sum() / table[:, 2].sum().clamp_min(1e-30))
+        error = ratio(float(table[:, 1].sum()), float(table[:, 2].sum()))
         return Features(float(table[:, 0].mean()), float(table[:, 0].min()), error)
-    kl, top1, first, second = table.mean(0).tolist()
+    kl, top1, first, second = map(float, table.mean(0))
     return NextTokens(kl, top1, math.exp(first), math.exp(second))
 
 
-def _compare(before: Bundle, after: Bundle, sample: Sample) -> Tensor:
-    """A row of numbers per vector (encoder) or per predicted token."""
-    wanted, got = (bundle.main(*program_inputs(bundle, sample))[0].double() for bundle in (before, after))
-    if before.task == "encoder":
-        if wanted.shape != got.shape:
-            raise InputError(f"the outputs are of shapes {list(wanted.shape)} and {list(got.shape)}")
-        wanted, got = wanted.flatten(0, -2), got.flatten(0, -2)
-        energy = (wanted**2).sum(1)
-        return torch.stack(
-            [cosine_similarity(wanted, got, dim=1), ((wanted - got) ** 2).sum(1), energy], dim=1
-        )
-    tokens = program_inputs(before, sample)[0]
-    old, new = wanted[:, :-1].log_softmax(-1), got[:, :-1].log_softmax(-1)
-    following = tokens[:, 1:, None]
-    columns = (
-        (old.exp() * (old - new)).sum(-1),
-        (old.argmax(-1) == new.argmax(-1)).double(),
-        -old.gather(-1, following)[..., 0],
-        -new.gather(-1, following)[..., 0],
-    )
-    return torch.stack([column.flatten() for column in columns], dim=1)
+def _vectors(before: Bundle, after: Bundle, sample: Sample) -> np.ndarray:
+    """The cosine, the squared error and the squared length of every vector [vectors, 3]."""
+    wanted, got = _first_outputs(before, after, sample)
+    if wanted.shape != got.shape:
+        raise InputError(f"the outputs are of shapes {list(wanted.shape)} and {list(got.shape)}")
+    vectors = [x.reshape(-1, x.shape[-1]) for x in (wanted, got)]
+    sums = [squares(*pair) for pair in zip(*vectors, strict=True)]
+    return np.column_stack([cosines(*vectors), sums])
+
+
+def _predictions(before: Bundle, after: Bundle, sample: Sample) -> np.ndarray:
+    """What :func:`predictions` says of every token but the first of each text."""
+    following = program_inputs(before, sample)[0][:, 1:].numpy().reshape(-1)
+    wanted, got = (x[:, :-1].reshape(-1, x.shape[-1]) for x in _first_outputs(before, after, sample))
+    return predictions(wanted, got, following)
+
+
+def _first_outputs(before: Bundle, after: Bundle, sample: Sample) -> tuple[np.ndarray, np.ndarray]:
+    """The first outputs of both bundles, in float64."""
+    wanted, got = (bundle.main(*program_inputs(bundle, sample))[0] for bundle in (before, after))
+    return wanted.double().numpy(force=True), got.double().numpy(force=True)

@@ -11,7 +11,9 @@ from typing import Any
 import numpy as np
 
 from tokopt.errors import InputError
+from tokopt.measure.distance import predictions
 from tokopt.runtime import LanguageModel, Model, language, load
+from tokopt.runtime.numerics import cosines
 
 Sample = Any
 """Inputs of an encoder in their order, one of them alone; or the token ids of a text."""
@@ -91,9 +93,8 @@ def judge(original: Path, other: Path, samples: Iterable[Sample], threads: int |
 def _vectors(models: Sequence[Model], sample: Sample) -> np.ndarray:
     """The cosine of every vector of the first output."""
     given = [np.asarray(x) for x in (sample if isinstance(sample, (list, tuple)) else [sample])]
-    wanted, got = (next(iter(model.run(*given).values())).astype(np.float64) for model in models)
-    lengths = np.linalg.norm(wanted, axis=-1) * np.linalg.norm(got, axis=-1)
-    return ((wanted * got).sum(-1) / np.maximum(lengths, 1e-30)).reshape(-1)
+    wanted, got = (next(iter(model.run(*given).values())) for model in models)
+    return cosines(wanted, got).reshape(-1)
 
 
 def _predictions(models: Sequence[LanguageModel], ids: Sequence[int]) -> np.ndarray:
@@ -108,23 +109,6 @@ def _predictions(models: Sequence[LanguageModel], ids: Sequence[int]) -> np.ndar
     for start in range(half, len(ids) - 1, CHUNK):
         part = np.array([ids[start : min(start + CHUNK, len(ids) - 1)]])
         places = np.arange(part.shape[1])
-        old, new = (_log_softmax(s.step(part, start + places[None], places)[0]) for s in sessions)
-        following = np.array(ids[start + 1 : start + 1 + len(places)])
-        rows.append(
-            np.stack(
-                [
-                    (np.exp(old) * (old - new)).sum(-1),
-                    old.argmax(-1) == new.argmax(-1),
-                    -old[places, following],
-                    -new[places, following],
-                ],
-                axis=1,
-            )
-        )
+        old, new = (session.step(part, start + places[None], places)[0] for session in sessions)
+        rows.append(predictions(old, new, np.array(ids[start + 1 : start + 1 + len(places)])))
     return np.concatenate(rows)
-
-
-def _log_softmax(logits: np.ndarray) -> np.ndarray:
-    x = logits.astype(np.float64)
-    x -= x.max(-1, keepdims=True)
-    return x - np.log(np.exp(x).sum(-1, keepdims=True))

@@ -16,15 +16,13 @@ from numpy.typing import NDArray
 
 from tokopt.errors import InputError, MissingDependencyError
 from tokopt.ir.program import Program
-from tokopt.kernels import ops
+from tokopt.kernels import declared
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
 PRUNED = -1
 """The group of a token that was dropped."""
-
-_SELECTIONS = (ops.bipartite_match, ops.energy_match, ops.top_tokens, ops.farthest_point)
 
 
 def token_groups(program: Program, *inputs: torch.Tensor) -> list[NDArray[np.int64]]:
@@ -53,7 +51,8 @@ def _selections(program: Program, inputs: tuple[torch.Tensor, ...]) -> list[tupl
     class Recorder(torch.fx.Interpreter):
         def run_node(self, n: torch.fx.Node) -> object:
             value = super().run_node(n)
-            if getattr(n.target, "overloadpacket", None) in _SELECTIONS:
+            op = declared(n.target)
+            if op is not None and op.choice is not None and op.choice.prefix is not None:
                 found.append(tuple(part.numpy() for part in value))
             return value
 

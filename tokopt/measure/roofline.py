@@ -7,7 +7,6 @@ last term, with the matching itself, is why merging does not pay on short inputs
 
 from __future__ import annotations
 
-import math
 import operator
 import time
 from collections.abc import Callable
@@ -17,8 +16,10 @@ import torch
 from torch.fx import Node
 
 from tokopt.analysis.cost import node_bytes, node_flops
-from tokopt.analysis.graph import is_tensor, sizes
+from tokopt.analysis.graph import is_tensor, size_hint, sizes
 from tokopt.ir.program import Program
+from tokopt.kernels import declared
+from tokopt.kernels.declaration import Work
 
 _LAUNCH = 5e-6
 """Seconds that an engine spends per op beside the op's own work."""
@@ -30,16 +31,6 @@ class Machine:
 
     flops: float
     bytes: float
-
-
-@dataclass(frozen=True)
-class _Work:
-    flops: float
-    bytes: float
-    launches: int = 1
-
-    def seconds(self, machine: Machine) -> float:
-        return max(self.flops / machine.flops, self.bytes / machine.bytes) + self.launches * _LAUNCH
 
 
 def measure_machine() -> Machine:
@@ -63,55 +54,27 @@ def _best(work: Callable[[], object]) -> float:
 def predict_seconds(program: Program, machine: Machine) -> float:
     """The predicted time of one call of ``program`` under its example inputs."""
     nodes = [n for n in program.module.graph.nodes if n.op == "call_function"]
-    return sum(_work(node).seconds(machine) for node in nodes if _computes(node))
+    return sum(_seconds(_work(node), machine) for node in nodes if _computes(node))
+
+
+def _seconds(work: Work, machine: Machine) -> float:
+    return max(work.flops / machine.flops, work.bytes / machine.bytes) + work.launches * _LAUNCH
 
 
 def _computes(node: Node) -> bool:
     """Whether the node runs a kernel: token ops (some return tuples), and tensors that are not views."""
     if node.target is operator.getitem:
         return False
-    return _token_op(node) is not None or (is_tensor(node) and node_bytes(node) > 0)
+    return declared(node.target) is not None or (is_tensor(node) and node_bytes(node) > 0)
 
 
-def _token_op(node: Node) -> str | None:
-    target = node.target
-    if isinstance(target, torch._ops.OpOverload) and target.namespace == "tokopt":
-        return target.overloadpacket.__name__
-    return None
+def _work(node: Node) -> Work:
+    op = declared(node.target)
+    return op.work(*map(_shape, node.args)) if op is not None else Work(node_flops(node), node_bytes(node))
 
 
-def _work(node: Node) -> _Work:
-    op = _token_op(node)
-    if op is None:
-        return _Work(node_flops(node), node_bytes(node))
-    return _token_work(op, node)
-
-
-def _token_work(op: str, node: Node) -> _Work:
-    """Arithmetic, traffic and launches of a token op, by the largest matrix that it builds."""
-    first = sizes(node.args[0])  # type: ignore[arg-type]
-    traffic = 8.0 * math.prod(first)
-    if op in ("bipartite_match", "energy_match"):
-        batch, tokens, channels = first
-        rows = tokens // 2 if op == "bipartite_match" else tokens
-        pairs = batch * rows * rows
-        return _Work(2 * pairs * channels, traffic + 4 * 4 * pairs, 40)
-    if op == "farthest_point":  # a loop: every chosen token costs a pass over all of them
-        batch, tokens, channels = first
-        steps = tokens - _removed(node, 2)
-        return _Work(
-            2 * batch * steps * tokens * channels, batch * steps * tokens * channels * 4.0, 10 * steps
-        )
-    if op in ("merge_tokens", "nearest_kept"):
-        batch, _, channels = first
-        keep, drop = (node.args[2], node.args[3]) if op == "merge_tokens" else (node.args[1], node.args[2])
-        pairs = batch * sizes(keep)[1] * sizes(drop)[1]  # type: ignore[arg-type]
-        return _Work(2 * pairs * channels, traffic + 4 * 3 * pairs, 30)
-    return _Work(0, traffic, 3)
-
-
-def _removed(node: Node, position: int) -> int:
-    r = node.args[position]
-    if isinstance(r, Node):
-        r = r.meta["val"]
-    return int(r) if isinstance(r, int) else int(r.node.hint)  # type: ignore[union-attr]
+def _shape(argument: object) -> object:
+    """The shape of a tensor and the value of a number, under the example inputs."""
+    if not isinstance(argument, Node):
+        return argument
+    return sizes(argument) if is_tensor(argument) else size_hint(argument.meta["val"])

@@ -11,6 +11,7 @@ import torch
 from tokopt.ir.bundle import Bundle
 from tokopt.pipeline.base import Context, Observer, Pass, PassRecord
 from tokopt.pipeline.manager import Pipeline, as_pipeline
+from tokopt.runtime.numerics import cosines, nmse
 
 
 @dataclass(frozen=True)
@@ -31,12 +32,9 @@ def differences(before: Bundle, after: Bundle) -> tuple[Difference, ...]:
 
 
 def _difference(name: str, wanted: torch.Tensor, got: torch.Tensor) -> Difference:
-    if wanted.shape != got.shape:
-        return Difference(name, float("inf"), 0.0)
-    a, b = wanted.double().flatten(), got.double().flatten()
-    error = float(((a - b) ** 2).sum() / (a**2).sum().clamp_min(1e-300))
-    cosine = float(torch.nn.functional.cosine_similarity(a, b, dim=0))
-    return Difference(name, error, cosine)
+    a, b = wanted.double().numpy(force=True), got.double().numpy(force=True)
+    same = a.shape == b.shape
+    return Difference(name, nmse(a, b), float(cosines(a.reshape(-1), b.reshape(-1))) if same else 0.0)
 
 
 @dataclass(frozen=True)

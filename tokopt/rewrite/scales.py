@@ -11,8 +11,9 @@ from collections.abc import Callable, Sequence
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
+from tokopt.analysis.constants import parameter
 from tokopt.analysis.graph import aten, is_call, same_size, value_users
-from tokopt.analysis.linears import Linear, parameter
+from tokopt.analysis.linears import Linear
 from tokopt.rewrite.edit import call, put_parameter
 
 

@@ -4,21 +4,13 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
-FORMS = {"bipartite_match": "bipartite_match_real"}
+from tokopt.kernels import OPS
+
+FORMS = {name: op.real_form for name, op in OPS.items() if op.real_form}
 """Function of the domain ``tokopt`` -> the same for sizes that are all positive."""
 
-KEEPING = (
-    "Cast",
-    "Expand",
-    "Gather",
-    "GatherElements",
-    "Identity",
-    "Reshape",
-    "Slice",
-    "Unsqueeze",
-    "gather_tokens",
-)
-"""Operators whose result is made of numbers of their first operand."""
+KEEPING = ("Cast", "Expand", "Gather", "GatherElements", "Identity", "Reshape", "Slice", "Unsqueeze")
+"""Standard operators whose result is made of numbers of their first operand."""
 
 
 def assume_real_tokens(model: ir.Model) -> None:
@@ -42,8 +34,9 @@ def _positive(size: ir.Value | None) -> bool:
     maker = size.producer()
     if maker is None:
         return False
-    if maker.op_type == "merge_tokens":  # sums of sizes
-        return size is maker.outputs[1] and _positive(maker.inputs[1])
+    if maker.domain == "tokopt":
+        pairs = OPS[maker.op_type].positive if maker.op_type in OPS else ()
+        return any(size is maker.outputs[made] and _positive(maker.inputs[given]) for made, given in pairs)
     if maker.op_type == "ConstantOfShape":
         value = maker.attributes.get("value")
         return value is not None and bool((value.as_tensor().numpy() > 0).all())

@@ -23,19 +23,17 @@ from tokopt.analysis.graph import (
     value_users,
 )
 from tokopt.ir.program import Program
-from tokopt.kernels import ops
+from tokopt.kernels import declared
 from tokopt.rewrite.edit import call, close_graph, open_graph
 
 POINTWISE = (
     *(aten.abs, aten.add, aten.alias, aten.clamp, aten.clamp_min, aten.clone, aten.contiguous, aten.div),
     *(aten.dropout, aten.erf, aten.exp, aten.gelu, aten.mul, aten.neg, aten.pow, aten.relu, aten.round),
-    *(aten.rsqrt, aten.sigmoid, aten.silu, aten.sub, aten.tanh, aten.to, aten._to_copy, ops.fake_quantize),
+    *(aten.rsqrt, aten.sigmoid, aten.silu, aten.sub, aten.tanh, aten.to, aten._to_copy),
 )
-"""Operators whose result at a place depends on their operands at that place alone."""
+"""Standard operators whose result at a place depends on their operands at that place alone."""
 
 VIEWS = (aten.view, aten.reshape, aten._unsafe_view)
-SELECTED = {ops.bipartite_match: 3, ops.energy_match: 3, ops.top_tokens: 2, ops.farthest_point: 3}
-"""Selection -> the place of its argument ``prefix``; what it keeps begins with so many tokens, in order."""
 
 REGROUPINGS = (*VIEWS, aten.flatten, aten.unflatten)
 """Operators that join or split axes; the first ones are told the sizes of all axes."""
@@ -98,17 +96,19 @@ def _pass_reductions(graph: Graph) -> bool:
 
 def _reduced(node: Node) -> tuple[Node | None, int]:
     """The tokens that a node chose or merged from, and how many of them lead unchanged; None for any other node."""
-    if node.target is operator.getitem and node.args[1] == 0 and is_call(node.args[0], ops.merge_tokens):
-        given, keep = node.args[0].args[0], node.args[0].args[2]  # type: ignore[union-attr]
-    elif is_call(node, ops.gather_tokens) and node.args[2] == 1:
-        given, keep = node.args[:2]
-    else:
+    taker = node.args[0] if node.target is operator.getitem and node.args[1] == 0 else node
+    op = declared(taker.target) if isinstance(taker, Node) and is_tensor(node) else None
+    takes = op.takes if op is not None else None
+    if takes is None or (takes.axis is not None and taker.args[takes.axis] != 1):  # type: ignore[union-attr]
         return None, 0
+    given, keep = taker.args[0], taker.args[takes.keep]  # type: ignore[union-attr]
     if not isinstance(given, Node) or not isinstance(keep, Node) or keep.target is not operator.getitem:
         return None, 0
     chosen, place = keep.args
-    arguments = SELECTED.get(getattr(chosen.target, "overloadpacket", None))  # type: ignore[union-attr]
-    return (given, chosen.args[arguments]) if arguments and not place else (None, 0)  # type: ignore[union-attr,return-value]
+    op = declared(chosen.target)  # type: ignore[union-attr]
+    if op is None or op.choice is None or op.choice.prefix is None or place:
+        return None, 0
+    return given, chosen.args[op.choice.prefix]  # type: ignore[union-attr,return-value]
 
 
 def _read(node: Node) -> Part | None:
@@ -172,7 +172,8 @@ def _operands(node: Node, axis: int) -> Operands | None:
     given = node.args[0] if node.args and isinstance(node.args[0], Node) else None
     if given is None:
         return None
-    if is_call(node, *POINTWISE):
+    op = declared(node.target)
+    if is_call(node, *POINTWISE) or (op is not None and op.elementwise):
         return _aligned(node, axis)
     if is_call(node, aten.layer_norm, aten.rms_norm):
         shape = node.args[1]
@@ -252,7 +253,8 @@ def _take(reader: Node, node: Node, part: Part, parts: dict[Node, Part]) -> Node
     left = parts.get(node, Part(part.axis, 0, node.meta["val"].shape[part.axis]))
     if left == part:
         return node
-    if is_call(node, ops.fake_quantize):
+    op = declared(node.target)
+    if op is not None and op.rounds and op.elementwise:
         # Engines fuse a product with the rounding right before it.
         taken = _take(reader, node.args[0], part, parts)  # type: ignore[arg-type]
         with reader.graph.inserting_before(reader):

@@ -21,10 +21,8 @@ from torch import Tensor
 from torch.fx import Interpreter, Node
 
 from tokopt.ir.program import Program
-from tokopt.kernels import ROUNDINGS, SELECTIONS, ops
+from tokopt.kernels import OPS, declared
 from tokopt.lower.onnx.real_tokens import plain_name
-
-CHOICES = SELECTIONS + ROUNDINGS
 
 DIFFERENT = 0.02
 """The largest share of tokens on which two forms of one selection may differ, beside :data:`SLACK`."""
@@ -57,7 +55,8 @@ class Selection:
 
 def selects(program: Program) -> bool:
     """Whether the program chooses tokens, or rounds activations."""
-    return any(_selection(node) for node in program.module.graph.nodes)
+    ops = (declared(node.target) for node in program.module.graph.nodes)
+    return any(op is not None and op.unstable for op in ops)
 
 
 def expose_selections(path: Path) -> tuple[Path, list[list[str]]]:
@@ -65,7 +64,8 @@ def expose_selections(path: Path) -> tuple[Path, list[list[str]]]:
     model = ir.load(path)
     names = []
     for node in list(model.graph):
-        chosen = [list(node.outputs)] if node.domain == "tokopt" and plain_name(node) in CHOICES else []
+        op = OPS.get(plain_name(node)) if node.domain == "tokopt" else None
+        chosen = [list(node.outputs)] if op is not None and op.unstable else []
         for values in chosen or [[value] for value in _new_codes(model.graph, node)]:
             names.append([str(value.name) for value in values])
             known = {value.name for value in model.graph.outputs}
@@ -110,12 +110,13 @@ class _Forced(Interpreter):
 
     def run_node(self, n: Node) -> Any:
         own = super().run_node(n)
-        if not _selection(n):
+        op = declared(n.target)
+        if op is None or not op.unstable:
             return own
         forced = next(self.given)
         outputs = list(own) if isinstance(own, (tuple, list)) else [own]
-        share = DIFFERENT_BY_RANK if n.target == ops.energy_match.default else DIFFERENT
-        found = _compare_steps(outputs[0], forced[0], n) if _rounds(n) else _compare(outputs, forced)
+        share = DIFFERENT_BY_RANK if op.choice is not None and op.choice.by_rank else DIFFERENT
+        found = _compare_steps(outputs[0], forced[0], n) if op.rounds else _compare(outputs, forced)
         self.compared.append(Selection(n.name, *found, share))
         return tuple(forced) if isinstance(own, (tuple, list)) else forced[0]
 
@@ -129,14 +130,6 @@ def run_with_selections(
     with torch.no_grad():
         outputs = forced.run(*inputs)
     return list(outputs), forced.compared
-
-
-def _selection(node: Node) -> bool:
-    return node.op == "call_function" and node.target in {getattr(ops, name).default for name in CHOICES}
-
-
-def _rounds(node: Node) -> bool:
-    return node.target in {getattr(ops, name).default for name in ROUNDINGS}
 
 
 def _compare_steps(own: Tensor, given: Tensor, node: Node) -> tuple[int, int]:

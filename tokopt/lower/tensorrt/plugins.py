@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from importlib import import_module
 
 import onnx_ir as ir
 import torch
 
-from tokopt.kernels.opset import TOKOPT
+from tokopt.kernels.opset import TOKOPT, Given
 from tokopt.kernels.plugins import PLUGIN_OPS, Described, Launch, NotAPlugin, plugin_code, trace
 from tokopt.lower.onnx.real_tokens import plain_name
 from tokopt.lower.onnx.weights import take_over
@@ -26,9 +26,6 @@ DTYPES = {
 }
 
 Argument = ir.Value | int | float | str
-
-Given = Mapping[str, ir.Value | str | None]
-"""What a function is called with; None where the node leaves something out."""
 
 
 def use_plugins(model: ir.Model) -> list[str]:
@@ -64,7 +61,8 @@ def _arguments(model: ir.Model, node: ir.Node, op: str) -> dict[str, Argument]:
     function = model.functions[node.op_identifier()]
     names = (str(parameter.name) for parameter in function.inputs)
     given: Given = dict(zip(names, node.inputs, strict=True))
-    given = {**given, **_COMPOSED.get(op, lambda given: {})(given)}
+    composed = getattr(import_module(f"tokopt.kernels.{op}.onnx"), "arguments", None)
+    given = {**given, **(composed(given) if composed is not None else {})}
     reference = getattr(import_module(f"tokopt.kernels.{op}.reference"), op)
     found: dict[str, Argument] = {}
     for name, parameter in inspect.signature(reference).parameters.items():
@@ -121,28 +119,3 @@ def _described(value: ir.Value) -> Described:
         for axis, size in enumerate(value.shape)
     )
     return Described(dtype, tuple(names))
-
-
-def _farthest_point(given: Given) -> Given:
-    """The distances come from a function of their own, named by the method."""
-    producer = _producer(given["distance"])
-    return {"metric": producer.inputs[0], "method": producer.op_type.removesuffix("_distance")}
-
-
-def _attention_mass(given: Given) -> Given:
-    """Heads were grouped by functions of their own."""
-    return {name: _producer(given[name]).inputs[0] for name in ("query", "mask")}
-
-
-def _producer(value: ir.Value | str | None) -> ir.Node:
-    node = value.producer() if isinstance(value, ir.Value) else None
-    if node is None or node.domain != TOKOPT.domain:
-        raise NotAPlugin("the functions that it is composed of were changed")
-    return node
-
-
-_COMPOSED: Mapping[str, Callable[[Given], Given]] = {
-    "farthest_point": _farthest_point,
-    "attention_mass": _attention_mass,
-}
-"""Ops whose function gets some of the op's arguments by way of other functions."""

@@ -1,0 +1,33 @@
+"""The values of nodes that are computed from parameters, and from what is given, alone."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+from torch.fx import GraphModule, Node
+from torch.fx.node import map_arg
+
+
+def parameter(module: GraphModule, node: Node) -> Tensor:
+    """The tensor behind a ``get_attr`` node, detached."""
+    value: object = module
+    for part in str(node.target).split("."):
+        value = getattr(value, part)
+    assert isinstance(value, Tensor)
+    return value.detach()
+
+
+def evaluate(module: GraphModule, node: Node, known: dict[Node, Any]) -> Any:
+    """The value of ``node``, given the ``known`` values of some nodes, which gain those that were computed.
+
+    Every way up from the node has to end at a parameter or at a known node.
+    """
+    if node not in known:
+        assert node.op in ("get_attr", "call_function"), f"{node} is neither a parameter nor known"
+        if node.op == "get_attr":
+            known[node] = parameter(module, node)
+        else:
+            args, kwargs = map_arg((node.args, node.kwargs), lambda given: evaluate(module, given, known))
+            known[node] = node.target(*args, **kwargs)  # type: ignore[operator]
+    return known[node]
