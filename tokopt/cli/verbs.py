@@ -341,7 +341,7 @@ def bench(args: Namespace, screen: Screen) -> int:
 
 def bisect(args: Namespace, screen: Screen) -> int:
     """Find the first pass that moves an output by more than the tolerance; exit 1 when there is one."""
-    from tokopt.pipeline.observers import bisect as run_bisection
+    from tokopt.pipeline.bisect import bisect as run_bisection
 
     with screen.step(f"Bisecting {args.pipeline}"):
         found = run_bisection(read_bundle(args.artifact), args.pipeline, args.tolerance)
