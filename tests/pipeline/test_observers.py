@@ -14,15 +14,30 @@ from tests.zoo import ZOO
 from tokopt.analysis.graph import program_module
 from tokopt.errors import PassError
 from tokopt.ir.bundle import Bundle
+from tokopt.passes import PASSES
 from tokopt.pipeline.base import Context, Pass, PassResult
 from tokopt.pipeline.manager import Pipeline, parse
 from tokopt.pipeline.observers import differences, dump_to
+from tokopt.runtime.format.manifest import read_manifest
 
 
 @cache
 def vit() -> Bundle:
     entry = ZOO["vit"]
     return tokopt.capture(entry.build(), (), entry.inputs(), dynamic=entry.dynamic)
+
+
+@dataclass(frozen=True)
+class Twice(Pass):
+    """Runs another pass two times."""
+
+    step: Pass
+    name: ClassVar[str] = "twice"
+
+    def run(self, bundle: Bundle, context: Context) -> PassResult:
+        first = self.step.run(bundle, context)
+        second = self.step.run(first.bundle, context)
+        return PassResult(second.bundle, first.matches + second.matches)
 
 
 @dataclass(frozen=True)
@@ -48,6 +63,19 @@ def test_dumps_hold_the_code_after_every_pass(tmp_path: Path) -> None:
     names = sorted(path.name for path in tmp_path.iterdir())
     assert names == ["01-tome.forward.py", "02-random.forward.py"]
     assert "bipartite_match" in (tmp_path / names[0]).read_text()
+
+
+def test_a_pass_inside_a_pass_has_one_spelling_in_report_history_and_manifest(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(PASSES, "twice", f"{__name__}:Twice")
+    text = "twice{step=random{r=1 seed=3}}"
+    after, report = parse(text).run(vit())
+    assert [record.text for record in report.records] == [step.text for step in after.history] == [text]
+    saved = tokopt.export(after, tmp_path / "twice.tokopt", target="torch")
+    assert read_manifest(saved).pipeline == text
+    apart = tokopt.optimize(vit(), "random{r=1 seed=3},random{r=1 seed=3}")
+    assert all(d.nmse == 0 for d in differences(apart, after))
 
 
 def test_records_count_what_changed() -> None:
