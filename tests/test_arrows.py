@@ -27,13 +27,13 @@ EXCEPTIONS = {"runtime/engines/openvino.py": ("onnx",)}
 """OpenVINO reads no model-local functions; its extra brings the package that inlines them."""
 
 
-def imports(path: Path, *, at_module_level: bool = False) -> Iterator[str]:
-    """The dotted names that a file imports; ``if TYPE_CHECKING:`` does not count."""
+def imports(path: Path, *, at_module_level: bool = False, for_types: bool = False) -> Iterator[str]:
+    """The dotted names that a file imports; ``if TYPE_CHECKING:`` counts only ``for_types``."""
     tree = ast.parse(path.read_text())
     stack: list[ast.AST] = list(tree.body)
     while stack:
         node = stack.pop()
-        if isinstance(node, ast.If) and ast.unparse(node.test).endswith("TYPE_CHECKING"):
+        if not for_types and isinstance(node, ast.If) and ast.unparse(node.test).endswith("TYPE_CHECKING"):
             continue
         if at_module_level and isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
             continue
@@ -74,6 +74,19 @@ def test_compiler_imports_passes_lazily() -> None:
         if inside(name, "tokopt.passes")
     ]
     assert not wrong
+
+
+def test_no_two_modules_of_the_pipeline_import_each_other() -> None:
+    """Imports for type checkers count: a reader follows them too."""
+    names = {f"tokopt.pipeline.{path.stem}": path for path in sources("tokopt/pipeline")}
+    arrows = {
+        (name, other)
+        for name, path in names.items()
+        for imported in imports(path, for_types=True)
+        for other in names
+        if inside(imported, other)
+    }
+    assert arrows and not [(a, b) for a, b in arrows if (b, a) in arrows]
 
 
 def test_packaging_lists_every_package() -> None:

@@ -284,6 +284,7 @@ def test_passes_lists_every_pass(capsys: pytest.CaptureFixture[str]) -> None:
     assert [p["name"] for p in listed] == list(tokopt.passes.PASSES)  # type: ignore[attr-defined]
     known = {"r", "budget", "residual", "only"}
     assert all(p["summary"] and (known & {*p["options"]} or not p["options"]) for p in listed)
+    assert all(p["usage"] == " ".join(f"{k}={v}" for k, v in p["options"].items()) for p in listed)
 
 
 # ---------------------------------------------------------------------------------- models by name

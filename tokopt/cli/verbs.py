@@ -341,7 +341,7 @@ def bench(args: Namespace, screen: Screen) -> int:
 
 def bisect(args: Namespace, screen: Screen) -> int:
     """Find the first pass that moves an output by more than the tolerance; exit 1 when there is one."""
-    from tokopt.pipeline.observers import bisect as run_bisection
+    from tokopt.pipeline.bisect import bisect as run_bisection
 
     with screen.step(f"Bisecting {args.pipeline}"):
         found = run_bisection(read_bundle(args.artifact), args.pipeline, args.tolerance)
@@ -415,25 +415,25 @@ def tune(args: Namespace, screen: Screen) -> int:
 def passes(args: Namespace, screen: Screen) -> int:
     """List the passes and their options."""
     from tokopt.passes import PASSES, load_pass
+    from tokopt.pipeline.base import option_text
     from tokopt.pipeline.text import format_value
 
     listed = []
     for name in PASSES:
         cls = load_pass(name)
-        options = {f.name: format_value(f.default) for f in dataclasses.fields(cls)}
+        fields = dataclasses.fields(cls)
+        given = {f.name: format_value(f.default) for f in fields if f.default is not dataclasses.MISSING}
         summary = (cls.__doc__ or "").strip().split("\n\n")[0]
         listed.append(
             {
                 "name": name,
                 "semantics": cls.semantics,
-                "options": options,
+                "options": {f.name: given.get(f.name) for f in fields},
+                "usage": " ".join(option_text(cls, f) for f in fields),
                 "summary": " ".join(summary.split()),
             }
         )
-    rows = [
-        (p["name"], p["semantics"], " ".join(f"{k}={v}" for k, v in p["options"].items()), p["summary"])
-        for p in listed
-    ]
+    rows = [(p["name"], p["semantics"], p["usage"], p["summary"]) for p in listed]
     screen.table(("pass", "semantics", "options and their defaults", ""), rows)
     screen.finish(listed)
     return OK

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import UnionType
-from typing import ClassVar, Literal, get_args, get_origin, get_type_hints
+from typing import ClassVar, Literal, Union, get_args, get_origin, get_type_hints
 
 from tokopt.analysis.calibration import Sample
 from tokopt.analysis.cost import Cost
@@ -76,19 +76,27 @@ class Pass:
 
     A subclass sets ``name`` (its text spelling) and ``semantics`` and implements :meth:`run`, which must not
     mutate its input. ``requires`` raises :class:`PassError` when the bundle is not one the pass can read.
+
+    An option may take a pass: its type is then that pass's class, or a base class of several. Such an option must not
+    take arbitrary text as well, since in a pipeline's text both are words.
     """
 
     name: ClassVar[str] = ""
     semantics: ClassVar[Semantics] = "approximate"
+
+    def __init_subclass__(cls) -> None:
+        """Keep the text as the repr, in place of the one that ``dataclass`` would write."""
+        cls.__repr__ = Pass.__repr__
 
     def __post_init__(self) -> None:
         """Raise :class:`PassError` for an option whose value is not of its annotated type."""
         hints = get_type_hints(type(self))
         for option in dataclasses.fields(self):
             value, hint = getattr(self, option.name), hints[option.name]
-            if not _fits(value, hint):
+            if not fits(value, hint):
                 raise PassError(
-                    f"{self.name}: {option.name}={format_value(value)} is of the wrong type; it takes {option.type}"
+                    f"{self.name}: {option.name}={format_value(value)} is of the wrong type; "
+                    f"it takes {type_text(option)}"
                 )
 
     def requires(self, bundle: Bundle) -> None:
@@ -98,7 +106,7 @@ class Pass:
         """Return the transformed bundle; leave ``bundle`` untouched."""
         raise NotImplementedError
 
-    def __str__(self) -> str:
+    def __repr__(self) -> str:
         options = [
             f"{f.name}={format_value(value)}"
             for f in dataclasses.fields(self)
@@ -107,15 +115,39 @@ class Pass:
         return self.name + (f"{{{' '.join(options)}}}" if options else "")
 
 
-def _fits(value: object, hint: object) -> bool:
+def type_text(option: dataclasses.Field) -> str:
+    """The type of an option, as the pass's author wrote it."""
+    return option.type.__name__ if isinstance(option.type, type) else str(option.type)
+
+
+def option_text(cls: type[Pass], option: dataclasses.Field) -> str:
+    """An option with its default: ``r=4``; with its type if it takes a pass: ``press:KVEviction``."""
+    typed = f":{type_text(option)}" if takes_pass(get_type_hints(cls)[option.name]) else ""
+    default = "" if option.default is dataclasses.MISSING else f"={format_value(option.default)}"
+    return option.name + typed + default
+
+
+def kinds(hint: object) -> tuple[object, ...]:
+    """The members of a union; of any other type, itself."""
+    return get_args(hint) if get_origin(hint) in (UnionType, Union) else (hint,)
+
+
+def takes_pass(hint: object) -> bool:
+    """Whether an option of this type takes a pass, or a list of passes."""
+    if inner := get_args(hint):
+        return any(map(takes_pass, inner))
+    return isinstance(hint, type) and issubclass(hint, Pass)
+
+
+def fits(value: object, hint: object) -> bool:
     """Whether an option's value is of its annotated type; an int is a float, a bool is neither."""
     inner = get_args(hint)
-    if get_origin(hint) is UnionType:
-        return any(_fits(value, part) for part in inner)
+    if len(kinds(hint)) > 1:
+        return any(fits(value, kind) for kind in kinds(hint))
     if get_origin(hint) is Literal:
         return value in inner
     if get_origin(hint) is tuple:
-        return isinstance(value, tuple) and all(_fits(item, inner[0]) for item in value)
+        return isinstance(value, tuple) and all(fits(item, inner[0]) for item in value)
     if hint in (int, float):
         return isinstance(value, (int, hint)) and not isinstance(value, bool)  # type: ignore[arg-type]
     return isinstance(value, hint)  # type: ignore[arg-type]

@@ -1,4 +1,4 @@
-"""The pass manager: Pass, PassResult, Pipeline, and the one text spelling of a pipeline.
+"""The pass manager: pipelines and how they run.
 
 A pass is a frozen dataclass whose fields are its options. Its text is ``name{option=value option=value}``;
 a pipeline is passes joined by commas. The same text is the Python repr, the command line, the log line and
@@ -13,7 +13,6 @@ observer of the :class:`Context`: printing, IR dumps and numeric comparison are 
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -21,11 +20,12 @@ from pathlib import Path
 
 from tokopt.analysis.calibration import Sample
 from tokopt.analysis.cost import bundle_cost
-from tokopt.errors import PassError, PassRefused, PipelineSyntaxError, TokoptError
+from tokopt.errors import PassError, PassRefused, TokoptError
 from tokopt.ir.bundle import AppliedPass, Bundle
 from tokopt.ir.verifier import verify_bundle
 from tokopt.pipeline.base import Context, Pass, PassRecord
-from tokopt.pipeline.text import Reader, Value
+from tokopt.pipeline.build import build
+from tokopt.pipeline.text import Reader
 
 
 @dataclass(frozen=True)
@@ -39,13 +39,13 @@ class Report:
         return dataclasses.asdict(self)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Pipeline:
     """Passes run in order. ``str(pipeline)`` and :func:`parse` are inverse."""
 
     passes: tuple[Pass, ...] = ()
 
-    def __str__(self) -> str:
+    def __repr__(self) -> str:
         return ",".join(map(str, self.passes))
 
     def run(self, bundle: Bundle, context: Context | None = None) -> tuple[Bundle, Report]:
@@ -144,42 +144,4 @@ def parse(text: str) -> Pipeline:
     >>> str(parse("tome{r=16, schedule=decreasing}"))
     'tome{r=16 schedule=decreasing}'
     """
-    reader = Reader(text)
-    passes: list[Pass] = []
-    reader.space()
-    while reader.at < len(text):
-        if passes and not reader.take(","):
-            raise reader.fail("',' or the end")
-        name = reader.name("a pass's name")
-        passes.append(build_pass(name, reader.options() if reader.take("{") else {}))
-        reader.space()
-    return Pipeline(tuple(passes))
-
-
-def build_pass(name: str, options: dict[str, Value]) -> Pass:
-    """Make a pass from its name and options.
-
-    Raises PipelineSyntaxError for an unknown name or option, or an option whose value the pass rejects.
-    """
-    from tokopt.passes import PASSES, load_pass
-
-    if name not in PASSES:
-        raise PipelineSyntaxError(
-            f"unknown pass {name!r}{_nearest(name, PASSES)}; known: {', '.join(PASSES)}"
-        )
-    cls = load_pass(name)
-    known = [f.name for f in dataclasses.fields(cls)]
-    for option in options:
-        if option not in known:
-            raise PipelineSyntaxError(
-                f"pass {name} has no option {option!r}{_nearest(option, known)}; its options: {', '.join(known)}"
-            )
-    try:
-        return cls(**options)
-    except PassError as error:
-        raise PipelineSyntaxError(str(error)) from error
-
-
-def _nearest(name: str, known: Sequence[str] | dict[str, str]) -> str:
-    close = difflib.get_close_matches(name, list(known), n=1)
-    return f", did you mean {close[0]!r}?" if close else ""
+    return Pipeline(tuple(map(build, Reader(text).calls())))

@@ -1,12 +1,15 @@
 """The one text spelling of a pipeline: ``name{option=value option=value},name``.
 
-The same text is the Python repr, the command line, the log line and the artifact's manifest.
+The same text is the Python repr, the command line, the log line and the artifact's manifest. The value of an option may
+be a pass, ``name{option=name{option=value}}``. What is read here is the form alone: :mod:`tokopt.pipeline.build` looks
+the names up.
 """
 
 from __future__ import annotations
 
 import math
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from tokopt.errors import PipelineSyntaxError
@@ -14,13 +17,44 @@ from tokopt.errors import PipelineSyntaxError
 _NAME = re.compile(r"[A-Za-z_][\w.-]*")
 _NUMBER = re.compile(r"[-+]?(\d+(\.\d*)?|\.\d+)([eE][-+]?\d+)?")
 _WORDS = {"true": True, "false": False, "none": None}
-_DEEPEST_LIST = 8
+_DEEPEST = 8
 
-Value = None | bool | int | float | str | tuple
+
+@dataclass(frozen=True)
+class Place:
+    """A position in the text of a pipeline, counted from 0."""
+
+    text: str
+    at: int
+
+    def error(self, sentence: str) -> PipelineSyntaxError:
+        """The error that says ``sentence`` of this place."""
+        return PipelineSyntaxError(f"pipeline {self.text!r}, column {self.at + 1}: {sentence}")
+
+
+@dataclass(frozen=True)
+class Option:
+    """An option as it is written: the place of its name, its value, and the place of that."""
+
+    name_place: Place
+    value_place: Place
+    value: Value
+
+
+@dataclass(frozen=True)
+class Call:
+    """A pass as it is written: its name, its options, and the place of the name."""
+
+    name: str
+    options: dict[str, Option]
+    place: Place
+
+
+Value = None | bool | int | float | str | tuple | Call
 
 
 def format_value(value: object) -> str:
-    """The text of an option's value: ``true``, ``none``, ``0.5``, ``[1,2]``, ``word``, ``"any text"``."""
+    """The text of an option's value: ``true``, ``0.5``, ``[1,2]``, ``word``, ``"any text"``, or that of a pass."""
     if isinstance(value, (tuple, list)):
         return "[" + ",".join(map(format_value, value)) + "]"
     for word, meaning in _WORDS.items():
@@ -40,10 +74,14 @@ class Reader:
 
     def fail(self, expected: str) -> PipelineSyntaxError:
         found = repr(self.text[self.at]) if self.at < len(self.text) else "the end"
-        return PipelineSyntaxError(
-            f"pipeline {self.text!r}, column {self.at + 1}: expected {expected}, found {found}; "
-            "write name{option=value option=value},name"
+        return self.place().error(
+            f"expected {expected}, found {found}; write name{{option=value option=value}},name"
         )
+
+    def place(self) -> Place:
+        """Where the next symbol is."""
+        self.space()
+        return Place(self.text, self.at)
 
     def space(self) -> None:
         while self.at < len(self.text) and self.text[self.at].isspace():
@@ -68,16 +106,20 @@ class Reader:
             raise self.fail(what)
         return name
 
+    def calls(self) -> Iterator[Call]:
+        """The passes of a pipeline, one by one, to the end of the text."""
+        first = True
+        while self.place().at < len(self.text):
+            if not first and not self.take(","):
+                raise self.fail("',' or the end")
+            first, place = False, self.place()
+            yield Call(self.name("a pass's name"), self.options() if self.take("{") else {}, place)
+
     def value(self, depth: int = 0) -> Value:
+        """The value at the cursor, inside ``depth`` lists and passes that are values themselves."""
+        place = self.place()
         if self.take("["):
-            if depth == _DEEPEST_LIST:
-                raise self.fail(f"at most {_DEEPEST_LIST} nested lists")
-            items: list[Value] = []
-            while not self.take("]"):
-                if items and not self.take(","):
-                    raise self.fail("',' or ']'")
-                items.append(self.value(depth + 1))
-            return tuple(items)
+            return self.items(_deeper(depth, place))
         if self.take('"'):
             return self.quoted()
         if number := self.match(_NUMBER):
@@ -86,7 +128,17 @@ class Reader:
                 raise self.fail("a number of ordinary size")
             return value if re.search(r"[.eE]", number) else int(number)
         word = self.name("a value")
+        if self.take("{"):
+            return Call(word, self.options(_deeper(depth, place)), place)
         return _WORDS.get(word, word)
+
+    def items(self, depth: int) -> tuple[Value, ...]:
+        items: list[Value] = []
+        while not self.take("]"):
+            if items and not self.take(","):
+                raise self.fail("',' or ']'")
+            items.append(self.value(depth))
+        return tuple(items)
 
     def quoted(self) -> str:
         out = []
@@ -101,14 +153,22 @@ class Reader:
             out.append(char)
         raise self.fail("a closing quote")
 
-    def options(self) -> dict[str, Value]:
-        options: dict[str, Value] = {}
+    def options(self, depth: int = 0) -> dict[str, Option]:
+        options: dict[str, Option] = {}
         while not self.take("}"):
             self.take(",")
+            place = self.place()
             name = self.name("an option's name or '}'")
             if name in options:
-                raise PipelineSyntaxError(f"pipeline {self.text!r}: option {name!r} is given twice; keep one")
+                raise place.error(f"option {name!r} is given twice; keep one")
             if not self.take("="):
                 raise self.fail("'='")
-            options[name] = self.value()
+            options[name] = Option(place, self.place(), self.value(depth))
         return options
+
+
+def _deeper(depth: int, place: Place) -> int:
+    """One level more; a text cannot make the reader call itself without end."""
+    if depth == _DEEPEST:
+        raise place.error(f"more than {_DEEPEST} lists and passes inside each other; write fewer")
+    return depth + 1

@@ -1,0 +1,39 @@
+"""Bisection names the first pass that moves the outputs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import tokopt
+from tests.zoo import ZOO
+from tokopt.analysis.graph import aten, is_call
+from tokopt.ir.bundle import Bundle
+from tokopt.pipeline.base import Context, Pass, PassResult
+from tokopt.pipeline.bisect import bisect
+from tokopt.pipeline.manager import Pipeline
+from tokopt.rewrite.edit import close_graph, open_graph
+
+
+@dataclass(frozen=True)
+class Scale(Pass):
+    """Multiplies the epsilon of every layer norm: a small, controllable change."""
+
+    by: float = 1.0
+    name: ClassVar[str] = "scale"
+
+    def run(self, bundle: Bundle, context: Context) -> PassResult:
+        module = open_graph(bundle.forward)
+        norms = [n for n in module.graph.nodes if is_call(n, aten.layer_norm)]
+        for norm in norms:
+            norm.update_arg(4, float(norm.args[4]) * self.by)
+        return PassResult(bundle.with_program("forward", close_graph(bundle.forward, module)), len(norms))
+
+
+def test_bisect_names_the_first_pass_that_moves_an_output() -> None:
+    entry = ZOO["vit"]
+    vit = tokopt.capture(entry.build(), (), entry.inputs(), dynamic=entry.dynamic)
+    found = bisect(vit, Pipeline((Scale(1.0), Scale(1e11), Scale(2.0))), tolerance=1e-6)
+    assert found.culprit is found.steps[1]
+    assert [step.worst == 0 for step in found.steps] == [True, False, False]
+    assert bisect(vit, "tome{r=0}").culprit is None
