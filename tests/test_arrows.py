@@ -12,7 +12,9 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-COMPILER = tuple(f"tokopt.{m}" for m in ("analysis", "frontend", "ir", "lower", "measure", "pipeline", "rewrite"))
+COMPILER = tuple(
+    f"tokopt.{m}" for m in ("analysis", "frontend", "ir", "lower", "measure", "pipeline", "rewrite")
+)
 FORBIDDEN = {
     "runtime": ("torch", "transformers", "onnx", "tokopt.passes", "tokopt.kernels", *COMPILER),
     "kernels": ("transformers", "tokopt.passes", "tokopt.runtime", *COMPILER),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import pkgutil
 import subprocess
 import sys
 from pathlib import Path
@@ -14,9 +15,8 @@ import torch
 
 import tokopt
 from tests.zoo import ZOO
-from tokopt.cli import main
-
-VERBS = ("capture", "optimize", "export", "inspect", "estimate", "run", "verify", "bench", "bisect", "passes")
+from tokopt.cli import main, verbs
+from tokopt.cli.verbs import VERBS
 
 
 def vit() -> tuple:
@@ -388,6 +388,10 @@ def test_existing_output_is_kept(capsys: pytest.CaptureFixture[str], folder: Pat
 
 
 # ----------------------------------------------------------------------------------------- the shell
+
+
+def test_every_verb_is_a_module_and_every_module_a_verb() -> None:
+    assert sorted(VERBS) == sorted(module.name for module in pkgutil.iter_modules(verbs.__path__))
 
 
 @pytest.mark.parametrize("verb", VERBS)
