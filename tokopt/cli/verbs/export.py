@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from argparse import ArgumentParser, Namespace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from tokopt.cli.models import deployed_manifest, read_bundle
 from tokopt.cli.options import add_model, add_output, add_threads, positive
@@ -104,7 +104,7 @@ def _engine_options(args: Namespace) -> EngineOptions | None:
     return EngineOptions(*given)
 
 
-def _write_triton(args: Namespace, serving: dict[str, int], engine: EngineOptions | None) -> Path:
+def _write_triton(args: Namespace, serving: dict[str, Any], engine: EngineOptions | None) -> Path:
     """The model's folder in Triton's repository, made of a bundle or of an artifact as it is."""
     from tokopt.lower.triton.model import Serving, write_model
 
