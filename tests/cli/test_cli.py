@@ -14,6 +14,7 @@ import pytest
 import torch
 
 import tokopt
+from tests.cli.command import answer, complaint
 from tests.zoo import ZOO
 from tokopt.cli import main, verbs
 from tokopt.cli.verbs import VERBS
@@ -50,20 +51,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     finally:
         os.chdir(before)
     return folder
-
-
-def answer(capsys: pytest.CaptureFixture[str], *argv: object) -> dict:
-    """Run a verb with ``--json`` and read its answer; nothing else may be on stdout."""
-    assert main([*map(str, argv), "--json"]) == 0
-    return json.loads(capsys.readouterr().out)
-
-
-def complaint(capsys: pytest.CaptureFixture[str], code: int, *argv: object) -> str:
-    """Run a verb that must fail with ``code`` and one line on stderr."""
-    assert main([*map(str, argv)]) == code
-    out, err = capsys.readouterr()
-    assert out == "" and err.startswith("tokopt: error: ") and err.count("\n") == 1
-    return err
 
 
 # ------------------------------------------------------------------------------------------- the verbs
