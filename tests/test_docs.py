@@ -14,7 +14,7 @@ import torch
 from transformers import ViTConfig, ViTModel
 
 import tokopt
-from tokopt.cli import _parser
+from tokopt.cli import command_parser
 from tokopt.passes import PASSES
 
 ROOT = Path(__file__).parent.parent
@@ -51,7 +51,7 @@ def test_commands_of_a_page_parse(page: Path) -> None:
     for line in lines:
         words = shlex.split(line, comments=True)
         if words[:1] == ["tokopt"]:
-            args = _parser().parse_args(words[1:])
+            args = command_parser().parse_args(words[1:])
             if pipeline := getattr(args, "pipeline", None):
                 tokopt.parse(pipeline)
 

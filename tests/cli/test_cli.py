@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import pkgutil
 import subprocess
 import sys
 from pathlib import Path
@@ -13,10 +14,10 @@ import pytest
 import torch
 
 import tokopt
+from tests.cli.command import answer, complaint
 from tests.zoo import ZOO
-from tokopt.cli import main
-
-VERBS = ("capture", "optimize", "export", "inspect", "estimate", "run", "verify", "bench", "bisect", "passes")
+from tokopt.cli import main, verbs
+from tokopt.cli.verbs import VERBS
 
 
 def vit() -> tuple:
@@ -50,20 +51,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     finally:
         os.chdir(before)
     return folder
-
-
-def answer(capsys: pytest.CaptureFixture[str], *argv: object) -> dict:
-    """Run a verb with ``--json`` and read its answer; nothing else may be on stdout."""
-    assert main([*map(str, argv), "--json"]) == 0
-    return json.loads(capsys.readouterr().out)
-
-
-def complaint(capsys: pytest.CaptureFixture[str], code: int, *argv: object) -> str:
-    """Run a verb that must fail with ``code`` and one line on stderr."""
-    assert main([*map(str, argv)]) == code
-    out, err = capsys.readouterr()
-    assert out == "" and err.startswith("tokopt: error: ") and err.count("\n") == 1
-    return err
 
 
 # ------------------------------------------------------------------------------------------- the verbs
@@ -389,6 +376,10 @@ def test_existing_output_is_kept(capsys: pytest.CaptureFixture[str], folder: Pat
 
 
 # ----------------------------------------------------------------------------------------- the shell
+
+
+def test_every_verb_is_a_module_and_every_module_a_verb() -> None:
+    assert sorted(VERBS) == sorted(module.name for module in pkgutil.iter_modules(verbs.__path__))
 
 
 @pytest.mark.parametrize("verb", VERBS)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
 from tokenizers import Tokenizer as Library
 from tokenizers import decoders, models, pre_tokenizers
 
+from tests.cli.command import answer, complaint
 from tests.zoo.decoders import DECODERS, VOCABULARY
 from tokopt.cli import main
 
@@ -44,12 +44,6 @@ def artifacts(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for step in steps:
         assert main([*map(str, step), "--json"]) == 0
     return folder
-
-
-def answer(capsys: pytest.CaptureFixture[str], *argv: object) -> dict:
-    capsys.readouterr()
-    assert main([*map(str, argv), "--json"]) == 0
-    return json.loads(capsys.readouterr().out)
 
 
 def test_generate_says_what_it_took(capsys: pytest.CaptureFixture[str], artifacts: Path) -> None:
@@ -125,10 +119,7 @@ def test_bad_input_is_one_sentence(
     capsys: pytest.CaptureFixture[str], artifacts: Path, argv: tuple[str, ...], sentence: str
 ) -> None:
     verb, name, *rest = argv
-    capsys.readouterr()
-    assert main([verb, str(artifacts / name), *rest]) == 2
-    out, err = capsys.readouterr()
-    assert out == "" and sentence in err and err.count("\n") == 1
+    assert sentence in complaint(capsys, 2, verb, artifacts / name, *rest)
 
 
 def test_a_tokenizer_of_another_vocabulary_is_refused(

@@ -6,8 +6,10 @@ import importlib
 import importlib.util
 import math
 import os
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Literal
 
@@ -36,6 +38,7 @@ def declare_torchvision_operators() -> torch.library.Library | None:
     return None
 
 
+sys.path.append(str(Path(sys.prefix) / "zoo"))  # where `make test` installs timm and torchvision
 _TORCHVISION = declare_torchvision_operators()
 
 HIDDEN, HEADS, INNER, LAYERS = 48, 4, 80, 3

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tokopt.errors import CaptureError, InputError, MissingDependencyError
+from tokopt.runtime.format.manifest import MANIFEST, Manifest, read_manifest
 
 if TYPE_CHECKING:
     from tokopt.ir.bundle import Bundle
@@ -53,7 +54,7 @@ def read_bundle(name: str, options: ExampleOptions | None = None) -> Bundle:
 
     options = options or ExampleOptions()
     path = Path(name)
-    if (path / "manifest.json").is_file():
+    if (path / MANIFEST).is_file():
         return tokopt.open_bundle(path)
     if path.suffix == ".pt2" and path.is_file():
         return tokopt.capture(path)
@@ -77,6 +78,14 @@ def read_bundle(name: str, options: ExampleOptions | None = None) -> Bundle:
         ranges=found.ranges,
         tokenizer=found.tokenizer,
     )
+
+
+def deployed_manifest(name: str) -> Manifest | None:
+    """The manifest of an artifact that a bundle cannot be made of again; None for every other name."""
+    if not (Path(name) / MANIFEST).is_file():
+        return None
+    manifest = read_manifest(Path(name))
+    return None if any("torch" in entry.files for entry in manifest.programs.values()) else manifest
 
 
 def _is_language_model(folder: Path) -> bool:

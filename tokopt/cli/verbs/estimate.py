@@ -1,0 +1,69 @@
+"""``tokopt estimate``: run a pipeline in memory and predict what it saves; nothing is written."""
+
+from __future__ import annotations
+
+import dataclasses
+from argparse import ArgumentParser, Namespace
+from itertools import pairwise
+
+from tokopt.cli.models import read_bundle
+from tokopt.cli.options import add_model, add_pipeline
+from tokopt.cli.screen import Screen
+from tokopt.cli.tables import show_report
+from tokopt.cli.verb import OK, Verb
+from tokopt.errors import InputError
+
+_PAYS = 1.05
+
+
+def add_options(parser: ArgumentParser) -> None:
+    add_model(parser)
+    add_pipeline(parser)
+
+
+def run(args: Namespace, screen: Screen) -> int:
+    """Run a pipeline in memory and predict what it saves; nothing is written."""
+    from tokopt.measure.roofline import measure_machine, predict_seconds
+    from tokopt.pipeline.base import Context
+    from tokopt.pipeline.manager import as_pipeline
+
+    pipeline = as_pipeline(args.pipeline)
+    with screen.step(f"Estimating {pipeline}"):
+        bundle, machine = read_bundle(args.artifact), measure_machine()
+        if bundle.task != "encoder":
+            raise InputError(
+                "estimate predicts encoders, where the work does not depend on a cache; measure a language model "
+                "with: tokopt generate"
+            )
+        seconds = [predict_seconds(bundle.main, machine)]
+        watch = Context(observers=(lambda _, __, new: seconds.append(predict_seconds(new.main, machine)),))
+        report = pipeline.run(bundle, watch)[1]
+    show_report(report, screen)
+    speedups = [before / after for before, after in pairwise(seconds)]
+    for record, speedup in zip(report.records, speedups, strict=True):
+        screen.line(f"{record.text}: predicted speed-up {speedup:.2f}x")
+    total = seconds[0] / seconds[-1]
+    sizes = f"the example's sizes {[list(t.shape) for t in bundle.main.example]}"
+    screen.line(f"{_verdict(total)} (roofline of this machine's CPU at {sizes}; tokopt bench measures)")
+    records = [
+        {**dataclasses.asdict(record), "predicted_speedup": speedup}
+        for record, speedup in zip(report.records, speedups, strict=True)
+    ]
+    screen.finish({"predicted_speedup": total, "pays": total >= _PAYS, "passes": records})
+    return OK
+
+
+def _verdict(speedup: float) -> str:
+    if speedup >= _PAYS:
+        return f"Predicted speed-up {speedup:.2f}x"
+    if speedup > 1 / _PAYS:
+        return f"No gain to expect: predicted {speedup:.2f}x, within the error of the prediction"
+    return f"This would be slower: predicted {speedup:.2f}x, matching costs more than the removed tokens"
+
+
+VERB = Verb(
+    "predict what a pipeline saves, before exporting anything",
+    'tokopt estimate dino.tokopt "tome{r=16}"',
+    add_options,
+    run,
+)
