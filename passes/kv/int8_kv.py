@@ -20,7 +20,7 @@ from tokopt.kernels import ops
 from tokopt.kernels.quantize_int8.reference import HIGH
 from tokopt.pipeline.base import Context, Pass, PassResult, Refusal
 from tokopt.rewrite.cache import ProgramEdit, require_language_model, state_program
-from tokopt.rewrite.edit import call, open_graph, put_parameter, redirect
+from tokopt.rewrite.edit import after, call, open_graph, put_parameter, redirect
 from tokopt.rewrite.shapes import Shapes
 
 TINY = 1e-8
@@ -141,7 +141,7 @@ class _IntegerCache(ProgramEdit):
         write.update_arg(1, codes)
         Shapes.attached(self.module).renew(self.module, write)
         readers = [user for user in write.users if user.op != "output"]
-        with graph.inserting_after(write):
+        with after(write):
             whole = call(graph, ops.dequantize_int8, write, scale, like=layer.node)
         redirect(readers, write, whole)
 

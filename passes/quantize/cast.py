@@ -16,7 +16,7 @@ from tokopt.analysis.linears import find_linears, matches
 from tokopt.ir.bundle import Bundle
 from tokopt.kernels import ops
 from tokopt.pipeline.base import Context, Pass, PassResult, Refusal
-from tokopt.rewrite.edit import call, close_graph, open_graph, put_parameter, redirect
+from tokopt.rewrite.edit import after, call, close_graph, open_graph, put_parameter, redirect
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ class Cast(Pass):
                 if isinstance(operand, Node) and _is_float32(operand):
                     node.update_kwarg(name, call(graph, _to, operand, dtype, like=node))
         users = list(node.users)
-        with graph.inserting_after(node):
+        with after(node):
             back = call(graph, _to, node, torch.float32, like=node)
         redirect(users, node, back)
 

@@ -15,7 +15,7 @@ from torch.nn.functional import linear as linear_product
 from tokopt.analysis.calibration import Moments
 from tokopt.analysis.linears import Linear
 from tokopt.passes.quantize.base import Quantization, QuantizedWeight, replace_weight
-from tokopt.rewrite.edit import call, put_parameter, redirect
+from tokopt.rewrite.edit import after, call, put_parameter, redirect
 
 CLOSE = 1e-6
 """How far a grid may be from a weight, relative to the largest of its block: a few roundings of float32."""
@@ -77,7 +77,7 @@ class KeepGrid(Quantization):
             group = grid.weight.group
             table = put_parameter(module, node, None, group * grid.offset)
             users = list(node.users)
-            with module.graph.inserting_after(node):
+            with after(node):
                 whole = call(module.graph, add_offset, node, linear.input, table, group, like=node)
             redirect(users, node, whole)
         return grid.weight

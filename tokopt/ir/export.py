@@ -21,7 +21,21 @@ def unlifted(exported: torch.export.ExportedProgram) -> GraphModule:
     """The graph with its parameters as attributes, flat in and flat out, without dead code."""
     module = exported.module(check_guards=False)
     assert isinstance(module, GraphModule)
+    drop_lifts(module.graph)
     return copied(module)
+
+
+def drop_lifts(graph: Graph) -> None:
+    """Let constants be read directly, where tracing copied them."""
+    copies = (
+        torch.ops.aten.lift_fresh_copy.default,
+        torch.ops.aten.detach_.default,
+        torch.ops.aten.detach.default,
+    )
+    for node in list(graph.nodes):
+        if node.target in copies and node.args[0].op == "get_attr":
+            node.replace_all_uses_with(node.args[0])
+            graph.erase_node(node)
 
 
 def copied(module: GraphModule) -> GraphModule:

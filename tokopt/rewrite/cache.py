@@ -15,14 +15,14 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from tokopt.analysis.cache import CachedAttention, input_nodes
-from tokopt.analysis.graph import argument
+from tokopt.analysis.graph import argument, is_call
 from tokopt.analysis.rotary import Rotary
 from tokopt.errors import PassError
 from tokopt.ir.bundle import Bundle, State
 from tokopt.ir.export import placeholders
 from tokopt.ir.program import Axis, AxisRange, Program, TensorSpec
 from tokopt.kernels import ops
-from tokopt.rewrite.edit import call, close_graph, new_graph, redirect
+from tokopt.rewrite.edit import after, call, close_graph, new_graph, redirect
 from tokopt.rewrite.shapes import Shapes
 
 
@@ -234,7 +234,7 @@ class StepEdit(ProgramEdit):
         state = State("shift", "int64", ("batch",), "next_shift")
         positions, shift = self.nodes["positions"], self.take(state, self._blank(state))
         readers = list(positions.users)
-        with self.module.graph.inserting_after(shift):
+        with after(shift):
             moved, same = call(self.module.graph, _shifted, positions, shift, like=self.layers[0].node)
         redirect(readers, positions, moved)
         self.nodes["positions"] = moved
@@ -245,8 +245,11 @@ class StepEdit(ProgramEdit):
         count = len(self.layers)
         place = [spec.name for spec in self.inputs].index("length")
         self.respell("length", self.example[place][:, None].repeat(1, count), axes=("batch", count))
-        with self.module.graph.inserting_after(self.nodes["length"]):
+        with after(self.nodes["length"]):
             lengths = call(self.module.graph, torch.unbind, self.nodes["length"], 1, like=self.layers[0].node)
+        for reader in list(self.nodes["length"].users):  # of the shared slots, which go when every layer has its own
+            if is_call(reader, ops.cache_write, ops.cache_mask):
+                reader.replace_input_with(self.nodes["length"], lengths[0])
         for layer, length in zip(self.layers, lengths, strict=True):
             self.nodes[f"length_{layer.index}"] = length
             for write in (layer.keys, layer.values):
@@ -291,7 +294,7 @@ class StepEdit(ProgramEdit):
         operands = (layer.query, layer.keys, mask, self.nodes["positions"], *taken)
         graph = self.module.graph
         Shapes.attached(self.module).refresh(self.module, until=layer.node)
-        with graph.inserting_after(layer.node):
+        with after(layer.node):
             observed = call(graph, _observation(self.tap, layer), *operands, like=layer.node)
         for state, node in zip(states, observed, strict=True):
             self.give(state, node)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import Any
 
@@ -20,7 +21,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils import _pytree as pytree
 
 from tokopt.analysis.graph import aten, is_call
-from tokopt.ir.export import copied, output_specs, placeholders
+from tokopt.ir.export import copied, drop_lifts, output_specs, placeholders
 from tokopt.ir.program import AxisRange, Program, TensorSpec
 from tokopt.rewrite.shapes import Shapes, attribute
 
@@ -37,7 +38,7 @@ def open_graph(program: Program) -> GraphModule:
 
 def _with_shapes(program: Program) -> GraphModule:
     """The program's graph with shapes that are functions of its named axes, derived once for all that open it."""
-    key = "tokopt.shaped", *(tuple(tensor.shape) for tensor in program.example)
+    key = f"tokopt.shaped {[tuple(tensor.shape) for tensor in program.example]}"
     if key not in program.module.meta:
         module = copied(program.module)
         shapes = Shapes.of(program.inputs, program.ranges, program.example)
@@ -107,7 +108,19 @@ def call(graph: Graph, function: Callable[..., Any], *args: Any, like: Node, **k
 
     with torch.no_grad(), shapes.active():
         traced = make_fx(on_operands, tracing_mode="real", pre_dispatch=True)(*(n.meta["val"] for n in nodes))
+    drop_lifts(traced.graph)
     return splice(graph, traced, nodes, like=like)
+
+
+def after(node: Node) -> AbstractContextManager[object]:
+    """Where what is inserted comes right after ``node``; inputs stay ahead of everything.
+
+    ``Graph.inserting_after`` would put the nodes of one call in reverse order.
+    """
+    following = node.next
+    while following.op == "placeholder":
+        following = following.next
+    return node.graph.inserting_before(following)
 
 
 def call_once(reader: Node, function: Callable[..., Any], *args: Any) -> Any:

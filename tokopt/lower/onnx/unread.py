@@ -24,7 +24,7 @@ from tokopt.analysis.graph import (
 )
 from tokopt.ir.program import Program
 from tokopt.kernels import declared
-from tokopt.rewrite.edit import call, close_graph, open_graph
+from tokopt.rewrite.edit import after, call, close_graph, open_graph
 
 POINTWISE = (
     *(aten.abs, aten.add, aten.alias, aten.clamp, aten.clamp_min, aten.clone, aten.contiguous, aten.div),
@@ -86,7 +86,7 @@ def _pass_reductions(graph: Graph) -> bool:
         part = _union([_wanted(user, node, parts) for user in value_users(node)])
         if part is None or part.axis != 1 or part.stop > prefix:
             continue
-        with graph.inserting_after(node):
+        with after(node):
             protected = call(graph, aten.slice.Tensor, given, 1, 0, part.stop, like=node)
         protected.meta["val"] = node.meta["val"]  # its readers are going to read less of it
         node.replace_all_uses_with(protected)
