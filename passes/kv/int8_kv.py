@@ -16,12 +16,12 @@ from tokopt.analysis.rotary import Rotary, find_rotaries
 from tokopt.errors import PassRefused
 from tokopt.ir.bundle import Bundle, State
 from tokopt.ir.program import Program
+from tokopt.ir.shapes import Shapes
 from tokopt.kernels import ops
 from tokopt.kernels.quantize_int8.reference import HIGH
 from tokopt.pipeline.base import Context, Pass, PassResult, Refusal
 from tokopt.rewrite.cache import ProgramEdit, require_language_model, state_program
 from tokopt.rewrite.edit import after, call, open_graph, put_parameter, redirect
-from tokopt.rewrite.shapes import Shapes
 
 TINY = 1e-8
 """The smallest scale: a channel of zeros stays one."""

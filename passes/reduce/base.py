@@ -24,10 +24,10 @@ from tokopt.errors import PassError, PassRefused, UnsupportedModelError
 from tokopt.ir.bundle import Bundle
 from tokopt.ir.export import axis_names, placeholders
 from tokopt.ir.program import AxisRange, Program, Reductions
+from tokopt.ir.shapes import Shapes
 from tokopt.kernels import declared, ops
 from tokopt.pipeline.base import Context, Pass, PassResult, Refusal
 from tokopt.rewrite.edit import close_graph, open_graph
-from tokopt.rewrite.shapes import Shapes
 from tokopt.rewrite.tokens import Assignment, Reduction, TokenRewriter, Tokens, batch_size, padding_mask
 
 Size = Any

@@ -8,10 +8,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import torch
-import torch.fx.traceback
 from torch.fx import Graph, GraphModule, Node
 
-from tokopt.errors import PassError
 from tokopt.ir.program import AxisRange, Program, TensorSpec
 
 Ranges = Mapping[str, AxisRange]
@@ -21,21 +19,7 @@ def unlifted(exported: torch.export.ExportedProgram) -> GraphModule:
     """The graph with its parameters as attributes, flat in and flat out, without dead code."""
     module = exported.module(check_guards=False)
     assert isinstance(module, GraphModule)
-    drop_lifts(module.graph)
     return copied(module)
-
-
-def drop_lifts(graph: Graph) -> None:
-    """Let constants be read directly, where tracing copied them."""
-    copies = (
-        torch.ops.aten.lift_fresh_copy.default,
-        torch.ops.aten.detach_.default,
-        torch.ops.aten.detach.default,
-    )
-    for node in list(graph.nodes):
-        if node.target in copies and node.args[0].op == "get_attr":
-            node.replace_all_uses_with(node.args[0])
-            graph.erase_node(node)
 
 
 def copied(module: GraphModule) -> GraphModule:
@@ -46,65 +30,15 @@ def copied(module: GraphModule) -> GraphModule:
     return GraphModule(module, graph)
 
 
-class _Retrace(torch.nn.Module):
-    """Runs an edited graph under tracing; its parameters keep the names they had."""
-
-    def __init__(self, module: GraphModule) -> None:
-        super().__init__()
-        # Not a sub-module, or every export would put one more prefix before each parameter's name.
-        self.__dict__["_traced"] = module
-        for name, child in module.named_children():
-            self.add_module(name, child)
-        for name, parameter in module.named_parameters(recurse=False):
-            self.register_parameter(name, parameter)
-        for name, buffer in module.named_buffers(recurse=False):
-            self.register_buffer(name, buffer)
-
-    def forward(self, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        with torch.fx.traceback.preserve_node_meta():
-            interpreter = torch.fx.Interpreter(self.__dict__["_traced"])
-            return tuple(interpreter.run(*tensors, enable_io_processing=False))
-
-
-def export_program(program: Program) -> torch.export.ExportedProgram:
-    """The program's graph, traced by ``torch.export`` for every size in its ranges; raises PassError."""
-    traced = _Retrace(program.module)
-    try:
-        exported, ranges = export_flat(traced, program.example, program.inputs, program.ranges)
-        if ranges == program.ranges:
-            return exported
-    except Exception:
-        pass
-    # Guards that cannot be proved become assertions that run with the graph. It also forgets that axes of one name
-    # are equal, which is why it is not the first choice.
-    try:
-        exported, ranges = export_flat(traced, program.example, program.inputs, program.ranges, deferred=True)
-    except Exception as error:
-        line = next((row for row in str(error).splitlines() if row.strip()), "")
-        raise PassError(
-            f"the edited graph cannot be exported: {type(error).__name__}: {line.strip()}"
-        ) from error
-    for axis, bounds in ranges.items():
-        if bounds != program.ranges[axis]:
-            raise PassError(
-                f"the edited graph takes {axis} from {bounds.min} to {bounds.max or 'any size'} and its signature says "
-                f"{program.ranges[axis].min} to {program.ranges[axis].max or 'any size'}; capture with that range"
-            )
-    return exported
-
-
 def export_flat(
     module: torch.nn.Module,
     example: tuple[torch.Tensor, ...],
     inputs: tuple[TensorSpec, ...],
     ranges: Ranges,
-    *,
-    deferred: bool = False,
 ) -> tuple[torch.export.ExportedProgram, Ranges]:
     """``torch.export`` of a module that takes positional tensors and returns a tuple of tensors.
 
     Returns the ranges too, narrowed by the bounds that the model itself sets (a table of 512 positions, say).
-    ``deferred`` turns guards that cannot be proved into run-time assertions.
     """
     try:
         with warnings.catch_warnings(), torch.no_grad():
@@ -114,7 +48,6 @@ def export_flat(
                 example,
                 dynamic_shapes=_dynamic_shapes(inputs, ranges),
                 strict=False,
-                prefer_deferred_runtime_asserts_over_guards=deferred,
             )
         exported.graph.eliminate_dead_code()
         return exported, ranges
@@ -122,7 +55,7 @@ def export_flat(
         narrowed = _suggested_ranges(str(error), ranges)
         if narrowed == ranges:
             raise
-    return export_flat(module, example, inputs, narrowed, deferred=deferred)
+    return export_flat(module, example, inputs, narrowed)
 
 
 def _dynamic_shapes(

@@ -75,12 +75,11 @@ class Program:
     def exported(self) -> ExportedProgram:
         """The graph as ``torch.export`` gives it, for lowering and saving.
 
-        An edited graph is exported when this is first asked for, which takes seconds. Raises PassError when the graph
-        does not hold for every size that ``ranges`` allows.
+        Of an edited graph it is assembled, not traced.
         """
-        from tokopt.ir.export import export_program
+        from tokopt.ir.assemble import assemble
 
-        return export_program(self)
+        return assemble(self)
 
     def with_outputs(self, outputs: tuple[TensorSpec, ...]) -> Program:
         """The same graph with other names, roles or axes of its outputs."""

@@ -21,9 +21,9 @@ from tokopt.errors import PassError
 from tokopt.ir.bundle import Bundle, State
 from tokopt.ir.export import placeholders
 from tokopt.ir.program import Axis, AxisRange, Program, TensorSpec
+from tokopt.ir.shapes import Shapes
 from tokopt.kernels import ops
 from tokopt.rewrite.edit import after, call, close_graph, new_graph, redirect
-from tokopt.rewrite.shapes import Shapes
 
 
 @dataclass(frozen=True)
@@ -247,7 +247,9 @@ class StepEdit(ProgramEdit):
         self.respell("length", self.example[place][:, None].repeat(1, count), axes=("batch", count))
         with after(self.nodes["length"]):
             lengths = call(self.module.graph, torch.unbind, self.nodes["length"], 1, like=self.layers[0].node)
-        for reader in list(self.nodes["length"].users):  # of the shared slots, which go when every layer has its own
+        for reader in list(
+            self.nodes["length"].users
+        ):  # of the shared slots, which go when every layer has its own
             if is_call(reader, ops.cache_write, ops.cache_mask):
                 reader.replace_input_with(self.nodes["length"], lengths[0])
         for layer, length in zip(self.layers, lengths, strict=True):

@@ -21,33 +21,18 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils import _pytree as pytree
 
 from tokopt.analysis.graph import aten, is_call
-from tokopt.ir.export import copied, drop_lifts, output_specs, placeholders
+from tokopt.ir.export import copied, output_specs
 from tokopt.ir.program import AxisRange, Program, TensorSpec
-from tokopt.rewrite.shapes import Shapes, attribute
+from tokopt.ir.shapes import Shapes, with_shapes
+from tokopt.ir.splice import drop_lifts, splice
 
 
 def open_graph(program: Program) -> GraphModule:
     """A copy of the program's graph to edit; parameters are shared."""
-    known = Shapes.find(program.module)
-    if known is None or not known.fits(program.inputs, program.example):
-        program = replace(program, module=_with_shapes(program))
-    module = copied(program.module)
-    Shapes.attached(program.module).derive(module, program.ranges)
+    known = with_shapes(program)
+    module = copied(known)
+    Shapes.attached(known).derive(module, program.ranges)
     return module
-
-
-def _with_shapes(program: Program) -> GraphModule:
-    """The program's graph with shapes that are functions of its named axes, derived once for all that open it."""
-    key = f"tokopt.shaped {[tuple(tensor.shape) for tensor in program.example]}"
-    if key not in program.module.meta:
-        module = copied(program.module)
-        shapes = Shapes.of(program.inputs, program.ranges, program.example)
-        shapes.attach(module)
-        for node, spec in zip(placeholders(module), program.inputs, strict=True):
-            node.meta["val"] = shapes.blank(spec)
-        shapes.refresh(module)
-        program.module.meta[key] = module
-    return program.module.meta[key]
 
 
 def new_graph(
@@ -80,7 +65,8 @@ def close_graph(program: Program, module: GraphModule, **changes: Any) -> Progra
     module.recompile()
     closed = replace(program, module=module, reductions=None, **changes)
     used = {axis for spec in closed.inputs for axis in spec.axes}
-    ranges = {axis: bounds for axis, bounds in shapes.narrowed().items() if axis in used}
+    ranges = {axis: bounds for axis, bounds in shapes.proved().items() if axis in used}
+    shapes.bounds.update(ranges)
     closed = replace(closed, ranges=ranges)
     return replace(closed, outputs=output_specs(closed))
 
@@ -109,7 +95,10 @@ def call(graph: Graph, function: Callable[..., Any], *args: Any, like: Node, **k
     with torch.no_grad(), shapes.active():
         traced = make_fx(on_operands, tracing_mode="real", pre_dispatch=True)(*(n.meta["val"] for n in nodes))
     drop_lifts(traced.graph)
-    return splice(graph, traced, nodes, like=like)
+    before = set(graph.nodes)
+    made = splice(graph, traced, nodes, like=like)
+    shapes.derived(node for node in graph.nodes if node not in before)
+    return made
 
 
 def after(node: Node) -> AbstractContextManager[object]:
@@ -138,66 +127,6 @@ def redirect(users: Sequence[Node], old: Node, new: Node) -> None:
     """Let ``users`` of a node read another one; taken before an edit, so that what it inserts still reads the old."""
     for user in users:
         user.replace_input_with(old, new)
-
-
-def splice(graph: Graph, module: GraphModule, operands: list[Node], *, like: Node | None = None) -> Any:
-    """Copy a whole graph, fed with ``operands``, to the insertion point; returns what it returns, as nodes.
-
-    Nodes are attributed to ``like``'s module, or stay attributed as they are.
-    """
-    known: dict[Node, Any] = {}
-    given = iter(operands)
-    for node in module.graph.nodes:
-        if node.op == "placeholder":
-            known[node] = next(given)
-        elif node.op == "output":
-            return pytree.tree_map(
-                lambda x: known[x] if isinstance(x, Node) else x, node.args[0], is_leaf=_is_node
-            )
-        elif node.op == "get_attr":
-            known[node] = _take_attribute(graph, module, node)
-        else:
-            known[node] = graph.node_copy(node, lambda n: known[n])
-        if like is not None and node.op != "placeholder":
-            _attribute_to(known[node], like)
-    raise AssertionError("a graph has an output")
-
-
-def _is_node(value: object) -> bool:
-    return isinstance(value, Node)
-
-
-def _attribute_to(node: Node, like: Node) -> None:
-    for key in ("nn_module_stack", "stack_trace"):
-        node.meta.pop(key, None)
-        if key in like.meta:
-            node.meta[key] = like.meta[key]
-
-
-def _take_attribute(graph: Graph, module: GraphModule, node: Node) -> Node:
-    """A read of the attribute that ``node`` reads, which becomes one of the graph's own module."""
-    owner = graph.owning_module
-    assert owner is not None
-    value = attribute(module, node)
-    made = graph.get_attr(_held(owner, str(node.target), value))
-    made.meta["val"] = Shapes.attached(owner).symbols.constant(value) if isinstance(value, Tensor) else value
-    return made
-
-
-def _held(module: GraphModule, wanted: str, value: Any) -> str:
-    """The name under which the module holds a tensor or a sub-module; it is registered where it is new."""
-    held = (*module.named_parameters(), *module.named_buffers(), *module.named_modules())
-    for name, known in held:
-        if known is value:
-            return name
-    stem, count = wanted.replace(".", "_"), 0
-    while hasattr(module, name := f"{stem}_{count}" if count else stem):
-        count += 1
-    if isinstance(value, torch.nn.Module):
-        module.add_module(name, value)
-    else:
-        module.register_buffer(name, value.detach())
-    return name
 
 
 def put_parameter(module: GraphModule, reader: Node, place: int | None, value: Tensor) -> Node:

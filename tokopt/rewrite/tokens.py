@@ -40,9 +40,9 @@ from tokopt.analysis.token_axis import (
     is_content,
 )
 from tokopt.errors import PassRefused
+from tokopt.ir.shapes import Shapes
 from tokopt.kernels import ops
 from tokopt.rewrite.edit import call
-from tokopt.rewrite.shapes import Shapes
 
 _HIDDEN = -1e4  # additive masks at or below this hide a key
 

@@ -22,10 +22,12 @@ from onnx_ir.passes import common as passes
 from onnxscript import optimizer
 from onnxscript.rewriter import onnx_fusions, rewrite
 from onnxscript.rewriter.rules import common as rules
+from torch.export import ExportedProgram
 
 import tokopt.kernels
 from tokopt import __version__
 from tokopt.errors import LoweringError
+from tokopt.ir.assemble import assemble
 from tokopt.ir.export import axis_names, user_inputs
 from tokopt.ir.program import Program
 from tokopt.lower.onnx.fusions import fold_factors, merge_products
@@ -118,11 +120,12 @@ def lower(
     """
     _check_dtypes(program, name)
     program = drop_unread(program)
-    model = _export(program, name)
+    assembled = assemble(program)
+    model = _export(assembled, program, name)
     model.producer_name, model.producer_version = "tokopt", __version__
     model.metadata_props.update(metadata or {})
     model.graph.name = name
-    _name_axes(model, program)
+    _name_axes(model, axis_names(user_inputs(assembled), program.inputs), program)
     expand_masks(model)
     _simplify(model)
     expand_rotary_tables(model)
@@ -225,11 +228,11 @@ def _check_dtypes(program: Program, name: str) -> None:
             )
 
 
-def _export(program: Program, name: str) -> ir.Model:
+def _export(assembled: ExportedProgram, program: Program, name: str) -> ir.Model:
     try:
         with _quiet(), torch.no_grad():  # with gradients, attention is traced in another layout
             exported = torch.onnx.export(
-                program.exported,
+                assembled,
                 dynamo=True,
                 opset_version=OPSET,
                 input_names=[spec.name for spec in program.inputs],
@@ -269,9 +272,8 @@ def _simplify(model: ir.Model) -> None:
             node.metadata_props["namespace"] = scope
 
 
-def _name_axes(model: ir.Model, program: Program) -> None:
+def _name_axes(model: ir.Model, names: Mapping[str, str], program: Program) -> None:
     """Spell symbols (``s77``) as the signature's axes; inputs and outputs get exactly its axes."""
-    names = axis_names(user_inputs(program.exported), program.inputs)
     symbol = re.compile("|".join(rf"\b{re.escape(key)}\b" for key in names) or r"(?!)")
     for node in model.graph:
         for value in node.outputs:

@@ -6,22 +6,24 @@ value's shape is derived by running its operator on tensors without data (FakeTe
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeGuard
 
+import sympy
 import torch
 from torch import Tensor
 from torch._dynamo.source import ConstantSource
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import GraphModule, Node
-from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
+from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, ShapeGuard
 from torch.fx.node import map_arg
 from torch.utils._sympy.numbers import int_oo
-from torch.utils._sympy.value_ranges import ValueRanges
+from torch.utils._sympy.value_ranges import ValueRanges, bound_sympy
 
 from tokopt.errors import PassError
-from tokopt.ir.program import AxisRange, TensorSpec
+from tokopt.ir.export import copied, placeholders
+from tokopt.ir.program import AxisRange, Program, TensorSpec
 
 _KEY = "tokopt.shapes"
 
@@ -65,6 +67,7 @@ class Symbols:
         if self._active is not shapes:
             if self._active is not None:
                 self._active.bounds = self._active.narrowed()
+                self._active.guards += self.env.guards
             self._active = shapes
             self.env.guards.clear()
             self.env.replacements.clear()
@@ -74,8 +77,7 @@ class Symbols:
 
     def bound(self, size: torch.SymInt, bounds: AxisRange) -> None:
         """Let edits from now on take for granted that a symbol is within ``bounds``."""
-        high = int_oo if bounds.max is None else bounds.max
-        self.env.var_to_range[size.node._expr] = ValueRanges(max(bounds.min, _SMALLEST), high)
+        self.env.var_to_range[size.node._expr] = _value_range(bounds)
         self.env._update_version_counter()
 
     def found(self, axis: str, size: torch.SymInt, declared: AxisRange) -> AxisRange:
@@ -94,13 +96,14 @@ class Symbols:
 class Shapes:
     """What is known of the values of one open graph.
 
-    ``axes`` are the symbols of the signature's named axes, ``bounds`` their ranges, and ``calls`` what
-    :func:`tokopt.rewrite.edit.call_once` inserted.
+    ``axes`` are the symbols of the signature's named axes, ``bounds`` their ranges, ``guards`` what edits took for
+    granted of them, and ``calls`` what :func:`tokopt.rewrite.edit.call_once` inserted.
     """
 
     symbols: Symbols
     axes: dict[str, torch.SymInt] = field(default_factory=dict)
     bounds: dict[str, AxisRange] = field(default_factory=dict)
+    guards: list[ShapeGuard] = field(default_factory=list)
     calls: dict[tuple[Callable[..., Any], tuple[Any, ...]], Any] = field(default_factory=dict)
     _known: dict[Node, _Made] = field(default_factory=dict)
 
@@ -163,9 +166,27 @@ class Shapes:
         self.active()
         return {axis: self.symbols.found(axis, size, self.bounds[axis]) for axis, size in self.axes.items()}
 
+    def proved(self) -> dict[str, AxisRange]:
+        """The ranges of all axes, within which everything that edits took for granted holds.
+
+        Raises PassError where no range says it.
+        """
+        ranges = self.narrowed()
+        symbols = {size.node._expr: axis for axis, size in self.axes.items()}
+        for guard in (*self.guards, *self.symbols.env.guards):
+            ranges = _holding(guard.expr, symbols, ranges)
+        return ranges
+
     def active(self) -> FakeTensorMode:
         """The mode in which this graph's functions run without data."""
         return self.symbols.activate(self)
+
+    def constraints(self) -> dict[Any, ValueRanges[Any]]:
+        """The range of every symbol, as an ExportedProgram says them."""
+        self.active()
+        return {
+            size.node._expr: self.symbols.env.var_to_range[size.node._expr] for size in self.axes.values()
+        }
 
     def blank(self, spec: TensorSpec) -> Tensor:
         """A tensor of an input's shape and dtype, without data."""
@@ -186,6 +207,10 @@ class Shapes:
                 return
             if node.op not in ("placeholder", "output"):
                 self.renew(module, node)
+
+    def derived(self, nodes: Iterable[Node]) -> None:
+        """Take the values of new nodes as they are: they were derived from what their operands are now."""
+        self._known.update((node, _Made.of(node)) for node in nodes)
 
     def renew(self, module: GraphModule, node: Node) -> None:
         """Derive one node's value anew, from operands whose values are right."""
@@ -231,6 +256,40 @@ class _Made:
         )
 
 
+def _holding(expr: Any, symbols: Mapping[Any, str], ranges: dict[str, AxisRange]) -> dict[str, AxisRange]:
+    """The ranges, narrowed to where an expression holds; raises PassError where no range says it."""
+    if not expr.free_symbols <= symbols.keys():
+        return ranges
+    known = {symbol: _value_range(ranges[axis]) for symbol, axis in symbols.items() if axis in ranges}
+    if bound_sympy(expr, known).lower == sympy.true:
+        return ranges
+    spelled = expr.xreplace({symbol: sympy.Symbol(axis) for symbol, axis in symbols.items()})
+    if len(expr.free_symbols) != 1:
+        raise PassError(
+            f"an edit takes {spelled} for granted, which no range of an axis says; capture with fixed sizes"
+        )
+    (symbol,) = expr.free_symbols
+    axis = symbols[symbol]
+    low, high = max(ranges[axis].min, _SMALLEST), ranges[axis].max
+    sizes = range(low, min(high or _LONGEST, _LONGEST) + 1)
+    failing = [size for size in sizes if expr.xreplace({symbol: sympy.Integer(size)}) != sympy.true]
+    if not failing:
+        return ranges
+    if failing[-1] == sizes[-1] or len(failing) != failing[-1] - low + 1:
+        raise PassError(
+            f"an edit takes {spelled} for granted, which fails for {axis}={failing[0]}; fix that size"
+        )
+    return {**ranges, axis: AxisRange(failing[-1] + 1, high)}
+
+
+_LONGEST = 4096
+"""Up to here what no interval arithmetic proves is tried at every size."""
+
+
+def _value_range(bounds: AxisRange) -> ValueRanges[Any]:
+    return ValueRanges(max(bounds.min, _SMALLEST), int_oo if bounds.max is None else bounds.max)
+
+
 def attribute(module: GraphModule, node: Node) -> Any:
     """What a ``get_attr`` node reads."""
     value: Any = module
@@ -250,3 +309,20 @@ def _alike(a: object, b: object) -> bool:
     if isinstance(a, Tensor) and isinstance(b, Tensor):
         return a.dtype == b.dtype and str(a.shape) == str(b.shape) and str(a.stride()) == str(b.stride())
     return type(a) is type(b) and str(a) == str(b)
+
+
+def with_shapes(program: Program) -> GraphModule:
+    """The program's graph, its shapes functions of its named axes; derived once for all that ask."""
+    known = Shapes.find(program.module)
+    if known is not None and known.fits(program.inputs, program.example):
+        return program.module
+    key = f"{_KEY} {[tuple(tensor.shape) for tensor in program.example]}"
+    if key not in program.module.meta:
+        module = copied(program.module)
+        shapes = Shapes.of(program.inputs, program.ranges, program.example)
+        shapes.attach(module)
+        for node, spec in zip(placeholders(module), program.inputs, strict=True):
+            node.meta["val"] = shapes.blank(spec)
+        shapes.refresh(module)
+        program.module.meta[key] = module
+    return program.module.meta[key]

@@ -1,0 +1,177 @@
+"""An open graph as an ExportedProgram, without tracing it again."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Iterator, Mapping
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._export.utils import _is_cia_op, _is_preservable_cia_op
+from torch._export.verifier import TrainingIRVerifier
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.export import ExportedProgram, ModuleCallEntry, ModuleCallSignature
+from torch.export.graph_signature import (
+    ExportGraphSignature,
+    InputKind,
+    InputSpec,
+    OutputKind,
+    OutputSpec,
+    TensorArgument,
+)
+from torch.fx import Graph, GraphModule, Node
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.node import map_arg
+from torch.utils import _pytree as pytree
+
+from tokopt.ir.program import Program
+from tokopt.ir.shapes import Shapes, attribute, with_shapes
+from tokopt.ir.splice import splice
+
+Table = Mapping[Any, Callable[..., Any]]
+
+
+class Assembled(ExportedProgram):
+    """An ExportedProgram that decomposes operators one by one.
+
+    ``torch.export`` traces the whole program twice to decompose it, which takes most of the time of a lowering.
+    """
+
+    def run_decompositions(
+        self, decomp_table: dict[Any, Callable[..., Any]] | None = None, **options: Any
+    ) -> ExportedProgram:
+        """The program with the operators of the table decomposed; one with side effects is traced as a whole."""
+        if decomp_table is None or any(map(_has_effects, self.graph.nodes)):
+            return super().run_decompositions(decomp_table, **options)
+        return _finished(
+            _decomposed(self.graph_module, decomp_table), self._graph_signature.input_specs, self
+        )
+
+
+def assemble(program: Program) -> ExportedProgram:
+    """The program with its parameters as inputs, in the form that ``torch.export`` gives."""
+    module = with_shapes(program)
+    shapes = Shapes.attached(module)
+    shapes.active()
+    graph, root = Graph(), torch.nn.Module()
+    state: dict[str, Tensor] = {}
+    specs: list[InputSpec] = []
+    known: dict[Node, Node] = {}
+    parameters: dict[str, Node] = {}
+    for node in module.graph.nodes:
+        if node.op != "get_attr":
+            continue
+        target, value = str(node.target), attribute(module, node)
+        if not isinstance(value, Tensor):  # a branch of torch.cond
+            root.add_module(target, value)
+        elif target not in parameters:
+            made = parameters[target] = graph.placeholder(f"p_{target.replace('.', '_')}")
+            made.meta.update(node.meta)
+            state[target] = value
+            kind = InputKind.PARAMETER if isinstance(value, torch.nn.Parameter) else InputKind.BUFFER
+            persistent = True if kind == InputKind.BUFFER else None
+            specs.append(InputSpec(kind, TensorArgument(made.name), target, persistent))
+    for node in module.graph.nodes:
+        if node.op == "get_attr" and str(node.target) in parameters:
+            known[node] = parameters[str(node.target)]
+            continue
+        known[node] = graph.node_copy(node, known.__getitem__)
+        if node.op == "placeholder":
+            specs.append(InputSpec(InputKind.USER_INPUT, TensorArgument(known[node].name), None))
+    outputs = graph.output_node().args[0]
+    users = [spec.arg for spec in specs if spec.kind == InputKind.USER_INPUT]
+    signature = ModuleCallSignature(
+        inputs=users,
+        outputs=[TensorArgument(node.name) for node in outputs],  # type: ignore[union-attr]
+        in_spec=pytree.tree_flatten((tuple(program.example), {}))[1],
+        out_spec=pytree.tree_flatten(tuple(program.outputs))[1],
+    )
+    return Assembled(
+        root,
+        graph,
+        ExportGraphSignature(specs, _output_specs(graph)),
+        state,
+        shapes.constraints(),
+        [ModuleCallEntry("", signature)],
+        (tuple(program.example), {}),
+        verifiers=[TrainingIRVerifier],
+    )
+
+
+def _output_specs(graph: Graph) -> list[OutputSpec]:
+    outputs = graph.output_node().args[0]
+    return [OutputSpec(OutputKind.USER_OUTPUT, TensorArgument(node.name), None) for node in outputs]  # type: ignore[union-attr]
+
+
+def _finished(graph: Graph, inputs: list[InputSpec], given: ExportedProgram) -> ExportedProgram:
+    """The same program with another graph."""
+    call = given.module_call_graph[0].signature
+    assert call is not None
+    outputs = _output_specs(graph)
+    signature = ModuleCallSignature(call.inputs, [spec.arg for spec in outputs], call.in_spec, call.out_spec)
+    return Assembled(
+        given.graph_module,
+        graph,
+        ExportGraphSignature(inputs, outputs),
+        given.state_dict,
+        given.range_constraints,
+        [ModuleCallEntry("", signature)],
+        given.example_inputs,
+        verifiers=[TrainingIRVerifier],
+    )
+
+
+def _has_effects(node: Node) -> bool:
+    """Whether a node changes an operand, or holds a graph of its own."""
+    schema = getattr(node.target, "_schema", None)
+    return node.op == "get_attr" or (schema is not None and schema.is_mutable)
+
+
+def _decomposed(module: GraphModule, table: Table) -> Graph:
+    """The graph with every operator of the table replaced by what its decomposition does."""
+    graph = Graph()
+    known: dict[Node, Any] = {}
+    for node in module.graph.nodes:
+        if node.target is operator.getitem and isinstance(known[node.args[0]], (tuple, list)):
+            known[node] = known[node.args[0]][node.args[1]]
+        elif node.target in table or _is_composite(node.target):
+            operands = [known[operand] for operand in node.all_input_nodes]
+            known[node] = splice(graph, _decomposition(node, table), operands, like=node)
+        else:
+            known[node] = graph.node_copy(node, known.__getitem__)
+    graph.eliminate_dead_code()
+    return graph
+
+
+def _decomposition(node: Node, table: Table) -> GraphModule:
+    """What an operator does, as a graph of its operands in the order of ``all_input_nodes``."""
+    operands = node.all_input_nodes
+    mode = next(n.meta["val"].fake_mode for n in _tensors(node))
+
+    def run(*values: Any) -> Any:
+        given = dict(zip(operands, values, strict=True))
+        args, kwargs = map_arg((node.args, node.kwargs), given.__getitem__)
+        return node.target(*args, **kwargs)  # type: ignore[operator]
+
+    with torch.no_grad(), mode:
+        values = [operand.meta["val"] for operand in operands]
+        return make_fx(run, decomposition_table=table, tracing_mode="real")(*values)
+
+
+@cache
+def _is_composite(target: object) -> bool:
+    """Whether dispatch always resolves an operator into others, so that no table can keep it."""
+    return (
+        isinstance(target, torch._ops.OpOverload)
+        and _is_cia_op(target)
+        and not _is_preservable_cia_op(target)
+    )
+
+
+def _tensors(node: Node) -> Iterator[Node]:
+    """The node and its operands, those that are tensors without data."""
+    for one in (node, *node.all_input_nodes):
+        if isinstance(one.meta.get("val"), FakeTensor):
+            yield one
