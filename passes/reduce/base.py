@@ -195,13 +195,14 @@ def _pure_blocks(blocks: list[Block], graph: torch.fx.Graph) -> tuple[list[Block
 class Step:
     """One reduction to make, for the pass at place ``order`` among the reductions of the program.
 
-    ``removal`` is a count, or the fraction of unprotected tokens to keep.
+    ``removal`` is a count, or the fraction of unprotected tokens to keep; ``padded`` says whether there can be padding.
     """
 
     order: int
     method: TokenReduction
     block: Block
     removal: int | Fraction
+    padded: bool
 
     @property
     def empty(self) -> bool:
@@ -211,7 +212,7 @@ class Step:
     def count(self, tokens: int, prefix: int) -> int:
         """Tokens removed from an input of ``tokens``; PassError when the block cannot spare them."""
         r = _dropped(self.removal, tokens - prefix) if isinstance(self.removal, Fraction) else self.removal
-        most = max(self.method.most(tokens, prefix, padding_mask(self.block.site.mask) is not None), 0)
+        most = max(self.method.most(tokens, prefix, self.padded), 0)
         if r > most:
             raise PassError(
                 f"r={r} is too large for block {self.block.index} ({self.block.site.path}), which has {tokens} "
@@ -234,7 +235,10 @@ class Plan:
         for order, method in enumerate(methods):
             chosen = method.chosen(blocks)
             removals = _removals(method, chosen)
-            steps += [Step(order, method, b, r) for b, r in zip(chosen, removals, strict=True)]
+            steps += [
+                Step(order, method, block, removal, padding_mask(block.site.mask) is not None)
+                for block, removal in zip(chosen, removals, strict=True)
+            ]
         steps.sort(key=lambda step: step.block.index)  # stable: in one block, the earlier pass goes first
         return cls(tuple(step for step in steps if not step.empty), len(blocks))
 
@@ -283,7 +287,7 @@ class Plan:
         if not self.steps:
             return self
         tokens = size_hint(_tokens(self.steps[0].block))
-        counts = self.counts(tokens, trace)
+        counts = self.counts(tokens, self.prefixes(trace))
         if self.dynamic:
             self._check_example(tokens, counts)
             return self
@@ -299,11 +303,15 @@ class Plan:
                     "tokens, and a share of a varying number has to remove two at least; capture with a longer example"
                 )
 
-    def counts(self, tokens: int, trace: TokenTrace) -> list[int]:
+    def prefixes(self, trace: TokenTrace) -> list[int]:
+        """The protected leading tokens of every step."""
+        return [self.prefix(trace, step.method) for step in self.steps]
+
+    def counts(self, tokens: int, prefixes: Sequence[int]) -> list[int]:
         """Tokens that every step removes from an input of ``tokens``."""
         counts = []
-        for step in self.steps:
-            counts.append(step.count(tokens, self.prefix(trace, step.method)))
+        for step, prefix in zip(self.steps, prefixes, strict=True):
+            counts.append(step.count(tokens, prefix))
             tokens -= counts[-1]
         return counts
 
@@ -313,12 +321,13 @@ class Plan:
         A symbolic count must also stay above 1, or ``torch.export`` would specialise on it.
         """
         symbolic = [isinstance(step.removal, Fraction) for step in self.steps]
+        prefixes = self.prefixes(trace)
         shortest = size_hint(_tokens(self.steps[0].block))
         for tokens in range(shortest, _LONGEST):
-            self.counts(tokens, trace)  # PassError when a longer input could not spare what the plan says
+            self.counts(tokens, prefixes)  # PassError when a longer input could not spare what the plan says
         for tokens in range(shortest, 1, -1):
             try:
-                counts = self.counts(tokens, trace)
+                counts = self.counts(tokens, prefixes)
             except PassError:
                 break
             if any(r < 2 for r, is_symbol in zip(counts, symbolic, strict=True) if is_symbol):

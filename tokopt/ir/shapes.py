@@ -261,7 +261,7 @@ def _holding(expr: Any, symbols: Mapping[Any, str], ranges: dict[str, AxisRange]
     if not expr.free_symbols <= symbols.keys():
         return ranges
     known = {symbol: _value_range(ranges[axis]) for symbol, axis in symbols.items() if axis in ranges}
-    if bound_sympy(expr, known).lower == sympy.true:
+    if _is_true(expr, known):
         return ranges
     spelled = expr.xreplace({symbol: sympy.Symbol(axis) for symbol, axis in symbols.items()})
     if len(expr.free_symbols) != 1:
@@ -280,6 +280,16 @@ def _holding(expr: Any, symbols: Mapping[Any, str], ranges: dict[str, AxisRange]
             f"an edit takes {spelled} for granted, which fails for {axis}={failing[0]}; fix that size"
         )
     return {**ranges, axis: AxisRange(failing[-1] + 1, high)}
+
+
+def _is_true(expr: Any, known: Mapping[Any, ValueRanges[Any]]) -> bool:
+    """Whether intervals prove an expression, as it is or as the sign of a product."""
+    if bound_sympy(expr, known).lower == sympy.true:
+        return True
+    if not isinstance(expr, sympy.core.relational.Relational):
+        return False
+    product = type(expr)(sympy.factor(expr.lhs - expr.rhs), 0)
+    return product == sympy.true or bound_sympy(product, known).lower == sympy.true
 
 
 _LONGEST = 4096
