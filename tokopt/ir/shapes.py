@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, TypeGuard
 
 import sympy
@@ -18,6 +19,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import GraphModule, Node
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, ShapeGuard
 from torch.fx.node import map_arg
+from torch.utils._sympy.functions import Mod, PythonMod
 from torch.utils._sympy.numbers import int_oo
 from torch.utils._sympy.value_ranges import ValueRanges, bound_sympy
 
@@ -282,14 +284,28 @@ def _holding(expr: Any, symbols: Mapping[Any, str], ranges: dict[str, AxisRange]
     return {**ranges, axis: AxisRange(failing[-1] + 1, high)}
 
 
-def _is_true(expr: Any, known: Mapping[Any, ValueRanges[Any]]) -> bool:
-    """Whether intervals prove an expression, as it is or as the sign of a product."""
-    if bound_sympy(expr, known).lower == sympy.true:
+Known = Mapping[Any, ValueRanges[Any]]
+
+
+def _is_true(expr: Any, known: Known) -> bool:
+    """Whether intervals prove an expression: as it is, or as the sign of a product."""
+    for kind in (Mod, PythonMod):
+        expr = expr.replace(kind, partial(_remainder, kind, known))
+    if _proved(expr, known):
         return True
     if not isinstance(expr, sympy.core.relational.Relational):
         return False
-    product = type(expr)(sympy.factor(expr.lhs - expr.rhs), 0)
-    return product == sympy.true or bound_sympy(product, known).lower == sympy.true
+    return _proved(type(expr)(sympy.factor(expr.lhs - expr.rhs), 0), known)
+
+
+def _proved(expr: Any, known: Known) -> bool:
+    return expr == sympy.true or bound_sympy(expr, known).lower == sympy.true
+
+
+def _remainder(kind: Any, known: Known, part: Any, whole: Any) -> Any:
+    """``part mod whole``, which is ``part`` where that is positive and the smaller one."""
+    smaller = _proved(sympy.factor(part) > 0, known) and _proved(sympy.factor(whole - part) > 0, known)
+    return part if smaller else kind(part, whole)
 
 
 _LONGEST = 4096
