@@ -2,13 +2,35 @@
 
 >>> from tokopt.runtime import load                # doctest: +SKIP
 >>> features = load("vit.tokopt")(images)          # doctest: +SKIP
+
+Public names are imported on first use, so that the compiler imports ``tokopt.runtime.format`` alone.
 """
 
-from tokopt.errors import ArtifactError, InputError
-from tokopt.runtime.encoder import Model, Outputs, load
-from tokopt.runtime.format.manifest import Generation, Manifest
-from tokopt.runtime.language import Generated, LanguageModel, Statistics
-from tokopt.runtime.sampling import LogitsProcessor, Sampling
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from tokopt.errors import ArtifactError, InputError
+    from tokopt.runtime.encoder import Model, Outputs, load
+    from tokopt.runtime.format.generation import Generation
+    from tokopt.runtime.format.manifest import Manifest
+    from tokopt.runtime.language import Generated, LanguageModel, Statistics
+    from tokopt.runtime.sampling import LogitsProcessor, Sampling
+
+_HOME = {
+    "ArtifactError": "tokopt.errors",
+    "Generated": "tokopt.runtime.language",
+    "Generation": "tokopt.runtime.format.generation",
+    "InputError": "tokopt.errors",
+    "LanguageModel": "tokopt.runtime.language",
+    "LogitsProcessor": "tokopt.runtime.sampling",
+    "Manifest": "tokopt.runtime.format.manifest",
+    "Model": "tokopt.runtime.encoder",
+    "Outputs": "tokopt.runtime.encoder",
+    "Sampling": "tokopt.runtime.sampling",
+    "Statistics": "tokopt.runtime.language",
+    "load": "tokopt.runtime.encoder",
+}
 
 __all__ = [
     "ArtifactError",
@@ -24,3 +46,13 @@ __all__ = [
     "Statistics",
     "load",
 ]
+
+
+def __getattr__(name: str) -> object:
+    if name in _HOME:
+        return getattr(import_module(_HOME[name]), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

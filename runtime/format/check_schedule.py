@@ -1,0 +1,197 @@
+"""The laws of a schedule: every program that runs has the inputs and outputs that its place gives a meaning to."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+
+from tokopt.runtime.format.fault import FormatError, require
+from tokopt.runtime.format.generation import Generation
+from tokopt.runtime.format.reader import first_double, short
+from tokopt.runtime.format.schedule import AFTER, ENTRY_ROLES, Entry, Schedule, Trigger, emits_tokens
+from tokopt.runtime.format.signature import BATCH, Signature, TensorLike, find_role, with_role
+
+_READS = frozenset(("tokens", "positions", "mask", "rows", "limit", "link", "state"))
+_WRITES = frozenset(("logits", "tokens", "count", "link", "state"))
+
+_INPUTS = {"encode": frozenset(("input", "link", "state")), "prefill": _READS, "decode": _READS}
+_OUTPUTS = {"encode": frozenset(("output", "link", "done", "state")), "prefill": _WRITES, "decode": _WRITES}
+"""Role of an entry -> roles that its program's inputs and outputs may have."""
+
+
+def check_schedule(
+    programs: Mapping[str, Signature], schedule: Schedule, generation: Generation | None
+) -> None:
+    """Raise FormatError for a schedule that these programs cannot follow."""
+    require(bool(schedule.entries), "the schedule has no entry")
+    for entry in schedule.entries:
+        require(
+            entry.role in ENTRY_ROLES,
+            f"an entry of the schedule has the role {short(entry.role)}, it must be one of {', '.join(ENTRY_ROLES)}",
+        )
+        require(
+            entry.program in programs,
+            f"the schedule names the program {short(entry.program)}, which is not there",
+        )
+    _check_order(schedule, generation)
+    for entry in schedule.entries:
+        _check_entry(entry, programs[entry.program], generation)
+    encoders = {entry.program: programs[entry.program] for entry in schedule.of_role("encode")}
+    _check_caller(encoders)
+    _check_exits(encoders, schedule)
+    for trigger in schedule.triggers:
+        _check_trigger(trigger, programs, schedule)
+    require(
+        not schedule.endless or any(trigger.after == "tokens" for trigger in schedule.triggers),
+        "the schedule is endless and no trigger runs after tokens, so nothing renumbers positions",
+    )
+
+
+def _check_order(schedule: Schedule, generation: Generation | None) -> None:
+    roles = [entry.role for entry in schedule.entries]
+    require(
+        roles == sorted(roles, key=ENTRY_ROLES.index),
+        "the schedule's entries are not in the order of their roles",
+    )
+    if double := first_double(f"{entry.program} as {entry.role}" for entry in schedule.entries):
+        raise FormatError(f"the schedule runs {short(double)} twice")
+    for role in ("prefill", "decode"):
+        require(
+            roles.count(role) == (generation is not None),
+            f"the schedule has {roles.count(role)} entries of role {role!r}, it must have one where there is "
+            "'generation', and none elsewhere",
+        )
+    require(
+        generation is not None or not (schedule.triggers or schedule.endless),
+        "the schedule has triggers or is endless, and nothing generates",
+    )
+
+
+def _check_entry(entry: Entry, program: Signature, generation: Generation | None) -> None:
+    where = f"program {short(entry.program)} runs as {entry.role} and"
+    _check_roles(where, program.inputs, _INPUTS[entry.role])
+    _check_roles(where, program.outputs, _OUTPUTS[entry.role])
+    _check_slots(entry, program)
+    if generation is not None and entry.role != "encode":
+        _check_emission(entry, program, where, generation)
+
+
+def _check_roles(where: str, tensors: Iterable[TensorLike], allowed: frozenset[str]) -> None:
+    for tensor in tensors:
+        require(
+            tensor.role in allowed,
+            f"{where} has {short(tensor.name)} of the role {tensor.role!r}, which means nothing there",
+        )
+
+
+def _check_slots(entry: Entry, program: Signature) -> None:
+    axes = {axis for tensor in program.inputs if tensor.role != "state" for axis in tensor.axes}
+    require(
+        entry.slots in axes if isinstance(entry.slots, str) else entry.slots >= 0,
+        f"the entry of program {short(entry.program)} needs {short(entry.slots)} slots, which is neither a "
+        "number nor an axis of its inputs",
+    )
+
+
+def _check_emission(entry: Entry, program: Signature, where: str, generation: Generation) -> None:
+    logits, tokens = find_role(program.outputs, "logits"), find_role(program.outputs, "tokens")
+    require(
+        (logits is None) != (tokens is None), f"{where} must emit either logits or tokens with their count"
+    )
+    require(
+        logits is None or logits.axes[2] == generation.vocabulary,
+        f"{where} emits logits of another vocabulary than the {generation.vocabulary} of 'generation'",
+    )
+    given = find_role(program.inputs, "tokens"), find_role(program.inputs, "positions")
+    require(
+        None not in given or (entry.role == "decode" and tokens is not None),
+        f"{where} needs inputs of the roles 'tokens' and 'positions'",
+    )
+    require(
+        entry.role != "prefill" or tokens is None or find_role(program.inputs, "limit") is not None,
+        f"{where} emits tokens and has no input of the role 'limit', so it cannot be told to emit none "
+        "before the prompt's end",
+    )
+    if given[0] is not None:
+        _check_chunks(entry, program, given[0].axes[1], where)
+
+
+def _check_chunks(entry: Entry, program: Signature, count: str | int, where: str) -> None:
+    """Every number of tokens up to the largest can be read, or just one number; a decode reads one."""
+    least = program.ranges[count].min if isinstance(count, str) else 1
+    require(least <= 1, f"{where} takes no less than {least} tokens, so it cannot read every text")
+    require(
+        entry.role != "decode" or isinstance(count, str) or count == 1,
+        f"{where} takes {count} tokens in every call, and a row has one to read",
+    )
+
+
+def _check_caller(encoders: Mapping[str, Signature]) -> None:
+    """An input that several programs take from the caller is the same for all."""
+    seen: dict[str, tuple[str, tuple[str | int, ...]]] = {}
+    for name, program in encoders.items():
+        for tensor in with_role(program.inputs, "input"):
+            kind = (tensor.dtype, tuple(tensor.axes))
+            require(
+                seen.setdefault(tensor.name, kind) == kind,
+                f"input {short(tensor.name)} of program {short(name)} has another dtype or other axes than in "
+                "a program before it",
+            )
+
+
+def _check_exits(encoders: Mapping[str, Signature], schedule: Schedule) -> None:
+    """Rows that leave have the outputs that the others get at the end; without exits every name is there once."""
+    exits = [name for name, program in encoders.items() if find_role(program.outputs, "done") is not None]
+    given = {name: with_role(program.outputs, "output") for name, program in encoders.items()}
+    if not exits:
+        if double := first_double(tensor.name for tensors in given.values() for tensor in tensors):
+            raise FormatError(f"two programs give the caller an output {short(double)}")
+        return
+    *_, last = encoders
+    require(
+        not schedule.generates,
+        f"rows leave after program {short(exits[0])}, though the model generates",
+    )
+    require(last not in exits, f"program {short(last)} has an output 'done' and no program runs after it")
+    for name, tensors in given.items():
+        require(
+            name in exits or name == last or not tensors,
+            f"program {short(name)} gives outputs for the rows alone that did not leave before it",
+        )
+        require(
+            name not in exits or _kinds(tensors) == _kinds(given[last]),
+            f"rows leave after program {short(name)}, which has not the outputs of {short(last)}",
+        )
+    require(
+        all(tensor.axes[:1] == (BATCH,) for tensor in given[last]),
+        f"the outputs of program {short(last)} have no batch in front, by which rows that left earlier are put back",
+    )
+
+
+def _kinds(tensors: Sequence[TensorLike]) -> list[tuple[str, str, tuple[str | int, ...]]]:
+    return sorted(((t.name, t.dtype, tuple(t.axes)) for t in tensors), key=lambda kind: kind[0])
+
+
+def _check_trigger(trigger: Trigger, programs: Mapping[str, Signature], schedule: Schedule) -> None:
+    where = f"a trigger of the schedule runs program {short(trigger.program)}, which"
+    require(trigger.program in programs, f"{where} is not there")
+    program = programs[trigger.program]
+    _check_roles(where, program.inputs, frozenset(("state", "due")))
+    _check_roles(where, program.outputs, frozenset(("state",)))
+    require(
+        trigger.after in AFTER,
+        f"{where} comes after {short(trigger.after)}, it must be one of {', '.join(AFTER)}",
+    )
+    counts = trigger.after == "tokens"
+    require(
+        trigger.every >= 1 if counts else trigger.every == 0,
+        f"{where} comes every {trigger.every} tokens after {trigger.after!r}",
+    )
+    require(counts or not trigger.prompt, f"{where} comes within the prompt, but not after tokens")
+    decode = schedule.entry("decode")
+    assert decode is not None
+    require(
+        not counts
+        or find_role(program.inputs, "due") is not None
+        or not emits_tokens(programs[decode.program]),
+        f"{where} takes no 'due', though the rows advance by different numbers of tokens",
+    )

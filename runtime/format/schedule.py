@@ -1,0 +1,75 @@
+"""Which program of a model runs when."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from tokopt.runtime.format.signature import Signature, find_role
+
+ENTRY_ROLES = ("encode", "prefill", "decode")
+"""In the order in which they run."""
+
+AFTER = ("prefill", "tokens")
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A program that the host runs.
+
+    ``role`` is ``"encode"`` (once per request), ``"prefill"`` (on the prompt) or ``"decode"`` (until the text ends).
+
+    ``slots`` is how many free slots a call needs on every slot axis: a number, or the name of an axis of the program's
+    inputs, such as that of its tokens.
+    """
+
+    program: str
+    role: str
+    slots: int | str = 0
+
+
+@dataclass(frozen=True)
+class Trigger:
+    """A program that works on the states alone, between calls.
+
+    ``after`` is ``"prefill"``: once, when the prompt was read; or ``"tokens"``: for the rows that committed ``every``
+    tokens since the program last ran for them. ``prompt``: the prompt's tokens count too, so that it is read ``every``
+    tokens at a time with the program in between.
+    """
+
+    program: str
+    after: str
+    every: int = 0
+    prompt: bool = False
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """All that a host needs to drive a model, beside the roles of inputs and outputs.
+
+    Entries of one role run in their order. What a call emits follows from the roles of the program's outputs: arrays,
+    logits that the host draws from, or tokens with their count. ``endless``: a text may outgrow the context of
+    :class:`.Generation`, since a trigger renumbers positions.
+    """
+
+    entries: tuple[Entry, ...]
+    triggers: tuple[Trigger, ...] = ()
+    endless: bool = False
+
+    def of_role(self, role: str) -> Iterator[Entry]:
+        """The entries of a role in the order of running."""
+        return (entry for entry in self.entries if entry.role == role)
+
+    def entry(self, role: str) -> Entry | None:
+        """The one entry of role ``"prefill"`` or ``"decode"``; None without one."""
+        return next(self.of_role(role), None)
+
+    @property
+    def generates(self) -> bool:
+        """Whether the model writes texts."""
+        return self.entry("decode") is not None
+
+
+def emits_tokens(program: Signature) -> bool:
+    """Whether a program draws tokens itself, instead of giving logits to draw from."""
+    return find_role(program.outputs, "tokens") is not None
