@@ -11,7 +11,9 @@ import numpy as np
 import onnxruntime
 
 from tokopt.errors import InputError, TokoptError
-from tokopt.runtime.format.manifest import ProgramEntry, StateEntry
+from tokopt.runtime.format.manifest import ProgramEntry
+from tokopt.runtime.format.signature import BATCH, Tensor
+from tokopt.runtime.format.state import State, slot_axis
 
 BLOCK = 16
 """Slots that a small cache grows by; larger ones grow by a sixteenth."""
@@ -26,12 +28,11 @@ def capacity(slots: int) -> int:
 class Buffers:
     """One ONNX Runtime value per state, for a batch of rows.
 
-    Axes that are neither the batch nor a number count slots: one for all layers, or one per layer. They grow by
-    free slots, filled with the state's initial value, and shrink by dropping slots from the end; the programs
-    never change them.
+    Slot axes grow by free slots, filled with the state's initial value, and shrink by dropping slots from the end; the
+    programs never change their sizes.
     """
 
-    def __init__(self, states: Sequence[StateEntry], batch: int, slots: int, device: str = "cpu") -> None:
+    def __init__(self, states: Sequence[State], batch: int, slots: int, device: str = "cpu") -> None:
         self.states = {state.name: state for state in states}
         axes = [slot_axis(state.axes) for state in states]
         self.slots = self.fitting({axis: slots for axis in axes if axis is not None})
@@ -53,6 +54,31 @@ class Buffers:
         """A copy of one state."""
         return np.array(self.values[name].numpy())
 
+    def occupied(self) -> dict[str, int]:
+        """The most slots that a row occupies, by slot axis."""
+        found: dict[str, int] = {}
+        for state in self.states.values():
+            axis = slot_axis(state.axes)
+            if axis is not None and axis not in found:
+                assert state.occupancy is not None
+                lengths = self.read(state.occupancy.state)
+                column = state.occupancy.column
+                found[axis] = int((lengths if column is None else lengths[:, column]).max())
+        return found
+
+    def load(self, arrays: Mapping[str, np.ndarray]) -> None:
+        """Take over states from arrays; an axis with more slots there grows."""
+        slots = dict(self.slots)
+        for name, array in arrays.items():
+            axis = slot_axis(self.states[name].axes)
+            if axis is not None:
+                slots[axis] = max(slots[axis], array.shape[self.states[name].axes.index(axis)])
+        self.resize(slots)
+        for name, array in arrays.items():
+            new = self._initial(self.states[name], self.slots)
+            new[tuple(map(slice, array.shape))] = array
+            self.values[name] = self._value(new)
+
     def fitting(self, slots: Mapping[str, int]) -> dict[str, int]:
         """The sizes to allocate for at least so many slots by axis."""
         return dict(slots)
@@ -73,19 +99,34 @@ class Buffers:
             self.values[name] = self._value(new)
         self.slots = dict(slots)
 
-    def advance(self, session: Any) -> None:
-        """Run a program of nothing but state (``compact``): every state becomes its next value, in new memory."""
-        inputs = {given.name for given in session.get_inputs()}
-        states = [state for state in self.states.values() if state.name in inputs]
-        feed = {state.name: self.values[state.name] for state in states}
-        results = run_checked(session.run_with_ort_values, [state.output for state in states], feed)
-        self.values.update(zip((state.name for state in states), results, strict=True))
+    def advance(self, session: Any, entry: ProgramEntry, feed: Mapping[str, np.ndarray]) -> None:
+        """Run a program of nothing but states and ``feed``; what it does not write in place is in new memory."""
+        binding = session.io_binding()
+        for name, array in feed.items():
+            binding.bind_cpu_input(name, array)
+        for tensor in entry.inputs:
+            if tensor.state is not None:
+                binding.bind_ortvalue_input(tensor.name, self.values[tensor.state])
+        shared = shared_states(entry)
+        for tensor in entry.outputs:
+            if tensor.name in shared:
+                binding.bind_ortvalue_output(tensor.name, self.values[shared[tensor.name]])
+            else:
+                binding.bind_output(tensor.name, self.device)
+        run_checked(session.run_with_iobinding, binding)
+        for tensor, value in zip(entry.outputs, binding.get_outputs(), strict=True):
+            if tensor.state is not None and tensor.name not in shared:
+                self.values[tensor.state] = value
 
-    def _shape(self, state: StateEntry, slots: Mapping[str, int]) -> tuple[int, ...]:
-        sizes = {"batch": self.batch, **slots}
+    def like(self, value: Any) -> Any:
+        """New memory of the size of a value."""
+        return self._value(np.empty_like(value.numpy()))
+
+    def _shape(self, state: State, slots: Mapping[str, int]) -> tuple[int, ...]:
+        sizes = {BATCH: self.batch, **slots}
         return tuple(axis if isinstance(axis, int) else sizes[axis] for axis in state.axes)
 
-    def _initial(self, state: StateEntry, slots: Mapping[str, int]) -> np.ndarray:
+    def _initial(self, state: State, slots: Mapping[str, int]) -> np.ndarray:
         return np.full(self._shape(state, slots), state.initial, state.dtype)
 
     def _check_memory(self, slots: Mapping[str, int]) -> None:
@@ -93,7 +134,7 @@ class Buffers:
         wanted, free = self.bytes_for(slots), self._free_bytes()
         if free is not None and wanted > free:
             raise InputError(
-                f"a cache of {max(slots.values())} slots for a batch of {self.batch} takes "
+                f"a cache of {max(slots.values(), default=0)} slots for a batch of {self.batch} takes "
                 f"{wanted / 2**30:.1f} GiB and {free / 2**30:.1f} GiB of memory are free; use a smaller batch, a "
                 "shorter prompt, or an eviction pass"
             )
@@ -106,67 +147,98 @@ class Buffers:
 
 
 class Bound:
-    """A program whose state stays bound to buffers; what comes and goes with a call is copied."""
+    """A program whose states stay bound to buffers; what comes and goes with a call is copied."""
 
     def __init__(self, session: onnxruntime.InferenceSession, entry: ProgramEntry, buffers: Buffers) -> None:
         self.session, self.entry, self.buffers = session, entry, buffers
-        self.binding = session.io_binding()
-        names = {tensor.name for tensor in entry.inputs}
-        self.states = [state for state in buffers.states.values() if state.name in names]
-        made = {tensor.name for tensor in entry.outputs}
-        self.written = [state for state in self.states if state.output in made]
-        taken = {state.output for state in self.written}
-        self.outputs = [tensor for tensor in entry.outputs if tensor.name not in taken]
+        self.binding: Any = session.io_binding()
+        self.shared = shared_states(entry)
+        self.read = [tensor for tensor in entry.inputs if tensor.state is not None]
+        self._reader = {tensor.state: tensor.name for tensor in self.read}
+        self.moved = [t for t in entry.outputs if t.state is not None and t.name not in self.shared]
+        bound = {*self.shared, *(tensor.name for tensor in self.moved)}
+        self.returned = [tensor for tensor in entry.outputs if tensor.name not in bound]
         self.spare: dict[str, Any] = {}
         self._results: dict[str, np.ndarray] = {}
+        self._places: list[str] = []
         self.bind()
 
     def bind(self) -> None:
         """Bind the buffers as they are now; to be called after they were resized."""
+        values = self.buffers.values
         self.spare.clear()
-        for state in self.states:
-            self.binding.bind_ortvalue_input(state.name, self.buffers.values[state.name])
-        for state in self.written:
-            if not state.in_place:
-                value = self.buffers.values[state.name]
-                self.spare[state.name] = self.buffers._value(np.empty_like(value.numpy()))
-            self._bind_state(state)
+        for tensor in self.read:
+            self.binding.bind_ortvalue_input(tensor.name, values[tensor.state])
+        for output, state in self.shared.items():
+            self._bind_output(output, values[state])
+        for tensor in self.moved:
+            self.spare[tensor.name] = self.buffers.like(values[tensor.state])
+            self._bind_output(tensor.name, self.spare[tensor.name])
 
     def run(self, feed: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """One call: the state moves on, the other outputs are returned (valid until the next call)."""
+        """One call: the states move on, the other outputs are returned (valid until the next call)."""
         for name, array in feed.items():
             self.binding.bind_cpu_input(name, array)
-        results = self._bind_outputs(feed)
+        unknown = self._bind_returned(feed)
         run_checked(self.session.run_with_iobinding, self.binding)
-        for state in self.written:
-            if not state.in_place:
-                value = self.buffers.values[state.name]
-                self.buffers.values[state.name], self.spare[state.name] = self.spare[state.name], value
-                self._bind_state(state)
-        return results
+        self._swap()
+        if not unknown:
+            return self._results
+        made = self.binding.get_outputs()
+        return self._results | {name: made[self._places.index(name)].numpy() for name in unknown}
 
-    def _bind_state(self, state: StateEntry) -> None:
-        value = self.buffers.values[state.name]
-        self.binding.bind_ortvalue_input(state.name, value)
-        self.binding.bind_ortvalue_output(state.output, self.spare.get(state.name, value))
+    def _swap(self) -> None:
+        """What was written beside the buffers is the state now, and the buffers are written next."""
+        values = self.buffers.values
+        for tensor in self.moved:
+            assert tensor.state is not None
+            values[tensor.state], self.spare[tensor.name] = self.spare[tensor.name], values[tensor.state]
+            self.binding.bind_ortvalue_output(tensor.name, self.spare[tensor.name])
+            if tensor.state in self._reader:
+                self.binding.bind_ortvalue_input(self._reader[tensor.state], values[tensor.state])
 
-    def _bind_outputs(self, feed: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """Arrays that the call writes its results to, kept while their sizes stay the same."""
-        sizes = {
-            axis: size
-            for tensor in self.entry.inputs
-            if tensor.name in feed
-            for axis, size in zip(tensor.axes, feed[tensor.name].shape, strict=True)
-        }
-        for tensor in self.outputs:
+    def _bind_output(self, name: str, value: Any) -> None:
+        self.binding.bind_ortvalue_output(name, value)
+        self._place(name)
+
+    def _place(self, name: str) -> None:
+        """ONNX Runtime lists outputs in the order in which they were first bound."""
+        if name not in self._places:
+            self._places.append(name)
+
+    def _bind_returned(self, feed: Mapping[str, np.ndarray]) -> list[str]:
+        """Have arrays that the call writes to, kept while their sizes stay the same; the outputs of unknown size."""
+        sizes = {BATCH: self.buffers.batch, **self.buffers.slots, **axis_sizes(self.entry.inputs, feed)}
+        unknown: list[str] = []
+        for tensor in self.returned:
+            if not all(isinstance(axis, int) or axis in sizes for axis in tensor.axes):
+                self.binding.bind_output(tensor.name)
+                self._place(tensor.name)
+                unknown.append(tensor.name)
+                continue
             shape = tuple(sizes[axis] if isinstance(axis, str) else axis for axis in tensor.axes)
             known = self._results.get(tensor.name)
             if known is None or known.shape != shape:
                 known = self._results[tensor.name] = np.empty(shape, tensor.dtype)
-                self.binding.bind_ortvalue_output(
-                    tensor.name, onnxruntime.OrtValue.ortvalue_from_numpy(known)
-                )
-        return self._results
+                self._bind_output(tensor.name, onnxruntime.OrtValue.ortvalue_from_numpy(known))
+        return unknown
+
+
+def shared_states(entry: ProgramEntry) -> dict[str, str]:
+    """The state whose buffer an output is written into, by the output's name."""
+    states = {tensor.name: tensor.state for tensor in entry.inputs}
+    return {output: state for output, given in entry.aliases.items() if (state := states[given]) is not None}
+
+
+def axis_sizes(inputs: Sequence[Tensor], feed: Mapping[str, np.ndarray]) -> dict[str, int]:
+    """The size of every named axis of the inputs that are fed."""
+    return {
+        axis: size
+        for tensor in inputs
+        if tensor.name in feed
+        for axis, size in zip(tensor.axes, feed[tensor.name].shape, strict=True)
+        if isinstance(axis, str)
+    }
 
 
 def run_in_place(
@@ -181,18 +253,17 @@ def run_in_place(
     """
     binding = session.io_binding()
     copies = {
-        output: onnxruntime.OrtValue.ortvalue_from_numpy(np.array(feed[name]))
-        for output, name in shared.items()
+        name: onnxruntime.OrtValue.ortvalue_from_numpy(np.array(feed[name]))
+        for name in dict.fromkeys(shared.values())
     }
-    owner = {name: output for output, name in shared.items()}
     for name, array in feed.items():
-        if name in owner:
-            binding.bind_ortvalue_input(name, copies[owner[name]])
+        if name in copies:
+            binding.bind_ortvalue_input(name, copies[name])
         else:
             binding.bind_cpu_input(name, np.ascontiguousarray(array))
     for output in outputs:
-        if output in copies:
-            binding.bind_ortvalue_output(output, copies[output])
+        if output in shared:
+            binding.bind_ortvalue_output(output, copies[shared[output]])
         else:
             binding.bind_output(output)
     session.run_with_iobinding(binding)
@@ -206,11 +277,6 @@ def run_checked(run: Callable[..., Any], *arguments: object) -> Any:
     except Exception as error:  # ONNX Runtime raises several unrelated classes
         reason = " ".join(str(error).split())
         raise TokoptError(f"ONNX Runtime failed on inputs that fit: {reason}") from error
-
-
-def slot_axis(axes: Sequence[str | int]) -> str | None:
-    """Which axis of a state counts slots; None for a state without one."""
-    return next((axis for axis in axes if isinstance(axis, str) and axis != "batch"), None)
 
 
 def _available_memory() -> int | None:

@@ -1,4 +1,4 @@
-"""Run the program of an encoder artifact on ONNX Runtime, with every input checked first."""
+"""Load artifacts, and run those that are no language models, with every input checked first."""
 
 from __future__ import annotations
 
@@ -9,18 +9,14 @@ from typing import Any
 import numpy as np
 
 from tokopt.errors import ArtifactError, InputError, TokoptError
-from tokopt.runtime.engines.onnxruntime import PORTABLE, Backend, Provider, Session, Sessions, open_backend
-from tokopt.runtime.format.manifest import (
-    Manifest,
-    ProgramEntry,
-    Tensor,
-    file_fault,
-    file_path,
-    read_manifest,
-)
+from tokopt.runtime.encode import encode
+from tokopt.runtime.engines.base import Programs
+from tokopt.runtime.engines.onnxruntime import BACKENDS, Backend, Provider, Sessions, check_threads
+from tokopt.runtime.format.manifest import PORTABLE, Manifest, file_fault, read_manifest
+from tokopt.runtime.inputs import Interface, count_rows
 from tokopt.runtime.language import LanguageModel
 from tokopt.runtime.numerics import OutputCheck
-from tokopt.runtime.selftest import run_selftest
+from tokopt.runtime.selftest import run_selftests
 
 
 def load(
@@ -33,8 +29,8 @@ def load(
 ) -> Any:
     """Load an artifact directory written by ``tokopt.export(..., target="onnx")``.
 
-    An encoder is loaded as a :class:`Model`, a causal language model as a
-    :class:`~tokopt.runtime.language.LanguageModel`.
+    A model that generates is loaded as a :class:`~tokopt.runtime.language.LanguageModel`, every other as a
+    :class:`Model`.
 
     ``backend`` is ``"onnxruntime"``, or for encoders ``"openvino"`` (extra ``tokopt[openvino]``), which may come with
     OpenVINO's properties: ``("openvino", {"INFERENCE_PRECISION_HINT": "bf16"})``; it computes in float32 unless
@@ -63,9 +59,9 @@ def load(
     if backend != "onnxruntime":
         return _other_backend(folder, manifest, backend, providers, threads)
     sessions = Sessions(folder, manifest, providers, threads)
-    if manifest.task == "causal-lm":
+    if manifest.schedule.generates:
         return LanguageModel(folder, manifest, sessions)
-    return Model(folder, manifest, manifest.programs["forward"], sessions.get("forward"))
+    return Model(folder, manifest, sessions)
 
 
 def _load_engines(
@@ -77,9 +73,9 @@ def _load_engines(
         raise InputError("providers and threads belong to the backend onnxruntime; leave them out")
     manifest = narrowed(folder, manifest)
     engines = Engines(folder, manifest)
-    if manifest.task == "causal-lm":
+    if manifest.schedule.generates:
         return LanguageModel(folder, manifest, engines)
-    return Model(folder, manifest, manifest.programs["forward"], engines.get("forward"))
+    return Model(folder, manifest, engines)
 
 
 def _other_backend(
@@ -89,32 +85,38 @@ def _other_backend(
     providers: Sequence[Provider] | None,
     threads: int | None,
 ) -> Model:
+    name, options = (backend, {}) if isinstance(backend, str) else backend
+    if name != "openvino":
+        raise InputError(f"there is no backend {name!r}; choose among {', '.join(BACKENDS)}")
     if providers is not None:
         raise InputError("providers belong to the backend onnxruntime; leave them out")
-    if manifest.task == "causal-lm":
+    if manifest.states:
         raise InputError(
-            f"{folder} is a language model, whose cache OpenVINO cannot write in place; run it with the default "
+            f"{folder} keeps states between calls, which OpenVINO cannot write in place; run it with the default "
             "backend"
         )
-    program = manifest.programs["forward"]
-    session = open_backend(backend, file_path(folder, program.files[PORTABLE]), threads)
-    return Model(folder, manifest, program, session)
+    from tokopt.runtime.engines.openvino import OpenVINOSessions
+
+    return Model(folder, manifest, OpenVINOSessions(folder, manifest, options, check_threads(threads)))
 
 
 class Model:
-    """A loaded encoder: call it with numpy arrays.
+    """A loaded model that gives arrays for arrays: call it with numpy arrays.
 
     ``model(images)`` takes the inputs in the order of ``signature.inputs``, ``model(input_ids=..., ...)`` by
     name. One output is returned as an array, several as :class:`Outputs`.
     """
 
-    def __init__(self, path: Path, manifest: Manifest, program: ProgramEntry, session: Session) -> None:
-        self.path, self.manifest, self.signature, self.session = path, manifest, program, session
-        self._outputs = [tensor.name for tensor in program.outputs]
-        self._dtypes = [np.dtype(tensor.dtype) for tensor in program.inputs]
+    def __init__(self, path: Path, manifest: Manifest, sessions: Programs) -> None:
+        self.path, self.manifest, self.sessions = path, manifest, sessions
+        self.signature = Interface.of(manifest)
+        entries = tuple(manifest.schedule.of_role("encode"))
+        for entry in entries:
+            sessions.best(entry.program, batch=1)  # what cannot be loaded is refused now
+        self._single = entries[0].program if len(entries) == 1 and not manifest.states else None
 
     def __call__(self, *arrays: Any, **named: Any) -> Any:
-        """Run the program; returns an array, or :class:`Outputs` when there are several.
+        """Run the programs; returns an array, or :class:`Outputs` when there are several.
 
         Raises InputError, before anything runs, for a wrong name, count, dtype, rank or size, for a named
         axis that differs between inputs or leaves its range, for an empty axis, and for NaN or infinity.
@@ -126,74 +128,32 @@ class Model:
 
     def run(self, *arrays: Any, **named: Any) -> Outputs:
         """As calling the model, but always by output name."""
-        feed = self._bind(arrays, named)
-        self._check(feed)
+        feed = self.signature.feed(arrays, named)
         try:
-            values = self.session.run(self._outputs, feed)
+            return Outputs(self._run(feed))
+        except TokoptError:
+            raise
         except Exception as error:  # engines raise several unrelated classes
             reason = " ".join(str(error).split())
             raise TokoptError(f"the engine failed in {self.path} on inputs that fit: {reason}") from error
-        return Outputs(zip(self._outputs, values, strict=True))
+
+    def _run(self, feed: Mapping[str, np.ndarray]) -> Iterator[tuple[str, np.ndarray]]:
+        names = [tensor.name for tensor in self.signature.outputs]
+        if self._single is not None:
+            found = self.sessions.run(self._single, feed)
+        else:
+            batch = count_rows(self.signature.inputs, feed)
+            found = encode(self.manifest, self.sessions, feed, 1 if batch is None else batch).outputs
+        return ((name, found[name]) for name in names)
 
     def selftest(self) -> tuple[OutputCheck, ...]:
         """Run the inputs stored in the artifact and compare every output with the one stored."""
-        return run_selftest(self.path, self.manifest, "forward", self.session)
+        checks = run_selftests(self.path, self.manifest, self.sessions)
+        return tuple(check for found in checks.values() for check in found)
 
     def __repr__(self) -> str:
-        sides = [", ".join(map(_spell, side)) for side in (self.signature.inputs, self.signature.outputs)]
+        sides = [", ".join(map(str, side)) for side in (self.signature.inputs, self.signature.outputs)]
         return f"<Model {self.path.name}: {sides[0]} -> {sides[1]}>"
-
-    def _bind(self, arrays: tuple[Any, ...], named: dict[str, Any]) -> dict[str, np.ndarray]:
-        names = [tensor.name for tensor in self.signature.inputs]
-        if len(arrays) > len(names):
-            raise InputError(
-                f"{len(arrays)} inputs were given, the program takes {len(names)}: {', '.join(names)}"
-            )
-        feed = dict(zip(names, arrays, strict=False))
-        for name, value in named.items():
-            if name not in names:
-                raise InputError(f"there is no input {name!r}; the program takes {', '.join(names)}")
-            if name in feed:
-                raise InputError(f"input {name!r} was given twice, by position and by name; give it once")
-            feed[name] = value
-        for tensor in self.signature.inputs:
-            if tensor.name not in feed:
-                raise InputError(f"input {tensor.name!r} is missing; give {_spell(tensor)}")
-            feed[tensor.name] = _as_array(feed[tensor.name], tensor)
-        return feed
-
-    def _check(self, feed: dict[str, np.ndarray]) -> None:
-        seen: dict[str, tuple[int, str]] = {}
-        for tensor, dtype in zip(self.signature.inputs, self._dtypes, strict=True):
-            array = feed[tensor.name]
-            if array.dtype != dtype:
-                raise InputError(
-                    f"input {tensor.name!r} is {array.dtype}, the program takes {dtype}; convert it with "
-                    f".astype({tensor.dtype!r})"
-                )
-            _check_shape(tensor, array.shape)
-            for axis, size in zip(tensor.axes, array.shape, strict=True):
-                if isinstance(axis, str):
-                    self._check_axis(tensor.name, axis, size, seen)
-            if dtype.kind == "f" and not _is_finite(array):
-                raise InputError(
-                    f"input {tensor.name!r} holds NaN or infinity; clean it, for example with "
-                    "numpy.nan_to_num"
-                )
-
-    def _check_axis(self, name: str, axis: str, size: int, seen: dict[str, tuple[int, str]]) -> None:
-        bounds = self.signature.ranges[axis]
-        if size < max(bounds.min, 1) or (bounds.max is not None and size > bounds.max):
-            most = "" if bounds.max is None else f" and at most {bounds.max}"
-            raise InputError(
-                f"axis {axis!r} of input {name!r} has size {size}, it must be at least "
-                f"{max(bounds.min, 1)}{most}"
-            )
-        first, where = seen.setdefault(axis, (size, name))
-        if first != size:
-            raise InputError(
-                f"axis {axis!r} has size {size} in input {name!r} but {first} in {where!r}; make them equal"
-            )
 
 
 class Outputs(Mapping[str, np.ndarray]):
@@ -223,42 +183,3 @@ class Outputs(Mapping[str, np.ndarray]):
 
     def __repr__(self) -> str:
         return "Outputs(" + ", ".join(f"{k}={v.dtype}{list(v.shape)}" for k, v in self.items()) + ")"
-
-
-def _as_array(value: Any, tensor: Tensor) -> np.ndarray:
-    try:
-        return np.ascontiguousarray(value) if np.ndim(value) else np.asarray(value)
-    except Exception as error:  # whatever a foreign __array__ raises
-        raise InputError(
-            f"input {tensor.name!r} is a {type(value).__name__} that numpy cannot read; give {_spell(tensor)}"
-        ) from error
-
-
-def _check_shape(tensor: Tensor, shape: tuple[int, ...]) -> None:
-    if len(shape) != len(tensor.axes):
-        raise InputError(
-            f"input {tensor.name!r} has {len(shape)} axes (shape {list(shape)}), the program takes "
-            f"{_spell(tensor)}"
-        )
-    for i, (axis, size) in enumerate(zip(tensor.axes, shape, strict=True)):
-        if isinstance(axis, int) and axis != size:
-            raise InputError(
-                f"axis {i} of input {tensor.name!r} has size {size} (shape {list(shape)}), the program takes "
-                f"{_spell(tensor)}"
-            )
-
-
-def _is_finite(array: np.ndarray) -> bool:
-    """Whether every element is finite.
-
-    One pass without a temporary: NaN and infinity survive a sum. A sum may also overflow by itself, so only
-    the exact test may say no.
-    """
-    with np.errstate(over="ignore", invalid="ignore"):
-        total = array.sum(dtype=np.float32 if array.dtype == np.float16 else None)
-    return bool(np.isfinite(total)) or bool(np.isfinite(array).all())
-
-
-def _spell(tensor: Tensor) -> str:
-    """``images: float32[batch, 3, 224, 224]``."""
-    return f"{tensor.name}: {tensor.dtype}[{', '.join(map(str, tensor.axes))}]"

@@ -1,4 +1,4 @@
-"""Generation: prefill, decoding, batches, streaming. Everything about tokens is compiled; this is the loop."""
+"""Generation: prompts, drawing tokens, stops, batches, streaming; the loop below is that of the schedule."""
 
 from __future__ import annotations
 
@@ -6,27 +6,21 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from tokopt.errors import InputError, TokoptError
-from tokopt.runtime.buffers import BLOCK, capacity
-from tokopt.runtime.engines.onnxruntime import PORTABLE, Sessions
+from tokopt.runtime.encode import Encoded, encode
+from tokopt.runtime.engines.base import Stateful
 from tokopt.runtime.format.manifest import Manifest, file_path
+from tokopt.runtime.format.schedule import emits_tokens
+from tokopt.runtime.inputs import Interface, count_rows
+from tokopt.runtime.loop import NO_LIMIT, PADDING, Emission, Request, chunk_size, prompt_slots
 from tokopt.runtime.numerics import OutputCheck
 from tokopt.runtime.sampling import LogitsProcessor, Sampling, choose, log_probabilities
-from tokopt.runtime.selftest import run_selftest
+from tokopt.runtime.selftest import run_selftests
 from tokopt.runtime.text import TextStream, Tokenizer, render_chat
-
-PREFILL = 256
-"""Prompt tokens per call of ``step``; bounds the memory that a long prompt's attention takes."""
-
-PADDING = -1
-"""Position of padding."""
-
-if TYPE_CHECKING:
-    from tokopt.runtime.engines.tensorrt import Engines
 
 Prompt = str | Sequence[int]
 """Text, or token ids."""
@@ -85,15 +79,21 @@ class LanguageModel:
     >>> model.generate(["One prompt", "another"], max_tokens=20)          # doctest: +SKIP
     """
 
-    def __init__(self, path: Path, manifest: Manifest, sessions: Sessions | Engines) -> None:
+    def __init__(self, path: Path, manifest: Manifest, sessions: Stateful) -> None:
         assert manifest.generation is not None
         self.path, self.manifest, self.sessions = path, manifest, sessions
         for name in manifest.programs:
             sessions.best(name, batch=1)  # what cannot be loaded is refused now
-        self.settings = manifest.generation
-        self.prefill = min(PREFILL, manifest.programs["step"].ranges["tokens"].max or PREFILL)
+        self.settings, self.endless = manifest.generation, manifest.schedule.endless
+        entries = [entry for entry in manifest.schedule.entries if entry.role != "encode"]
+        self.draws = any(emits_tokens(manifest.programs[entry.program]) for entry in entries)
+        self.interface = Interface.of(manifest)
         self.statistics = Statistics()
         self._tokenizer: Tokenizer | None = None
+
+    def open(self, batch: int, slots: int, inputs: Mapping[str, Any] | None = None) -> Request:
+        """A new request of so many rows, whose cache begins with so many slots; for driving the model oneself."""
+        return Request(self.manifest, self.sessions, batch, slots, self._encode(batch, inputs))
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -121,16 +121,19 @@ class LanguageModel:
         sampling: Sampling | None = None,
         stop: Sequence[str] = (),
         processors: Sequence[LogitsProcessor] = (),
+        inputs: Mapping[str, Any] | None = None,
     ) -> Any:
         """Generate a text for one prompt (:class:`Generated`) or for several (a list of them).
 
-        A prompt is text or token ids; prompts of unequal length are padded on the left. Raises InputError,
-        before anything runs, for an empty prompt, one longer than the context, a token id out of range, and a
-        cache that does not fit into memory; raises TokoptError when the model gives NaN.
+        A prompt is text or token ids; prompts of unequal length are padded on the left. ``inputs`` are the arrays that
+        a model takes beside its prompts (images, for example) by name, with a row for every prompt. Raises InputError,
+        before anything runs, for an empty prompt, one longer than the context, a token id out of range, inputs that do
+        not fit, a cache that does not fit into memory, and sampling options where the model draws the tokens itself;
+        raises TokoptError when the model gives NaN.
         """
         single = isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], (int, np.integer)))
         rows = self._rows([prompts] if single else list(prompts), stop)  # type: ignore[list-item]
-        for _ in self._steps(rows, max_tokens, sampling or Sampling(), processors):
+        for _ in self._steps(rows, max_tokens, sampling or Sampling(), processors, inputs):
             pass
         done = [
             Generated(tuple(row.new), "".join(row.pieces) if row.stream else None, row.finish) for row in rows
@@ -145,12 +148,13 @@ class LanguageModel:
         sampling: Sampling | None = None,
         stop: Sequence[str] = (),
         processors: Sequence[LogitsProcessor] = (),
+        inputs: Mapping[str, Any] | None = None,
     ) -> Iterator[str]:
         """Pieces of the generated text as they come, whole characters only; as :meth:`generate` otherwise."""
         self.tokenizer  # noqa: B018  # refuse before anything runs
         rows = self._rows([prompt], stop)
         shown = 0
-        for _ in self._steps(rows, max_tokens, sampling or Sampling(), processors):
+        for _ in self._steps(rows, max_tokens, sampling or Sampling(), processors, inputs):
             yield from rows[0].pieces[shown:]
             shown = len(rows[0].pieces)
 
@@ -161,23 +165,34 @@ class LanguageModel:
         max_tokens: int = 128,
         sampling: Sampling | None = None,
         processors: Sequence[LogitsProcessor] = (),
+        inputs: Mapping[str, Any] | None = None,
     ) -> Iterator[int]:
         """New token ids as they come; the end token, if it is reached, is the last."""
         rows = self._rows([prompt], ())
-        for _ in self._steps(rows, max_tokens, sampling or Sampling(), processors):
-            yield rows[0].history[-1]
+        shown = rows[0].prompt
+        for _ in self._steps(rows, max_tokens, sampling or Sampling(), processors, inputs):
+            yield from rows[0].history[shown:]
+            shown = len(rows[0].history)
 
-    def score(self, tokens: Sequence[int]) -> np.ndarray:
-        """Log-probability of every token but the first, given those before it [len(tokens) - 1] float64."""
+    def score(self, tokens: Sequence[int], *, inputs: Mapping[str, Any] | None = None) -> np.ndarray:
+        """Log-probability of every token but the first, given those before it [len(tokens) - 1] float64.
+
+        Raises InputError for a model that draws its tokens itself.
+        """
+        if self.draws:
+            raise InputError(
+                f"{self.path} draws its tokens itself and gives no probabilities; generate with it"
+            )
         ids = self._ids(tokens)
-        session = _Session(self, 1, len(ids))
-        found = []
-        for start in range(0, len(ids), self.prefill):
-            part = np.array([ids[start : start + self.prefill]])
+        request, size = self.open(1, len(ids), inputs), chunk_size(self.manifest, "prefill")
+        found: list[np.ndarray] = []
+        for start in range(0, len(ids), size):
+            part = np.array([ids[start : start + size]])
             positions = np.arange(start, start + part.shape[1])[None]
-            logits = session.step(part, positions, np.arange(part.shape[1]))[0]
+            logits = request.step(part, positions, np.arange(part.shape[1]), role="prefill").logits
+            assert logits is not None
             following = ids[start + 1 : start + 1 + part.shape[1]]
-            found.append(log_probabilities(logits[: len(following)], following))
+            found.append(log_probabilities(logits[0, : len(following)], following))
         return np.concatenate(found)
 
     def selftest(self) -> dict[str, tuple[OutputCheck, ...]]:
@@ -185,21 +200,11 @@ class LanguageModel:
 
         The key is the program's name, for the form of a batch of one with that form's name: ``step.onnxruntime``.
         """
-        if not isinstance(self.sessions, Sessions):
-            raise InputError(
-                f"the stored inputs of {self.path} have another number of slots than its engines; run the "
-                "self-test with the default backend"
-            )
-        found = {}
-        for name in self.manifest.programs:
-            for form in self.sessions.forms(name):
-                key, rows = (name, None) if form == PORTABLE else (f"{name}.{form}", 1)
-                session = self.sessions.get(name, form)
-                found[key] = run_selftest(self.path, self.manifest, name, session, rows)
-        return found
+        return run_selftests(self.path, self.manifest, self.sessions)
 
     def __repr__(self) -> str:
-        return f"<LanguageModel {self.path.name}: {len(self.manifest.states) // 2 - 1} layers>"
+        layers = {state.layer for state in self.manifest.states if state.layer is not None}
+        return f"<LanguageModel {self.path.name}: {len(layers)} layers>"
 
     # ------------------------------------------------------------------------------------------- the loop
 
@@ -219,7 +224,7 @@ class LanguageModel:
         ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else [int(i) for i in prompt]
         if not ids:
             raise InputError("the prompt is empty; give at least one token")
-        if len(ids) > self.settings.context and not self.settings.endless:
+        if len(ids) > self.settings.context and not self.endless:
             raise InputError(
                 f"the prompt has {len(ids)} tokens and the model's context holds {self.settings.context}; "
                 "shorten it"
@@ -231,43 +236,67 @@ class LanguageModel:
                 )
         return ids
 
+    def _encode(self, batch: int, inputs: Mapping[str, Any] | None) -> Encoded | None:
+        """Run the programs that come before the prompt on the caller's arrays."""
+        if not self.interface.programs and not inputs:
+            return None
+        feed = self.interface.feed((), inputs or {})
+        rows = count_rows(self.interface.inputs, feed)
+        if rows is not None and rows != batch:
+            raise InputError(
+                f"the inputs have {rows} rows and there are {batch} prompts; give one row for each"
+            )
+        return encode(self.manifest, self.sessions, feed, batch)
+
     def _steps(
-        self, rows: list[_Row], max_tokens: int, sampling: Sampling, processors: Sequence[LogitsProcessor]
+        self,
+        rows: list[_Row],
+        max_tokens: int,
+        sampling: Sampling,
+        processors: Sequence[LogitsProcessor],
+        inputs: Mapping[str, Any] | None,
     ) -> Iterator[None]:
-        """Generate in place; yields after every token of the rows that are not finished."""
+        """Generate in place; yields whenever the rows that are not finished have new tokens."""
         if max_tokens < 0:
             raise InputError(f"max_tokens is {max_tokens}, it must be at least 0")
+        if self.draws and (sampling != Sampling() or processors):
+            raise InputError(f"{self.path} draws its tokens itself; leave sampling and processors out")
         self.statistics = Statistics(prompt_tokens=sum(row.prompt for row in rows))
         if not max_tokens:
             for row in rows:
                 row.finish = "length"
             return
-        chain, streams = [*processors, *sampling.processors()], sampling.streams(len(rows))
-        read = max(row.prompt for row in rows)  # tokens in the cache before anything is evicted
-        if self.settings.endless:
-            read = min(read, self.settings.compact_every)
+        draw = _Draw(sampling, processors, len(rows))
+        longest = max(row.prompt for row in rows)
         clock = time.perf_counter()
-        session = _Session(self, len(rows), read + min(max_tokens, BLOCK))
-        logits = session.prefill([row.history for row in rows])
+        request = self.open(len(rows), prompt_slots(self.manifest, longest, max_tokens), inputs)
+        emission = request.prefill([row.history for row in rows], self._left(rows, max_tokens))
         self.statistics.prefill_seconds = time.perf_counter() - clock
         clock = time.perf_counter()
-        for count in range(1, max_tokens + 1):
-            if np.isnan(logits.max()):
-                raise TokoptError(f"the model gave NaN at step {count}; its weights or its input are damaged")
-            for process in chain:
-                logits = process([row.history for row in rows], logits)
-            chosen = choose(logits, sampling.temperature, streams)
-            for row, token in zip(rows, chosen, strict=True):
-                if not row.finish:
-                    self._take(row, int(token), last=count == max_tokens)
-            self._note(session, rows, time.perf_counter() - clock)
+        while True:
+            self._commit(rows, draw(rows, emission), max_tokens)
+            self._note(request, rows, time.perf_counter() - clock)
             yield
             if all(row.finish for row in rows):
                 return
             live = np.array([not row.finish for row in rows])
             token = np.where(live, [row.history[-1] for row in rows], 0)[:, None]
             position = np.where(live, [len(row.history) - 1 for row in rows], PADDING)[:, None]
-            logits = session.step(token, position, np.array([-1]))[:, 0]
+            limit = self._left(rows, max_tokens) if self.draws else None
+            emission = request.step(token, position, limit=limit)
+
+    def _left(self, rows: list[_Row], max_tokens: int) -> np.ndarray:
+        """The most tokens that each row may still have [batch]."""
+        context = NO_LIMIT if self.endless else self.settings.context
+        left = (max(min(max_tokens - len(row.new), context - len(row.history)), 1) for row in rows)
+        return np.array([0 if row.finish else count for row, count in zip(rows, left, strict=True)], np.int64)
+
+    def _commit(self, rows: list[_Row], found: Sequence[Sequence[int]], max_tokens: int) -> None:
+        """Give every row its new tokens, as far as it goes on."""
+        for row, tokens in zip(rows, found, strict=True):
+            for token in tokens:
+                if not row.finish:
+                    self._take(row, token, last=len(row.new) + 1 == max_tokens)
 
     def _take(self, row: _Row, token: int, last: bool) -> None:
         row.history.append(token)
@@ -276,86 +305,35 @@ class LanguageModel:
             row.pieces.append(row.stream.add(token))
         if ended or (row.stream and row.stream.stopped):
             row.finish = "stop"
-        elif last or (len(row.history) >= self.settings.context and not self.settings.endless):
+        elif last or (len(row.history) >= self.settings.context and not self.endless):
             row.finish = "length"
         if row.finish and row.stream:
             row.pieces.append(row.stream.finish())
 
-    def _note(self, session: _Session, rows: list[_Row], seconds: float) -> None:
-        done = self.statistics
+    def _note(self, request: Request, rows: list[_Row], seconds: float) -> None:
+        done, buffers = self.statistics, request.buffers
         done.new_tokens = sum(len(row.new) for row in rows)
         done.decode_seconds = seconds
-        done.cache_slots, done.cache_bytes = max(session.buffers.slots.values()), session.buffers.nbytes
+        done.cache_slots, done.cache_bytes = max(buffers.slots.values(), default=0), buffers.nbytes
 
 
-class _Session:
-    """One batch on its way: the buffers, how far they are filled, and the step bound to them."""
+class _Draw:
+    """The next tokens of every row: those that the model drew, or one that is chosen by its logits."""
 
-    def __init__(self, model: LanguageModel, batch: int, slots: int) -> None:
-        manifest = model.manifest
-        self.buffers: Any = model.sessions.buffers(batch, capacity(slots))
-        self.program: Any = model.sessions.bind("step", self.buffers)
-        compacts = "compact" in manifest.programs
-        self.compactor = model.sessions.best("compact", batch) if compacts else None
-        self.every, self.since = model.settings.compact_every, 0
-        self.endless, self.longest = model.settings.endless, model.prefill
-        self.used = dict.fromkeys(self.buffers.slots, 0)
+    def __init__(self, sampling: Sampling, processors: Sequence[LogitsProcessor], batch: int) -> None:
+        self.temperature, self.streams = sampling.temperature, sampling.streams(batch)
+        self.chain = [*processors, *sampling.processors()]
+        self.step = 0
 
-    def prefill(self, prompts: Sequence[Sequence[int]]) -> np.ndarray:
-        """Read the prompts, the shorter ones padded on the left; logits [batch, vocabulary] of their ends."""
-        longest = max(map(len, prompts))
-        tokens = np.zeros((len(prompts), longest), np.int64)
-        positions = np.full((len(prompts), longest), PADDING)
-        for row, ids in enumerate(prompts):
-            tokens[row, longest - len(ids) :] = ids
-            positions[row, longest - len(ids) :] = np.arange(len(ids))
-        logits = np.empty(0)
-        read, size = (self.step, self.every) if self.endless else (self._run, self.longest)
-        for start in range(0, longest, size):
-            part = slice(start, start + size)
-            logits = read(tokens[:, part], positions[:, part], np.array([-1]))
-        self.compact()
-        return logits[:, 0]
-
-    def step(self, tokens: np.ndarray, positions: np.ndarray, rows: np.ndarray) -> np.ndarray:
-        """Logits [batch, rows, vocabulary] after new tokens; compacts when it is time."""
-        logits = self._run(tokens, positions, rows)
-        self.since += tokens.shape[1]
-        if self.every and self.since >= self.every:
-            self.compact()
-        return logits
-
-    def compact(self) -> None:
-        """Let the eviction policy drop what it will, and give back the memory."""
-        self.since = 0
-        if self.compactor is None:
-            return
-        self.buffers.advance(self.compactor)
-        for axis in self.used:
-            self.used[axis] = self._count(axis)
-        self.buffers.resize({axis: used + (self.every or BLOCK) for axis, used in self.used.items()})
-        self.program.bind()
-
-    def _count(self, axis: str) -> int:
-        """Slots in use: of ``slots`` all that ``length`` says, of ``slots_3`` its layer's, of ``recent`` its own."""
-        if axis == "recent":
-            return int(self.buffers.read("recent_length").max())
-        lengths = self.buffers.read("length").max(axis=0, keepdims=True).reshape(-1)
-        return int(lengths[int(axis.removeprefix("slots").removeprefix("_") or 0)])
-
-    def _run(self, tokens: np.ndarray, positions: np.ndarray, rows: np.ndarray) -> np.ndarray:
-        count = tokens.shape[1]
-        needed = {axis: used + count for axis, used in self.used.items()}
-        slots = self.buffers.slots
-        if any(needed[axis] > slots[axis] for axis in slots):
-            self.buffers.resize({axis: max(capacity(needed[axis]), slots[axis]) for axis in slots})
-            self.program.bind()
-        causal = np.tril(np.ones((count, count), bool))
-        feed = {
-            "tokens": np.ascontiguousarray(tokens),
-            "positions": np.ascontiguousarray(positions),
-            "mask": np.ascontiguousarray(np.broadcast_to(causal, (len(tokens), count, count))),
-            "rows": rows,
-        }
-        self.used = needed
-        return self.program.run(feed)["logits"]
+    def __call__(self, rows: list[_Row], emission: Emission) -> list[list[int]]:
+        """Raise TokoptError for logits that are no numbers."""
+        self.step += 1
+        if emission.logits is None:
+            assert emission.tokens is not None and emission.count is not None
+            return [row[:count].tolist() for row, count in zip(emission.tokens, emission.count, strict=True)]
+        logits = emission.logits[:, -1]
+        if np.isnan(logits.max()):
+            raise TokoptError(f"the model gave NaN at step {self.step}; its weights or its input are damaged")
+        for process in self.chain:
+            logits = process([row.history for row in rows], logits)
+        return [[int(token)] for token in choose(logits, self.temperature, self.streams)]

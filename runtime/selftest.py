@@ -4,48 +4,51 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import safetensors
 import safetensors.numpy
 
-from tokopt.errors import ArtifactError, TokoptError
-from tokopt.runtime.buffers import run_in_place
-from tokopt.runtime.format.manifest import Manifest, Tensor, file_path
+from tokopt.errors import ArtifactError, InputError, TokoptError
+from tokopt.runtime.engines.base import Programs
+from tokopt.runtime.format.manifest import PORTABLE, Manifest, file_path
+from tokopt.runtime.format.signature import BATCH, Tensor
 from tokopt.runtime.numerics import SELFTEST_LIMITS, OutputCheck, check_output
 
 
-def run_selftest(
-    folder: Path,
-    manifest: Manifest,
-    program: str,
-    session: Any,
-    rows: int | None = None,
-) -> tuple[OutputCheck, ...]:
-    """Run a program on its stored inputs and compare every output with the one stored.
+def run_selftests(folder: Path, manifest: Manifest, programs: Programs) -> dict[str, tuple[OutputCheck, ...]]:
+    """Run every form of every program on its stored inputs and compare every output with the one stored.
 
-    ``rows`` takes so many rows of the stored batch, for a form that does not run all of it.
+    The key is the program's name, for another form than the portable one with that form's name: ``step.onnxruntime``,
+    which runs one row of the stored batch. Raises ArtifactError when there are no stored inputs, and TokoptError when
+    the engine fails on them.
     """
-    inputs, outputs = read_selftest(folder, manifest, program)
+    found: dict[str, tuple[OutputCheck, ...]] = {}
+    for name in manifest.programs:
+        for form in programs.forms(name):
+            key, rows = (name, None) if form == PORTABLE else (f"{name}.{form}", 1)
+            found[key] = _run_selftest(folder, manifest, programs, (name, form), rows)
+    return found
+
+
+def _run_selftest(
+    folder: Path, manifest: Manifest, programs: Programs, which: tuple[str, str], rows: int | None
+) -> tuple[OutputCheck, ...]:
+    name, form = which
+    inputs, outputs = read_selftest(folder, manifest, name)
     if rows is not None:
-        entry = manifest.programs[program]
+        entry = manifest.programs[name]
         inputs, outputs = _rows(inputs, entry.inputs, rows), _rows(outputs, entry.outputs, rows)
-    shared = {state.output: state.name for state in manifest.states if state.in_place}
-    shared = {output: name for output, name in shared.items() if output in outputs and program == "step"}
     try:
-        values = (
-            run_in_place(session, list(outputs), inputs, shared)
-            if shared
-            else session.run(list(outputs), inputs)
-        )
+        values = programs.run(name, inputs, form)
+    except InputError:
+        raise
     except Exception as error:  # engines raise several unrelated classes
         reason = " ".join(str(error).split())
         raise TokoptError(f"the engine failed on the self-test of {folder}: {reason}") from error
     limit = SELFTEST_LIMITS[manifest.semantics]
     return tuple(
-        check_output(name, want, np.asarray(got), limit)
-        for (name, want), got in zip(outputs.items(), values, strict=True)
+        check_output(output, want, np.asarray(values[output]), limit) for output, want in outputs.items()
     )
 
 
@@ -53,9 +56,9 @@ def _rows(arrays: Mapping[str, np.ndarray], tensors: Sequence[Tensor], count: in
     """The first rows of everything that has a batch."""
     cut = dict(arrays)
     for tensor in tensors:
-        if "batch" in tensor.axes:
-            rows = np.arange(min(count, cut[tensor.name].shape[tensor.axes.index("batch")]))
-            cut[tensor.name] = np.take(cut[tensor.name], rows, tensor.axes.index("batch"))
+        if BATCH in tensor.axes:
+            rows = np.arange(min(count, cut[tensor.name].shape[tensor.axes.index(BATCH)]))
+            cut[tensor.name] = np.take(cut[tensor.name], rows, tensor.axes.index(BATCH))
     return cut
 
 

@@ -18,13 +18,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tokopt.errors import ArtifactError, InputError, TokoptError
-from tokopt.ir.bundle import AppliedPass, Bundle, State
+from tokopt.ir.bundle import AppliedPass, Bundle, Generation, State
 from tokopt.ir.program import AxisRange, Program, TensorSpec
-from tokopt.runtime.encoder import load
-from tokopt.runtime.engines.onnxruntime import ONE_ROW, PORTABLE
+from tokopt.runtime.engines.onnxruntime import Sessions
+from tokopt.runtime.format.generation import Generation as RuntimeGeneration
+from tokopt.runtime.format.legacy import LegacyModel, LegacyState, convert
 from tokopt.runtime.format.manifest import (
     ENGINE,
     MANIFEST,
+    ONE_ROW,
+    PORTABLE,
     SELFTEST,
     EngineEntry,
     FileEntry,
@@ -32,7 +35,6 @@ from tokopt.runtime.format.manifest import (
     PassEntry,
     ProgramEntry,
     Range,
-    StateEntry,
     Tensor,
     describe_file,
     file_fault,
@@ -40,6 +42,7 @@ from tokopt.runtime.format.manifest import (
     read_manifest,
 )
 from tokopt.runtime.numerics import SELFTEST_LIMITS, OutputCheck, check_output
+from tokopt.runtime.selftest import run_selftests
 
 if TYPE_CHECKING:
     import torch
@@ -124,11 +127,9 @@ def open_bundle(path: str | Path) -> Bundle:
     tokenizer = manifest.tokenizer and file_path(path, manifest.tokenizer).read_text(encoding="utf-8")
     bundle = Bundle(
         programs,
-        task=manifest.task,  # type: ignore[arg-type]  # the manifest's reader has proved it
-        states=tuple(State(**vars(state)) for state in manifest.states),
         history=tuple(AppliedPass(**vars(step)) for step in manifest.passes),
         tokenizer=tokenizer,
-        generation=manifest.generation,
+        **_driven_by_names(manifest),
     )
     from tokopt.ir.verifier import verify_bundle
 
@@ -190,8 +191,7 @@ def verify(path: str | Path) -> VerifyReport:
 
 def _selftest(path: Path, manifest: Manifest) -> dict[str, tuple[OutputCheck, ...]]:
     if all(PORTABLE in entry.files for entry in manifest.programs.values()):
-        found = load(path, verify=False).selftest()
-        return found if isinstance(found, dict) else {"forward": found}
+        return run_selftests(path, manifest, Sessions(path, manifest, None, None))
     bundle = open_bundle(path)
     return {name: _selftest_torch(path, manifest, name, p) for name, p in bundle.programs.items()}
 
@@ -348,8 +348,8 @@ def _load_program(path: Path, manifest: Manifest, name: str) -> Program:
         ) from error
     return Program.of(
         exported,
-        tuple(TensorSpec(**vars(tensor)) for tensor in entry.inputs),
-        tuple(TensorSpec(**vars(tensor)) for tensor in entry.outputs),
+        tuple(TensorSpec(t.name, t.dtype, t.axes, t.role) for t in entry.inputs),
+        tuple(TensorSpec(t.name, t.dtype, t.axes, t.role) for t in entry.outputs),
         {axis: AxisRange(**vars(bounds)) for axis, bounds in entry.ranges.items()},
         _read_tensors(path, manifest, name, "inputs"),
     )
@@ -361,28 +361,61 @@ def _manifest(
     engines: Mapping[str, EngineEntry],
     entries: Mapping[str, FileEntry],
 ) -> Manifest:
+    programs = {
+        name: ProgramEntry(
+            tuple(Tensor(**vars(spec)) for spec in program.inputs),
+            tuple(Tensor(**vars(spec)) for spec in program.outputs),
+            {axis: Range(**vars(bounds)) for axis, bounds in program.ranges.items()},
+            files[name],
+            engines.get(name),
+        )
+        for name, program in bundle.programs.items()
+    }
     return Manifest(
-        programs={
-            name: ProgramEntry(
-                tuple(Tensor(**vars(spec)) for spec in program.inputs),
-                tuple(Tensor(**vars(spec)) for spec in program.outputs),
-                {axis: Range(**vars(bounds)) for axis, bounds in program.ranges.items()},
-                files[name],
-                engines.get(name),
-            )
-            for name, program in bundle.programs.items()
-        },
+        **_driven_by_schedule(bundle, programs),
         files=entries,
-        task=bundle.task,
         semantics=bundle.semantics,
         pipeline=bundle.pipeline,
         passes=tuple(PassEntry(**vars(step)) for step in bundle.history),
-        states=tuple(StateEntry(**vars(state)) for state in bundle.states),
-        generation=bundle.generation,
         tokenizer=None if bundle.tokenizer is None else _TOKENIZER,
         selftest=SELFTEST,
         versions=_versions(),
     )
+
+
+def _driven_by_schedule(bundle: Bundle, programs: Mapping[str, ProgramEntry]) -> dict[str, Any]:
+    """Programs, states, schedule and generation of a manifest, of which the bundle's names and flags tell."""
+    facts, settings = bundle.generation, None
+    if facts is not None:
+        settings = RuntimeGeneration(
+            facts.context, facts.vocabulary, facts.eos, facts.bos, facts.chat_template
+        )
+    old = LegacyModel(
+        bundle.task,
+        programs,
+        tuple(LegacyState(**vars(state)) for state in bundle.states),
+        settings,
+        facts.compact_every if facts else 0,
+        facts.endless if facts else False,
+    )
+    return dict(vars(convert(old)))
+
+
+def _driven_by_names(manifest: Manifest) -> dict[str, Any]:
+    """Task, states and generation of a bundle: what :func:`_driven_by_schedule` was given."""
+    schedule = manifest.schedule
+    made = {t.state: t.name for program in manifest.programs.values() for t in program.outputs if t.state}
+    shared = {given for program in manifest.programs.values() for given in program.aliases.values()}
+    states = (
+        State(s.name, s.dtype, s.axes, made[s.name], s.initial, s.name in shared) for s in manifest.states
+    )
+    every = max((trigger.every for trigger in schedule.triggers), default=0)
+    facts = manifest.generation
+    return {
+        "task": "causal-lm" if schedule.generates else "encoder",
+        "states": tuple(states),
+        "generation": facts and Generation(**vars(facts), compact_every=every, endless=schedule.endless),
+    }
 
 
 def _versions() -> dict[str, str]:

@@ -37,7 +37,7 @@ from tokopt.rewrite.cache import (
 from tokopt.rewrite.edit import open_graph
 
 if TYPE_CHECKING:
-    from tokopt.runtime.format.manifest import Generation
+    from tokopt.ir.bundle import Generation
 
 FAR = 1e30
 """Taken from the score of a token that its layer's sliding window no longer reaches, added to that of a recent one."""

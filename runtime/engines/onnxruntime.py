@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
+import numpy as np
 import onnxruntime
 
 from tokopt.errors import ArtifactError, InputError, MissingDependencyError
-from tokopt.runtime.buffers import Bound, Buffers
-from tokopt.runtime.format.manifest import Manifest, file_path
+from tokopt.runtime.buffers import Bound, Buffers, run_in_place
+from tokopt.runtime.format.manifest import ONE_ROW, PORTABLE, Manifest, file_path
 
 Provider = str | tuple[str, Mapping[str, object]]
 """The name of an ONNX Runtime execution provider, alone or with its options."""
@@ -20,30 +21,10 @@ Backend = str | tuple[str, Mapping[str, object]]
 
 BACKENDS = ("onnxruntime", "openvino", "tensorrt")
 
-PORTABLE, ONE_ROW = "onnx", "onnxruntime"
-"""Forms of a program: what any engine reads, and what ONNX Runtime's CPU kernels run faster for a batch of one."""
-
 ACTIVATIONS = ("session.qdq_matmulnbits_accuracy_level", "4")
 """Products with weights in 4 or 8 bits round what they read to 8 bits per block, which is fast."""
 
 _CPU = "CPUExecutionProvider"
-
-
-class Session(Protocol):
-    """What runs a program."""
-
-    def run(self, outputs: Any, feed: Any, /) -> Any:
-        """The named outputs for named inputs."""
-
-
-def open_backend(backend: Backend, path: Path, threads: int | None) -> Session:
-    """The program at ``path`` on a backend that reads ONNX files; raises InputError for an unknown name."""
-    name, options = (backend, {}) if isinstance(backend, str) else backend
-    if name != "openvino":
-        raise InputError(f"there is no backend {name!r}; choose among {', '.join(BACKENDS)}")
-    from tokopt.runtime.engines.openvino import OpenVINOSession
-
-    return OpenVINOSession(path, options, check_threads(threads))
 
 
 class Sessions:
@@ -75,12 +56,23 @@ class Sessions:
         return self._open[program, form]
 
     def buffers(self, batch: int, slots: int) -> Buffers:
-        """The initial state of a language model."""
+        """The initial states of a language model."""
         return Buffers(self.manifest.states, batch, slots)
 
     def bind(self, program: str, buffers: Buffers) -> Bound:
-        """A program whose state stays in ``buffers``."""
+        """A program whose states stay in ``buffers``."""
         return Bound(self.best(program, buffers.batch), self.manifest.programs[program], buffers)
+
+    def run(
+        self, program: str, feed: Mapping[str, np.ndarray], form: str = PORTABLE
+    ) -> dict[str, np.ndarray]:
+        """The outputs of a program for arrays, states among them."""
+        entry, session = self.manifest.programs[program], self.get(program, form)
+        names = [tensor.name for tensor in entry.outputs]
+        if entry.aliases:
+            return dict(zip(names, run_in_place(session, names, feed, entry.aliases), strict=True))
+        values: Any = session.run(names, feed)
+        return dict(zip(names, values, strict=True))
 
     @property
     def _cpu(self) -> bool:

@@ -11,9 +11,42 @@ from typing import Any
 import numpy as np
 
 from tokopt.errors import ArtifactError, InputError, MissingDependencyError
+from tokopt.runtime.format.manifest import PORTABLE, Manifest, file_path
 
 DEFAULTS: Mapping[str, object] = {"INFERENCE_PRECISION_HINT": "f32", "PERFORMANCE_HINT": "LATENCY"}
 """OpenVINO would round to bfloat16 where the processor can, and compute what no export has checked."""
+
+
+class OpenVINOSessions:
+    """The programs of an encoder, opened when first asked for; what :class:`.Sessions` is for ONNX Runtime."""
+
+    def __init__(
+        self, folder: Path, manifest: Manifest, options: Mapping[str, object], threads: int | None
+    ) -> None:
+        self.folder, self.manifest, self.options, self.threads = folder, manifest, options, threads
+        self._open: dict[str, OpenVINOSession] = {}
+
+    def forms(self, program: str) -> tuple[str, ...]:
+        """The one form that OpenVINO reads."""
+        return (PORTABLE,)
+
+    def get(self, program: str, form: str = PORTABLE) -> OpenVINOSession:
+        """A program compiled for the CPU; raises as :class:`OpenVINOSession` does."""
+        if program not in self._open:
+            path = file_path(self.folder, self.manifest.programs[program].files[form])
+            self._open[program] = OpenVINOSession(path, self.options, self.threads)
+        return self._open[program]
+
+    def best(self, program: str, batch: int) -> OpenVINOSession:
+        """The same for every batch."""
+        return self.get(program)
+
+    def run(
+        self, program: str, feed: Mapping[str, np.ndarray], form: str = PORTABLE
+    ) -> dict[str, np.ndarray]:
+        """The outputs of a program for arrays."""
+        names = [tensor.name for tensor in self.manifest.programs[program].outputs]
+        return dict(zip(names, self.get(program, form).run(names, feed), strict=True))
 
 
 class OpenVINOSession:

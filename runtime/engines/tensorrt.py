@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from tokopt.errors import ArtifactError, InputError, MissingDependencyError, TokoptError
-from tokopt.runtime.buffers import Buffers
+from tokopt.runtime.buffers import Buffers, shared_states
 from tokopt.runtime.engines.cuda import DeviceArray, Staged, bindings, call, device_arch, free_memory
 from tokopt.runtime.format.manifest import (
     ENGINE,
@@ -23,9 +23,10 @@ from tokopt.runtime.format.manifest import (
     Manifest,
     ProgramEntry,
     Range,
-    StateEntry,
     file_path,
 )
+from tokopt.runtime.format.signature import BATCH
+from tokopt.runtime.format.state import State
 
 RTX = "tensorrt-rtx"
 
@@ -101,6 +102,13 @@ class Engines:
         self.stream = int(call("cudaStreamCreate"))
         self._open: dict[str, Engine] = {}
 
+    def forms(self, program: str) -> tuple[str, ...]:
+        """Raise InputError: the stored inputs of a self-test have other sizes than the engines."""
+        raise InputError(
+            f"the stored inputs of {self.folder} have another number of slots than its engines; run the self-test with "
+            "the default backend"
+        )
+
     def best(self, program: str, batch: int) -> Engine:
         """The engine of a program, which takes any batch of its profile."""
         return self.get(program)
@@ -114,12 +122,35 @@ class Engines:
         return self._open[program]
 
     def buffers(self, batch: int, slots: int) -> DeviceBuffers:
-        """The initial state of a language model."""
-        return DeviceBuffers(self.manifest.states, batch, slots, self.manifest.programs["step"].ranges)
+        """The initial states of a language model."""
+        return DeviceBuffers(self.manifest.states, batch, slots, shared_ranges(self.manifest))
 
     def bind(self, program: str, buffers: DeviceBuffers) -> BoundEngine:
-        """A program whose state stays in ``buffers``."""
+        """A program whose states stay in ``buffers``."""
         return BoundEngine(self.get(program), buffers)
+
+    def run(self, program: str, feed: Mapping[str, np.ndarray], form: str = ENGINE) -> dict[str, np.ndarray]:
+        """The outputs of a program for arrays, states among them."""
+        engine = self.get(program, form)
+        given = {name: DeviceArray.of(feed[name]) for name in set(engine.entry.aliases.values())}
+        kept = {output: given[name] for output, name in engine.entry.aliases.items()}
+        results = engine.call({n: a for n, a in feed.items() if n not in given}, given, kept)
+        return {
+            tensor.name: kept[tensor.name].numpy() if tensor.name in kept else results[tensor.name].copy()
+            for tensor in engine.entry.outputs
+        }
+
+
+def shared_ranges(manifest: Manifest) -> dict[str, Range]:
+    """The sizes that all programs take of the axes that states have: the batch and the slot axes."""
+    axes = {axis for state in manifest.states for axis in state.axes if isinstance(axis, str)}
+    found: dict[str, Range] = {}
+    for entry in manifest.programs.values():
+        for axis in axes & set(entry.ranges):
+            low, high = found.get(axis, Range()), entry.ranges[axis]
+            most = [bound.max for bound in (low, high) if bound.max is not None]
+            found[axis] = Range(max(low.min, high.min), min(most, default=None))
+    return found
 
 
 class Engine:
@@ -240,26 +271,31 @@ class Engine:
 class DeviceBuffers(Buffers):
     """The state of a language model in GPU memory, with as many slots as the engines take."""
 
-    def __init__(
-        self, states: Sequence[StateEntry], batch: int, slots: int, ranges: Mapping[str, Range]
-    ) -> None:
+    def __init__(self, states: Sequence[State], batch: int, slots: int, ranges: Mapping[str, Range]) -> None:
         """Raise InputError for a batch or slots that the profiles do not hold, and for what does not fit the memory."""
         self.ranges = ranges
-        most = ranges["batch"].max
+        most = ranges[BATCH].max if BATCH in ranges else None
         if most is not None and batch > most:
             raise InputError(
                 f"the engines take at most {most} rows, not {batch}; export with --profile batch=1:{batch}:{batch}"
             )
         super().__init__(states, batch, slots)
 
-    def advance(self, session: Engine) -> None:
-        """Run a program of nothing but state (``compact``): every state becomes its next value, in new memory."""
-        inputs = {tensor.name for tensor in session.entry.inputs}
-        states = [state for state in self.states.values() if state.name in inputs]
-        given = {state.name: self.values[state.name] for state in states}
-        made = {state.name: DeviceArray(given[state.name].shape, given[state.name].dtype) for state in states}
-        session.call({}, given, {state.output: made[state.name] for state in states})
-        self.values.update(made)
+    def advance(self, session: Engine, entry: ProgramEntry, feed: Mapping[str, np.ndarray]) -> None:
+        """Run a program of nothing but states and ``feed``; what it does not write in place is in new memory."""
+        given = {t.name: self.values[t.state] for t in entry.inputs if t.state is not None}
+        shared = shared_states(entry)
+        kept = {
+            t.name: self.values[shared[t.name]] if t.name in shared else self.like(self.values[t.state])
+            for t in entry.outputs
+            if t.state is not None
+        }
+        session.call(feed, given, kept)
+        self.values.update({t.state: kept[t.name] for t in entry.outputs if t.state is not None})
+
+    def like(self, value: DeviceArray) -> DeviceArray:
+        """New memory of the size of a value."""
+        return DeviceArray(value.shape, value.dtype)
 
     def fitting(self, slots: Mapping[str, int]) -> dict[str, int]:
         """At least so many slots by axis; raises InputError when an engine holds fewer."""
@@ -282,32 +318,33 @@ class DeviceBuffers(Buffers):
 
 
 class BoundEngine:
-    """A program whose state stays in GPU memory; what comes and goes with a call is copied."""
+    """A program whose states stay in GPU memory; what comes and goes with a call is copied."""
 
     def __init__(self, engine: Engine, buffers: DeviceBuffers) -> None:
         self.engine, self.buffers = engine, buffers
-        names = {tensor.name for tensor in engine.entry.inputs}
-        made = {tensor.name for tensor in engine.entry.outputs}
-        self.states = [state for state in buffers.states.values() if state.name in names]
-        self.written = [state for state in self.states if state.output in made]
+        self.read = [tensor for tensor in engine.entry.inputs if tensor.state is not None]
+        self.written = [tensor for tensor in engine.entry.outputs if tensor.state is not None]
+        self.shared = shared_states(engine.entry)
         self.spare: dict[str, DeviceArray] = {}
         self.bind()
 
     def bind(self) -> None:
         """Have a second buffer for every state that is not written in place; to be called after a resize."""
-        for state in self.written:
-            value, spare = self.buffers.values[state.name], self.spare.get(state.name)
-            if not self.engine.writes_in_place(state.output) and (
-                spare is None or spare.shape != value.shape
-            ):
-                self.spare[state.name] = DeviceArray(value.shape, value.dtype)
+        for tensor in self.written:
+            assert tensor.state is not None
+            value, spare = self.buffers.values[tensor.state], self.spare.get(tensor.name)
+            if not self.engine.writes_in_place(tensor.name) and (spare is None or spare.shape != value.shape):
+                self.spare[tensor.name] = self.buffers.like(value)
 
     def run(self, feed: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """One call: the state moves on, the other outputs are returned (valid until the next call)."""
+        """One call: the states move on, the other outputs are returned (valid until the next call)."""
         values = self.buffers.values
-        given = {state.name: values[state.name] for state in self.states}
-        kept = {state.output: self.spare.get(state.name, values[state.name]) for state in self.written}
+        given = {tensor.name: values[tensor.state] for tensor in self.read}
+        kept = {tensor.name: self.spare.get(tensor.name, values[tensor.state]) for tensor in self.written}
+        kept |= {output: values[state] for output, state in self.shared.items() if output not in kept}
         results = self.engine.call(feed, given, kept)
-        for name, spare in self.spare.items():
-            values[name], self.spare[name] = spare, values[name]
+        for tensor in self.written:
+            if tensor.name in self.spare:
+                assert tensor.state is not None
+                values[tensor.state], self.spare[tensor.name] = self.spare[tensor.name], values[tensor.state]
         return results

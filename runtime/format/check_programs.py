@@ -119,6 +119,7 @@ def _check_aliases(where: str, program: Signature) -> None:
             (made.dtype, tuple(made.axes)) == (given.dtype, tuple(given.axes)),
             f"{what} has another dtype or other axes than input {short(source)}",
         )
+        require(given.state is not None, f"{what} is input {short(source)}, which is no state")
         require(
             made.state is None or made.state == given.state,
             f"{what} is input {short(source)}, which is not the state {short(made.state)} that it is the next value of",

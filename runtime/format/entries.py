@@ -36,7 +36,9 @@ FORMAT_VERSION = 3
 2: programs may have the key ``engine``. 3: states, links and a schedule say what names and flags said before.
 """
 
-ENGINE = "tensorrt"  # the form of a program that is a TensorRT engine
+PORTABLE, ONE_ROW, ENGINE = "onnx", "onnxruntime", "tensorrt"
+"""Forms of a program: what any engine reads, what ONNX Runtime's CPU kernels run faster for a batch of one, and a
+TensorRT engine."""
 
 SEMANTICS = ("exact", "lossless", "approximate")
 BUILDERS = ("tensorrt", "tensorrt-rtx")

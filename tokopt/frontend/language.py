@@ -34,6 +34,7 @@ from tokopt.errors import CaptureError, MissingDependencyError
 from tokopt.frontend.module import evaluation, explain
 from tokopt.frontend.normalize import normalize
 from tokopt.ir.bundle import Bundle, State
+from tokopt.ir.bundle import Generation as DrivenGeneration
 from tokopt.ir.export import export_flat, output_specs
 from tokopt.ir.program import AxisRange, Program, TensorSpec
 from tokopt.kernels import ops
@@ -101,7 +102,8 @@ def capture_lm(
         program, states = _export(_Step(decoder, windows, not hugging_face), generation, model)
         if hugging_face:
             _check_against(model, program, states, generation.vocabulary)
-    return Bundle({"step": program}, "causal-lm", states, tokenizer=tokenizer, generation=generation)
+    settings = DrivenGeneration(**vars(generation))
+    return Bundle({"step": program}, "causal-lm", states, tokenizer=tokenizer, generation=settings)
 
 
 # --- the program ------------------------------------------------------------------------------------------

@@ -13,11 +13,10 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
 from tokopt.ir.program import Axis, Program
+from tokopt.runtime.format import generation as runtime
 
 if TYPE_CHECKING:
     import torch
-
-    from tokopt.runtime.format.manifest import Generation
 
 Semantics = Literal["exact", "lossless", "approximate"]
 """``exact``: equal within floating-point tolerance. ``lossless``: same output distribution. ``approximate``."""
@@ -48,6 +47,19 @@ class State:
     output: str
     initial: float = 0.0
     in_place: bool = False
+
+
+@dataclass(frozen=True)
+class Generation(runtime.Generation):
+    """What driving a causal language model takes beside its programs.
+
+    ``compact_every`` > 0: run the program ``compact`` after the prompt and then after every so many tokens.
+    ``endless``: positions are renumbered by ``compact``, so if no more than ``compact_every`` tokens are read in
+    between, a text may outgrow ``context``.
+    """
+
+    compact_every: int = 0
+    endless: bool = False
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,8 @@ import numpy as np
 
 from tokopt.errors import InputError
 from tokopt.measure.distance import predictions
-from tokopt.runtime import LanguageModel, Model, language, load
+from tokopt.runtime import LanguageModel, Model, load
+from tokopt.runtime.loop import Request
 from tokopt.runtime.numerics import cosines
 
 Sample = Any
@@ -102,13 +103,20 @@ def _predictions(models: Sequence[LanguageModel], ids: Sequence[int]) -> np.ndar
     if len(ids) < 4:
         raise InputError(f"a text of {len(ids)} tokens is too short to judge by; give longer ones")
     half = len(ids) // 2
-    sessions = [language._Session(model, 1, len(ids)) for model in models]
-    for session in sessions:
-        session.prefill([ids[:half]])
+    requests = [model.open(1, len(ids)) for model in models]
+    for request in requests:
+        request.prefill([ids[:half]])
     rows = []
     for start in range(half, len(ids) - 1, CHUNK):
         part = np.array([ids[start : min(start + CHUNK, len(ids) - 1)]])
         places = np.arange(part.shape[1])
-        old, new = (session.step(part, start + places[None], places)[0] for session in sessions)
+        old, new = (_logits(request, part, start + places[None]) for request in requests)
         rows.append(predictions(old, new, np.array(ids[start + 1 : start + 1 + len(places)])))
     return np.concatenate(rows)
+
+
+def _logits(request: Request, tokens: np.ndarray, positions: np.ndarray) -> np.ndarray:
+    """Logits [tokens, vocabulary] of one row."""
+    logits = request.step(tokens, positions, np.arange(tokens.shape[1])).logits
+    assert logits is not None
+    return logits[0]

@@ -15,9 +15,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from tokopt.errors import ArtifactError, InputError, MissingDependencyError, TokoptError
-from tokopt.runtime import LanguageModel, language, load
+from tokopt.runtime import LanguageModel, load
 from tokopt.runtime.engines.onnxruntime import Backend
-from tokopt.runtime.format.manifest import Manifest, ProgramEntry, read_manifest
+from tokopt.runtime.format.manifest import PORTABLE, Manifest, read_manifest
+from tokopt.runtime.format.signature import BATCH
+from tokopt.runtime.inputs import Interface
+from tokopt.runtime.loop import Emission
 from tokopt.runtime.selftest import read_selftest
 
 if TYPE_CHECKING:
@@ -35,21 +38,24 @@ class Runner:
     run: Callable[[Feed], Mapping[str, np.ndarray]]
 
     @property
-    def program(self) -> ProgramEntry:
-        """The signature of ``forward``."""
-        return self.manifest.programs["forward"]
+    def program(self) -> Interface:
+        """What is fed and what comes back."""
+        return Interface.of(self.manifest)
 
     def example(self, batch: int | None = None) -> Feed:
         """The inputs of the artifact's self-test, repeated or cut along the axis ``batch``."""
-        stored = read_selftest(self.folder, self.manifest, "forward")[0]
+        axes = {tensor.name: tensor.axes for tensor in self.program.inputs}
+        stored: Feed = {}
+        for entry in self.manifest.schedule.of_role("encode"):
+            found = read_selftest(self.folder, self.manifest, entry.program)[0]
+            stored |= {name: array for name, array in found.items() if name in axes and name not in stored}
         if batch is None:
             return stored
-        axes = {tensor.name: tensor.axes for tensor in self.program.inputs}
-        if batch < 1 or not any("batch" in a for a in axes.values()):
+        if batch < 1 or not any(BATCH in a for a in axes.values()):
             raise InputError(f"{self.folder} cannot run a batch of {batch}; leave --batch out")
         for name, array in stored.items():
-            if "batch" in axes[name]:
-                axis = axes[name].index("batch")
+            if BATCH in axes[name]:
+                axis = axes[name].index(BATCH)
                 stored[name] = np.take(array, np.arange(batch) % array.shape[axis], axis)
         return stored
 
@@ -63,11 +69,11 @@ def open_runner(path: str | Path, threads: int | None = None, backend: Backend =
     """
     folder = Path(path)
     manifest = read_manifest(folder)
-    if "forward" not in manifest.programs:
+    if manifest.schedule.generates:
         raise ArtifactError(f"{folder} is a language model; use it with: tokopt generate {folder} PROMPT")
     if backend == "torch-cuda":
         return _torch_runner(folder, manifest, "cuda")
-    if "onnx" in manifest.programs["forward"].files:
+    if all(PORTABLE in program.files for program in manifest.programs.values()):
         model = load(folder, threads=threads, backend=backend)
         return Runner(folder, manifest, lambda feed: model.run(**feed))
     if backend != "onnxruntime":
@@ -122,17 +128,26 @@ def decoder(path: str | Path, prompt: int, threads: int | None = None) -> Callab
     The cache goes on growing, and is compacted when it is time.
     """
     model: LanguageModel = load(path, threads=threads)
+    if model.draws:
+        raise InputError(
+            f"{path} draws its tokens itself, so a token of it has no time of its own; time generate"
+        )
     ids = np.arange(prompt) % model.settings.vocabulary
-    session = language._Session(model, 1, prompt + STEPS)
-    state = [int(session.prefill([ids.tolist()])[0].argmax()), prompt]
+    request = model.open(1, prompt + STEPS)
+    state = [_likeliest(request.prefill([ids.tolist()])), prompt]
 
     def decode() -> None:
         for _ in range(STEPS):
             token, position = state
-            logits = session.step(np.array([[token]]), np.array([[position]]), np.array([-1]))
-            state[:] = int(logits[0, -1].argmax()), position + 1
+            emission = request.step(np.array([[token]]), np.array([[position]]))
+            state[:] = _likeliest(emission), position + 1
 
     return decode
+
+
+def _likeliest(emission: Emission) -> int:
+    assert emission.logits is not None
+    return int(emission.logits[0, -1].argmax())
 
 
 def interleaved_times(

@@ -9,9 +9,9 @@ from dataclasses import replace
 from tokopt.errors import InputError
 from tokopt.ir.bundle import Bundle
 from tokopt.ir.program import Program
-from tokopt.runtime.buffers import slot_axis
 from tokopt.runtime.format.manifest import Profile
-from tokopt.runtime.language import PREFILL
+from tokopt.runtime.format.state import slot_axis
+from tokopt.runtime.loop import PREFILL
 
 SLOTS = 2048
 """Slots of a cache, where nothing else is said and the model's context is not shorter."""

@@ -22,19 +22,17 @@ import onnx_ir as ir
 
 from tokopt.artifact import check_place, export, replacing
 from tokopt.errors import ArtifactError, InputError, LoweringError, MissingDependencyError
-from tokopt.lower.triton.sequences import ROWS, weight_files, write_sequence_step
-from tokopt.runtime.engines.onnxruntime import PORTABLE
+from tokopt.lower.triton.sequences import weight_files, write_sequence_step
 from tokopt.runtime.format.manifest import (
     ENGINE,
-    Axis,
+    PORTABLE,
     Manifest,
     ProgramEntry,
-    StateEntry,
-    Tensor,
     file_fault,
     file_path,
     read_manifest,
 )
+from tokopt.runtime.format.signature import BATCH, Axis, Tensor, find_role
 
 if TYPE_CHECKING:
     from tokopt.ir.bundle import Bundle
@@ -74,11 +72,23 @@ class Serving:
 
 
 @dataclass(frozen=True)
+class _State:
+    """A state as Triton keeps it: the input that reads it, and the output that is its next value."""
+
+    name: str
+    output: str
+    dtype: str
+    axes: tuple[Axis, ...]
+    initial: float
+    in_place: bool
+
+
+@dataclass(frozen=True)
 class _Model:
     """What Triton is told of a program: its file in the artifact, its signature without the state, its state.
 
     ``max_batch`` is 0 where the first axis is not the batch of every input and output. The axes of states are numbers,
-    without the batch.
+    without the batch. ``rows`` is the input that names the tokens whose logits are wanted.
     """
 
     file: Path
@@ -86,7 +96,8 @@ class _Model:
     inputs: tuple[Tensor, ...]
     outputs: tuple[Tensor, ...]
     max_batch: int
-    states: tuple[StateEntry, ...] = ()
+    states: tuple[_State, ...] = ()
+    rows: Tensor | None = None
 
 
 def write_model(source: Bundle | str | Path, path: str | Path, serving: Serving | None = None) -> Path:
@@ -134,22 +145,21 @@ def _describe(manifest: Manifest, artifact: Path, serving: Serving) -> _Model:
             f"the programs {', '.join(manifest.programs)} of {artifact} share a state, which Triton keeps for one of "
             f"them only; leave out the pass that added them ({manifest.pipeline}), or run it with tokopt.runtime"
         )
-    if serving.slots is not None and manifest.task != "causal-lm":
+    if serving.slots is not None and not manifest.schedule.generates:
         raise InputError(f"{artifact} is no language model, so it has no slots; leave them out")
     form = _form(program, manifest, serving)
     if form not in program.files:
         raise LoweringError(
             f"{artifact} holds program {name!r} as {', '.join(program.files)} only; export it with target='onnx'"
         )
-    kept = {state.name for state in manifest.states} | {state.output for state in manifest.states}
-    inputs = tuple(tensor for tensor in program.inputs if tensor.name not in kept)
-    outputs = tuple(tensor for tensor in program.outputs if tensor.name not in kept)
+    inputs = tuple(tensor for tensor in program.inputs if tensor.state is None)
+    outputs = tuple(tensor for tensor in program.outputs if tensor.state is None)
     limits = program.engine.profiles if program.engine and form == ENGINE else program.ranges
-    most = limits["batch"].max if "batch" in limits else None
+    most = limits[BATCH].max if BATCH in limits else None
     rows = min(serving.max_batch, most or serving.max_batch)
     model = _Model(file_path(artifact, program.files[form]), form, inputs, outputs, rows)
-    if manifest.task == "causal-lm":
-        return _as_sequence(model, manifest, serving)
+    if manifest.schedule.generates:
+        return _as_sequence(model, program, manifest, serving)
     return model if _is_batched(inputs + outputs) else replace(model, max_batch=0)
 
 
@@ -159,24 +169,25 @@ def _form(program: ProgramEntry, manifest: Manifest, serving: Serving) -> str:
     Triton loads engines of TensorRT, not those of TensorRT for RTX.
     """
     loads = program.engine is not None and program.engine.builder == "tensorrt"
-    return ENGINE if loads and serving.gpu and manifest.task == "encoder" else PORTABLE
+    return ENGINE if loads and serving.gpu and not manifest.schedule.generates else PORTABLE
 
 
-def _as_sequence(model: _Model, manifest: Manifest, serving: Serving) -> _Model:
-    """``step`` with Triton's implicit state, and with the logits of the last token only.
+def _as_sequence(model: _Model, program: ProgramEntry, manifest: Manifest, serving: Serving) -> _Model:
+    """The program with Triton's implicit state, and with the logits of the last token only.
 
     Triton gives an axis of varying size the size 1 at the start of a sequence, so all slots are allocated at once.
     """
     assert manifest.generation is not None
-    states, slots = manifest.states, serving.slots or manifest.generation.context
+    states, slots = _states(program, manifest), serving.slots or manifest.generation.context
     if [state.output for state in sorted(states, key=lambda s: s.name)] != sorted(s.output for s in states):
         raise LoweringError(
             f"the states of {model.file} are in another order when sorted by their outputs than by their inputs, and "
             "Triton pairs the two by that order; rename the outputs"
         )
-    inputs = tuple(tensor for tensor in model.inputs if tensor.name != ROWS)
+    rows = find_role(program.inputs, "rows")
+    inputs = tuple(tensor for tensor in model.inputs if tensor != rows)
     outputs = tuple(
-        replace(tensor, axes=tuple(1 if axis == ROWS else axis for axis in tensor.axes))
+        replace(tensor, axes=tuple(1 if rows and axis == rows.axes[0] else axis for axis in tensor.axes))
         for tensor in model.outputs
     )
     if not _is_batched((*inputs, *outputs, *states)):
@@ -185,11 +196,28 @@ def _as_sequence(model: _Model, manifest: Manifest, serving: Serving) -> _Model:
             "apart; run the artifact with tokopt.runtime"
         )
     fixed = (replace(state, axes=_dims(state.axes[1:], slots)) for state in states)
-    return replace(model, inputs=inputs, outputs=outputs, states=tuple(fixed))
+    return replace(model, inputs=inputs, outputs=outputs, states=tuple(fixed), rows=rows)
 
 
-def _is_batched(tensors: Iterable[Tensor | StateEntry]) -> bool:
-    return all(tensor.axes[:1] == ("batch",) for tensor in tensors)
+def _states(program: ProgramEntry, manifest: Manifest) -> tuple[_State, ...]:
+    """The states that the program reads and writes, with their ends; raises LoweringError for others."""
+    reads = {tensor.state: tensor.name for tensor in program.inputs}
+    writes = {tensor.state: tensor.name for tensor in program.outputs}
+    found = []
+    for state in manifest.states:
+        if state.name not in reads or state.name not in writes:
+            raise LoweringError(
+                f"the state {state.name!r} is not both read and written, as Triton wants it; run the artifact with "
+                "tokopt.runtime"
+            )
+        given, made = reads[state.name], writes[state.name]
+        in_place = program.aliases.get(made) == given
+        found.append(_State(given, made, state.dtype, state.axes, state.initial, in_place))
+    return tuple(found)
+
+
+def _is_batched(tensors: Iterable[Tensor | _State]) -> bool:
+    return all(tensor.axes[:1] == (BATCH,) for tensor in tensors)
 
 
 def _dims(axes: tuple[Axis, ...], named: int = -1) -> tuple[int, ...]:
@@ -206,7 +234,7 @@ def _write_program(model: _Model, artifact: Path, folder: Path) -> None:
     target = folder / _BACKENDS[model.form][1]
     if model.states:
         written = write_sequence_step(
-            model.file, target, {state.name: state.output for state in model.states}
+            model.file, target, {state.name: state.output for state in model.states}, model.rows
         )
     else:
         shutil.copyfile(model.file, target)
@@ -226,7 +254,7 @@ def _write_initial_states(model: _Model, folder: Path) -> None:
             (folder / _initial_file(state)).write_bytes(values.tobytes())
 
 
-def _initial_file(state: StateEntry) -> str:
+def _initial_file(state: _State) -> str:
     return re.sub(r"\W", "_", state.name)  # a manifest's names may hold anything that is printable
 
 
@@ -283,7 +311,7 @@ def _sequences(schema: Any, model: _Model) -> Any:
     )
 
 
-def _state(schema: Any, state: StateEntry) -> Any:
+def _state(schema: Any, state: _State) -> Any:
     messages, dtype, dims = schema.ModelSequenceBatching, _dtype(schema, state), _dims(state.axes)
     start = {"data_file": _initial_file(state)} if state.initial else {"zero_data": True}
     return messages.State(
@@ -296,5 +324,5 @@ def _state(schema: Any, state: StateEntry) -> Any:
     )
 
 
-def _dtype(schema: Any, tensor: Tensor | StateEntry) -> int:
+def _dtype(schema: Any, tensor: Tensor | _State) -> int:
     return schema.DataType.Value(f"TYPE_{_DTYPES.get(tensor.dtype, tensor.dtype.upper())}")

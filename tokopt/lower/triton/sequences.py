@@ -1,4 +1,4 @@
-"""``step`` for a server that batches sequences: everything that goes in and comes out has one row per sequence."""
+"""The step of a language model for a server that batches sequences: everything that goes in and comes out has one row per sequence."""
 
 from __future__ import annotations
 
@@ -9,22 +9,26 @@ import numpy as np
 import onnx_ir as ir
 
 from tokopt.lower.onnx.weights import put_initializer, take_over
+from tokopt.runtime.format.signature import Tensor
 
-ROWS, LAST = "rows", -1
-"""The input of ``step`` that names the tokens whose logits are wanted, for all sequences alike; the last one."""
+LAST = -1
+"""The token whose logits are wanted, for all sequences alike."""
 
 
-def write_sequence_step(source: Path, target: Path, states: Mapping[str, str]) -> ir.Model:
-    """Write the ONNX file of ``step`` at ``source`` to ``target`` and return what was written.
+def write_sequence_step(
+    source: Path, target: Path, states: Mapping[str, str], rows: Tensor | None
+) -> ir.Model:
+    """Write the ONNX file of a step at ``source`` to ``target`` and return what was written.
 
-    ``rows`` is fixed to the last token. Of ``states`` (input -> output) those that are one number per sequence,
+    The input ``rows`` is fixed to the last token. Of ``states`` (input -> output) those that are one number per sequence,
     [batch], become [batch, 1], since a server describes shapes without their batch and knows no empty shape.
     """
     model = ir.load(source)
     inputs, outputs = (
         {value.name: value for value in side} for side in (model.graph.inputs, model.graph.outputs)
     )
-    _fix_rows(model.graph, inputs[ROWS])
+    if rows is not None:
+        _fix_rows(model.graph, inputs[rows.name], rows)
     for name, output in states.items():
         if len(inputs[name].shape or ()) == 1:
             _widen(model.graph, inputs[name], outputs[output])
@@ -38,14 +42,14 @@ def weight_files(model: ir.Model) -> set[str]:
     return {str(tensor.location) for tensor in tensors if isinstance(tensor, ir.ExternalTensor)}
 
 
-def _fix_rows(graph: ir.Graph, rows: ir.Value) -> None:
-    """Make the input an initializer, and the axis of its name 1."""
+def _fix_rows(graph: ir.Graph, rows: ir.Value, described: Tensor) -> None:
+    """Make the input an initializer, and its axis 1."""
     graph.inputs.remove(rows)
-    rows.const_value = ir.Tensor(np.array([LAST]), name=ROWS)
+    rows.const_value = ir.Tensor(np.array([LAST]), name=described.name)
     graph.register_initializer(rows)
     for value in (rows, *graph.outputs, *(output for node in graph for output in node.outputs)):
         if value.shape is not None:
-            value.shape = ir.Shape([1 if dim == ROWS else dim for dim in value.shape])
+            value.shape = ir.Shape([1 if dim == described.axes[0] else dim for dim in value.shape])
 
 
 def _widen(graph: ir.Graph, given: ir.Value, made: ir.Value) -> None:

@@ -1,0 +1,44 @@
+"""What an engine offers to the loop, whichever it is."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+import numpy as np
+
+from tokopt.runtime.format.manifest import PORTABLE
+
+
+class Programs(Protocol):
+    """The programs of an artifact on one engine, opened when first asked for."""
+
+    def forms(self, program: str) -> tuple[str, ...]:
+        """The forms of a program that are executed here."""
+        ...
+
+    def get(self, program: str, form: str = PORTABLE) -> Any:
+        """One form of a program, opened."""
+        ...
+
+    def best(self, program: str, batch: int) -> Any:
+        """The fastest form for so many rows, opened."""
+        ...
+
+    def run(
+        self, program: str, feed: Mapping[str, np.ndarray], form: str = PORTABLE
+    ) -> dict[str, np.ndarray]:
+        """The outputs of a program for arrays, states among them."""
+        ...
+
+
+class Stateful(Programs, Protocol):
+    """Programs whose states stay in the engine's memory between calls."""
+
+    def buffers(self, batch: int, slots: int) -> Any:
+        """The initial states, a :class:`.Buffers`."""
+        ...
+
+    def bind(self, program: str, buffers: Any) -> Any:
+        """A program whose states stay in ``buffers``."""
+        ...

@@ -1,0 +1,331 @@
+"""A request on its way through a schedule: which program runs when, and on what."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from tokopt.errors import InputError, TokoptError
+from tokopt.runtime.buffers import BLOCK, capacity
+from tokopt.runtime.encode import Encoded, carry, needed_slots
+from tokopt.runtime.engines.base import Stateful
+from tokopt.runtime.format.link import Port
+from tokopt.runtime.format.manifest import Manifest, ProgramEntry
+from tokopt.runtime.format.schedule import Entry, Trigger
+from tokopt.runtime.format.signature import SEVERAL, find_role, with_role
+
+PREFILL = 256
+"""Prompt tokens per call; bounds the memory that a long prompt's attention takes."""
+
+PADDING = -1
+"""Position of padding."""
+
+NO_LIMIT = 2**40
+
+LAST = np.array([-1])
+"""``rows`` of the last token alone."""
+
+
+@dataclass(frozen=True)
+class Emission:
+    """What a call gave: logits [batch, rows, vocabulary], or tokens [batch, n] of which the first count [batch] count.
+
+    Arrays are valid until the next call.
+    """
+
+    logits: np.ndarray | None = None
+    tokens: np.ndarray | None = None
+    count: np.ndarray | None = None
+
+
+@dataclass(frozen=True)
+class _Roles:
+    """Names of a program's inputs and outputs by role; those of links, which may be several, apart."""
+
+    given: Mapping[str, str]
+    linked: tuple[str, ...]
+    made: Mapping[str, str]
+    carried: tuple[str, ...]
+
+    @classmethod
+    def of(cls, program: ProgramEntry) -> _Roles:
+        """The names of one program."""
+        return cls(
+            {tensor.role: tensor.name for tensor in program.inputs if tensor.role not in SEVERAL},
+            tuple(tensor.name for tensor in with_role(program.inputs, "link")),
+            {tensor.role: tensor.name for tensor in program.outputs if tensor.role not in SEVERAL},
+            tuple(tensor.name for tensor in with_role(program.outputs, "link")),
+        )
+
+
+def chunk_size(manifest: Manifest, role: str) -> int:
+    """The most tokens that one call of the prefill or decode entry reads of a text of any length."""
+    entry = manifest.schedule.entry(role)
+    assert entry is not None
+    tokens = find_role(manifest.programs[entry.program].inputs, "tokens")
+    if tokens is None:
+        return 1
+    axis = tokens.axes[1]
+    return (
+        axis
+        if isinstance(axis, int)
+        else min(PREFILL, manifest.programs[entry.program].ranges[axis].max or PREFILL)
+    )
+
+
+def prompt_slots(manifest: Manifest, longest: int, more: int) -> int:
+    """Slots to begin with for a prompt of ``longest`` tokens and ``more`` new ones, as far as they are not evicted."""
+    schedule = manifest.schedule
+    bounds = [trigger.every for trigger in schedule.triggers if trigger.prompt]
+    decode = schedule.entry("decode")
+    assert decode is not None
+    extra = decode.slots if isinstance(decode.slots, int) else 0
+    return min(longest, *bounds) + min(more, BLOCK) + extra if bounds else longest + min(more, BLOCK) + extra
+
+
+class Request:
+    """One batch on its way: the states, the values of links, and how far the triggers have counted."""
+
+    def __init__(
+        self, manifest: Manifest, programs: Stateful, batch: int, slots: int, encoded: Encoded | None = None
+    ) -> None:
+        """``slots`` are those to begin with. Raises InputError when the states do not fit into memory."""
+        self.manifest, self.programs, self.batch = manifest, programs, batch
+        self.schedule = manifest.schedule
+        self.buffers: Any = programs.buffers(batch, capacity(slots))
+        self.links: dict[Port, np.ndarray] = {}
+        self.used: dict[str, int] = dict.fromkeys(self.buffers.slots, 0)
+        if encoded is not None:
+            self.links = dict(encoded.links)
+            self.buffers.load(encoded.states)
+            self.used = self.buffers.occupied()
+        self._counting = [trigger for trigger in self.schedule.triggers if trigger.after == "tokens"]
+        self.since = [np.zeros(batch, np.int64) for _ in self._counting]
+        self.program: Any = None
+        self._bound = ""
+        self._roles = {
+            entry.program: _Roles.of(manifest.programs[entry.program]) for entry in self.schedule.entries
+        }
+
+    # ------------------------------------------------------------------------------------------- entries
+
+    def prefill(self, prompts: Sequence[Sequence[int]], limit: np.ndarray | None = None) -> Emission:
+        """Read the prompts, the shorter ones padded on the left; what follows their ends, of logits one row.
+
+        ``limit`` [batch] is the most tokens that a row may commit, for a program that draws them. Raises InputError for
+        a prompt that is longer than the program can read at once, where it must.
+        """
+        entry = self._entry("prefill")
+        tokens, positions = self._padded(entry, prompts)
+        total, start = tokens.shape[1], 0
+        emission = Emission()
+        while start < total:
+            size = self._prompt_part(entry, total - start)
+            part = slice(start, start + size)
+            start += size
+            most = np.zeros(self.batch, np.int64)
+            if start == total and limit is not None:
+                most = self.allowed(limit, size)
+            emission = self._emit(entry, tokens[:, part], positions[:, part], LAST, most)
+            read = np.full(self.batch, tokens[:, part].shape[1])
+            self._count([trigger.prompt for trigger in self._counting], read)
+        if emission.count is not None:
+            self._count([True] * len(self._counting), emission.count)
+        for trigger in self.schedule.triggers:
+            if trigger.after == "prefill":
+                self.run_trigger(trigger, np.ones(self.batch, bool))
+        return emission
+
+    def step(
+        self,
+        tokens: np.ndarray,
+        positions: np.ndarray,
+        rows: np.ndarray = LAST,
+        limit: np.ndarray | None = None,
+        role: str = "decode",
+    ) -> Emission:
+        """What follows new tokens [batch, n]; triggers run when it is time.
+
+        ``limit`` [batch] is the most tokens that a row may commit, for a program that draws them. ``role`` tells the
+        entry that reads them.
+        """
+        most = None if limit is None else self.allowed(limit)
+        emission = self._emit(self._entry(role), tokens, positions, rows, most)
+        read = emission.count if emission.count is not None else np.full(self.batch, tokens.shape[1])
+        self._count([True] * len(self._counting), read)
+        return emission
+
+    def allowed(self, limit: np.ndarray, prompt: int = 0) -> np.ndarray:
+        """``limit`` [batch], and no more than the tokens left to a row's next trigger.
+
+        ``prompt`` is how many of the prompt's tokens are read in the same call.
+        """
+        for trigger, since in zip(self._counting, self.since, strict=True):
+            left = trigger.every - since - (prompt if trigger.prompt else 0)
+            limit = np.minimum(limit, np.where(left > 0, left, trigger.every))
+        return limit.astype(np.int64)
+
+    def _entry(self, role: str) -> Entry:
+        entry = self.schedule.entry(role)
+        assert entry is not None
+        return entry
+
+    def _padded(self, entry: Entry, prompts: Sequence[Sequence[int]]) -> tuple[np.ndarray, np.ndarray]:
+        """Tokens and positions [batch, n]; a program of a fixed number of tokens gets a multiple of them."""
+        longest = max(map(len, prompts))
+        axis = self._tokens_axis(entry)
+        if isinstance(axis, int):
+            longest = -(-longest // axis) * axis
+        tokens = np.zeros((len(prompts), longest), np.int64)
+        positions = np.full((len(prompts), longest), PADDING)
+        for row, ids in enumerate(prompts):
+            tokens[row, longest - len(ids) :] = ids
+            positions[row, longest - len(ids) :] = np.arange(len(ids))
+        return tokens, positions
+
+    def _tokens_axis(self, entry: Entry) -> str | int:
+        tokens = find_role(self.manifest.programs[entry.program].inputs, "tokens")
+        assert tokens is not None
+        return tokens.axes[1]
+
+    def _prompt_part(self, entry: Entry, left: int) -> int:
+        """How many of the tokens that are left are read in one call."""
+        axis, size = self._tokens_axis(entry), min(left, chunk_size(self.manifest, "prefill"))
+        if self._reads_at_once(entry):
+            most = axis if isinstance(axis, int) else self.manifest.programs[entry.program].ranges[axis].max
+            if most is not None and left > most:
+                raise InputError(
+                    f"the prompt has {left} tokens and is read at once, {most} at most; shorten it"
+                )
+            return left
+        if isinstance(axis, int):
+            return size
+        counts = zip(self._counting, self.since, strict=True)
+        return min([size, *(trigger.every - int(since.max()) for trigger, since in counts if trigger.prompt)])
+
+    def _reads_at_once(self, entry: Entry) -> bool:
+        links = (link for link in self.manifest.links if link.target.program == entry.program)
+        return any(link.when == "once" for link in links)
+
+    # --------------------------------------------------------------------------------------------- calls
+
+    def _emit(
+        self,
+        entry: Entry,
+        tokens: np.ndarray,
+        positions: np.ndarray,
+        rows: np.ndarray,
+        limit: np.ndarray | None,
+    ) -> Emission:
+        roles = self._roles[entry.program]
+        feed = self._feed(entry, tokens, positions, rows, limit)
+        results = self._call(entry, feed)
+        if roles.carried:
+            carry(
+                self.manifest.links,
+                entry.program,
+                {name: np.array(results[name]) for name in roles.carried},
+                self.links,
+            )
+        if "logits" in roles.made:
+            self._occupy(tokens.shape[1])
+            found = results[roles.made["logits"]]
+            return Emission(found if "rows" in roles.given else found[:, rows])
+        emission = Emission(tokens=results[roles.made["tokens"]], count=results[roles.made["count"]].copy())
+        self._check_counts(entry, emission, limit)
+        assert emission.count is not None
+        self._occupy(int(emission.count.max()) + (tokens.shape[1] if entry.role == "prefill" else 0))
+        return emission
+
+    def _feed(
+        self,
+        entry: Entry,
+        tokens: np.ndarray,
+        positions: np.ndarray,
+        rows: np.ndarray,
+        limit: np.ndarray | None,
+    ) -> dict[str, np.ndarray]:
+        """An array for every input that is no state."""
+        roles, count = self._roles[entry.program], tokens.shape[1]
+        values = {
+            "tokens": np.ascontiguousarray(tokens),
+            "positions": np.ascontiguousarray(positions),
+            "rows": rows,
+            "limit": np.full(self.batch, NO_LIMIT) if limit is None else limit,
+        }
+        if "mask" in roles.given:
+            causal = np.tril(np.ones((count, count), bool))
+            values["mask"] = np.ascontiguousarray(np.broadcast_to(causal, (self.batch, count, count)))
+        feed = {name: values[role] for role, name in roles.given.items()}
+        return feed | {name: self.links[Port(entry.program, name)] for name in roles.linked}
+
+    def _call(self, entry: Entry, feed: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """One call of a program, with the free slots that it needs."""
+        if self._bound != entry.program:
+            self.program, self._bound = self.programs.bind(entry.program, self.buffers), entry.program
+        slots = needed_slots(entry, self.manifest.programs[entry.program], feed)
+        if self._lacks(slots):
+            self.used = self.buffers.occupied()
+        if self._lacks(slots):
+            sizes = self.buffers.slots
+            self.buffers.resize({axis: max(capacity(self.used[axis] + slots), sizes[axis]) for axis in sizes})
+            self.program.bind()
+        return self.program.run(feed)
+
+    def _lacks(self, slots: int) -> bool:
+        return any(self.used[axis] + slots > size for axis, size in self.buffers.slots.items())
+
+    def _occupy(self, slots: int) -> None:
+        """Note that no row occupies more than so many slots beyond those before."""
+        self.used = {axis: used + slots for axis, used in self.used.items()}
+
+    def _check_counts(self, entry: Entry, emission: Emission, limit: np.ndarray | None) -> None:
+        """A call gives at least one token to every row that may have one, so that every text ends."""
+        assert emission.tokens is not None and emission.count is not None
+        count, most = emission.count, emission.tokens.shape[1]
+        wrong = (count < 0) | (count > most) | ((count == 0) & (limit is None or limit > 0))
+        if wrong.any():
+            row = int(wrong.argmax())
+            raise TokoptError(
+                f"program {entry.program!r} committed {count[row]} of {most} tokens in row {row}, which may have "
+                "one or more; the artifact is damaged"
+            )
+
+    # ------------------------------------------------------------------------------------------ triggers
+
+    def _count(self, which: Sequence[bool], tokens: np.ndarray) -> None:
+        """Add the tokens [batch] to the counts of these triggers, and run those that are due."""
+        for i, counts in enumerate(which):
+            if counts:
+                self.since[i] = self.since[i] + tokens
+        for i, trigger in enumerate(self._counting):
+            due = self.since[i] >= trigger.every
+            if which[i] and due.any():
+                self.run_trigger(trigger, due)
+
+    def run_trigger(self, trigger: Trigger, due: np.ndarray) -> None:
+        """Let a program work on the states of the rows that are due [batch], and give back the memory it frees."""
+        program = self.manifest.programs[trigger.program]
+        given = find_role(program.inputs, "due")
+        if given is None:
+            due = np.ones_like(due)
+        feed = {} if given is None else {given.name: due}
+        self.buffers.advance(self.programs.best(trigger.program, self.batch), program, feed)
+        for i, other in enumerate(self._counting):
+            if other.program == trigger.program:
+                self.since[i] = np.where(due, 0, self.since[i])
+        self.used = self.buffers.occupied()
+        if due.all():
+            room = self._room()
+            self.buffers.resize({axis: used + room for axis, used in self.used.items()})
+        if self.program is not None:
+            self.program.bind()
+
+    def _room(self) -> int:
+        """Free slots after a trigger: as many as are filled until the next one."""
+        decode = self._entry("decode")
+        extra = decode.slots - 1 if isinstance(decode.slots, int) else 0
+        return min((trigger.every for trigger in self._counting), default=BLOCK) + max(extra, 0)
