@@ -158,6 +158,10 @@ class Request:
         self._count([True] * len(self._counting), read)
         return emission
 
+    def bind(self, name: str, program: Any) -> None:
+        """Let a program that is bound to this request's buffers be the one that runs; the one before is dropped."""
+        self.program, self._bound = program, name
+
     def allowed(self, limit: np.ndarray, prompt: int = 0) -> np.ndarray:
         """``limit`` [batch], and no more than the tokens left to a row's next trigger.
 
@@ -265,7 +269,7 @@ class Request:
     def _call(self, entry: Entry, feed: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         """One call of a program, with the free slots that it needs."""
         if self._bound != entry.program:
-            self.program, self._bound = self.programs.bind(entry.program, self.buffers), entry.program
+            self.bind(entry.program, self.programs.bind(entry.program, self.buffers))
         slots = needed_slots(entry, self.manifest.programs[entry.program], feed)
         if self._lacks(slots):
             self.used = self.buffers.occupied()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import collections
-from typing import Any
 
 import numpy as np
 import onnx
@@ -14,7 +13,8 @@ from tests.matrix.language import artifact, bundle, prompt
 from tests.zoo.decoders import DECODERS
 from tokopt.errors import LoweringError
 from tokopt.lower.onnxruntime import cpu as lowering
-from tokopt.runtime import LanguageModel, language, load
+from tokopt.runtime import LanguageModel, load
+from tokopt.runtime.buffers import Bound
 from tokopt.runtime.engines.onnxruntime import ONE_ROW, PORTABLE
 
 decoders = pytest.mark.parametrize("name", DECODERS)
@@ -29,17 +29,17 @@ def operators(model: LanguageModel, form: str) -> collections.Counter[str]:
 
 def logits(model: LanguageModel, ids: list[int], form: str) -> np.ndarray:
     """Logits [tokens, vocabulary]: a prompt in two parts, then one token at a time."""
-    session = language._Session(model, 1, len(ids))
-    session.program.session = model.sessions.get("step", form)
-    engine: Any = session.program.session
-    session.program.binding = engine.io_binding()
-    session.program.bind()
+    request = model.open(1, len(ids))
+    entry = model.manifest.programs["step"]
+    request.bind("step", Bound(model.sessions.get("step", form), entry, request.buffers))
     parts = [slice(0, 5), slice(5, 9), *(slice(i, i + 1) for i in range(9, len(ids)))]
     found = []
     for part in parts:
         tokens = np.array([ids[part]])
         rows = np.arange(tokens.shape[1])
-        found.append(session.step(tokens, np.arange(len(ids))[None, part], rows)[0].copy())
+        made = request.step(tokens, np.arange(len(ids))[None, part], rows).logits
+        assert made is not None
+        found.append(made[0].copy())
     return np.concatenate(found)
 
 

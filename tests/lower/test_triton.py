@@ -14,7 +14,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
 
 import tokopt
 from tests.lower.encoders import text, vision
@@ -28,10 +27,12 @@ from tokopt.runtime.format.manifest import (
     EngineEntry,
     Manifest,
     Profile,
+    Tensor,
     describe_file,
     parse_manifest,
     read_manifest,
 )
+from tokopt.runtime.format.state import State
 
 SLOTS = 40
 
@@ -119,7 +120,7 @@ class Score(torch.nn.Module):
         super().__init__()
         self.layer, self.whole = torch.nn.Linear(12, 1), whole
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.layer(x).mean() if self.whole else self.layer(x).mean((1, 2))
 
 
@@ -222,8 +223,11 @@ def test_configuration_of_a_language_model_is_its_wiring(decoder: Path) -> None:
     ]
     assert [(m.name, list(m.dims)) for m in config.output] == [("logits", [1, VOCABULARY])]
     assert len(batching.state) == len(manifest.states) == 6
+    program = manifest.programs["step"]
+    reads = {tensor.state: tensor.name for tensor in program.inputs}
+    writes = {tensor.state: tensor.name for tensor in program.outputs}
     for message, state in zip(batching.state, manifest.states, strict=True):
-        assert (message.input_name, message.output_name) == (state.name, state.output)
+        assert (message.input_name, message.output_name) == (reads[state.name], writes[state.name])
         assert list(message.dims) == ([SLOTS if a == "slots" else a for a in state.axes[1:]] or [1])
         assert (
             schema.DataType.Name(message.data_type)
@@ -232,7 +236,7 @@ def test_configuration_of_a_language_model_is_its_wiring(decoder: Path) -> None:
                 "float32": "TYPE_FP32",
             }[state.dtype]
         )
-        assert message.use_same_buffer_for_input_output == state.in_place
+        assert message.use_same_buffer_for_input_output == (writes[state.name] in program.aliases)
         assert message.initial_state[0].zero_data == (state.initial == 0)
 
 
@@ -295,8 +299,11 @@ def test_states_that_would_be_mixed_up_are_refused(tmp_path: Path) -> None:
 
 def test_state_without_a_batch_in_front_is_refused(tmp_path: Path) -> None:
     def share(manifest: Manifest) -> Manifest:
-        length, *others = manifest.states
-        return replace(manifest, states=(replace(length, axes=(2,)), *others))
+        turn = State("turn", "counter", "int64", (2,))
+        given, made = (Tensor(name, "int64", (2,), "state", "turn") for name in ("turn", "next_turn"))
+        step = manifest.programs["step"]
+        counting = replace(step, inputs=(*step.inputs, given), outputs=(*step.outputs, made))
+        return replace(manifest, programs={"step": counting}, states=(*manifest.states, turn))
 
     error = refusal(changed(artifact("llama").path, tmp_path, share), tmp_path)
     assert isinstance(error, LoweringError) and "without a batch in front" in str(error)

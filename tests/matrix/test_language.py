@@ -10,7 +10,7 @@ from tests.matrix.language import artifact, bundle, prompt, reference
 from tests.zoo.decoders import CONTEXT, DECODERS, VOCABULARY
 from tokopt.errors import TokoptError
 from tokopt.frontend.language import first_step
-from tokopt.runtime import buffers, language
+from tokopt.runtime import buffers, loop
 
 decoders = pytest.mark.parametrize("name", DECODERS)
 
@@ -36,7 +36,7 @@ def test_padded_batch_equals_one_by_one(name: str) -> None:
 def test_chunked_prefill_equals_one_prefill(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     prompts = [prompt(n, seed=n) for n in (23, 11)]
     whole = artifact(name).generate(prompts, max_tokens=20)
-    monkeypatch.setattr(language, "PREFILL", 5)
+    monkeypatch.setattr(loop, "PREFILL", 5)
     assert artifact(name).generate(prompts, max_tokens=20) == whole
 
 
@@ -54,7 +54,7 @@ def test_score_is_the_log_probability_of_what_is_generated(name: str) -> None:
 def test_growing_the_cache_changes_nothing(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     ids = prompt(9)
     whole = artifact(name).generate(ids, max_tokens=30)
-    for module in (language, buffers):
+    for module in (loop, buffers):
         monkeypatch.setattr(module, "BLOCK", 1)
     assert artifact(name).generate(ids, max_tokens=30) == whole
     assert artifact(name).statistics.cache_slots == 9 + 29  # the last token is never written
@@ -71,16 +71,16 @@ def test_statistics_count_what_was_done() -> None:
     done = model.statistics
     assert (done.prompt_tokens, done.new_tokens) == (12, 8)
     assert done.prefill_seconds > 0 and done.tokens_per_second > 0
-    states = [s for s in model.manifest.states if s.name.startswith(("keys", "values"))]
+    states = [s for s in model.manifest.states if s.kind in ("key", "value")]
     per_slot = sum(4 * int(np.prod([a for a in s.axes if isinstance(a, int)])) for s in states)
     assert done.cache_bytes == 2 * (done.cache_slots * (per_slot + 8) + 8)
 
 
 def test_nan_logits_stop_with_the_step_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    def damaged(session: language._Session, tokens: np.ndarray, *rest: np.ndarray) -> np.ndarray:
-        return np.full((len(tokens), 1, VOCABULARY), np.nan, np.float32)
+    def damaged(request: loop.Request, tokens: np.ndarray, *rest: object, **more: object) -> loop.Emission:
+        return loop.Emission(np.full((len(tokens), 1, VOCABULARY), np.nan, np.float32))
 
-    monkeypatch.setattr(language._Session, "step", damaged)
+    monkeypatch.setattr(loop.Request, "step", damaged)
     with pytest.raises(TokoptError, match="the model gave NaN at step 2"):
         artifact("llama").generate(prompt(5), max_tokens=4)
 

@@ -13,28 +13,42 @@ import onnx
 from onnx import TensorProto, helper
 from safetensors.numpy import save
 
+from tokopt.runtime.format.manifest import FORMAT_VERSION
+
 Json = dict[str, Any]
 
 VOCABULARY = 7
 
 
-def tensor(name: str, dtype: str, *axes: str | int, role: str = "input") -> Json:
-    return {"name": name, "dtype": dtype, "axes": list(axes), "role": role}
+def tensor(name: str, dtype: str, *axes: str | int, role: str = "input", state: str | None = None) -> Json:
+    return {"name": name, "dtype": dtype, "axes": list(axes), "role": role, "state": state}
 
 
 def document(inputs: list[Json], outputs: list[Json], ranges: Json, **more: object) -> Json:
     """A manifest with one program and no files yet."""
-    program = {"inputs": inputs, "outputs": outputs, "ranges": ranges, "files": {"onnx": "forward.onnx"}}
+    program = {
+        "inputs": inputs,
+        "outputs": outputs,
+        "ranges": ranges,
+        "files": {"onnx": "forward.onnx"},
+        "engine": None,
+        "aliases": {},
+    }
     return {
-        "format_version": 1,
+        "format_version": FORMAT_VERSION,
         "programs": {"forward": program},
         "files": {},
-        "task": "encoder",
+        "states": [],
+        "links": [],
+        "schedule": {
+            "entries": [{"program": "forward", "role": "encode", "slots": 0}],
+            "triggers": [],
+            "endless": False,
+        },
+        "generation": None,
         "semantics": "approximate",
         "pipeline": "tome{r=16}",
         "passes": [{"text": "tome{r=16}", "matches": 12, "semantics": "approximate", "notes": ["a note"]}],
-        "states": [],
-        "generation": None,
         "tokenizer": None,
         "selftest": None,
         "versions": {"tokopt": "0.1.0"},
@@ -94,10 +108,13 @@ def embedding(folder: Path) -> Path:
     table = np.arange(2 * VOCABULARY, dtype=np.float32).reshape(VOCABULARY, 2)
     doc = document(
         [
-            tensor("ids", "int64", "batch", "tokens", role="tokens"),
+            tensor("ids", "int64", "batch", "tokens"),
             tensor("mask", "float32", "batch", "tokens", 1),
         ],
-        [tensor("vectors", "float32", "batch", "tokens", 2), tensor("total", "float32")],
+        [
+            tensor("vectors", "float32", "batch", "tokens", 2, role="output"),
+            tensor("total", "float32", role="output"),
+        ],
         {"batch": {"min": 1, "max": None}, "tokens": {"min": 2, "max": 9}},
     )
     return write(

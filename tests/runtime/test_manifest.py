@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from copy import deepcopy
 from pathlib import Path
 from types import MappingProxyType
@@ -27,50 +28,112 @@ SIZES = MappingProxyType({"min": 1, "opt": 2, "max": 8})
 FILES = ("forward.onnx", "step.sm_86.engine", "weights/a", "tokenizer.json", "s.safetensors")
 
 
-def good() -> Json:
-    """A manifest that uses every key."""
-    doc = document(
-        [tensor("ids", "int64", "batch", "tokens", role="tokens"), tensor("past", "float32", "batch", 4)],
-        [
-            tensor("logits", "float32", "batch", "tokens - 1", 7, role="logits"),
-            tensor("new", "float32", "batch", 4),
-        ],
-        {"batch": {"min": 1, "max": None}, "tokens": {"min": 2, "max": 512}},
-        files={name: dict(FILE) for name in FILES},
-        task="causal-lm",
-        states=[
-            {
-                "name": "past",
-                "dtype": "float32",
-                "axes": ["batch", 4],
-                "output": "new",
-                "initial": 0.0,
-                "in_place": True,
-            }
-        ],
-        generation={
-            "context": 512,
-            "vocabulary": 7,
-            "eos": [1, 2],
-            "bos": 1,
-            "chat_template": None,
-            "compact_every": 0,
-            "endless": False,
-        },
-        tokenizer="tokenizer.json",
-        selftest="s.safetensors",
-        format_version=FORMAT_VERSION,
-    )
-    step = doc["programs"]["step"] = doc["programs"].pop("forward")
-    step["files"]["tensorrt"] = "step.sm_86.engine"
-    step["engine"] = {
+ENGINE = MappingProxyType(
+    {
         "builder": "tensorrt-rtx",
         "version": "1.7.1",
         "arch": "sm_86",
         "profiles": {"batch": dict(SIZES)},
         "plugins": [{"name": "a", "sha256": "0" * 64}],
     }
-    return doc
+)
+FACTS = MappingProxyType({"context": 512, "vocabulary": 7, "eos": [1, 2], "bos": 1, "chat_template": None})
+
+
+def state(name: str, kind: str, dtype: str, *axes: str | int, **more: object) -> Json:
+    known = {"name": name, "kind": kind, "dtype": dtype, "axes": list(axes)}
+    return {**known, "initial": 0.0, "layer": None, "occupancy": None, **more}
+
+
+def program(inputs: list[Json], outputs: list[Json], ranges: Json, **more: object) -> Json:
+    known = {"inputs": inputs, "outputs": outputs, "ranges": ranges, "files": {"onnx": "forward.onnx"}}
+    return {**known, "engine": None, "aliases": {}, **more}
+
+
+def good() -> Json:
+    """A manifest that uses every key: an encoder whose features a decoder reads, and an eviction."""
+    past = state(
+        "past", "key", "float32", "batch", "slots", 4, layer=0, occupancy={"state": "used", "column": 1}
+    )
+    used = state("used", "length", "int64", "batch", 2)
+    rows = {"min": 1, "max": None}
+    doc = document([], [], {})
+    doc |= {"states": [past, used], "generation": dict(FACTS), "files": {name: dict(FILE) for name in FILES}}
+    cache = tensor("past", "float32", "batch", "slots", 4, role="state", state="past")
+    new = tensor("new", "float32", "batch", "slots", 4, role="state", state="past")
+    length = [tensor(name, "int64", "batch", 2, role="state", state="used") for name in ("used", "next_used")]
+    features = ("features", "float32", "batch", 3)
+    doc["programs"] = {
+        "see": program(
+            [tensor("images", "float32", "batch", 3)], [tensor(*features, role="link")], {"batch": rows}
+        ),
+        "step": program(
+            [
+                tensor("ids", "int64", "batch", "tokens", role="tokens"),
+                tensor("places", "int64", "batch", "tokens", role="positions"),
+                tensor(*features, role="link"),
+                cache,
+                length[0],
+            ],
+            [tensor("logits", "float32", "batch", "tokens - 1", 7, role="logits"), new, length[1]],
+            {"batch": rows, "tokens": {"min": 1, "max": 512}, "slots": rows},
+            aliases={"new": "past"},
+            files={"onnx": "forward.onnx", "tensorrt": "step.sm_86.engine"},
+            engine=dict(ENGINE),
+        ),
+        "evict": program([cache, length[0]], [new, length[1]], {"batch": rows, "slots": rows}),
+    }
+    doc["links"] = [
+        {
+            "source": {"program": "see", "name": "features"},
+            "target": {"program": "step", "name": "features"},
+            "when": "call",
+        }
+    ]
+    doc["schedule"] = {
+        "entries": [
+            {"program": "see", "role": "encode", "slots": 0},
+            {"program": "step", "role": "prefill", "slots": "tokens"},
+            {"program": "step", "role": "decode", "slots": 1},
+        ],
+        "triggers": [{"program": "evict", "after": "tokens", "every": 8, "prompt": True}],
+        "endless": True,
+    }
+    return deepcopy(doc | {"tokenizer": "tokenizer.json", "selftest": "s.safetensors"})
+
+
+def old() -> Json:
+    """A manifest of format 2 that uses every key."""
+
+    def described(name: str, dtype: str, *axes: str | int, role: str = "input") -> Json:
+        return {"name": name, "dtype": dtype, "axes": list(axes), "role": role}
+
+    step = {
+        "inputs": [
+            described("tokens", "int64", "batch", "tokens", role="tokens"),
+            described("positions", "int64", "batch", "tokens", role="positions"),
+            described("past", "float32", "batch", 4, role="state"),
+        ],
+        "outputs": [
+            described("logits", "float32", "batch", "tokens - 1", 7, role="logits"),
+            described("new", "float32", "batch", 4, role="state"),
+        ],
+        "ranges": {"batch": {"min": 1, "max": None}, "tokens": {"min": 1, "max": 512}},
+        "files": {"onnx": "forward.onnx", "tensorrt": "step.sm_86.engine"},
+        "engine": dict(ENGINE),
+    }
+    past = {"name": "past", "dtype": "float32", "axes": ["batch", 4], "output": "new", "initial": 0.0}
+    doc = {key: value for key, value in good().items() if key not in ("links", "schedule")}
+    return deepcopy(
+        doc
+        | {
+            "format_version": 2,
+            "task": "causal-lm",
+            "programs": {"step": step},
+            "states": [past | {"in_place": True}],
+            "generation": {**FACTS, "compact_every": 0, "endless": False},
+        }
+    )
 
 
 def encode(doc: object) -> bytes:
@@ -84,15 +147,22 @@ def test_written_and_read_back_it_is_the_same() -> None:
 
 
 def test_format_1_knows_no_engines() -> None:
-    doc = good()
+    doc = old()
     doc["format_version"] = 1
     del doc["programs"]["step"]["engine"], doc["programs"]["step"]["files"]["tensorrt"]
     assert parse_manifest(encode(doc)).programs["step"].engine is None
 
 
-def put(path: str, value: object) -> Json:
-    """The good manifest with the value at ``path`` (``a.0.b``) replaced."""
-    doc = good()
+def test_format_2_becomes_the_newest() -> None:
+    manifest = parse_manifest(encode(old()))
+    assert manifest.format_version == FORMAT_VERSION
+    assert manifest.programs["step"].aliases == {"new": "past"}
+    assert [entry.role for entry in manifest.schedule.entries] == ["prefill", "decode"]
+
+
+def put(path: str, value: object, doc: Json | None = None) -> Json:
+    """The good manifest, or another one, with the value at ``path`` (``a/0/b``) replaced."""
+    doc = good() if doc is None else doc
     *steps, last = path.split("/")
     place: Any = doc
     for step in steps:
@@ -104,13 +174,13 @@ def put(path: str, value: object) -> Json:
 FORWARD = "programs/step"
 
 FAULTS = {
-    "newer": (put("format_version", FORMAT_VERSION + 1), "newer than 2.*update tokopt"),
+    "newer": (put("format_version", FORMAT_VERSION + 1), "newer than 3.*update tokopt"),
     "version-text": (put("format_version", "1"), "format_version is \"1\"|format_version is '1'"),
     "version-zero": (put("format_version", 0), "format_version is 0"),
     "unknown-key": (put("extra", 1), "unknown key 'extra'"),
     "no-program": (put("programs", {}), "programs is empty"),
     "programs-list": (put("programs", []), "programs is a list, it must be an object"),
-    "no-outputs": (put(f"{FORWARD}/outputs", []), "step has no outputs"),
+    "no-outputs": (put(f"{FORWARD}/outputs", []), "'step' has no outputs"),
     "no-files": (put(f"{FORWARD}/files", {}), "step has no files"),
     "bad-dtype": (put(f"{FORWARD}/inputs/0/dtype", "float31"), r"inputs\[0\].dtype is 'float31'"),
     "bad-role": (put(f"{FORWARD}/inputs/0/role", []), r"inputs\[0\].role is a list"),
@@ -119,12 +189,18 @@ FAULTS = {
     "absurd-axis": (put(f"{FORWARD}/inputs/0/axes", [2**60]), r"axes\[0\] is 1152921504606846976"),
     "absurd-rank": (put(f"{FORWARD}/inputs/0/axes", [1] * 99), "99 axes"),
     "axis-without-range": (
-        put(f"{FORWARD}/inputs/0/axes", ["width"]),
-        "lacks the axis 'width' of input 'ids'",
+        put("programs/see/inputs/0/axes", ["width"]),
+        "lack the axis 'width' of input",
     ),
     "empty-range": (put(f"{FORWARD}/ranges/tokens", {"min": 5, "max": 4}), "ranges.tokens.max is 4"),
-    "same-name": (put(f"{FORWARD}/inputs/1/name", "ids"), "inputs has the name 'ids' twice"),
-    "same-output": (put(f"{FORWARD}/outputs/1/name", "logits"), "outputs has the name 'logits' twice"),
+    "same-name": (
+        put(f"{FORWARD}/inputs/1/name", "ids"),
+        "inputs of .* has the name 'ids' twice",
+    ),
+    "same-output": (
+        put(f"{FORWARD}/outputs/1/name", "logits"),
+        "outputs of .* has the name 'logits' twice",
+    ),
     "unprintable": (put(f"{FORWARD}/inputs/0/name", "a\n"), "no printable name"),
     "surrogate": (put(f"{FORWARD}/inputs/0/name", "\ud800"), "no printable name"),
     "nameless": (put(f"{FORWARD}/inputs/0/name", ""), "no printable name"),
@@ -145,14 +221,31 @@ FAULTS = {
     "plugin": (put(f"{FORWARD}/engine/plugins/0/sha256", "a"), "plugins.0..sha256 is no SHA-256"),
     "hash": (put("files/forward.onnx/sha256", "F" * 64), "no SHA-256"),
     "absurd-file": (put("files/forward.onnx/size", 2**70), "size is"),
-    "unwired-state": (put("states/0/output", "gone"), "state 'past' is not wired"),
+    "unknown-state": (put(f"{FORWARD}/inputs/4/state", "gone"), "names the state 'gone', which is not there"),
+    "kind": (put("states/0/kind", "cache"), r"states\[0\].kind is 'cache'"),
+    "layer": (put("states/0/layer", -1), r"states\[0\].layer is -1"),
+    "column": (put("states/0/occupancy/column", 2), "has the column 2, which state 'used' lacks"),
+    "alias": (put(f"{FORWARD}/aliases", {"new": "gone"}), "names 'gone', which is not there"),
+    "when": (put("links/0/when", "twice"), r"links\[0\].when is 'twice'"),
+    "port": (put("links/0/source/name", "gone"), "'gone' of program 'see', which is not among the outputs"),
+    "entry-role": (put("schedule/entries/0/role", "draft"), r"entries\[0\].role is 'draft'"),
+    "entry-program": (put("schedule/entries/0/program", "gone"), "'see', which does not run before it"),
+    "trigger-program": (
+        put("schedule/triggers/0/program", "gone"),
+        "runs program 'gone', which is not there",
+    ),
+    "after": (put("schedule/triggers/0/after", "lunch"), r"triggers\[0\].after is 'lunch'"),
+    "every": (put("schedule/triggers/0/every", 0), "every 0 tokens"),
     "infinite-state": (put("states/0/initial", 10**400), "initial is 1000"),
     "semantics": (put("passes/0/semantics", "good"), r"passes\[0\].semantics is 'good'"),
     "notes": (put("passes/0/notes", [1]), r"notes\[0\] is 1"),
     "generation": (put("generation", []), "generation is a list"),
     "no-context": (put("generation/context", 0), "generation.context is 0"),
-    "no-generation": (put("generation", None), "generation does not fit the task causal-lm"),
-    "another-task": (put("task", "encoder"), "programs lacks 'forward'"),
+    "no-generation": (put("generation", None), "it must have one where there is 'generation'"),
+    "old-no-generation": (put("generation", None, old()), "generation does not fit the task causal-lm"),
+    "old-task": (put("task", "encoder", old()), "programs lacks 'forward'"),
+    "old-unwired": (put("states/0/output", "gone", old()), "state 'past' is not wired"),
+    "old-key": (put("schedule", {}, old()), "unknown key 'schedule'"),
     "not-an-object": ([], "no tokopt manifest"),
     "foreign": ({"name": "something"}, "no tokopt manifest"),
 }
@@ -165,10 +258,12 @@ def test_fault_is_named(doc: object, message: str) -> None:
     assert "\n" not in str(caught.value) and len(str(caught.value)) < 400
 
 
-@pytest.mark.parametrize("key", sorted(good()))
-def test_every_key_is_required(key: str) -> None:
-    doc = good()
-    del doc[key]
+@pytest.mark.parametrize("make", [good, old])
+@pytest.mark.parametrize("key", sorted({*good(), *old()}))
+def test_every_key_is_required(key: str, make: Callable[[], Json]) -> None:
+    doc = make()
+    if doc.pop(key, None) is None and key not in make():
+        return
     with pytest.raises(ArtifactError, match=key):
         parse_manifest(encode(doc))
 
@@ -232,8 +327,8 @@ def test_damaged_json(data: bytes) -> None:
 
 def test_many_names_are_read_in_linear_time() -> None:
     doc = good()
-    doc["programs"]["step"]["inputs"] += [tensor(f"x{i}", "int8") for i in range(50_000)]
-    assert len(parse_manifest(encode(doc)).programs["step"].inputs) == 50_002
+    doc["programs"]["see"]["inputs"] += [tensor(f"x{i}", "int8") for i in range(50_000)]
+    assert len(parse_manifest(encode(doc)).programs["see"].inputs) == 50_001
 
 
 json_values = st.recursive(
@@ -264,7 +359,7 @@ def test_any_json(value: object) -> None:
 @settings(max_examples=300)
 def test_any_value_anywhere(data: st.DataObject) -> None:
     """One value of a good manifest replaced, wherever it is."""
-    doc = deepcopy(good())
+    doc = data.draw(st.sampled_from([good, old]))()
     place: Any = doc
     while True:
         keys = list(place) if isinstance(place, dict) else list(range(len(place)))

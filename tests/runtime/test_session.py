@@ -124,7 +124,8 @@ def test_selftest_that_is_no_safetensors_file(tmp_path: Path) -> None:
 def test_providers_and_threads(tmp_path: Path) -> None:
     folder = doubling(tmp_path / "a.tokopt")
     for providers in (["CPUExecutionProvider"], [("CPUExecutionProvider", {})], "CPUExecutionProvider"):
-        assert load(folder, providers=providers).session.get_providers() == ["CPUExecutionProvider"]
+        session = load(folder, providers=providers).sessions.get("forward")
+        assert session.get_providers() == ["CPUExecutionProvider"]
     with pytest.raises(
         InputError, match=r"'GPU' is no execution provider.*CPUExecutionProvider.*tokopt\[gpu\]"
     ):
@@ -162,13 +163,13 @@ def test_artifacts_that_are_not_for_this_runtime(tmp_path: Path) -> None:
         doc["programs"]["forward"]["files"] = {"torch": "forward.onnx"}
 
     def renamed(doc: dict) -> None:
-        doc["programs"] = {"step": doc["programs"]["forward"]}
+        doc["programs"] = {"step": doc["programs"]["forward"]}  # the schedule still says forward
 
     with pytest.raises(
         ArtifactError, match=r"no ONNX form of program 'forward', only torch; open it with tokopt.open_bundle"
     ):
         load(doubling(tmp_path / "a", torch_only))
-    with pytest.raises(ArtifactError, match="programs lacks 'forward', which encoder artifacts have"):
+    with pytest.raises(ArtifactError, match="names the program 'forward', which is not there"):
         load(doubling(tmp_path / "b", renamed))
 
 
@@ -184,7 +185,7 @@ def test_external_data_cannot_reach_outside_the_folder(tmp_path: Path) -> None:
     for location in ("../secret", str(tmp_path / "secret")):
         del weight.external_data[:]
         weight.external_data.add(key="location", value=location)
-        doc = document([tensor("x", "float32", 3)], [tensor("y", "float32", 3)], {})
+        doc = document([tensor("x", "float32", 3)], [tensor("y", "float32", 3, role="output")], {})
         name = f"{len(location)}.tokopt"
         with pytest.raises(ArtifactError, match="cannot load"):
             load(write(tmp_path / name, doc, {"forward.onnx": model.SerializeToString()}))

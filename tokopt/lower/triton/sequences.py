@@ -1,4 +1,4 @@
-"""The step of a language model for a server that batches sequences: everything that goes in and comes out has one row per sequence."""
+"""A step for a server that batches sequences: everything that goes in and comes out has one row per sequence."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ def write_sequence_step(
 ) -> ir.Model:
     """Write the ONNX file of a step at ``source`` to ``target`` and return what was written.
 
-    The input ``rows`` is fixed to the last token. Of ``states`` (input -> output) those that are one number per sequence,
-    [batch], become [batch, 1], since a server describes shapes without their batch and knows no empty shape.
+    The input ``rows`` is fixed to the last token. Of ``states`` (input -> output) those that are one number per
+    sequence, [batch], become [batch, 1], since a server describes shapes without their batch and knows no empty shape.
     """
     model = ir.load(source)
     inputs, outputs = (
