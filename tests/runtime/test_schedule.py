@@ -1,0 +1,366 @@
+"""The loop: what a schedule says is what runs, for rows that advance on their own, until every text ends."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from onnx import TensorProto
+
+from tests.runtime.artifacts import graph, write
+from tests.runtime.toys import (
+    DRAWN,
+    KEPT,
+    STATES,
+    VOCABULARY,
+    Graph,
+    encoder,
+    evictor,
+    program,
+    reader,
+    save,
+    text,
+    toy,
+)
+from tokopt.errors import InputError, TokoptError
+from tokopt.runtime import LanguageModel, Sampling, load, loop
+from tokopt.runtime.format.checks import FormatError, check_format
+from tokopt.runtime.format.generation import Generation
+from tokopt.runtime.format.link import Link, Port
+from tokopt.runtime.format.manifest import Manifest, ProgramEntry
+from tokopt.runtime.format.schedule import Entry, Schedule, Trigger
+from tokopt.runtime.format.signature import Tensor
+
+PROMPTS = [[1, 2, 3], [4], [7, 7]]
+IMAGES = np.array([[1, 2], [2, 3], [4, 0]], np.float32)
+OFFSETS = [3, 5, 4]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> LanguageModel:
+    return load(save(tmp_path_factory.mktemp("toy") / "toy.tokopt", toy()), threads=1)
+
+
+def opened(folder: Path, manifest: Manifest) -> LanguageModel:
+    return load(save(folder / "toy.tokopt", manifest), threads=1)
+
+
+def recorded(model: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> list[loop.Request]:
+    """The requests that a model will make."""
+    requests: list[loop.Request] = []
+    original = model.open
+
+    def record(*arguments: Any) -> loop.Request:
+        requests.append(original(*arguments))
+        return requests[-1]
+
+    monkeypatch.setattr(model, "open", record)
+    return requests
+
+
+def recorded_reads(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]]:
+    """Every call that will be made: the entry's role, and the tokens that are read."""
+    calls: list[tuple[str, int]] = []
+    original = loop.Request._emit
+
+    def record(request: loop.Request, entry: Entry, tokens: np.ndarray, *rest: Any) -> loop.Emission:
+        calls.append((entry.role, tokens.shape[1]))
+        return original(request, entry, tokens, *rest)
+
+    monkeypatch.setattr(loop.Request, "_emit", record)
+    return calls
+
+
+# ---------------------------------------------------------------------------------- rows and their tokens
+
+
+def test_what_one_program_makes_reaches_two_others(model: LanguageModel) -> None:
+    got = model.generate(PROMPTS, max_tokens=20, inputs={"images": IMAGES})
+    expected = [text(ids, offset, 20) for ids, offset in zip(PROMPTS, OFFSETS, strict=True)]
+    assert [list(row.tokens) for row in got] == expected
+    assert {row.finish for row in got} == {"length"}
+
+
+def test_rows_advance_on_their_own(model: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every row is evicted after 5 tokens of its own, and its cache has the last that it read."""
+    requests = recorded(model, monkeypatch)
+    got = model.generate(PROMPTS, max_tokens=20, inputs={"images": IMAGES})
+    buffers = requests[0].buffers
+    assert (
+        buffers.read("turns").tolist() == [1 + 19 // 5] * 3
+    )  # after the prompt; the first token is the host's
+    for row, ids in enumerate(PROMPTS):
+        length = int(buffers.read("length")[row])
+        whole = [*ids, *got[row].tokens]
+        assert length >= KEPT and buffers.read("history")[row, :length].tolist() == whole[:-1][-length:]
+
+
+def test_a_batch_equals_one_by_one(model: LanguageModel) -> None:
+    together = model.generate(PROMPTS, max_tokens=13, inputs={"images": IMAGES})
+    for i, ids in enumerate(PROMPTS):
+        assert model.generate(ids, max_tokens=13, inputs={"images": IMAGES[i : i + 1]}) == together[i]
+
+
+@pytest.mark.parametrize("count", range(1, 9))
+def test_texts_are_cut_at_their_length(model: LanguageModel, count: int) -> None:
+    got = model.generate(PROMPTS, max_tokens=count, inputs={"images": IMAGES})
+    assert [len(row.tokens) for row in got] == [count] * 3
+
+
+def test_tokens_come_one_by_one(model: LanguageModel) -> None:
+    found = list(model.tokens(PROMPTS[0], max_tokens=9, inputs={"images": IMAGES[:1]}))
+    assert found == text(PROMPTS[0], 3, 9)
+
+
+def test_a_stop_token_within_a_call_ends_its_row_alone(tmp_path: Path) -> None:
+    stopping = opened(tmp_path, replace(toy(), generation=Generation(64, VOCABULARY, eos=(1,))))
+    got = stopping.generate(PROMPTS, max_tokens=12, inputs={"images": IMAGES})
+    for row, ids, offset in zip(got, PROMPTS, OFFSETS, strict=True):
+        whole = text(ids, offset, 12)
+        expected = whole[: whole.index(1) + 1] if 1 in whole else whole
+        assert list(row.tokens) == expected and row.finish == ("stop" if 1 in whole else "length")
+
+
+def test_a_text_ends_at_the_context(tmp_path: Path) -> None:
+    short = opened(tmp_path, replace(toy(), generation=Generation(8, VOCABULARY)))
+    got = short.generate(PROMPTS, max_tokens=50, inputs={"images": IMAGES})
+    assert [len(row.tokens) for row in got] == [5, 7, 6]
+
+
+# ---------------------------------------------------------------------------------------------- prompts
+
+
+def test_a_link_once_lets_the_prompt_be_read_at_once(
+    model: LanguageModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loop, "PREFILL", 2)
+    reads = recorded_reads(monkeypatch)
+    whole = model.generate(PROMPTS[0], max_tokens=1, inputs={"images": IMAGES[:1]})
+    assert reads == [("prefill", 3)]
+    links = tuple(replace(link, when="call") for link in toy().links)
+    again = opened(tmp_path, replace(toy(), links=links))
+    assert again.generate(PROMPTS[0], max_tokens=1, inputs={"images": IMAGES[:1]}) == whole
+    assert reads[1:] == [("prefill", 2), ("prefill", 1)]
+
+
+def test_a_prompt_that_does_not_fit_into_one_call_is_refused(tmp_path: Path) -> None:
+    longer = opened(tmp_path, replace(toy(), generation=Generation(100, VOCABULARY)))
+    with pytest.raises(InputError, match="has 65 tokens and is read at once, 64 at most"):
+        longer.generate([1] * 65, max_tokens=1, inputs={"images": IMAGES[:1]})
+
+
+def evicting(**more: Any) -> Manifest:
+    """One program that reads, and one that evicts every 5 tokens."""
+    step = reader("rows", emits="logits")
+    schedule = Schedule(
+        (Entry("step", "prefill", "n"), Entry("step", "decode", "n")),
+        (Trigger("evict", "tokens", 5, **more),),
+    )
+    programs = {"step": step, "evict": evictor(due=False)}
+    return Manifest(programs, {}, schedule, STATES, generation=Generation(64, VOCABULARY))
+
+
+def test_a_trigger_within_the_prompt_divides_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    bounded = opened(tmp_path, evicting(prompt=True))
+    reads, requests = recorded_reads(monkeypatch), recorded(bounded, monkeypatch)
+    got = bounded.generate([1] * 12, max_tokens=5)
+    assert [size for role, size in reads if role == "prefill"] == [5, 5, 2]
+    assert requests[0].buffers.read("turns").tolist() == [3]  # 12 tokens of the prompt, and 4 that were read
+    assert list(got.tokens) == text([1], 1, 5)
+
+
+def test_an_endless_text_outgrows_the_context(tmp_path: Path) -> None:
+    made = evicting(prompt=True)
+    endless = opened(tmp_path, replace(made, schedule=replace(made.schedule, endless=True)))
+    assert list(endless.generate([1] * 70, max_tokens=90).tokens) == text([1], 1, 90)
+    assert endless.statistics.cache_slots <= loop.BLOCK
+
+
+def test_a_program_of_a_fixed_number_of_tokens_gets_as_many(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    programs = {
+        "read": reader("mask", "rows", emits="logits", count=4),
+        "step": reader("rows", emits="logits", count=1),
+    }
+    schedule = Schedule((Entry("read", "prefill", 4), Entry("step", "decode", 1)))
+    facts = Generation(64, VOCABULARY)
+    fixed = opened(tmp_path, Manifest(programs, {}, schedule, STATES[:2], generation=facts))
+    reads = recorded_reads(monkeypatch)
+    assert list(fixed.generate([1, 2, 3, 4, 5, 6], max_tokens=5).tokens) == text([6], 1, 5)
+    assert reads == [("prefill", 4)] * 2 + [("decode", 1)] * 4
+
+
+# --------------------------------------------------------------------------------------------- refusals
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ({}, "input 'images' is missing"),
+        ({"inputs": {"images": IMAGES[:2]}}, "the inputs have 2 rows and there are 3 prompts"),
+        ({"inputs": {"image": IMAGES}}, "there is no input 'image'"),
+        ({"inputs": {"images": IMAGES}, "sampling": Sampling(1.0)}, "draws its tokens itself"),
+        (
+            {"inputs": {"images": IMAGES}, "processors": [lambda history, logits: logits]},
+            "draws its tokens itself",
+        ),
+    ],
+)
+def test_what_does_not_fit_is_refused(model: LanguageModel, more: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        model.generate(PROMPTS, **more)
+
+
+def test_a_model_that_draws_has_no_scores(model: LanguageModel) -> None:
+    with pytest.raises(InputError, match="draws its tokens itself and gives no probabilities"):
+        model.score([1, 2, 3])
+
+
+def test_a_model_without_inputs_takes_none(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="there is no input 'images'; the program takes none"):
+        opened(tmp_path, evicting()).generate([1], inputs={"images": IMAGES[:1]})
+
+
+def test_a_call_that_commits_nothing_is_an_error(
+    model: LanguageModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else the text would never end."""
+    original = loop.Request._call
+
+    def stuck(request: loop.Request, entry: Entry, feed: dict[str, np.ndarray]) -> Mapping[str, np.ndarray]:
+        results = original(request, entry, feed)
+        return results if entry.role != "decode" else {**results, "count": np.zeros(1, np.int64)}
+
+    monkeypatch.setattr(loop.Request, "_call", stuck)
+    with pytest.raises(TokoptError, match="program 'go' committed 0 of 4 tokens in row 0"):
+        model.generate([1], inputs={"images": IMAGES[:1]})
+
+
+# ----------------------------------------------------------------------------------------------- stages
+
+
+X = Tensor("x", "float32", ("batch", 2), "input")
+Y, DONE = Tensor("y", "float32", ("batch", 1), "output"), Tensor("done", "bool", ("batch",), "done")
+CARRIED = Tensor("carried", "float32", ("batch", 2), "link")
+
+
+def stages() -> tuple[Manifest, dict[str, bytes]]:
+    """``y`` is 1, 2 or 3 times the first column of ``x``, by the stage in which a row leaves: its second column."""
+    files: dict[str, bytes] = {}
+    programs: dict[str, ProgramEntry] = {}
+    for i, name in enumerate(("a", "b", "c")):
+        given = replace(CARRIED, name="given")
+        inputs = [X] if i == 0 else [given, X] if i == 1 else [given]
+        outputs = [Y, CARRIED, DONE] if i < 2 else [Y]
+        programs[name] = replace(program(inputs, outputs), files={"onnx": f"{name}.onnx"})
+        g, source = Graph(), X.name if i == 0 else given.name
+        g.constants["factor"] = np.array([[i + 1.0]], np.float32)
+        g.constants["stage"] = np.array(i, np.float32)
+        first = g.op("Slice", source, g.const([0]), g.const([1]), g.const([1]))
+        g.give(Y, g.op("Mul", first, "factor"))
+        if i < 2:
+            second = g.op("Slice", X.name, g.const([1]), g.const([2]), g.const([1]))
+            g.give(DONE, g.op("Squeeze", g.op("Equal", second, "stage"), g.const([1])))
+            g.give(CARRIED, source)
+        sides = ({t.name: (_kind(t), list(t.axes)) for t in side} for side in (inputs, outputs))
+        files[f"{name}.onnx"] = graph(g.nodes, *sides, g.constants)
+    ports = [Link(Port(a, "carried"), Port(b, "given")) for a, b in (("a", "b"), ("b", "c"))]
+    schedule = Schedule(tuple(Entry(name, "encode") for name in programs))
+    return Manifest(programs, {}, schedule, links=tuple(ports)), files
+
+
+def _kind(tensor: Tensor) -> int:
+    return TensorProto.BOOL if tensor.dtype == "bool" else TensorProto.FLOAT
+
+
+@pytest.fixture(scope="module")
+def staged(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    manifest, files = stages()
+    return load(
+        write(tmp_path_factory.mktemp("stages") / "stages.tokopt", asdict(manifest), files), threads=1
+    )
+
+
+@given(st.lists(st.integers(0, 2), min_size=1, max_size=7))
+@settings(deadline=None)
+def test_rows_leave_where_they_are_done(staged: Any, leaves: list[int]) -> None:
+    x = np.stack([np.arange(len(leaves)), leaves], axis=1).astype(np.float32)
+    np.testing.assert_array_equal(staged(x), x[:, :1] * (1 + x[:, 1:]))
+
+
+def test_a_program_that_nobody_needs_is_not_run(staged: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    ran: list[str] = []
+    original = staged.sessions.run
+    monkeypatch.setattr(staged.sessions, "run", lambda name, feed: ran.append(name) or original(name, feed))
+    staged(np.zeros((3, 2), np.float32))
+    assert ran == ["a"]
+
+
+# ----------------------------------------------------------------------------------- any schedule at all
+
+
+@st.composite
+def manifests(draw: st.DrawFn) -> Manifest:
+    """Programs, links and a schedule of all kinds, most of which fit together."""
+    seldom = st.sampled_from([False] * 9 + [True])
+    encoders, same = draw(st.integers(0, 2)), draw(st.booleans())
+    programs: dict[str, ProgramEntry] = {}
+    links: list[Link] = []
+    for i in range(encoders):
+        programs[f"see_{i}"] = encoder(links=2, given=min(i, 1), output=draw(st.booleans()) and i == 0)
+        if i:
+            links.append(Link(Port("see_0", "offset_0"), Port("see_1", "given_0"), "once"))
+    names = {"prefill": "read", "decode": "read" if same else "go"}
+    for role in ("prefill",) if same else ("prefill", "decode"):
+        emits = draw(st.sampled_from(["logits", "tokens"]))
+        extra = draw(st.sets(st.sampled_from(["mask", "rows", "limit"])))
+        if emits == "tokens":
+            extra = extra - {"rows"} if draw(seldom) else (extra | {"limit"}) - {"rows"}
+        count = draw(st.sampled_from(["n", 1] if role == "decode" else ["n", "n", 3, 1]))
+        wanted = draw(st.integers(0, 1)) if encoders else 0
+        programs[names[role]] = reader(*sorted(extra), emits=emits, links=wanted, count=count)
+        if wanted:
+            when = draw(st.sampled_from(["once", "call"])) if role == "prefill" else "call"
+            links.append(Link(Port(f"see_{encoders - 1}", "offset_1"), Port(names[role], "offset_0"), when))
+    slots = {"prefill": draw(st.sampled_from(["n", 5])), "decode": draw(st.sampled_from(["n", DRAWN]))}
+    entries = [Entry(f"see_{i}", "encode") for i in range(encoders)]
+    entries += [Entry(names[role], role, slots[role]) for role in ("prefill", "decode")]
+    if draw(seldom):
+        entries = draw(st.permutations(entries))
+    triggers: list[Trigger] = []
+    if draw(st.booleans()):
+        programs["evict"] = evictor(due=draw(st.booleans()))
+        for _ in range(draw(st.integers(1, 2))):
+            after = draw(st.sampled_from(["prefill", "tokens"]))
+            every = draw(st.integers(1, 6)) if (after == "tokens") != draw(seldom) else 0
+            triggers.append(Trigger("evict", after, every, draw(st.booleans()) and after == "tokens"))
+    schedule = Schedule(tuple(entries), tuple(triggers), draw(seldom))
+    states = STATES if triggers else STATES[:2]
+    facts = None if draw(seldom) else Generation(40, VOCABULARY, draw(st.sampled_from([(), (3,)])))
+    return Manifest(programs, {}, schedule, states, tuple(links), facts)
+
+
+@given(manifests(), st.integers(1, 9))
+@settings(max_examples=150, deadline=None)
+def test_any_schedule_is_refused_or_runs_to_its_end(manifest: Manifest, count: int) -> None:
+    try:
+        check_format(
+            manifest.programs, manifest.states, manifest.links, manifest.schedule, manifest.generation
+        )
+    except FormatError:
+        return
+    with TemporaryDirectory() as folder:
+        made = opened(Path(folder), manifest)
+        inputs = {"images": IMAGES} if made.interface.inputs else None
+        got = made.generate(PROMPTS, max_tokens=count, inputs=inputs)
+    for row in got:
+        assert row.finish == ("stop" if row.tokens[-1] in made.settings.eos else "length")
+        assert len(row.tokens) == count or row.finish == "stop"
