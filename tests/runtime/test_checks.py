@@ -1,0 +1,424 @@
+"""Every law of a model's description has a description that breaks it, and an error that says where."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from tests.runtime.toys import STATES, VOCABULARY, encoder, evictor, program, reader, reads, toy
+from tokopt.runtime.format.checks import FormatError, check_format
+from tokopt.runtime.format.link import Link, Port
+from tokopt.runtime.format.manifest import Manifest, ProgramEntry
+from tokopt.runtime.format.schedule import Entry, Schedule, Trigger
+from tokopt.runtime.format.signature import Tensor
+from tokopt.runtime.format.state import Occupancy, State
+
+Y, DONE = Tensor("y", "float32", ("batch", 1), "output"), Tensor("done", "bool", ("batch",), "done")
+X = Tensor("x", "float32", ("batch", 2), "input")
+
+
+def check(manifest: Manifest) -> None:
+    check_format(manifest.programs, manifest.states, manifest.links, manifest.schedule, manifest.generation)
+
+
+def test_the_toy_keeps_every_law() -> None:
+    check(toy())
+
+
+def test_a_program_that_nothing_runs_is_allowed() -> None:
+    check(with_program("other", evictor(due=False)))
+
+
+# ------------------------------------------------------------------------- ways to break a good description
+
+
+def with_program(name: str, entry: ProgramEntry) -> Manifest:
+    return replace(toy(), programs={**toy().programs, name: entry})
+
+
+def with_input(name: str, tensor: str, **changes: Any) -> Manifest:
+    entry = toy().programs[name]
+    inputs = tuple(replace(t, **changes) if t.name == tensor else t for t in entry.inputs)
+    return with_program(name, replace(entry, inputs=inputs))
+
+
+def with_output(name: str, tensor: str, **changes: Any) -> Manifest:
+    entry = toy().programs[name]
+    outputs = tuple(replace(t, **changes) if t.name == tensor else t for t in entry.outputs)
+    return with_program(name, replace(entry, outputs=outputs))
+
+
+def without(name: str, side: str, tensor: str) -> Manifest:
+    entry = toy().programs[name]
+    kept = tuple(t for t in getattr(entry, side) if t.name != tensor)
+    return with_program(name, replace(entry, **{side: kept}))
+
+
+def with_aliases(name: str, **aliases: str) -> Manifest:
+    return with_program(name, replace(toy().programs[name], aliases=aliases))
+
+
+def with_state(name: str, **changes: Any) -> Manifest:
+    return replace(toy(), states=tuple(replace(s, **changes) if s.name == name else s for s in toy().states))
+
+
+def with_link(index: int, **changes: Any) -> Manifest:
+    links = [replace(link, **changes) if i == index else link for i, link in enumerate(toy().links)]
+    return replace(toy(), links=tuple(links))
+
+
+def with_schedule(**changes: Any) -> Manifest:
+    return replace(toy(), schedule=replace(toy().schedule, **changes))
+
+
+def with_trigger(*arguments: Any) -> Manifest:
+    return with_schedule(triggers=(Trigger(*arguments),))
+
+
+def encoders(schedule: str, **programs: ProgramEntry) -> Manifest:
+    """A model of nothing but programs that run once, in the order of ``schedule``."""
+    return Manifest(programs, {}, Schedule(tuple(Entry(name, "encode") for name in schedule)))
+
+
+BROKEN: dict[str, tuple[Callable[[], Manifest], str]] = {
+    # programs
+    "no program": (lambda: replace(toy(), programs={}), "programs is empty"),
+    "no outputs": (lambda: with_program("see", program([X], [])), "program 'see' has no outputs"),
+    "two inputs": (
+        lambda: with_input("read", "mask", name="rows"),
+        "inputs of program 'read' has the name 'rows'",
+    ),
+    "two outputs": (
+        lambda: with_output("see", "offset_1", name="offset_0"),
+        "outputs of program 'see' has the name 'offset_0' twice",
+    ),
+    "no range": (
+        lambda: with_input("see", "images", axes=("batch", "width")),
+        "ranges of program 'see' lack the axis 'width' of input 'images'",
+    ),
+    "an output's role": (
+        lambda: with_input("see", "images", role="logits"),
+        "'images' of the inputs of program 'see' has the role 'logits', which is none of theirs",
+    ),
+    "a role twice": (
+        lambda: with_input("read", "rows", role="mask"),
+        "inputs of program 'read' have the role 'mask'",
+    ),
+    "a role's dtype": (
+        lambda: with_input("read", "tokens", dtype="int32"),
+        "'tokens'.*must be int64 .batch, n.",
+    ),
+    "a role's axes": (lambda: with_input("read", "rows", axes=("batch", 1)), "'rows'.*must be int64 .k."),
+    "a role's batch": (lambda: with_input("go", "limit", axes=("n",)), "the axis 'n'|must be int64 .batch."),
+    "a state's role": (
+        lambda: with_input("read", "length", state=None),
+        "the state null, which do not go together",
+    ),
+    "positions": (
+        lambda: with_input("read", "positions", axes=("batch", 3)),
+        "positions of program 'read' have not",
+    ),
+    "mask": (
+        lambda: with_input("read", "mask", axes=("batch", "n", 3)),
+        "mask of program 'read' have not the axes",
+    ),
+    "no count": (lambda: without("go", "outputs", "count"), "program 'go' must emit tokens and their count"),
+    # aliases
+    "alias of nothing": (lambda: with_aliases("go", next_history="gone"), "names 'gone', which is not there"),
+    "nothing's alias": (
+        lambda: with_aliases("go", gone="history"),
+        "output 'gone' in program 'go' names 'gone'",
+    ),
+    "alias of another size": (
+        lambda: with_aliases("go", next_history="length"),
+        "another dtype or other axes than",
+    ),
+    "alias of no state": (lambda: with_aliases("go", count="limit"), "is input 'limit', which is no state"),
+    "alias of another state": (
+        lambda: with_aliases("evict", next_length="turns"),
+        "is input 'turns', which is not the state 'length'",
+    ),
+    # states
+    "two states": (lambda: with_state("turns", name="length"), "states has the name 'length' twice"),
+    "kind": (lambda: with_state("turns", kind="cache"), "state 'turns' has the kind 'cache'"),
+    "layer": (lambda: with_state("history", layer=-1), "state 'history' has the layer -1"),
+    "two slot axes": (
+        lambda: with_state("history", axes=("batch", "slots", "more")),
+        "more named axes than the batch",
+    ),
+    "not finite": (lambda: with_state("turns", initial=float("inf")), "state 'turns' starts as inf"),
+    "not whole": (lambda: with_state("turns", initial=0.5), "starts as 0.5, which 'int64' cannot represent"),
+    "too large": (
+        lambda: replace(toy(), states=(*STATES, State("a", "memory", "float16", ("batch",), 1e6))),
+        "state 'a' starts as 1000000.0, which 'float16' cannot represent",
+    ),
+    "a length's axes": (
+        lambda: with_state("length", axes=("batch", "slots")),
+        "'length' counts slots and must be",
+    ),
+    "no occupancy": (
+        lambda: with_state("history", occupancy=None),
+        "state 'history' has slots without an occupancy",
+    ),
+    "no slots": (
+        lambda: with_state("turns", occupancy=Occupancy("length")),
+        "state 'turns' has an occupancy without an axis of slots",
+    ),
+    "occupancy of nothing": (
+        lambda: with_state("history", occupancy=Occupancy("turns")),
+        "names 'turns', which is no state of kind 'length'",
+    ),
+    "column": (
+        lambda: with_state("history", occupancy=Occupancy("length", 0)),
+        "has the column 0, which state 'length' lacks",
+    ),
+    "two occupancies": (
+        lambda: replace(
+            toy(),
+            states=(
+                *STATES,
+                State("other", "length", "int64", ("batch",)),
+                State("more", "memory", "int64", ("batch", "slots"), occupancy=Occupancy("other")),
+            ),
+        ),
+        "state 'more' has another occupancy than other states with the axis 'slots'",
+    ),
+    "state of nobody": (
+        lambda: replace(toy(), states=(*STATES, State("a", "memory", "int64", ("batch",)))),
+        "state 'a' is wired to no program",
+    ),
+    "nobody's state": (
+        lambda: with_input("evict", "turns", state="gone"),
+        "names the state 'gone', which is not",
+    ),
+    "state of another size": (
+        lambda: with_input("evict", "turns", dtype="int32"),
+        "'turns' of program 'evict' has another dtype or other axes than the state 'turns'",
+    ),
+    "state twice": (
+        lambda: with_program(
+            "evict",
+            program([reads("length"), replace(reads("length"), name="b")], [reads("length", new=True)]),
+        ),
+        "inputs of program 'evict' name the state 'length' twice",
+    ),
+    # links
+    "source": (
+        lambda: with_link(0, source=Port("see", "gone")),
+        "'gone' of program 'see', which is not among the out",
+    ),
+    "target": (
+        lambda: with_link(0, target=Port("gone", "a")),
+        "'a' of program 'gone', which is not among the inputs",
+    ),
+    "when": (lambda: with_link(0, when="often"), "has when 'often', not once or call"),
+    "source's role": (
+        lambda: with_link(0, source=Port("go", "count")),
+        "'count' of program 'go', whose role is 'count'",
+    ),
+    "target's role": (
+        lambda: with_link(0, target=Port("read", "rows")),
+        "'rows' of program 'read', whose role is 'rows'",
+    ),
+    "ends": (
+        lambda: with_output("see", "offset_0", dtype="int32"),
+        "needs one dtype and the same axes on both ends",
+    ),
+    "no batch": (
+        lambda: replace(
+            with_output("see", "offset_0", axes=(3,)),
+            programs={
+                **with_output("see", "offset_0", axes=(3,)).programs,
+                "read": with_input("read", "offset_0", axes=(3,)).programs["read"],
+            },
+        ),
+        "with the batch in front",
+    ),
+    "two links": (lambda: replace(toy(), links=(*toy().links, toy().links[0])), "has more than one link"),
+    "no link": (
+        lambda: replace(toy(), links=toy().links[:1]),
+        "'offset_0' of program 'go' has the role 'link' and no",
+    ),
+    "link of a decode": (
+        lambda: with_link(1, when="once"),
+        "runs more than once per request, so it must be 'call'",
+    ),
+    "too late": (
+        lambda: with_schedule(entries=toy().schedule.entries[1:]),
+        "comes from 'offset_0' of program 'see', which does not run before it",
+    ),
+    # schedule
+    "no entry": (
+        lambda: replace(toy(), links=(), schedule=Schedule(())),
+        "the schedule has no entry|no link",
+    ),
+    "entry's role": (
+        lambda: with_schedule(entries=(*toy().schedule.entries, Entry("evict", "draft"))),
+        "has the role 'draft'",
+    ),
+    "entry of nothing": (
+        lambda: with_schedule(entries=(*toy().schedule.entries, Entry("gone", "decode"))),
+        "the schedule names the program 'gone', which is not there",
+    ),
+    "order": (
+        lambda: with_schedule(entries=(*toy().schedule.entries, Entry("see", "encode"))),
+        "entries are not in the order of their roles",
+    ),
+    "twice": (
+        lambda: with_schedule(entries=(Entry("see", "encode"), *toy().schedule.entries)),
+        "the schedule runs 'see as encode' twice",
+    ),
+    "two decodes": (
+        lambda: with_schedule(entries=(*toy().schedule.entries, Entry("read", "decode", 1))),
+        "has 2 entries of role 'decode'|must be 'call'",
+    ),
+    "no generation": (
+        lambda: replace(toy(), generation=None),
+        "has 1 entries of role 'prefill', it must have one where",
+    ),
+    "no decode": (
+        lambda: with_schedule(entries=toy().schedule.entries[:2]),
+        "has 0 entries of role 'decode'",
+    ),
+    "triggers of an encoder": (
+        lambda: replace(
+            encoders("a", a=encoder()), schedule=Schedule((Entry("a", "encode"),), (Trigger("a", "prefill"),))
+        ),
+        "has triggers or is endless, and nothing generates",
+    ),
+    "caller's input in a decode": (
+        lambda: with_program(
+            "go",
+            replace(
+                toy().programs["go"],
+                inputs=(*toy().programs["go"].inputs, X),
+            ),
+        ),
+        "program 'go' runs as decode and has 'x' of the role 'input', which means nothing there",
+    ),
+    "tokens in an encoder": (
+        lambda: encoders("a", a=program([Tensor("t", "int64", ("batch", "n"), "tokens")], [Y])),
+        "program 'a' runs as encode and has 't' of the role 'tokens'",
+    ),
+    "slots": (
+        lambda: with_schedule(entries=(*toy().schedule.entries[:2], Entry("go", "decode", "slots"))),
+        "program 'go' needs 'slots' slots, which is neither",
+    ),
+    "fewer than no slots": (
+        lambda: with_schedule(entries=(*toy().schedule.entries[:2], Entry("go", "decode", -1))),
+        "program 'go' needs -1 slots",
+    ),
+    "emits nothing": (
+        lambda: without("read", "outputs", "logits"),
+        "program 'read' .* must emit either logits or tokens",
+    ),
+    "vocabulary": (
+        lambda: with_output("read", "logits", axes=("batch", "k", VOCABULARY + 1)),
+        "emits logits of another vocabulary than the 11",
+    ),
+    "no positions": (
+        lambda: without("read", "inputs", "positions"),
+        "needs inputs of the roles 'tokens' and 'positions'",
+    ),
+    "no limit": (
+        lambda: with_program("read", reader(emits="tokens", links=1)),
+        "emits tokens and has no input of the role 'limit'",
+    ),
+    "many tokens": (
+        lambda: with_program("go", reader(emits="logits", links=1, count=3)),
+        "program 'go' runs as decode and takes 3 tokens in every call",
+    ),
+    "shared input": (
+        lambda: encoders(
+            "ab",
+            a=program([X], [Y]),
+            b=program([replace(X, dtype="int64")], [replace(Y, name="z")]),
+        ),
+        "input 'x' of program 'b' has another dtype or other axes than in a program before it",
+    ),
+    "shared output": (
+        lambda: encoders("ab", a=program([X], [Y]), b=program([X], [Y])),
+        "two programs give the caller an output 'y'",
+    ),
+    # exits
+    "nothing after": (
+        lambda: encoders("ab", a=program([X], [Y, DONE]), b=program([X], [Y, DONE])),
+        "program 'b' has an output 'done' and no program runs after it",
+    ),
+    "other outputs": (
+        lambda: encoders("ab", a=program([X], [replace(Y, dtype="float16"), DONE]), b=program([X], [Y])),
+        "rows leave after program 'a', which has not the outputs of 'b'",
+    ),
+    "outputs of some": (
+        lambda: encoders(
+            "abc", a=program([X], [Y, DONE]), b=program([X], [replace(Y, name="z")]), c=program([X], [Y])
+        ),
+        "program 'b' gives outputs for the rows alone that did not leave",
+    ),
+    "rows without a place": (
+        lambda: encoders(
+            "ab", a=program([X], [replace(Y, axes=(1,)), DONE]), b=program([X], [replace(Y, axes=(1,))])
+        ),
+        "have no batch in front, by which rows that left earlier are put back",
+    ),
+    "exits of a text": (
+        lambda: with_program(
+            "see", replace(toy().programs["see"], outputs=(*toy().programs["see"].outputs, DONE))
+        ),
+        "rows leave after program 'see', though the model generates",
+    ),
+    # triggers
+    "trigger of nothing": (
+        lambda: with_trigger("gone", "prefill"),
+        "runs program 'gone', which is not there",
+    ),
+    "trigger that reads": (
+        lambda: with_trigger("go", "prefill"),
+        "program 'go', which has 'tokens' of the role 'tokens'",
+    ),
+    "trigger after": (
+        lambda: with_trigger("evict", "lunch"),
+        "comes after 'lunch', it must be one of prefill, tokens",
+    ),
+    "never": (lambda: with_trigger("evict", "tokens"), "comes every 0 tokens after 'tokens'"),
+    "counting nothing": (lambda: with_trigger("evict", "prefill", 3), "comes every 3 tokens after 'prefill'"),
+    "within the prompt": (
+        lambda: with_trigger("evict", "prefill", 0, True),
+        "comes within the prompt, but not after tokens",
+    ),
+    "rows that differ": (
+        lambda: with_program("evict", evictor(due=False)),
+        "takes no 'due', though the rows advance by different numbers",
+    ),
+    "endless": (
+        lambda: with_schedule(triggers=(Trigger("evict", "prefill"),), endless=True),
+        "endless and no trigger runs after tokens",
+    ),
+}
+
+
+@pytest.mark.parametrize(("make", "message"), BROKEN.values(), ids=list(BROKEN))
+def test_a_broken_law_is_named(make: Callable[[], Manifest], message: str) -> None:
+    with pytest.raises(FormatError, match=message) as caught:
+        check(make())
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 400
+
+
+def test_a_chain_of_writes_shares_one_buffer() -> None:
+    """Several outputs may be one input."""
+    go = toy().programs["go"]
+    middle = Tensor("middle", "int64", ("batch", "slots"), "link")
+    check(
+        with_program(
+            "go", replace(go, outputs=(*go.outputs, middle), aliases={**go.aliases, "middle": "history"})
+        )
+    )
+
+
+def test_a_link_may_be_of_what_the_caller_gets() -> None:
+    a, b = encoder(links=1, output=True), encoder(given=1)
+    made = encoders("ab", a=a, b=replace(b, outputs=(replace(b.outputs[0], name="z"),)))
+    check(replace(made, links=(Link(Port("a", "total"), Port("b", "given_0")),)))
