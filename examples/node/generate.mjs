@@ -1,7 +1,9 @@
-// Greedy generation from a tokopt artifact in Node.js. It follows only the artifact's manifest.
+// Greedy generation from a tokopt artifact in Node.js. It follows only the artifact's manifest: the schedule says which
+// program runs when, and the roles of inputs and outputs what they are. No name means anything.
 //
 //   npm install
 //   node generate.mjs model.tokopt 504,3575,282,4649 32      # artifact, prompt's token ids, new tokens
+//   node generate.mjs model.tokopt 504,3575 32 inputs.json   # and what a model takes beside it: {"images": [[...]]}
 //
 // prints the new token ids, separated by commas.
 
@@ -11,15 +13,16 @@ import ort from 'onnxruntime-node';
 
 const OPTIONS = { logSeverityLevel: 3 }; // quiet: without bound buffers each step copies the cache, and warns
 
-const ARRAYS = { int64: BigInt64Array, float32: Float32Array, bool: Uint8Array, int8: Int8Array, uint8: Uint8Array };
+const ARRAYS = {
+  int64: BigInt64Array, int32: Int32Array, int8: Int8Array, uint8: Uint8Array, bool: Uint8Array,
+  float32: Float32Array, float64: Float64Array,
+};
 
-/** A tensor of one value, as the manifest names its dtype. */
-function full(dtype, shape, value) {
-  const array = new ARRAYS[dtype](shape.reduce((a, b) => a * b, 1));
-  return new ort.Tensor(dtype, array.fill(dtype === 'int64' ? BigInt(value) : value), shape);
-}
+const PADDING = -1; // position of padding
 
-const integers = (values, shape) => new ort.Tensor('int64', BigInt64Array.from(values, BigInt), shape);
+const values = (dtype, array) => ARRAYS[dtype].from(array, dtype === 'int64' ? BigInt : Number);
+const tensor = (dtype, array, shape) => new ort.Tensor(dtype, values(dtype, array), shape);
+const full = (dtype, shape, value) => tensor(dtype, Array(shape.reduce((a, b) => a * b, 1)).fill(value), shape);
 
 /** Which new token sees which: each one those before it and itself. */
 function causal(count) {
@@ -34,70 +37,163 @@ function argmax(logits) {
   return best;
 }
 
-class LanguageModel {
-  static async load(folder) {
-    const manifest = JSON.parse(await readFile(path.join(folder, 'manifest.json'), 'utf8'));
-    if (manifest.task !== 'causal-lm') throw new Error(`${folder} holds no language model`);
-    const sessions = {};
-    for (const [name, program] of Object.entries(manifest.programs)) {
-      sessions[name] = await ort.InferenceSession.create(path.join(folder, program.files.onnx), OPTIONS);
-    }
-    return new LanguageModel(manifest, sessions);
-  }
+/** The shape of nested lists. */
+const shapeOf = (nested) => (Array.isArray(nested) ? [nested.length, ...shapeOf(nested[0])] : []);
 
-  constructor(manifest, sessions) {
-    Object.assign(this, { manifest, sessions });
-  }
-
-  /** An empty cache of `slots` slots: every state holds its initial value. */
-  allocate(slots) {
+/** One text on its way through the schedule. */
+class Request {
+  constructor(manifest, sessions, slots, inputs) {
+    Object.assign(this, { manifest, sessions, inputs, states: {}, links: {} });
+    this.counting = manifest.schedule.triggers.filter((trigger) => trigger.after === 'tokens');
+    this.since = this.counting.map(() => 0); // committed tokens since each of them ran
     const size = (axis) => (typeof axis === 'number' ? axis : axis === 'batch' ? 1 : slots);
-    this.state = {};
-    for (const { name, dtype, axes, initial } of this.manifest.states) {
-      this.state[name] = full(dtype, axes.map(size), initial);
+    for (const { name, dtype, axes, initial } of manifest.states) {
+      this.states[name] = full(dtype, axes.map(size), initial);
     }
   }
 
-  /** One call of a program: the outputs that the manifest ties to a state become that state. */
-  async run(name, feeds) {
-    const known = new Set(this.manifest.programs[name].inputs.map((input) => input.name));
-    const state = Object.entries(this.state).filter(([input]) => known.has(input));
-    const results = await this.sessions[name].run({ ...feeds, ...Object.fromEntries(state) });
-    for (const { name: input, output } of this.manifest.states) {
-      if (output in results) this.state[input] = results[output];
-    }
-    return results;
+  entry(role) {
+    return this.manifest.schedule.entries.find((entry) => entry.role === role);
   }
 
-  /** The likeliest token after `tokens`, which stand at the positions from `start` on. */
-  async step(tokens, start) {
-    const count = tokens.length;
-    const { logits } = await this.run('step', {
-      tokens: integers(tokens, [1, count]),
-      positions: integers(tokens.map((_, i) => start + i), [1, count]),
-      mask: causal(count),
-      rows: integers([-1], [1]),
+  /** One call of a program on what roles of inputs stand for; its outputs by role. */
+  async run(name, given = {}) {
+    const { inputs, outputs } = this.manifest.programs[name];
+    const feeds = {};
+    for (const input of inputs) {
+      if (input.role === 'state') feeds[input.name] = this.states[input.state];
+      else if (input.role === 'link') feeds[input.name] = this.links[JSON.stringify([name, input.name])];
+      else if (input.role === 'input') feeds[input.name] = this.array(input);
+      else feeds[input.name] = given[input.role];
+    }
+    const results = await this.sessions[name].run(feeds);
+    for (const output of outputs) if (output.role === 'state') this.states[output.state] = results[output.name];
+    for (const { source, target } of this.manifest.links) {
+      if (source.program === name) this.links[JSON.stringify([target.program, target.name])] = results[source.name];
+    }
+    return Object.fromEntries(outputs.map((output) => [output.role, results[output.name]]));
+  }
+
+  array({ name, dtype }) {
+    if (!(name in this.inputs)) throw new Error(`input ${name} is missing`);
+    return tensor(dtype, this.inputs[name].flat(Infinity), shapeOf(this.inputs[name]));
+  }
+
+  /** Read tokens that stand at the positions from `start` on; the tokens that follow, `limit` at most. */
+  async read(entry, tokens, start, limit) {
+    const wanted = this.sizes(entry).fixed ?? tokens.length;
+    const padding = Array(wanted - tokens.length).fill(0);
+    const positions = [...padding.map(() => PADDING), ...tokens.map((_, i) => start + i)];
+    const emitted = await this.run(entry.program, {
+      tokens: tensor('int64', [...padding, ...tokens], [1, wanted]),
+      positions: tensor('int64', positions, [1, wanted]),
+      mask: causal(wanted),
+      rows: tensor('int64', [-1], [1]),
+      limit: tensor('int64', [limit], [1]),
     });
-    return argmax(logits.data);
+    if (emitted.tokens) return Array.from(emitted.tokens.data.slice(0, Number(emitted.count.data[0])), Number);
+    return [argmax(emitted.logits.data.slice(-this.manifest.generation.vocabulary))];
   }
 
-  async generate(prompt, count) {
-    const { eos, compact_every: every } = this.manifest.generation;
-    this.allocate(prompt.length + count);
-    const made = [await this.step(prompt, 0)];
-    if ('compact' in this.sessions) await this.run('compact', {});
-    while (made.length < count && !eos.includes(made.at(-1))) {
-      made.push(await this.step([made.at(-1)], prompt.length + made.length - 1));
-      if (every && made.length % every === 0) await this.run('compact', {});
+  /** How many tokens the program of an entry takes in one call. */
+  sizes({ program }) {
+    const { inputs, ranges } = this.manifest.programs[program];
+    const axis = inputs.find((input) => input.role === 'tokens')?.axes[1] ?? 1;
+    return typeof axis === 'number' ? { fixed: axis, most: axis } : { most: ranges[axis].max ?? Infinity };
+  }
+
+  draws({ program }) {
+    return this.manifest.programs[program].outputs.some((output) => output.role === 'tokens');
+  }
+
+  /** `limit`, and no more than the tokens left to the next trigger, when so many of the prompt are read before. */
+  allowed(limit, prompt = 0) {
+    const left = this.counting.map(({ every, prompt: counts }, i) => {
+      const rest = every - this.since[i] - (counts ? prompt : 0);
+      return rest > 0 ? rest : every;
+    });
+    return Math.min(limit, ...left);
+  }
+
+  /** Count tokens for the triggers that count them, and run those that are due. */
+  async count(tokens, counts = () => true) {
+    for (const [i, trigger] of this.counting.entries()) if (counts(trigger)) this.since[i] += tokens;
+    for (const [i, trigger] of this.counting.entries()) {
+      if (counts(trigger) && this.since[i] >= trigger.every) await this.trigger(trigger);
     }
+  }
+
+  async trigger({ program }) {
+    await this.run(program, { due: tensor('bool', [1], [1]) });
+    for (const [i, other] of this.counting.entries()) if (other.program === program) this.since[i] = 0;
+  }
+
+  /** Read the prompt in as many calls as it takes; the tokens that follow it. */
+  async prefill(prompt, limit) {
+    const entry = this.entry('prefill');
+    const { most, fixed } = this.sizes(entry);
+    let made = [];
+    let start = fixed ? -((fixed - (prompt.length % fixed)) % fixed) : 0; // padding comes first
+    while (start < prompt.length) {
+      const within = this.counting.map(({ every, prompt: counts }, i) => (counts ? every - this.since[i] : Infinity));
+      const size = fixed ?? Math.min(prompt.length - start, most, ...within);
+      const end = start + size;
+      const last = end >= prompt.length;
+      const begin = Math.max(start, 0);
+      made = await this.read(entry, prompt.slice(begin, end), begin, last ? this.allowed(limit, size) : 0);
+      await this.count(size, (trigger) => trigger.prompt);
+      start = end;
+    }
+    if (this.draws(entry)) await this.count(made.length);
+    for (const trigger of this.manifest.schedule.triggers) if (trigger.after === 'prefill') await this.trigger(trigger);
+    return made;
+  }
+
+  /** The tokens that follow the last one, which stands at `position`. */
+  async decode(token, position, limit) {
+    const entry = this.entry('decode');
+    const made = await this.read(entry, [token], position, this.allowed(limit));
+    await this.count(this.draws(entry) ? made.length : 1);
     return made;
   }
 }
 
-const [folder, prompt, count = '32'] = process.argv.slice(2);
+async function load(folder) {
+  const manifest = JSON.parse(await readFile(path.join(folder, 'manifest.json'), 'utf8'));
+  if (manifest.format_version !== 3) throw new Error(`${folder} is of another format; export it again`);
+  if (!manifest.schedule.entries.some(({ role }) => role === 'decode')) throw new Error(`${folder} writes no texts`);
+  const sessions = {};
+  for (const [name, program] of Object.entries(manifest.programs)) {
+    sessions[name] = await ort.InferenceSession.create(path.join(folder, program.files.onnx), OPTIONS);
+  }
+  return { manifest, sessions };
+}
+
+async function generate({ manifest, sessions }, prompt, count, inputs) {
+  const { entries } = manifest.schedule;
+  const spare = Math.max(0, ...entries.map(({ slots }) => (typeof slots === 'number' ? slots : 0)));
+  const slots = prompt.length + count + 2 * spare; // a call's own slots, and the padding of a fixed number of tokens
+  const request = new Request(manifest, sessions, slots, inputs);
+  for (const { program, role } of entries) if (role === 'encode') await request.run(program);
+  const made = [];
+  const take = (tokens) => {
+    for (const token of tokens) {
+      made.push(token);
+      if (made.length === count || manifest.generation.eos.includes(token)) return false;
+    }
+    return true;
+  };
+  let goesOn = take(await request.prefill(prompt, count));
+  while (goesOn) {
+    goesOn = take(await request.decode(made.at(-1), prompt.length + made.length - 1, count - made.length));
+  }
+  return made;
+}
+
+const [folder, prompt, count = '32', inputs] = process.argv.slice(2);
 if (!prompt) {
-  console.error('usage: node generate.mjs ARTIFACT TOKEN,TOKEN,... [NEW_TOKENS]');
+  console.error('usage: node generate.mjs ARTIFACT TOKEN,TOKEN,... [NEW_TOKENS] [INPUTS.json]');
   process.exit(2);
 }
-const model = await LanguageModel.load(folder);
-console.log((await model.generate(prompt.split(',').map(Number), Number(count))).join(','));
+const given = inputs ? JSON.parse(await readFile(inputs, 'utf8')) : {};
+console.log((await generate(await load(folder), prompt.split(',').map(Number), Number(count), given)).join(','));

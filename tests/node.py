@@ -1,0 +1,45 @@
+"""The host in Node.js of ``examples/node``, installed once per process."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Mapping, Sequence
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+
+ROOT = Path(__file__).parent.parent
+
+
+@cache
+def host() -> Path:
+    """The script, with its dependencies beside it."""
+    npm = shutil.which("npm")
+    assert npm and shutil.which("node"), "this test runs examples/node; install Node.js 20 or newer"
+    folder = Path(tempfile.mkdtemp()) / "node"
+    shutil.copytree(ROOT / "examples" / "node", folder, ignore=shutil.ignore_patterns("node_modules"))
+    _run(npm, "install", "--ignore-scripts", "--no-audit", "--no-fund", cwd=folder)
+    return folder / "generate.mjs"
+
+
+def generate(
+    artifact: Path, prompt: Sequence[int], count: int, inputs: Mapping[str, np.ndarray] | None = None
+) -> list[int]:
+    """The greedy tokens after a prompt, as the host in Node.js prints them."""
+    command: list[str | Path] = ["node", host(), artifact, ",".join(map(str, prompt)), str(count)]
+    with tempfile.TemporaryDirectory() as folder:
+        if inputs:
+            file = Path(folder) / "inputs.json"
+            file.write_text(json.dumps({name: array.tolist() for name, array in inputs.items()}))
+            command.append(file)
+        return [int(token) for token in _run(*command).strip().split(",")]
+
+
+def _run(*command: str | Path, cwd: Path = ROOT) -> str:
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600, cwd=cwd, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return done.stdout
