@@ -124,14 +124,15 @@ def concat_call(engine: Engine) -> Callable[[], object]:
 def step_call(engine: Engine) -> Callable[[], object]:
     """The same through tokopt's step and nothing around it."""
     session, first = _prefilled(engine)
-    length, used = session.buffers.values["length"], dict(session.used)
+    length = _length(session)
+    value, used = session.buffers.values[length], dict(session.used)
 
     def call() -> None:
         token = first
-        session.buffers.values["length"], session.used = _copy(session, length), dict(used)
+        session.buffers.values[length], session.used = _copy(session, value), dict(used)
         session.program.bind()
         for i in range(TOKENS):
-            logits = session.step(np.array([[token]]), np.array([[engine.size + i]]), np.array([-1]))
+            logits = session.step(np.array([[token]]), np.array([[engine.size + i]])).logits
             token = int(logits[0, -1].argmax())
 
     return call
@@ -139,30 +140,31 @@ def step_call(engine: Engine) -> Callable[[], object]:
 
 def generate_call(engine: Engine) -> Callable[[], object]:
     """The same through the whole loop: sampling, stop tokens, statistics."""
-    from tokopt.runtime import Sampling, language
+    from tokopt.runtime import Sampling, loop
 
     model = _load(engine)
     session, _ = _prefilled(engine)
-    length, used = session.buffers.values["length"], dict(session.used)
-    last = session.step(np.array([[0]]), np.array([[engine.size]]), np.array([-1]))[:, 0].copy()
+    length = _length(session)
+    value, used = session.buffers.values[length], dict(session.used)
+    last = session.step(np.array([[0]]), np.array([[engine.size]])).logits.copy()
 
-    class Prefilled(language._Session):
-        def __init__(self, *args: object) -> None:
+    class Prefilled(loop.Request):
+        def __init__(self) -> None:
             self.__dict__.update(session.__dict__)
-            self.buffers.values["length"], self.used = _copy(session, length), dict(used)
+            self.buffers.values[length], self.used = _copy(session, value), dict(used)
             self.program.bind()
 
-        def prefill(self, prompts: object) -> np.ndarray:
-            return last
+        def prefill(self, prompts: object, limit: object = None) -> loop.Emission:
+            return loop.Emission(last)
 
-    language._Session = Prefilled
+    model.open = lambda *arguments: Prefilled()
     ids = _prompt(engine)[0].tolist()
 
     def call() -> None:
         rows = model._rows([ids], ())
         for row in rows:
             row.stream = None
-        for _ in model._steps(rows, TOKENS + 1, Sampling(), ()):
+        for _ in model._steps(rows, TOKENS + 1, Sampling(), (), None):
             pass
 
     return call
@@ -175,10 +177,13 @@ def _load(engine: Engine) -> Any:
 
 
 def _prefilled(engine: Engine) -> tuple[Any, int]:
-    from tokopt.runtime import language
+    session = _load(engine).open(engine.batch, engine.size + TOKENS + 1)
+    return session, int(session.prefill(_prompt(engine).tolist()).logits[0, -1].argmax())
 
-    session = language._Session(_load(engine), engine.batch, engine.size + TOKENS + 1)
-    return session, int(session.prefill(_prompt(engine).tolist())[0].argmax())
+
+def _length(session: Any) -> str:
+    """The name of the state that counts the slots in use."""
+    return next(name for name, state in session.buffers.states.items() if state.kind == "length")
 
 
 def _copy(session: Any, value: Any) -> Any:

@@ -36,7 +36,8 @@ from examples.data import (
     write_atomically,
 )
 from tokopt.measure.distance import predictions
-from tokopt.runtime import LanguageModel, language, load
+from tokopt.runtime import LanguageModel, load
+from tokopt.runtime.loop import PREFILL
 from tokopt.runtime.numerics import cosines
 
 RESULTS = Path(__file__).parent / "results"
@@ -184,12 +185,14 @@ def outputs(model: str, method: str, threads: int) -> list[NDArray[np.floating]]
 
 def logits(model: LanguageModel, ids: list[int]) -> NDArray[np.floating]:
     """The logits after every token of a text."""
-    session = language._Session(model, 1, len(ids))
+    request = model.open(1, len(ids))
     parts = []
-    for start in range(0, len(ids), language.PREFILL):
-        part = np.array([ids[start : start + language.PREFILL]])
+    for start in range(0, len(ids), PREFILL):
+        part = np.array([ids[start : start + PREFILL]])
         rows = np.arange(part.shape[1])
-        parts.append(session.step(part, start + rows[None], rows)[0].copy())
+        found = request.step(part, start + rows[None], rows).logits
+        assert found is not None
+        parts.append(found[0].copy())
     return np.concatenate(parts)
 
 

@@ -118,7 +118,7 @@ class Request:
         ``limit`` [batch] is the most tokens that a row may commit, for a program that draws them. Raises InputError for
         a prompt that is longer than the program can read at once, where it must.
         """
-        entry = self._entry("prefill")
+        entry = self.entry("prefill")
         tokens, positions = self._padded(entry, prompts)
         total, start = tokens.shape[1], 0
         emission = Emission()
@@ -129,15 +129,19 @@ class Request:
             most = np.zeros(self.batch, np.int64)
             if start == total and limit is not None:
                 most = self.allowed(limit, size)
-            emission = self._emit(entry, tokens[:, part], positions[:, part], LAST, most)
+            emission = self.emit(entry, tokens[:, part], positions[:, part], LAST, most)
             read = np.full(self.batch, tokens[:, part].shape[1])
             self._count([trigger.prompt for trigger in self._counting], read)
         if emission.count is not None:
             self._count([True] * len(self._counting), emission.count)
+        self.after_prompt()
+        return emission
+
+    def after_prompt(self) -> None:
+        """Run the triggers that come once the prompt is read."""
         for trigger in self.schedule.triggers:
             if trigger.after == "prefill":
                 self.run_trigger(trigger, np.ones(self.batch, bool))
-        return emission
 
     def step(
         self,
@@ -153,7 +157,7 @@ class Request:
         entry that reads them.
         """
         most = None if limit is None else self.allowed(limit)
-        emission = self._emit(self._entry(role), tokens, positions, rows, most)
+        emission = self.emit(self.entry(role), tokens, positions, rows, most)
         read = emission.count if emission.count is not None else np.full(self.batch, tokens.shape[1])
         self._count([True] * len(self._counting), read)
         return emission
@@ -172,7 +176,8 @@ class Request:
             limit = np.minimum(limit, np.where(left > 0, left, trigger.every))
         return limit.astype(np.int64)
 
-    def _entry(self, role: str) -> Entry:
+    def entry(self, role: str) -> Entry:
+        """The entry of role ``"prefill"`` or ``"decode"``."""
         entry = self.schedule.entry(role)
         assert entry is not None
         return entry
@@ -216,14 +221,15 @@ class Request:
 
     # --------------------------------------------------------------------------------------------- calls
 
-    def _emit(
+    def emit(
         self,
         entry: Entry,
         tokens: np.ndarray,
         positions: np.ndarray,
-        rows: np.ndarray,
-        limit: np.ndarray | None,
+        rows: np.ndarray = LAST,
+        limit: np.ndarray | None = None,
     ) -> Emission:
+        """One call of an entry, which no trigger counts."""
         roles = self._roles[entry.program]
         feed = self._feed(entry, tokens, positions, rows, limit)
         results = self._call(entry, feed)
@@ -330,6 +336,6 @@ class Request:
 
     def _room(self) -> int:
         """Free slots after a trigger: as many as are filled until the next one."""
-        decode = self._entry("decode")
+        decode = self.entry("decode")
         extra = decode.slots - 1 if isinstance(decode.slots, int) else 0
         return min((trigger.every for trigger in self._counting), default=BLOCK) + max(extra, 0)

@@ -16,7 +16,8 @@ from typing import Any
 import numpy as np
 
 from benchmarks.kv.policies import EVERY
-from tokopt.runtime import LanguageModel, language
+from tokopt.runtime import LanguageModel
+from tokopt.runtime.loop import PREFILL
 from tokopt.runtime.sampling import log_probabilities
 
 PROMPTS = {"SmolLM2-135M-Instruct": (1024, 4096), "Gemma-3-270M": (1024,)}
@@ -123,10 +124,11 @@ class Read:
 
     def __init__(self, model: LanguageModel, prompt: Sequence[int], room: int) -> None:
         self.model, self.length = model, len(prompt)
-        self.session = language._Session(model, 1, len(prompt) + room)
-        for start in range(0, len(prompt), language.PREFILL):
-            part = np.array([prompt[start : start + language.PREFILL]])
-            self.session._run(part, start + np.arange(part.shape[1])[None], np.array([-1]))
+        self.session = model.open(1, len(prompt) + room)
+        entry = self.session.entry("prefill")
+        for start in range(0, len(prompt), PREFILL):
+            part = np.array([prompt[start : start + PREFILL]])
+            self.session.emit(entry, part, start + np.arange(part.shape[1])[None])
         buffers = self.session.buffers
         self.states = {name: buffers.read(name) for name in buffers.values}
         self.slots, self.used = dict(buffers.slots), dict(self.session.used)
@@ -138,7 +140,7 @@ class Read:
         for begin in range(0, len(tokens) - 1, EVERY):
             part = np.array([tokens[begin : begin + EVERY]])[:, : len(tokens) - 1 - begin]
             positions = self.length + begin + np.arange(part.shape[1])[None]
-            logits = session.step(part, positions, np.arange(part.shape[1]))[0]
+            logits = session.step(part, positions, np.arange(part.shape[1])).logits[0]
             wanted = tokens[begin + 1 : begin + 1 + part.shape[1]]
             logs.append(log_probabilities(logits, wanted))
             first &= bool((logits.argmax(axis=-1) == wanted).all())
@@ -147,10 +149,12 @@ class Read:
     def _restored(self, share: float) -> Any:
         session, buffers = self.session, self.session.buffers
         buffers.values = {name: buffers._value(value.copy()) for name, value in self.states.items()}
-        buffers.slots, session.used, session.since = dict(self.slots), dict(self.used), 0
+        buffers.slots, session.used = dict(self.slots), dict(self.used)
+        session.since = [np.zeros_like(since) for since in session.since]
         if share < 1:
             budget = np.array([math.ceil(share * self.length)])
-            buffers.values["budget"] = buffers._value(budget)
+            name = next(state.name for state in self.model.manifest.states if state.kind == "budget")
+            buffers.values[name] = buffers._value(budget)
         session.program.bind()
-        session.compact()
+        session.after_prompt()
         return session

@@ -39,30 +39,30 @@ def evicting_call(engine: Engine) -> Callable[[], object]:
     length, used = session.buffers.read("length"), dict(session.used)
 
     def call() -> None:
-        if session.compactor is None:  # a full cache begins again at the same length
+        if not session.schedule.triggers:  # a full cache begins again at the same length
             session.buffers.values["length"], session.used = session.buffers._value(length.copy()), dict(used)
             session.program.bind()
         for i in range(EVERY):
-            session.step(np.array([[100 + i]]), np.array([[position + i]]), np.array([-1]))
+            session.step(np.array([[100 + i]]), np.array([[position + i]]))
 
     return call
 
 
 def filled(engine: Engine) -> tuple[Any, int]:
     """A session that holds ``engine.size`` tokens less those that the policy evicts, and the next position."""
-    from tokopt.runtime import language, load
+    from tokopt.runtime import load
 
     model: Any = load(engine.artifact, threads=engine.threads)
-    session = language._Session(model, engine.batch, engine.size + EVERY)
+    session = model.open(engine.batch, engine.size + EVERY)
     buffers, generator = session.buffers, np.random.default_rng(0)
     for name, value in buffers.values.items():
-        array = value.numpy()
-        if name.startswith(("keys", "values")) and array.dtype == np.float32:
+        array, kind = value.numpy(), buffers.states[name].kind
+        if kind in ("key", "value") and array.dtype == np.float32:
             array[:] = generator.standard_normal(array.shape, np.float32)
-        elif name.startswith("slots"):
+        elif kind == "position":
             array[:, :, : engine.size, 0] = np.arange(engine.size)
-        elif name.endswith("length"):
+        elif kind == "length":
             array[:] = engine.size
     session.used = dict.fromkeys(session.used, engine.size)
-    session.compact()
+    session.after_prompt()
     return session, engine.size

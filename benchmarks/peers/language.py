@@ -359,11 +359,9 @@ def _openvino_genai(engine: Engine, new: int) -> Callable[[], Any]:
 
 def tokopt_read(engine: Engine) -> Callable[[], object]:
     """The prompt, from an empty cache."""
-    from tokopt.runtime import language
-
     model, prompt = _load(engine), _prompt(engine).tolist()
 
     def call() -> None:
-        language._Session(model, 1, engine.size + 1).prefill(prompt)
+        model.open(1, engine.size + 1).prefill(prompt)
 
     return call

@@ -66,7 +66,7 @@ def step_bytes(artifact: Path, prompt: int) -> int:
     weights = (artifact / "weights.data").stat().st_size - embedding_bytes(artifact)
     cache = 0
     for state in manifest.states:
-        if state.name.startswith(("keys", "values")):
+        if state.kind in ("key", "value"):
             sizes = [1 if a == "batch" else prompt if isinstance(a, str) else a for a in state.axes]
             cache += int(np.prod(sizes)) * np.dtype(state.dtype).itemsize
     return weights + cache

@@ -68,13 +68,13 @@ def recorded(model: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> list[loop
 def recorded_reads(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]]:
     """Every call that will be made: the entry's role, and the tokens that are read."""
     calls: list[tuple[str, int]] = []
-    original = loop.Request._emit
+    original = loop.Request.emit
 
     def record(request: loop.Request, entry: Entry, tokens: np.ndarray, *rest: Any) -> loop.Emission:
         calls.append((entry.role, tokens.shape[1]))
         return original(request, entry, tokens, *rest)
 
-    monkeypatch.setattr(loop.Request, "_emit", record)
+    monkeypatch.setattr(loop.Request, "emit", record)
     return calls
 
 
