@@ -12,7 +12,7 @@ import onnxruntime
 
 from tokopt.errors import InputError, TokoptError
 from tokopt.runtime.format.manifest import ProgramEntry
-from tokopt.runtime.format.signature import BATCH, Tensor
+from tokopt.runtime.format.signature import BATCH, Tensor, wiring
 from tokopt.runtime.format.state import State, slot_axis
 
 BLOCK = 16
@@ -104,9 +104,8 @@ class Buffers:
         binding = session.io_binding()
         for name, array in feed.items():
             binding.bind_cpu_input(name, array)
-        for tensor in entry.inputs:
-            if tensor.state is not None:
-                binding.bind_ortvalue_input(tensor.name, self.values[tensor.state])
+        for name, state in wiring(entry.inputs).items():
+            binding.bind_ortvalue_input(name, self.values[state])
         shared = shared_states(entry)
         for tensor in entry.outputs:
             if tensor.name in shared:
@@ -114,9 +113,9 @@ class Buffers:
             else:
                 binding.bind_output(tensor.name, self.device)
         run_checked(session.run_with_iobinding, binding)
-        for tensor, value in zip(entry.outputs, binding.get_outputs(), strict=True):
-            if tensor.state is not None and tensor.name not in shared:
-                self.values[tensor.state] = value
+        made = dict(zip((tensor.name for tensor in entry.outputs), binding.get_outputs(), strict=True))
+        for name, state in wiring(entry.outputs).items():
+            self.values[state] = made[name]
 
     def like(self, value: Any) -> Any:
         """New memory of the size of a value."""
@@ -149,15 +148,14 @@ class Buffers:
 class Bound:
     """A program whose states stay bound to buffers; what comes and goes with a call is copied."""
 
-    def __init__(self, session: onnxruntime.InferenceSession, entry: ProgramEntry, buffers: Buffers) -> None:
+    def __init__(self, session: Any, entry: ProgramEntry, buffers: Buffers) -> None:
         self.session, self.entry, self.buffers = session, entry, buffers
         self.binding: Any = session.io_binding()
         self.shared = shared_states(entry)
-        self.read = [tensor for tensor in entry.inputs if tensor.state is not None]
-        self._reader = {tensor.state: tensor.name for tensor in self.read}
-        self.moved = [t for t in entry.outputs if t.state is not None and t.name not in self.shared]
-        bound = {*self.shared, *(tensor.name for tensor in self.moved)}
-        self.returned = [tensor for tensor in entry.outputs if tensor.name not in bound]
+        self.read = wiring(entry.inputs)
+        self._reader = {state: name for name, state in self.read.items()}
+        self.moved = {n: state for n, state in wiring(entry.outputs).items() if n not in self.shared}
+        self.returned = [t for t in entry.outputs if t.name not in self.shared and t.name not in self.moved]
         self.spare: dict[str, Any] = {}
         self._results: dict[str, np.ndarray] = {}
         self._places: list[str] = []
@@ -167,13 +165,13 @@ class Bound:
         """Bind the buffers as they are now; to be called after they were resized."""
         values = self.buffers.values
         self.spare.clear()
-        for tensor in self.read:
-            self.binding.bind_ortvalue_input(tensor.name, values[tensor.state])
-        for output, state in self.shared.items():
-            self._bind_output(output, values[state])
-        for tensor in self.moved:
-            self.spare[tensor.name] = self.buffers.like(values[tensor.state])
-            self._bind_output(tensor.name, self.spare[tensor.name])
+        for name, state in self.read.items():
+            self.binding.bind_ortvalue_input(name, values[state])
+        for name, state in self.shared.items():
+            self._bind_output(name, values[state])
+        for name, state in self.moved.items():
+            self.spare[name] = self.buffers.like(values[state])
+            self._bind_output(name, self.spare[name])
 
     def run(self, feed: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """One call: the states move on, the other outputs are returned (valid until the next call)."""
@@ -190,12 +188,11 @@ class Bound:
     def _swap(self) -> None:
         """What was written beside the buffers is the state now, and the buffers are written next."""
         values = self.buffers.values
-        for tensor in self.moved:
-            assert tensor.state is not None
-            values[tensor.state], self.spare[tensor.name] = self.spare[tensor.name], values[tensor.state]
-            self.binding.bind_ortvalue_output(tensor.name, self.spare[tensor.name])
-            if tensor.state in self._reader:
-                self.binding.bind_ortvalue_input(self._reader[tensor.state], values[tensor.state])
+        for name, state in self.moved.items():
+            values[state], self.spare[name] = self.spare[name], values[state]
+            self.binding.bind_ortvalue_output(name, self.spare[name])
+            if state in self._reader:
+                self.binding.bind_ortvalue_input(self._reader[state], values[state])
 
     def _bind_output(self, name: str, value: Any) -> None:
         self.binding.bind_ortvalue_output(name, value)
@@ -226,8 +223,8 @@ class Bound:
 
 def shared_states(entry: ProgramEntry) -> dict[str, str]:
     """The state whose buffer an output is written into, by the output's name."""
-    states = {tensor.name: tensor.state for tensor in entry.inputs}
-    return {output: state for output, given in entry.aliases.items() if (state := states[given]) is not None}
+    states = wiring(entry.inputs)
+    return {output: states[given] for output, given in entry.aliases.items()}
 
 
 def axis_sizes(inputs: Sequence[Tensor], feed: Mapping[str, np.ndarray]) -> dict[str, int]:
@@ -242,7 +239,7 @@ def axis_sizes(inputs: Sequence[Tensor], feed: Mapping[str, np.ndarray]) -> dict
 
 
 def run_in_place(
-    session: onnxruntime.InferenceSession,
+    session: Any,
     outputs: Sequence[str],
     feed: Mapping[str, np.ndarray],
     shared: Mapping[str, str],

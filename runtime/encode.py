@@ -12,7 +12,7 @@ from tokopt.runtime.engines.base import Programs
 from tokopt.runtime.format.link import Link, Port
 from tokopt.runtime.format.manifest import Manifest, ProgramEntry
 from tokopt.runtime.format.schedule import Entry
-from tokopt.runtime.format.signature import BATCH, find_role, with_role
+from tokopt.runtime.format.signature import BATCH, find_role, wiring, with_role
 from tokopt.runtime.format.state import State, slot_axis
 
 Arrays = dict[str, np.ndarray]
@@ -68,13 +68,10 @@ class _Encoding:
         for tensor in with_role(program.inputs, "link"):
             feed[tensor.name] = self.made.links[Port(entry.program, tensor.name)]
         self.states.reserve(needed_slots(entry, program, feed), len(self.rows), program)
-        for tensor in program.inputs:
-            if tensor.state is not None:
-                feed[tensor.name] = self.states.values[tensor.state]
+        feed |= {name: self.states.values[state] for name, state in wiring(program.inputs).items()}
         results = self.programs.run(entry.program, feed)
-        for tensor in program.outputs:
-            if tensor.state is not None:
-                self.states.put(tensor.state, results[tensor.name])
+        for name, state in wiring(program.outputs).items():
+            self.states.put(state, results[name])
         carry(self.manifest.links, entry.program, results, self.made.links)
         return results
 
@@ -119,7 +116,7 @@ class HostStates:
 
     def reserve(self, slots: int, batch: int, program: ProgramEntry) -> None:
         """Have the states of a program, with so many free slots on every slot axis."""
-        used = {t.state for t in (*program.inputs, *program.outputs) if t.state is not None}
+        used = set(wiring((*program.inputs, *program.outputs)).values())
         names = {*self.values, *used, *(o.state for name in used if (o := self.known[name].occupancy))}
         sizes = {BATCH: batch}
         for name in names:

@@ -85,7 +85,7 @@ def _other_backend(
     providers: Sequence[Provider] | None,
     threads: int | None,
 ) -> Model:
-    name, options = (backend, {}) if isinstance(backend, str) else backend
+    name, options = (backend, dict[str, object]()) if isinstance(backend, str) else backend
     if name != "openvino":
         raise InputError(f"there is no backend {name!r}; choose among {', '.join(BACKENDS)}")
     if providers is not None:

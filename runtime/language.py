@@ -63,7 +63,7 @@ class _Row:
     prompt: int
     stream: TextStream | None = None
     finish: str = ""
-    pieces: list[str] = field(default_factory=list)
+    pieces: list[str] = field(default_factory=list[str])
 
     @property
     def new(self) -> list[int]:
@@ -187,11 +187,11 @@ class LanguageModel:
         request, size = self.open(1, len(ids), inputs), chunk_size(self.manifest, "prefill")
         found: list[np.ndarray] = []
         for start in range(0, len(ids), size):
-            part = np.array([ids[start : start + size]])
-            positions = np.arange(start, start + part.shape[1])[None]
-            logits = request.step(part, positions, np.arange(part.shape[1]), role="prefill").logits
+            part = ids[start : start + size]
+            places = np.arange(len(part))
+            logits = request.step(np.array([part]), start + places[None], places, role="prefill").logits
             assert logits is not None
-            following = ids[start + 1 : start + 1 + part.shape[1]]
+            following = ids[start + 1 : start + 1 + len(part)]
             found.append(log_probabilities(logits[0, : len(following)], following))
         return np.concatenate(found)
 
@@ -213,7 +213,7 @@ class LanguageModel:
             raise InputError("there is no prompt; give at least one")
         if stop:
             self.tokenizer  # noqa: B018  # stop strings need text
-        rows = []
+        rows: list[_Row] = []
         for prompt in prompts:
             ids = self._ids(prompt)
             stream = TextStream(self.tokenizer, stop) if self.manifest.tokenizer else None

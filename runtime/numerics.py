@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -9,7 +10,7 @@ import numpy as np
 LIMITS = {"float64": 1e-20, "float32": 1e-9, "float16": 1e-4, "bfloat16": 1e-3}
 """Largest NMSE per dtype. Summation order alone gives 1e-12 in float32 over 12 layers; another GELU, 1e-8."""
 
-SELFTEST_LIMITS = {"exact": None, "lossless": None, "approximate": 2e-3}
+SELFTEST_LIMITS: Mapping[str, float | None] = {"exact": None, "lossless": None, "approximate": 2e-3}
 """Largest NMSE of a self-test by semantics class; None is the limit of the dtype.
 
 A program that chooses tokens may, with another machine's rounding, choose another of two nearly equal ones: its

@@ -348,11 +348,17 @@ def _load_program(path: Path, manifest: Manifest, name: str) -> Program:
         ) from error
     return Program.of(
         exported,
-        tuple(TensorSpec(t.name, t.dtype, t.axes, t.role) for t in entry.inputs),
-        tuple(TensorSpec(t.name, t.dtype, t.axes, t.role) for t in entry.outputs),
+        tuple(_spec(tensor) for tensor in entry.inputs),
+        tuple(_spec(tensor) for tensor in entry.outputs),
         {axis: AxisRange(**vars(bounds)) for axis, bounds in entry.ranges.items()},
         _read_tensors(path, manifest, name, "inputs"),
     )
+
+
+def _spec(tensor: Tensor) -> TensorSpec:
+    """An input or output as a bundle describes it."""
+    role: Any = "input" if tensor.role == "rows" else tensor.role
+    return TensorSpec(tensor.name, tensor.dtype, tensor.axes, role)
 
 
 def _manifest(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import onnxruntime
@@ -67,12 +67,11 @@ class Sessions:
         self, program: str, feed: Mapping[str, np.ndarray], form: str = PORTABLE
     ) -> dict[str, np.ndarray]:
         """The outputs of a program for arrays, states among them."""
-        entry, session = self.manifest.programs[program], self.get(program, form)
+        entry, session = self.manifest.programs[program], cast(Any, self.get(program, form))
         names = [tensor.name for tensor in entry.outputs]
         if entry.aliases:
             return dict(zip(names, run_in_place(session, names, feed, entry.aliases), strict=True))
-        values: Any = session.run(names, feed)
-        return dict(zip(names, values, strict=True))
+        return dict(zip(names, session.run(names, feed), strict=True))
 
     @property
     def _cpu(self) -> bool:

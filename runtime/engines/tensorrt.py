@@ -25,7 +25,7 @@ from tokopt.runtime.format.manifest import (
     Range,
     file_path,
 )
-from tokopt.runtime.format.signature import BATCH
+from tokopt.runtime.format.signature import BATCH, wiring
 from tokopt.runtime.format.state import State
 
 RTX = "tensorrt-rtx"
@@ -199,7 +199,7 @@ class Engine:
                 raise InputError(
                     f"the engine takes no {name!r} of shape {list(array.shape)}; export with a --profile that holds it"
                 )
-        returned = {}
+        returned: dict[str, Staged] = {}
         for tensor in self.entry.outputs:
             if tensor.name not in kept:
                 shape = tuple(self._context.get_tensor_shape(tensor.name))
@@ -283,15 +283,14 @@ class DeviceBuffers(Buffers):
 
     def advance(self, session: Engine, entry: ProgramEntry, feed: Mapping[str, np.ndarray]) -> None:
         """Run a program of nothing but states and ``feed``; what it does not write in place is in new memory."""
-        given = {t.name: self.values[t.state] for t in entry.inputs if t.state is not None}
-        shared = shared_states(entry)
-        kept = {
-            t.name: self.values[shared[t.name]] if t.name in shared else self.like(self.values[t.state])
-            for t in entry.outputs
-            if t.state is not None
+        given = {name: self.values[state] for name, state in wiring(entry.inputs).items()}
+        shared, written = shared_states(entry), wiring(entry.outputs)
+        kept: dict[str, DeviceArray] = {
+            name: self.values[state] if name in shared else self.like(self.values[state])
+            for name, state in written.items()
         }
         session.call(feed, given, kept)
-        self.values.update({t.state: kept[t.name] for t in entry.outputs if t.state is not None})
+        self.values.update({state: kept[name] for name, state in written.items()})
 
     def like(self, value: DeviceArray) -> DeviceArray:
         """New memory of the size of a value."""
@@ -322,29 +321,26 @@ class BoundEngine:
 
     def __init__(self, engine: Engine, buffers: DeviceBuffers) -> None:
         self.engine, self.buffers = engine, buffers
-        self.read = [tensor for tensor in engine.entry.inputs if tensor.state is not None]
-        self.written = [tensor for tensor in engine.entry.outputs if tensor.state is not None]
+        self.read, self.written = wiring(engine.entry.inputs), wiring(engine.entry.outputs)
         self.shared = shared_states(engine.entry)
         self.spare: dict[str, DeviceArray] = {}
         self.bind()
 
     def bind(self) -> None:
         """Have a second buffer for every state that is not written in place; to be called after a resize."""
-        for tensor in self.written:
-            assert tensor.state is not None
-            value, spare = self.buffers.values[tensor.state], self.spare.get(tensor.name)
-            if not self.engine.writes_in_place(tensor.name) and (spare is None or spare.shape != value.shape):
-                self.spare[tensor.name] = self.buffers.like(value)
+        for name, state in self.written.items():
+            value, spare = self.buffers.values[state], self.spare.get(name)
+            if not self.engine.writes_in_place(name) and (spare is None or spare.shape != value.shape):
+                self.spare[name] = self.buffers.like(value)
 
     def run(self, feed: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """One call: the states move on, the other outputs are returned (valid until the next call)."""
         values = self.buffers.values
-        given = {tensor.name: values[tensor.state] for tensor in self.read}
-        kept = {tensor.name: self.spare.get(tensor.name, values[tensor.state]) for tensor in self.written}
-        kept |= {output: values[state] for output, state in self.shared.items() if output not in kept}
+        given = {name: values[state] for name, state in self.read.items()}
+        kept = {name: values[state] for name, state in self.shared.items()}
+        kept |= {name: self.spare.get(name, values[state]) for name, state in self.written.items()}
         results = self.engine.call(feed, given, kept)
-        for tensor in self.written:
-            if tensor.name in self.spare:
-                assert tensor.state is not None
-                values[tensor.state], self.spare[tensor.name] = self.spare[tensor.name], values[tensor.state]
+        for name, spare in self.spare.items():
+            state = self.written[name]
+            values[state], self.spare[name] = spare, values[state]
         return results

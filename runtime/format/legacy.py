@@ -50,8 +50,17 @@ _ROLES = ("input", "tokens", "positions", "mask", "state", "output", "logits", "
 _MAIN = {"encoder": "forward", "causal-lm": "step"}  # the program that every artifact of a task has
 _COMPACT = "compact"
 _STEP_ROLES = {name: name for name in ("tokens", "positions", "mask", "rows", "logits")}
-_KINDS = {"keys": "key", "values": "value", "slots": "position", "scale": "scale", "zero": "zero"}
-_KINDS |= {"length": "length", "recent_length": "length", "shift": "shift", "budget": "budget"}
+_KINDS = {
+    "keys": "key",
+    "values": "value",
+    "slots": "position",
+    "scale": "scale",
+    "zero": "zero",
+    "length": "length",
+    "recent_length": "length",
+    "shift": "shift",
+    "budget": "budget",
+}
 
 
 @dataclass(frozen=True)

@@ -112,3 +112,8 @@ def with_role(tensors: Iterable[Described], role: str) -> tuple[Described, ...]:
 def find_role(tensors: Iterable[Described], role: str) -> Described | None:
     """The input or output of a role that a program has at most once."""
     return next((tensor for tensor in tensors if tensor.role == role), None)
+
+
+def wiring(tensors: Iterable[TensorLike]) -> dict[str, str]:
+    """The state that each of the inputs or outputs of role ``"state"`` is of, by the tensor's name."""
+    return {tensor.name: tensor.state for tensor in tensors if tensor.state is not None}

@@ -270,8 +270,8 @@ def stages() -> tuple[Manifest, dict[str, bytes]]:
             second = g.op("Slice", X.name, g.const([1]), g.const([2]), g.const([1]))
             g.give(DONE, g.op("Squeeze", g.op("Equal", second, "stage"), g.const([1])))
             g.give(CARRIED, source)
-        sides = ({t.name: (_kind(t), list(t.axes)) for t in side} for side in (inputs, outputs))
-        files[f"{name}.onnx"] = graph(g.nodes, *sides, g.constants)
+        taken, made = ({t.name: (_kind(t), list(t.axes)) for t in side} for side in (inputs, outputs))
+        files[f"{name}.onnx"] = graph(g.nodes, taken, made, g.constants)
     ports = [Link(Port(a, "carried"), Port(b, "given")) for a, b in (("a", "b"), ("b", "c"))]
     schedule = Schedule(tuple(Entry(name, "encode") for name in programs))
     return Manifest(programs, {}, schedule, links=tuple(ports)), files

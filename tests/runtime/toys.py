@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from onnx import NodeProto, TensorProto, helper
@@ -115,7 +116,7 @@ def save(folder: Path, manifest: Manifest) -> Path:
     """Write the artifact of a toy: its manifest, and an ONNX file for every program."""
     files, programs = {}, {}
     for i, (name, entry) in enumerate(manifest.programs.items()):
-        files[f"{i}.onnx"] = _model(entry, entry.inputs)
+        files[f"{i}.onnx"] = _model(entry)
         programs[name] = replace(entry, files={"onnx": f"{i}.onnx"})
     return write(folder, asdict(replace(manifest, programs=programs)), files)
 
@@ -132,7 +133,7 @@ class Graph:
         self.nodes: list[NodeProto] = []
         self.constants: dict[str, np.ndarray] = {}
 
-    def op(self, kind: str, *inputs: str, **attributes: object) -> str:
+    def op(self, kind: str, *inputs: str, **attributes: Any) -> str:
         """Add a node; the name of its output."""
         name = f"_{kind}_{len(self.nodes)}"
         self.nodes.append(helper.make_node(kind, list(inputs), [name], **attributes))
@@ -149,7 +150,7 @@ class Graph:
         self.nodes.append(helper.make_node("Identity", [value], [tensor.name]))
 
 
-def _model(entry: ProgramEntry, inputs: Sequence[Tensor]) -> bytes:
+def _model(entry: ProgramEntry) -> bytes:
     made = Graph()
     if find_role(entry.inputs, "tokens") is not None:
         _read(made, entry)
@@ -157,8 +158,10 @@ def _model(entry: ProgramEntry, inputs: Sequence[Tensor]) -> bytes:
         _evict(made, entry)
     else:
         _encode(made, entry)
-    sides = ({t.name: (_KINDS[t.dtype], list(t.axes)) for t in side} for side in (inputs, entry.outputs))
-    return graph(made.nodes, *sides, made.constants)
+    taken, returned = (
+        {t.name: (_KINDS[t.dtype], list(t.axes)) for t in side} for side in (entry.inputs, entry.outputs)
+    )
+    return graph(made.nodes, taken, returned, made.constants)
 
 
 def _sum_of_links(g: Graph, entry: ProgramEntry) -> str:

@@ -10,7 +10,7 @@ import numpy as np
 
 from tokopt.cli.models import require
 from tokopt.errors import InputError
-from tokopt.runtime.format.manifest import ProgramEntry, Tensor
+from tokopt.runtime.format.signature import Tensor
 from tokopt.runtime.text import Tokenizer
 
 if TYPE_CHECKING:
@@ -21,9 +21,9 @@ IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 
 
 def read_inputs(
-    paths: Sequence[str], program: ProgramEntry, mean: Sequence[float], std: Sequence[float]
+    paths: Sequence[str], inputs: Sequence[Tensor], mean: Sequence[float], std: Sequence[float]
 ) -> dict[str, np.ndarray]:
-    """Named arrays for ``program``: one ``.npz``, or one ``.npy`` per input in order, or a batch of images.
+    """Named arrays for the inputs of a model: one ``.npz``, or one ``.npy`` per input in order, or a batch of images.
 
     Images are resized to the program's height and width and normalised as ``(rgb - mean) / std``. Raises
     InputError for a file that is missing, of another kind, or unreadable.
@@ -32,9 +32,9 @@ def read_inputs(
         if not Path(path).is_file():
             raise InputError(f"there is no file {path}")
     kinds = {"image" if Path(path).suffix.lower() in IMAGES else Path(path).suffix.lower() for path in paths}
-    names = [tensor.name for tensor in program.inputs]
+    names = [tensor.name for tensor in inputs]
     if kinds == {"image"}:
-        return {names[0]: _read_images(paths, program.inputs, mean, std)}
+        return {names[0]: _read_images(paths, inputs, mean, std)}
     if kinds == {".npz"} and len(paths) == 1:
         with _numpy_file(paths[0]) as arrays:
             return {name: arrays[name] for name in arrays.files}
@@ -59,14 +59,9 @@ def read_samples(
 ) -> list[Sample]:
     """Samples for calibration: every file that ``run`` takes, one by one; text in windows for a language model."""
     if bundle.task != "causal-lm":
-        entry = ProgramEntry(
-            tuple(Tensor(**vars(spec)) for spec in bundle.main.inputs),
-            tuple(Tensor(**vars(spec)) for spec in bundle.main.outputs),
-            {},
-            {},
-        )
+        inputs = [Tensor(**vars(spec)) for spec in bundle.main.inputs]
         names = [spec.name for spec in bundle.main.inputs]
-        feeds = (read_inputs([path], entry, mean, std) for path in paths)
+        feeds = (read_inputs([path], inputs, mean, std) for path in paths)
         return [[feed[name] for name in names if name in feed] for feed in feeds]
     if bundle.tokenizer is None or bundle.generation is None:
         raise InputError("the bundle has no tokenizer to read text with; capture the model from its folder")
