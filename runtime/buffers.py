@@ -159,6 +159,8 @@ class Bound:
         self.spare: dict[str, Any] = {}
         self._results: dict[str, np.ndarray] = {}
         self._places: list[str] = []
+        self._fed = [tensor for tensor in entry.inputs if tensor.state is None]
+        self._sizes: dict[str, int] = {}
         self.bind()
 
     def bind(self) -> None:
@@ -205,7 +207,9 @@ class Bound:
 
     def _bind_returned(self, feed: Mapping[str, np.ndarray]) -> list[str]:
         """Have arrays that the call writes to, kept while their sizes stay the same; the outputs of unknown size."""
-        sizes = {BATCH: self.buffers.batch, **self.buffers.slots, **axis_sizes(self.entry.inputs, feed)}
+        sizes = {BATCH: self.buffers.batch, **self.buffers.slots, **axis_sizes(self._fed, feed)}
+        if sizes == self._sizes:
+            return []
         unknown: list[str] = []
         for tensor in self.returned:
             if not all(isinstance(axis, int) or axis in sizes for axis in tensor.axes):
@@ -218,6 +222,7 @@ class Bound:
             if known is None or known.shape != shape:
                 known = self._results[tensor.name] = np.empty(shape, tensor.dtype)
                 self._bind_output(tensor.name, onnxruntime.OrtValue.ortvalue_from_numpy(known))
+        self._sizes = {} if unknown else sizes
         return unknown
 
 

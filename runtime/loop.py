@@ -158,8 +158,9 @@ class Request:
         """
         most = None if limit is None else self.allowed(limit)
         emission = self.emit(self.entry(role), tokens, positions, rows, most)
-        read = emission.count if emission.count is not None else np.full(self.batch, tokens.shape[1])
-        self._count([True] * len(self._counting), read)
+        if self._counting:
+            read = emission.count if emission.count is not None else np.full(self.batch, tokens.shape[1])
+            self._count([True] * len(self._counting), read)
         return emission
 
     def bind(self, name: str, program: Any) -> None:
@@ -264,8 +265,9 @@ class Request:
             "tokens": np.ascontiguousarray(tokens),
             "positions": np.ascontiguousarray(positions),
             "rows": rows,
-            "limit": np.full(self.batch, NO_LIMIT) if limit is None else limit,
         }
+        if "limit" in roles.given:
+            values["limit"] = np.full(self.batch, NO_LIMIT) if limit is None else limit
         if "mask" in roles.given:
             causal = np.tril(np.ones((count, count), bool))
             values["mask"] = np.ascontiguousarray(np.broadcast_to(causal, (self.batch, count, count)))
