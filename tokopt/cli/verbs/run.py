@@ -30,7 +30,11 @@ def run(args: Namespace, screen: Screen) -> int:
     from tokopt.measure.timing import open_runner
 
     runner = open_runner(args.artifact, args.threads, args.backend)
-    feed = read_inputs(args.inputs, runner.program.inputs, args.mean, args.std) if args.inputs else runner.example()
+    feed = (
+        read_inputs(args.inputs, runner.program.inputs, args.mean, args.std)
+        if args.inputs
+        else runner.example()
+    )
     outputs = {name: np.asarray(value) for name, value in runner.run(feed).items()}
     if args.output is not None:
         _save(args.output, outputs)
