@@ -90,7 +90,7 @@ def _other_backend(
         raise InputError(f"there is no backend {name!r}; choose among {', '.join(BACKENDS)}")
     if providers is not None:
         raise InputError("providers belong to the backend onnxruntime; leave them out")
-    if manifest.states:
+    if manifest.states or manifest.schedule.generates:
         raise InputError(
             f"{folder} keeps states between calls, which OpenVINO cannot write in place; run it with the default "
             "backend"

@@ -36,7 +36,8 @@ from tokopt.runtime.format.generation import Generation
 from tokopt.runtime.format.link import Link, Port
 from tokopt.runtime.format.manifest import Manifest, ProgramEntry
 from tokopt.runtime.format.schedule import Entry, Schedule, Trigger
-from tokopt.runtime.format.signature import Tensor
+from tokopt.runtime.format.signature import Range, Tensor
+from tokopt.runtime.format.state import Occupancy, State
 
 PROMPTS = [[1, 2, 3], [4], [7, 7]]
 IMAGES = np.array([[1, 2], [2, 3], [4, 0]], np.float32)
@@ -302,6 +303,85 @@ def test_a_program_that_nobody_needs_is_not_run(staged: Any, monkeypatch: pytest
     monkeypatch.setattr(staged.sessions, "run", lambda name, feed: ran.append(name) or original(name, feed))
     staged(np.zeros((3, 2), np.float32))
     assert ran == ["a"]
+
+
+def test_states_of_the_rows_that_go_on(tmp_path: Path) -> None:
+    """The first program writes 10 times the first column of ``x`` into a state, which the second gives the caller."""
+    held = State("held", "memory", "float32", ("batch", 1), initial=5)
+    given, made = (Tensor(name, held.dtype, held.axes, "state", "held") for name in ("held", "next_held"))
+    first, second = program([X, given], [Y, DONE, made]), program([X, given], [Y])
+    g, last = Graph(), Graph()
+    g.constants["ten"], g.constants["five"] = np.array(10, np.float32), np.array(5, np.float32)
+    column = g.op("Slice", X.name, g.const([0]), g.const([1]), g.const([1]))
+    leaving = g.op("Slice", X.name, g.const([1]), g.const([2]), g.const([1]))
+    g.give(Y, column)
+    g.give(DONE, g.op("Squeeze", g.op("Cast", leaving, to=TensorProto.BOOL), g.const([1])))
+    g.give(made, g.op("Add", g.op("Mul", column, "ten"), g.op("Sub", given.name, "five")))
+    last.give(Y, given.name)
+    programs, files = {}, {}
+    for name, entry, nodes in (("a", first, g), ("b", second, last)):
+        taken, returned = (
+            {t.name: (_kind(t), list(t.axes)) for t in s} for s in (entry.inputs, entry.outputs)
+        )
+        files[f"{name}.onnx"] = graph(nodes.nodes, taken, returned, nodes.constants)
+        programs[name] = replace(entry, files={"onnx": f"{name}.onnx"})
+    schedule = Schedule((Entry("a", "encode"), Entry("b", "encode")))
+    manifest = Manifest(programs, {}, schedule, (held,))
+    kept = load(write(tmp_path / "kept.tokopt", asdict(manifest), files), threads=1)
+    x = np.array([[1, 0], [2, 1], [3, 0], [4, 0], [5, 1]], np.float32)
+    np.testing.assert_array_equal(kept(x)[:, 0], [10, 2, 30, 40, 5])
+
+
+def test_a_state_that_is_written_once_is_read_in_every_call(tmp_path: Path) -> None:
+    """As an encoder's keys and values are: how many slots it has follows from what the caller gives."""
+    count = State("count", "length", "int64", ("batch",))
+    memory = State(
+        "memory", "memory", "int64", ("batch", "source"), initial=100, occupancy=Occupancy("count")
+    )
+    states = {"count": count, "memory": memory}
+    reads = {n: Tensor(n, "int64", s.axes, "state", n) for n, s in states.items()}
+    writes = {n: Tensor(f"next_{n}", "int64", s.axes, "state", n) for n, s in states.items()}
+    see = program([Tensor("given", "int64", ("batch", "m"), "input")], list(writes.values()))
+    plain = reader(emits="logits")
+    step = replace(
+        plain,
+        inputs=(*plain.inputs[:2], *reads.values()),
+        outputs=plain.outputs[:1],
+        ranges={**plain.ranges, "source": Range()},
+        aliases={},
+    )
+    g, h = Graph(), Graph()
+    g.give(writes["memory"], "given")
+    size = g.op("Shape", "given", start=1, end=2)
+    g.give(writes["count"], g.op("Expand", size, g.op("Shape", "given", start=0, end=1)))
+    source = h.op("Squeeze", h.op("Shape", "memory", start=1, end=2))
+    inside = h.op(
+        "Less", h.op("Range", h.const(0), source, h.const(1)), h.op("Unsqueeze", "count", h.const([1]))
+    )
+    summed = h.op("ReduceSum", h.op("Where", inside, "memory", h.const(0)), h.const([1]), keepdims=1)
+    following = h.op("Mod", h.op("Add", "tokens", summed), h.const(VOCABULARY))
+    h.constants["values"] = np.array([0, 1], np.float32)
+    h.give(step.outputs[0], h.op("OneHot", following, h.const(VOCABULARY), "values"))
+    programs, files = {}, {}
+    for name, entry, nodes in (("see", see, g), ("step", step, h)):
+        taken, returned = (
+            {
+                t.name: (TensorProto.INT64 if t.dtype == "int64" else TensorProto.FLOAT, list(t.axes))
+                for t in side
+            }
+            for side in (entry.inputs, entry.outputs)
+        )
+        files[f"{name}.onnx"] = graph(nodes.nodes, taken, returned, nodes.constants)
+        programs[name] = replace(entry, files={"onnx": f"{name}.onnx"})
+    schedule = Schedule((Entry("see", "encode"), Entry("step", "prefill"), Entry("step", "decode")))
+    facts = Generation(64, VOCABULARY)
+    manifest = Manifest(programs, {}, schedule, tuple(states.values()), generation=facts)
+    model = load(write(tmp_path / "memory.tokopt", asdict(manifest), files), threads=1)
+    for width in (1, 3, 40):
+        rows = np.arange(2 * width).reshape(2, width)
+        got = model.generate([[1, 2], [3]], max_tokens=9, inputs={"given": rows})
+        sums = rows.sum(1).tolist()
+        assert [list(row.tokens) for row in got] == [text([2], sums[0], 9), text([3], sums[1], 9)]
 
 
 # ----------------------------------------------------------------------------------- any schedule at all
