@@ -8,7 +8,7 @@ import string
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import TypeVar
+from typing import Any
 
 import onnx
 from safetensors.numpy import load_file, save
@@ -20,8 +20,6 @@ from tokopt.runtime.format.signature import Tensor
 Names = Mapping[str, str]
 Choose = Callable[[Iterable[str]], Names]
 """New names for old ones, all different."""
-
-T = TypeVar("T", str, "str | int")
 
 
 def random_words(seed: int) -> Choose:
@@ -70,7 +68,7 @@ def _renamed_manifest(
     states = choose([state.name for state in manifest.states])
     axes = choose(sorted({axis for entry in manifest.programs.values() for axis in entry.ranges} - {"batch"}))
 
-    def axis(one: T) -> T:
+    def axis(one: Any) -> Any:
         return axes.get(one, one) if isinstance(one, str) else one
 
     def tensor(one: Tensor, names: Names) -> Tensor:
