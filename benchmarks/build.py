@@ -38,7 +38,7 @@ def build(size: int, pipeline: str, folder: Path) -> dict[str, object]:
         "optimize_s": optimize,
         "export_s": export,
         "peak_rss_gb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2),
-        "gflops": round(program_cost(bundle.forward).flops / 2e9, 2),  # of one image; the example holds two
+        "gflops": round(program_cost(bundle.main).flops / 2e9, 2),  # of one image; the example holds two
         "matches": [step.matches for step in bundle.history],
     }
 

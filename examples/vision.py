@@ -103,7 +103,7 @@ def compare(args: argparse.Namespace, say: Callable[[str], None]) -> None:
 
     say(f"drawing the tokens of {PICTURED}")
     photo = crops(photograph(PICTURED))[0]
-    groups = token_groups(merged.forward, torch.from_numpy(preprocess([photo], args.size)))
+    groups = token_groups(merged.main, torch.from_numpy(preprocess([photo], args.size)))
     picture = token_picture(Image.fromarray(photo), groups, prefix=1)
     print(f"picture: {save_picture(picture, args.output / 'tokens.png')}")
 

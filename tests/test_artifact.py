@@ -57,7 +57,7 @@ def resize(tensors: tuple[torch.Tensor, ...], size: int) -> tuple[torch.Tensor, 
 
 @pytest.mark.parametrize("batch", [1, 3, 7])
 def test_runtime_equals_the_bundle(onnx_artifact: Path, merged: tokopt.Bundle, batch: int) -> None:
-    inputs = resize(merged.forward.example, batch)
+    inputs = resize(merged.main.example, batch)
     got = load(onnx_artifact)(*(t.numpy() for t in inputs))
     assert isinstance(got, Outputs) and list(got) == ["tokens", "pooled"]
     for want, have in zip(merged(*inputs), got.values(), strict=True):
@@ -91,7 +91,7 @@ def test_torch_artifact_opens_as_the_same_bundle(
     torch_artifact: Path, merged: tokopt.Bundle, tmp_path: Path
 ) -> None:
     opened = tokopt.open_bundle(torch_artifact)
-    program, want = opened.forward, merged.forward
+    program, want = opened.main, merged.main
     assert opened == replace(merged, tokenizer=TEXT, programs=opened.programs)
     assert (program.inputs, program.outputs, program.ranges) == (want.inputs, want.outputs, want.ranges)
     for a, b in zip(program.example, want.example, strict=True):
@@ -104,8 +104,8 @@ def test_torch_artifact_opens_as_the_same_bundle(
 
 
 def test_pt2_file_opens_as_a_bundle(tmp_path: Path) -> None:
-    torch.export.save(vision().forward.exported, tmp_path / "vit.pt2")
-    example = vision().forward.example
+    torch.export.save(vision().main.exported, tmp_path / "vit.pt2")
+    example = vision().main.example
     for a, b in zip(tokopt.open_bundle(tmp_path / "vit.pt2")(*example), vision()(*example), strict=True):
         torch.testing.assert_close(a, b)
 

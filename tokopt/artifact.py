@@ -18,11 +18,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tokopt.errors import ArtifactError, InputError, TokoptError
-from tokopt.ir.bundle import AppliedPass, Bundle, Generation, State
-from tokopt.ir.program import AxisRange, Program, TensorSpec
+from tokopt.ir.bundle import AppliedPass, Bundle
+from tokopt.ir.program import Program
 from tokopt.runtime.engines.onnxruntime import Sessions
-from tokopt.runtime.format.generation import Generation as RuntimeGeneration
-from tokopt.runtime.format.legacy import LegacyModel, LegacyState, convert
 from tokopt.runtime.format.manifest import (
     ENGINE,
     MANIFEST,
@@ -34,8 +32,6 @@ from tokopt.runtime.format.manifest import (
     Manifest,
     PassEntry,
     ProgramEntry,
-    Range,
-    Tensor,
     describe_file,
     file_fault,
     file_path,
@@ -127,9 +123,12 @@ def open_bundle(path: str | Path) -> Bundle:
     tokenizer = manifest.tokenizer and file_path(path, manifest.tokenizer).read_text(encoding="utf-8")
     bundle = Bundle(
         programs,
+        manifest.schedule,
+        manifest.states,
+        manifest.links,
         history=tuple(AppliedPass(**vars(step)) for step in manifest.passes),
         tokenizer=tokenizer,
-        **_driven_by_names(manifest),
+        generation=manifest.generation,
     )
     from tokopt.ir.verifier import verify_bundle
 
@@ -348,17 +347,12 @@ def _load_program(path: Path, manifest: Manifest, name: str) -> Program:
         ) from error
     return Program.of(
         exported,
-        tuple(_spec(tensor) for tensor in entry.inputs),
-        tuple(_spec(tensor) for tensor in entry.outputs),
-        {axis: AxisRange(**vars(bounds)) for axis, bounds in entry.ranges.items()},
+        entry.inputs,
+        entry.outputs,
+        entry.ranges,
         _read_tensors(path, manifest, name, "inputs"),
+        entry.aliases,
     )
-
-
-def _spec(tensor: Tensor) -> TensorSpec:
-    """An input or output as a bundle describes it."""
-    role: Any = "input" if tensor.role == "rows" else tensor.role
-    return TensorSpec(tensor.name, tensor.dtype, tensor.axes, role)
 
 
 def _manifest(
@@ -369,17 +363,22 @@ def _manifest(
 ) -> Manifest:
     programs = {
         name: ProgramEntry(
-            tuple(Tensor(**vars(spec)) for spec in program.inputs),
-            tuple(Tensor(**vars(spec)) for spec in program.outputs),
-            {axis: Range(**vars(bounds)) for axis, bounds in program.ranges.items()},
+            program.inputs,
+            program.outputs,
+            program.ranges,
             files[name],
-            engines.get(name),
+            engine=engines.get(name),
+            aliases=program.aliases,
         )
         for name, program in bundle.programs.items()
     }
     return Manifest(
-        **_driven_by_schedule(bundle, programs),
+        programs=programs,
         files=entries,
+        states=bundle.states,
+        links=bundle.links,
+        schedule=bundle.schedule,
+        generation=bundle.generation,
         semantics=bundle.semantics,
         pipeline=bundle.pipeline,
         passes=tuple(PassEntry(**vars(step)) for step in bundle.history),
@@ -387,41 +386,6 @@ def _manifest(
         selftest=SELFTEST,
         versions=_versions(),
     )
-
-
-def _driven_by_schedule(bundle: Bundle, programs: Mapping[str, ProgramEntry]) -> dict[str, Any]:
-    """Programs, states, schedule and generation of a manifest, of which the bundle's names and flags tell."""
-    facts, settings = bundle.generation, None
-    if facts is not None:
-        settings = RuntimeGeneration(
-            facts.context, facts.vocabulary, facts.eos, facts.bos, facts.chat_template
-        )
-    old = LegacyModel(
-        bundle.task,
-        programs,
-        tuple(LegacyState(**vars(state)) for state in bundle.states),
-        settings,
-        facts.compact_every if facts else 0,
-        facts.endless if facts else False,
-    )
-    return dict(vars(convert(old)))
-
-
-def _driven_by_names(manifest: Manifest) -> dict[str, Any]:
-    """Task, states and generation of a bundle: what :func:`_driven_by_schedule` was given."""
-    schedule = manifest.schedule
-    made = {t.state: t.name for program in manifest.programs.values() for t in program.outputs if t.state}
-    shared = {given for program in manifest.programs.values() for given in program.aliases.values()}
-    states = (
-        State(s.name, s.dtype, s.axes, made[s.name], s.initial, s.name in shared) for s in manifest.states
-    )
-    every = max((trigger.every for trigger in schedule.triggers), default=0)
-    facts = manifest.generation
-    return {
-        "task": "causal-lm" if schedule.generates else "encoder",
-        "states": tuple(states),
-        "generation": facts and Generation(**vars(facts), compact_every=every, endless=schedule.endless),
-    }
 
 
 def _versions() -> dict[str, str]:

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -22,7 +22,7 @@ from torch import Tensor
 from tokopt.analysis.cache import CachedAttention, cached_attentions
 from tokopt.analysis.rotary import rotaries
 from tokopt.errors import PassError, PassRefused
-from tokopt.ir.bundle import Bundle, State
+from tokopt.ir.bundle import Bundle, fresh
 from tokopt.ir.program import Program
 from tokopt.kernels import ops
 from tokopt.pipeline.base import Context, Pass, PassResult, Refusal
@@ -30,14 +30,15 @@ from tokopt.rewrite.cache import (
     Attention,
     Memory,
     StepEdit,
+    compactor,
     in_float32,
-    require_language_model,
+    language_program,
     state_program,
 )
 from tokopt.rewrite.edit import open_graph
-
-if TYPE_CHECKING:
-    from tokopt.ir.bundle import Generation
+from tokopt.runtime.format.schedule import Schedule, Trigger
+from tokopt.runtime.format.signature import BATCH
+from tokopt.runtime.format.state import State
 
 FAR = 1e30
 """Taken from the score of a token that its layer's sliding window no longer reaches, added to that of a recent one."""
@@ -119,46 +120,51 @@ class KVEviction(Pass):
 
     def requires(self, bundle: Bundle) -> None:
         """Language models with a full cache."""
-        require_language_model(self.name, bundle)
-        if "compact" in bundle.programs:
+        language_program(self.name, bundle)
+        if compactor(bundle) is not None:
             raise PassError(f"{self.name}: keys and values are evicted already; use one eviction pass")
 
     def run(self, bundle: Bundle, context: Context) -> PassResult:
-        """Tap the attentions of ``step`` and add ``compact``."""
-        assert bundle.generation is not None
+        """Tap the attentions of the program that decodes, and add the one that compacts its cache."""
         if self.budget == 1.0 and isinstance(self.budget, float):
             return PassResult(bundle, 0, ("a budget of 1.0 evicts nothing",))
-        step = bundle.programs["step"]
+        name = language_program(self.name, bundle)
+        step = bundle.programs[name]
         module = open_graph(step)
         try:
-            layers = cached_attentions(step, module.graph)
+            layers = cached_attentions(step, module, bundle.states)
             if self.needs_rotary or self.renumbers:
                 found = rotaries(step, module, layers)
                 layers = [replace(layer, rotary=rotary) for layer, rotary in zip(layers, found, strict=True)]
         except PassRefused as reason:
-            return PassResult(bundle, 0, (), (Refusal("step", str(reason)),))
+            return PassResult(bundle, 0, (), (Refusal(name, str(reason)),))
         shares = self._shares(len(layers))
         layered = len(set(shares)) > 1
         if layered and self.renumbers:
             raise PassError(f"{self.name}: positions are renumbered alike in all layers; give all one budget")
         edit = StepEdit(
-            bundle, module, self, layers, layered=layered, per_head=self.heads, shifted=self.renumbers
+            bundle, name, module, self, layers, layered=layered, per_head=self.heads, shifted=self.renumbers
         )
         edited, states = edit.run()
-        compact, states = _export_compact(_Compact(self, edit, shares), edited, states)
+        compact, states = _make_compact(_Compact(self, edit, shares), edited, states)
+        added = fresh("compact", bundle.programs)
         made = replace(
             bundle,
-            programs={"step": edited, "compact": compact},
+            programs={**bundle.programs, name: edited, added: compact},
             states=states,
-            generation=self._generation(bundle.generation),
+            schedule=self._schedule(bundle, added),
         )
         return PassResult(made, len(layers))
 
-    def _generation(self, settings: Generation) -> Generation:
-        """How the runtime drives the model now."""
-        bounded = isinstance(self.budget, int) and self.budget + self.every <= settings.context
+    def _schedule(self, bundle: Bundle, program: str) -> Schedule:
+        """What drives the model now: ``program`` runs after the prompt, and then after every so many tokens."""
+        assert bundle.generation is not None
+        bounded = isinstance(self.budget, int) and self.budget + self.every <= bundle.generation.context
         endless = self.renumbers and bounded and self.every > 0
-        return replace(settings, compact_every=self.every, endless=endless)
+        triggers = [*bundle.schedule.triggers, Trigger(program, "prefill")]
+        if self.every:
+            triggers.append(Trigger(program, "tokens", self.every, prompt=endless))
+        return replace(bundle.schedule, triggers=tuple(triggers), endless=endless)
 
     def _shares(self, layers: int) -> list[float]:
         """What each layer has of the budget; of a list, its largest is 1."""
@@ -195,88 +201,101 @@ def _check_options(options: KVEviction) -> None:
 # --- compact ----------------------------------------------------------------------------------------------
 
 
-class _Compact(torch.nn.Module):
-    """All states in, all states out: what is kept is in front, in its old order."""
+class _Compact:
+    """All states in, all states out: what is kept is in front, in its old order; rows that are not due stay."""
 
     def __init__(self, method: KVEviction, edit: StepEdit, shares: Sequence[float]) -> None:
-        super().__init__()
         self.method, self.edit, self.shares = method, edit, shares
+        self.budget = edit.free("budget")
+        self.names = [*edit.states, self.budget]
 
-    def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
-        names = [*self.edit.states, "budget"]
-        old = dict(zip(names, tensors, strict=True))
+    def __call__(self, due: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
+        old = dict(zip(self.names, tensors, strict=True))
         new = dict(old)
-        new["budget"] = budget = self._budget(old)
+        budget = self._budget(old)
+        new[self.budget] = torch.where(due, budget, old[self.budget])
         lengths = []
-        for layer, share in zip(self.edit.layers, self.shares, strict=True):
-            own = (
-                budget if share == 1 else (budget * share).round().long().clamp(min=self.method.protected + 1)
-            )
-            lengths.append(self._layer(layer, own, old, new))
-        new["length"] = torch.stack(lengths, dim=1) if self.edit.layered else lengths[0]
-        return tuple(new[name].clone() for name in names)
+        for place, share in enumerate(self.shares):
+            smallest = self.method.protected + 1
+            own = budget if share == 1 else (budget * share).round().long().clamp(min=smallest)
+            lengths.append(self._layer(place, own, due, old, new))
+        new[self.edit.length] = torch.stack(lengths, dim=1) if self.edit.layered else lengths[0]
+        return tuple(new[name].clone() for name in self.names)
 
     def _budget(self, old: dict[str, Tensor]) -> Tensor:
         """Slots to keep [batch]; a fraction of the prompt becomes a number when the prompt is known."""
+        budget = old[self.budget]
         if not isinstance(self.method.budget, float):
-            return old["budget"]
-        used = self._used(self.edit.layers[0], old).sum(-1)
+            return budget
+        used = self._used(0, old).sum(-1)
         fraction = (used * self.method.budget).ceil().long().clamp(min=self.method.protected + 1)
-        return torch.where(old["budget"] > 0, old["budget"], fraction)
+        return torch.where(budget > 0, budget, fraction)
 
-    def _used(self, layer: CachedAttention, old: dict[str, Tensor]) -> Tensor:
+    def _inside(self, place: int, old: dict[str, Tensor]) -> Tensor:
+        """Slots before the layer's length [batch, slots]."""
+        length = old[self.edit.length]
+        length = length[:, place] if self.edit.layered else length
+        slots = old[self.edit.held[place].position].shape[2]
+        return torch.arange(slots, device=length.device) < length[:, None]
+
+    def _used(self, place: int, old: dict[str, Tensor]) -> Tensor:
         """Slots that hold a token [batch, slots]."""
-        slots = self._slots(layer, old)
-        length = old["length"][:, layer.index] if self.edit.layered else old["length"]
-        inside = torch.arange(slots.shape[2], device=slots.device) < length[:, None]
-        return inside & (slots[:, 0, :, 0] >= 0)
-
-    def _slots(self, layer: CachedAttention, old: dict[str, Tensor]) -> Tensor:
-        """Position of the token in each slot [batch, 1 or heads, slots, 1]."""
-        return old[f"slots_{layer.index}" if self.edit.own_slots(layer) else "slots"]
+        return self._inside(place, old) & (old[self.edit.held[place].position][:, 0, :, 0] >= 0)
 
     def _layer(
-        self, layer: CachedAttention, budget: Tensor, old: dict[str, Tensor], new: dict[str, Tensor]
+        self, place: int, budget: Tensor, due: Tensor, old: dict[str, Tensor], new: dict[str, Tensor]
     ) -> Tensor:
         """Choose and move the slots of one layer; its new length [batch]."""
-        index, used = layer.index, self._used(layer, old)
-        names = [memory.name for memory in self.edit.memory(layer)]
-        memory = [old[name] for name in names]
-        keys, values = old[f"keys_{index}"], old[f"values_{index}"]
+        layer, held, method = self.edit.layers[place], self.edit.held[place], self.method
+        used, slots = self._used(place, old), old[held.position]
         newer = used.sum(-1, keepdim=True) - used.long().cumsum(-1)
-        newest = self._slots(layer, old)[:, 0, :, 0].amax(-1)
-        cached = Cached(keys, values, used, newer, newest, layer)
-        score = self.method.score(cached, *memory).float()
-        if not self.method.heads:
-            score = score.mean(dim=1, keepdim=True)
-        if layer.window:
-            positions = old[f"slots_{index}"][..., 0]
-            gone = positions.amax(-1, keepdim=True) - positions >= layer.window
-            score = score - FAR * gone
-        recent = self.method.recent
+        newest = slots[:, 0, :, 0].amax(-1)
+        memory = [old[name] for name in held.memory]
+        score = self._score(Cached(old[held.key], old[held.value], used, newer, newest, layer), slots, memory)
+        recent = method.recent
         if isinstance(recent, float):
             score = score + FAR * (newer < (budget * recent).long()[:, None])[:, None]
             recent = 0
         score = score.expand(-1, self.edit.heads(layer), -1).contiguous()
-        kept = ops.keep_slots(score, used, budget, self.method.sinks, recent)
+        kept = ops.keep_slots(score, used, budget, method.sinks, recent)
+        kept = torch.where(due[:, None, None], kept, self._inside(place, old)[:, None])
         order, count = _kept_first(kept), kept[:, 0].sum(-1)
-        slots = self._slots(layer, old)
-        held = _take_slots(slots, order[:, : slots.shape[1]])
+        positions = _take_slots(slots, order[:, : slots.shape[1]])
         free = torch.arange(used.shape[1], device=used.device)[:, None] >= count[:, None, None, None]
-        for name in (f"keys_{index}", f"values_{index}"):
+        for name in (held.key, held.value):
             new[name] = _take_slots(old[name], order)
-        for spec, value in zip(self.edit.memory(layer), self.method.carry(*memory), strict=True):
-            moves = self.edit.axis(layer) in spec.axes
-            new[spec.name] = _take_slots(value, order).masked_fill(free, 0) if moves else value
-        if self.method.renumbers:
-            numbers = torch.arange(used.shape[1], device=used.device)[None, None, :, None].expand_as(held)
-            new[f"keys_{index}"] = _rotated(
-                layer, new[f"keys_{index}"], (numbers - held).masked_fill(free, 0)
+        carried = zip(held.memory, method.memory(layer), method.carry(*memory), strict=True)
+        for name, memory_spec, value in carried:
+            value = torch.where(_by_row(due, value), value, old[name])
+            new[name] = _take_slots(value, order).masked_fill(free, 0) if memory_spec.moves else value
+        if method.renumbers:
+            assert self.edit.shift is not None
+            numbers = torch.arange(used.shape[1], device=used.device)[None, None, :, None].expand_as(
+                positions
             )
-            new["shift"] = old["shift"] + newest + 1 - count
-            held = numbers
-        new[f"slots_{index}" if self.edit.own_slots(layer) else "slots"] = held.masked_fill(free, -1)
+            numbers = torch.where(_by_row(due, positions), numbers, positions)
+            new[held.key] = _rotated(layer, new[held.key], (numbers - positions).masked_fill(free, 0))
+            shift = old[self.edit.shift]
+            new[self.edit.shift] = torch.where(due, shift + newest + 1 - count, shift)
+            positions = numbers
+        new[held.position] = positions.masked_fill(free, -1)
         return count
+
+    def _score(self, cached: Cached, slots: Tensor, memory: Sequence[Tensor]) -> Tensor:
+        """How much each slot matters [batch, key heads or 1, slots]; what a sliding window left behind, least."""
+        score = self.method.score(cached, *memory).float()
+        if not self.method.heads:
+            score = score.mean(dim=1, keepdim=True)
+        if cached.layer.window:
+            positions = slots[..., 0]
+            gone = positions.amax(-1, keepdim=True) - positions >= cached.layer.window
+            score = score - FAR * gone
+        return score
+
+
+def _by_row(due: Tensor, x: Tensor) -> Tensor:
+    """``due`` [batch] with as many axes as ``x``."""
+    return due.reshape(-1, *[1] * (x.dim() - 1))
 
 
 def _rotated(layer: CachedAttention, keys: Tensor, by: Tensor) -> Tensor:
@@ -301,16 +320,15 @@ def _take_slots(x: Tensor, order: Tensor) -> Tensor:
     return moved.unflatten(0, (batch, heads))
 
 
-def _export_compact(
-    module: _Compact, step: Program, states: tuple[State, ...]
+def _make_compact(
+    compact: _Compact, step: Program, states: tuple[State, ...]
 ) -> tuple[Program, tuple[State, ...]]:
-    """The program ``compact`` and the states, with the budget among them."""
-    method = module.method
+    """The program that compacts, and the states with the budget among them."""
+    method = compact.method
     amount = max(method.budget) if isinstance(method.budget, tuple) else method.budget
     amount = 0 if isinstance(amount, float) else amount  # known when the prompt is
-    states = (*states, State("budget", "int64", ("batch",), "next_budget", initial=amount))
-    example = _compact_example(method, states)
-    return state_program(module, states, example, step.ranges), states
+    states = (*states, State(compact.budget, "budget", "int64", (BATCH,), initial=amount))
+    return state_program(compact, states, _compact_example(method, states), step.ranges), states
 
 
 def _compact_example(method: KVEviction, states: Sequence[State]) -> tuple[Tensor, ...]:
@@ -322,16 +340,16 @@ def _compact_example(method: KVEviction, states: Sequence[State]) -> tuple[Tenso
     positions.clamp_(min=-1)
 
     def make(state: State) -> Tensor:
-        shape = [size if isinstance(size, int) else 2 if size == "batch" else slots for size in state.axes]
-        if state.name == "budget":
+        shape = [size if isinstance(size, int) else 2 if size == BATCH else slots for size in state.axes]
+        if state.kind == "budget":
             return torch.full(shape, method.protected + 3)
-        if state.name == "length":
+        if state.kind == "length":
             return torch.full(shape, held)
-        if state.name.startswith("slots"):
+        if state.kind == "position":
             return positions.expand(shape).clone()
         dtype: Any = getattr(torch, state.dtype)
         if not dtype.is_floating_point:
             return torch.ones(shape, dtype=dtype)
         return torch.randn(shape, generator=generator, dtype=dtype)
 
-    return tuple(make(state) for state in states)
+    return torch.ones(2, dtype=torch.bool), *(make(state) for state in states)

@@ -11,17 +11,19 @@ from torch.fx import Node
 
 from tokopt.analysis.cache import CachedAttention, cached_attentions
 from tokopt.analysis.calibration import observe
-from tokopt.analysis.graph import sizes
-from tokopt.analysis.rotary import Rotary, find_rotaries
+from tokopt.analysis.rotary import find_rotaries
+from tokopt.analysis.rotation import Rotary
 from tokopt.errors import PassRefused
-from tokopt.ir.bundle import Bundle, State
+from tokopt.ir.bundle import Bundle
+from tokopt.ir.graph import sizes
 from tokopt.ir.program import Program
 from tokopt.ir.shapes import Shapes
 from tokopt.kernels import ops
 from tokopt.kernels.quantize_int8.reference import HIGH
 from tokopt.pipeline.base import Context, Pass, PassResult, Refusal
-from tokopt.rewrite.cache import ProgramEdit, require_language_model, state_program
+from tokopt.rewrite.cache import ProgramEdit, compactor, language_program, state_program
 from tokopt.rewrite.edit import after, call, open_graph, put_parameter, redirect
+from tokopt.runtime.format.state import State
 
 TINY = 1e-8
 """The smallest scale: a channel of zeros stays one."""
@@ -45,40 +47,41 @@ class Int8KV(Pass):
 
     def requires(self, bundle: Bundle) -> None:
         """Language models."""
-        require_language_model(self.name, bundle)
+        language_program(self.name, bundle)
 
     def run(self, bundle: Bundle, context: Context) -> PassResult:
         """Turn every layer's cache into codes, in ``step`` and in ``compact``."""
         samples = context.samples(self.name)
-        step = bundle.programs["step"]
+        program = language_program(self.name, bundle)
+        step = bundle.programs[program]
         module = open_graph(step)
         try:
-            layers = cached_attentions(step, module.graph)
+            layers = cached_attentions(step, module, bundle.states)
             self._check(bundle, layers)
         except PassRefused as reason:
-            return PassResult(bundle, 0, (), (Refusal("step", str(reason)),))
+            return PassResult(bundle, 0, (), (Refusal(program, str(reason)),))
         peaks: dict[str, _Peak] = {}
         for layer, rotary in zip(layers, find_rotaries(step, module, layers), strict=True):
-            peaks[f"keys_{layer.index}"] = _Peak.of(layer.keys, rotary)
-            peaks[f"values_{layer.index}"] = _Peak.of(layer.values, None)
+            peaks[layer.key_state] = _Peak.of(layer.keys, rotary)
+            peaks[layer.value_state] = _Peak.of(layer.values, None)
         observe(bundle, module, {peak.node: peak.add for peak in peaks.values()}, samples)
         scales = {name: peak.scale for name, peak in peaks.items()}
-        edit = _IntegerCache(bundle, module, layers, scales)
-        programs = {**bundle.programs, "step": edit.run()}
-        if "compact" in programs:
-            programs["compact"] = _export_compact(programs["compact"], scales, edit.states)
+        edit = _IntegerCache(bundle, program, module, layers, scales)
+        programs = {**bundle.programs, program: edit.run()}
+        if (compact := compactor(bundle)) is not None:
+            programs[compact] = _integer_compact(programs[compact], scales, edit.states)
         after = replace(bundle, programs=programs, states=tuple(edit.states.values()))
         return PassResult(after, len(layers), (_note(scales),))
 
     def _check(self, bundle: Bundle, layers: list[CachedAttention]) -> None:
-        if any(state.name == "shift" for state in bundle.states):
+        if any(state.kind == "shift" for state in bundle.states):
             raise PassRefused(
                 "the eviction before it re-rotates keys, which would be rounded anew every time; leave out rerotate"
             )
         for layer in layers:
             for write in (layer.keys, layer.values):
                 if (dtype := write.meta["val"].dtype) != torch.float32:
-                    raise PassRefused(f"layer {layer.index} keeps {dtype}; {self.name} takes float32")
+                    raise PassRefused(f"layer {layer.layer} keeps {dtype}; {self.name} takes float32")
 
 
 def _note(scales: dict[str, Tensor]) -> str:
@@ -126,14 +129,13 @@ class _IntegerCache(ProgramEdit):
 
     def run(self) -> Program:
         for layer in self.layers:
-            for kind, write in (("keys", layer.keys), ("values", layer.values)):
-                self._convert(f"{kind}_{layer.index}", layer, write)
+            for name, write in ((layer.key_state, layer.keys), (layer.value_state, layer.values)):
+                self._convert(name, layer, write)
         return self.finish()
 
     def _convert(self, name: str, layer: CachedAttention, write: Node) -> None:
         graph = self.module.graph
-        place = [spec.name for spec in self.inputs].index(name)
-        codes = ops.quantize_int8(self.example[place], self.scales[name])
+        codes = ops.quantize_int8(self.sample(name), self.scales[name])
         self.respell(name, codes, dtype="int8")
         scale = put_parameter(self.module, write, None, self.scales[name])
         with graph.inserting_before(write):
@@ -146,33 +148,24 @@ class _IntegerCache(ProgramEdit):
         redirect(readers, write, whole)
 
 
-class _IntegerCompact(torch.nn.Module):
-    """``compact`` on the expanded cache; what it only moves has the codes that it had."""
+def _integer_compact(compact: Program, scales: dict[str, Tensor], states: dict[str, State]) -> Program:
+    """The program that compacts, over codes; what it only moves has the codes that it had."""
 
-    def __init__(self, compact: Program, scales: dict[str, Tensor]) -> None:
-        super().__init__()
-        self.compact = compact
-        for name, scale in scales.items():
-            self.register_buffer(name, scale)
-
-    def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
-        scales = [self._buffers.get(spec.name) for spec in self.compact.inputs]
+    def run(*tensors: Tensor) -> tuple[Tensor, ...]:
+        of_inputs = [scales.get(spec.state or "") for spec in compact.inputs]
+        of_outputs = [scales.get(spec.state or "") for spec in compact.outputs]
         given = [
             tensor if scale is None else ops.dequantize_int8(tensor, scale)
-            for tensor, scale in zip(tensors, scales, strict=True)
+            for tensor, scale in zip(tensors, of_inputs, strict=True)
         ]
-        results = self.compact.module(*given)
         return tuple(
             result if scale is None else ops.quantize_int8(result, scale)
-            for result, scale in zip(results, scales, strict=True)
+            for result, scale in zip(compact.module(*given), of_outputs, strict=True)
         )
 
-
-def _export_compact(compact: Program, scales: dict[str, Tensor], states: dict[str, State]) -> Program:
-    """The program ``compact`` over codes."""
     example = tuple(
-        ops.quantize_int8(tensor, scales[spec.name]) if spec.name in scales else tensor
+        ops.quantize_int8(tensor, scales[spec.state]) if spec.state in scales else tensor
         for spec, tensor in zip(compact.inputs, compact.example, strict=True)
     )
-    held = tuple(states[spec.name] for spec in compact.inputs)
-    return state_program(_IntegerCompact(compact, scales), held, example, compact.ranges)
+    held = tuple(states[spec.state] for spec in compact.inputs if spec.state is not None)
+    return state_program(run, held, example, compact.ranges)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 import torch
@@ -12,21 +12,23 @@ from torch.fx import Node
 
 from tokopt.analysis.cache import CachedAttention, cached_attentions
 from tokopt.errors import PassError, PassRefused
-from tokopt.ir.bundle import Bundle, State
+from tokopt.ir.bundle import Bundle, fresh
 from tokopt.ir.program import AxisRange, Program, TensorSpec
 from tokopt.kernels import ops
 from tokopt.kernels.quantize_keys.reference import LEVELS
 from tokopt.passes.kv.streaming import Streaming
 from tokopt.pipeline.base import Context, Pass, PassResult, Refusal
-from tokopt.rewrite.cache import ProgramEdit, require_language_model, state_program
+from tokopt.rewrite.cache import ProgramEdit, compactor, language_program, state_program
 from tokopt.rewrite.edit import call, open_graph
+from tokopt.runtime.format.signature import BATCH
+from tokopt.runtime.format.state import Occupancy, State, slot_axis
 
 ALL = 2**40
 """A budget that holds everything: what is left of an eviction is that padding is dropped."""
 
-KINDS = ("keys", "values")
-PARTS = ("codes", "scale", "zero", "recent")
-"""What a state of the cache is split into."""
+KINDS = ("key", "value")
+
+RECENT = "recent"
 
 
 @dataclass(frozen=True)
@@ -60,35 +62,39 @@ class KIVI(Pass):
 
     def requires(self, bundle: Bundle) -> None:
         """Language models whose layers hold the same number of slots, and an eviction that comes again."""
-        require_language_model(self.name, bundle)
-        assert bundle.generation is not None
-        if "compact" in bundle.programs and bundle.generation.compact_every < self.group:
+        language_program(self.name, bundle)
+        if (program := compactor(bundle)) is None:
+            return
+        every = max(trigger.every for trigger in bundle.schedule.triggers if trigger.program == program)
+        if every < self.group:
             raise PassError(
-                f"{self.name}: the eviction before it comes every {bundle.generation.compact_every} tokens; give it "
-                f"every={self.group} or more"
+                f"{self.name}: the eviction before it comes every {every} tokens; give it every={self.group} or more"
             )
 
     def run(self, bundle: Bundle, context: Context) -> PassResult:
         """Split the cache of every layer into codes and a recent part."""
-        given, step = bundle, bundle.programs["step"]
-        if "compact" not in bundle.programs:
+        given = bundle
+        if compactor(bundle) is None:
             bundle = Streaming(budget=ALL, every=self.every).run(bundle, context).bundle
-            step = bundle.programs["step"]
-        step = replace(step, example=_longer(step, self.group))
-        module = open_graph(step)
+        name, compact = language_program(self.name, bundle), compactor(bundle)
         try:
-            if len(next(spec for spec in step.inputs if spec.name == "length").axes) > 1:
+            if compact is None:  # the eviction was refused for a reason that is found again here
+                cached_attentions(bundle.main, open_graph(bundle.main), bundle.states)
+            assert compact is not None
+            step = _longer_program(bundle, name, self.group)
+            bundle = bundle.with_program(name, step)
+            module = open_graph(step)
+            layers = cached_attentions(step, module, bundle.states)
+            if len({bundle.state(layer.key_state).occupancy for layer in layers}) > 1:
                 raise PassRefused("layers have budgets of their own; give all one budget")
-            layers = cached_attentions(step, module.graph)
             self._check(layers)
         except PassRefused as reason:
-            return PassResult(given, 0, (), (Refusal("step", str(reason)),))
-        bundle = replace(bundle, programs={**bundle.programs, "step": step})
-        edit = _SplitCache(bundle, module, layers, self.group)
+            return PassResult(given, 0, (), (Refusal(name, str(reason)),))
+        edit = _SplitCache(bundle, name, module, layers, self.group)
         edited = edit.run()
         states = tuple(edit.states.values())
-        compact = _export_compact(self, bundle.programs["compact"], states, edited.ranges)
-        programs = {"step": edited, "compact": compact}
+        packed = _Packed(self, edit, bundle.programs[compact], states).program(bundle, edited.ranges)
+        programs = {**bundle.programs, name: edited, compact: packed}
         return PassResult(replace(bundle, programs=programs, states=states), len(layers))
 
     def _check(self, layers: list[CachedAttention]) -> None:
@@ -97,7 +103,7 @@ class KIVI(Pass):
                 value = node.meta["val"]
                 if value.dtype != torch.float32 or value.shape[-1] % self.group:
                     raise PassRefused(
-                        f"the {kind} of layer {layer.index} have {value.shape[-1]} channels of {value.dtype}; KIVI "
+                        f"the {kind} of layer {layer.layer} have {value.shape[-1]} channels of {value.dtype}; KIVI "
                         f"needs float32 and a multiple of group={self.group}"
                     )
 
@@ -121,19 +127,15 @@ def dequantize_values(codes: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
 
 
 def _split(kind: str, cache: Tensor, group: int, recent: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The :data:`PARTS` of a cache."""
-    return *(ops.quantize_keys if kind == "keys" else quantize_values)(cache, group), recent
-
-
-def _names(name: str) -> list[str]:
-    return [f"{name}_{part}" for part in PARTS]
+    """Codes, scale, zero and the recent part of a cache."""
+    return *(ops.quantize_keys if kind == "key" else quantize_values)(cache, group), recent
 
 
 def expanded(
     kind: str, codes: Tensor, scale: Tensor, zero: Tensor, recent: Tensor, length: Tensor, fresh: Tensor
 ) -> Tensor:
     """The whole cache [batch, heads, slots, channels]: codes first, then the ``fresh`` [batch] newest as they are."""
-    old = (ops.dequantize_keys if kind == "keys" else dequantize_values)(codes, scale, zero)
+    old = (ops.dequantize_keys if kind == "key" else dequantize_values)(codes, scale, zero)
     slots = torch.arange(codes.shape[2], device=codes.device)
     place = slots - (length - fresh)[:, None]
     newest = ops.gather_tokens(recent, place.clamp(min=0).clamp(max=recent.shape[2] - 1), 2)
@@ -145,70 +147,78 @@ def expanded(
 
 @dataclass
 class _SplitCache(ProgramEdit):
-    """``step`` reads codes and the recent part, and writes new tokens to the recent part."""
+    """The program reads codes and the recent part, and writes new tokens to the recent part.
+
+    ``parts`` are the states that each state of the cache was split into, and ``fresh`` counts the recent tokens, once
+    the edit has run.
+    """
 
     layers: list[CachedAttention]
     group: int
+    parts: dict[str, tuple[State, ...]] = field(init=False, default_factory=dict)
 
     def run(self) -> Program:
-        length, tokens = self._example("length"), self._example("tokens")
-        held = length - self.group
-        room = int(held.max()) + tokens.shape[1] + 3
-        fresh = State("recent_length", "int64", ("batch",), "next_recent_length")
-        self.take(fresh, held)
+        occupancy = self.states[self.layers[0].key_state].occupancy
+        assert occupancy is not None
+        self.length, self.tokens = occupancy.state, self.of_role("tokens")
+        held = self.sample(self.length) - self.group
+        room = int(held.max()) + self.program.example[_role_place(self.program, "tokens")].shape[1] + 3
+        self.recent = State(self.free("recent_length"), "length", "int64", (BATCH,))
+        self.axis = fresh(RECENT, self.ranges)
+        self.take(self.recent, held)
         for layer in self.layers:
-            for kind, write in zip(KINDS, (layer.keys, layer.values), strict=True):
-                self._split(kind, layer, write, room)
-        self._count(fresh)
-        self.ranges["recent"] = AxisRange()
+            for kind, name, write in (
+                ("key", layer.key_state, layer.keys),
+                ("value", layer.value_state, layer.values),
+            ):
+                self._split(kind, name, layer, write, room)
+        self._count()
         return self.finish()
 
-    def _example(self, name: str) -> Tensor:
-        return self.example[[spec.name for spec in self.inputs].index(name)]
-
-    def _split(self, kind: str, layer: CachedAttention, write: Node, room: int) -> None:
+    def _split(self, kind: str, name: str, layer: CachedAttention, write: Node, room: int) -> None:
         """Replace one state by codes, scale, zero and the recent part."""
-        name = f"{kind}_{layer.index}"
-        cache = self._example(name)
-        states = split_states(self.states[name], self.group)
+        cache = self.sample(name)
+        states = self.parts[name] = self._parts(kind, self.states[name])
         values = _split(kind, cache, self.group, cache[:, :, :1].repeat(1, 1, room, 1))
         taken = [self.take(state, value) for state, value in zip(states, values, strict=True)]
-        graph, lengths = self.module.graph, (self.nodes["length"], self.nodes["recent_length"])
+        graph, lengths = self.module.graph, (self.nodes[self.length], self.nodes[self.recent.name])
         with graph.inserting_before(write):
             # The expansion reads what was written, so that the recent part may be written in place.
             written = call(graph, ops.cache_write, taken[-1], write.args[1], lengths[1], like=layer.node)
-            operands = (*taken[:-1], written, *lengths, self.nodes["tokens"])
+            operands = (*taken[:-1], written, *lengths, self.tokens)
             whole = call(graph, _expansion(kind), *operands, like=layer.node)
         write.replace_all_uses_with(whole)
         # What else reads the cache reads its sizes, and codes have the same.
         self.nodes[name].replace_all_uses_with(taken[0], delete_user_cb=lambda user: user is not write)
         self.remove(name)
-        self.give(states[-1], written)
+        self.give(states[-1], written, written=True)
 
-    def _count(self, fresh: State) -> None:
+    def _parts(self, kind: str, state: State) -> tuple[State, ...]:
+        """Codes, scale, zero and the recent part of a cache state."""
+        batch, heads, slots, channels = state.axes
+        assert isinstance(channels, int)
+        few = (batch, heads, slots, channels // self.group)
+        return (
+            replace(state, name=self.free(f"{state.name}_codes"), dtype="uint8"),
+            replace(state, name=self.free(f"{state.name}_scale"), kind="scale", axes=few),
+            replace(state, name=self.free(f"{state.name}_zero"), kind="zero", axes=few),
+            replace(
+                state,
+                name=self.free(f"{state.name}_{RECENT}"),
+                axes=(batch, heads, self.axis, channels),
+                occupancy=Occupancy(self.recent.name),
+            ),
+        )
+
+    def _count(self) -> None:
         graph = self.module.graph
         with graph.inserting_before(graph.output_node()):
-            count = call(
-                graph, _more, self.nodes["recent_length"], self.nodes["tokens"], like=self.layers[0].node
-            )
-        self.give(fresh, count)
+            count = call(graph, _more, self.nodes[self.recent.name], self.tokens, like=self.layers[0].node)
+        self.give(self.recent, count)
 
 
-def split_states(state: State, group: int) -> tuple[State, ...]:
-    """Codes, scale, zero and the recent part of a cache state."""
-    batch, heads, slots, channels = state.axes
-    assert isinstance(channels, int)
-
-    def part(name: str, dtype: str, *axes: str | int, in_place: bool = False) -> State:
-        full = f"{state.name}_{name}"
-        return State(full, dtype, (batch, heads, *axes), f"next_{full}", in_place=in_place)
-
-    return (
-        part("codes", "uint8", slots, channels),
-        part("scale", "float32", slots, channels // group),
-        part("zero", "float32", slots, channels // group),
-        part("recent", "float32", "recent", channels, in_place=True),
-    )
+def _role_place(program: Program, role: str) -> int:
+    return [spec.role for spec in program.inputs].index(role)
 
 
 def _expansion(kind: str) -> Any:
@@ -223,18 +233,28 @@ def _more(length: Tensor, tokens: Tensor) -> Tensor:
     return length + tokens.shape[1]
 
 
-def _longer(program: Program, by: int) -> tuple[Tensor, ...]:
+def _longer_program(bundle: Bundle, name: str, by: int) -> Program:
+    """A program with an example whose cache holds ``by`` more tokens."""
+    program = bundle.programs[name]
+    return replace(program, example=_longer(program, bundle, by))
+
+
+def _longer(program: Program, bundle: Bundle, by: int) -> tuple[Tensor, ...]:
     """The program's example with ``by`` more tokens in front of those that its cache holds."""
 
     def longer(spec: TensorSpec, tensor: Tensor) -> Tensor:
-        if spec.name == "length":
-            return tensor + by
-        if spec.name == "positions":
+        if spec.role == "positions":
             return torch.where(tensor >= 0, tensor + by, tensor)
-        if "slots" not in spec.axes:
+        if spec.state is None:
             return tensor
-        place = spec.axes.index("slots")
-        if spec.name.startswith("slots"):
+        state = bundle.state(spec.state)
+        if state.kind == "length":
+            return tensor + by
+        axis = slot_axis(state.axes)
+        if axis is None:
+            return tensor
+        place = state.axes.index(axis)
+        if state.kind == "position":
             first = torch.arange(by)[:, None].expand(*tensor.shape[:2], by, 1)
             tensor = torch.where(tensor >= 0, tensor + by, tensor)
         else:
@@ -247,47 +267,54 @@ def _longer(program: Program, by: int) -> tuple[Tensor, ...]:
 # --- compact ----------------------------------------------------------------------------------------------
 
 
-class _Packed(torch.nn.Module):
-    """``compact`` on the expanded cache, whose old part is then quantized."""
+class _Packed:
+    """The program that compacts, on the expanded cache, whose old part is then quantized."""
 
-    def __init__(self, method: KIVI, compact: Program, states: Sequence[State]) -> None:
-        super().__init__()
-        self.method, self.compact, self.states = method, compact, states
+    def __init__(self, method: KIVI, edit: _SplitCache, compact: Program, states: Sequence[State]) -> None:
+        self.method, self.edit, self.compact, self.states = method, edit, compact, states
 
-    def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
+    def __call__(self, due: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
         old = dict(zip((state.name for state in self.states), tensors, strict=True))
-        lengths = old["length"], old["recent_length"]
-        given = [self._given(spec.name, old, lengths) for spec in self.compact.inputs]
+        recent = self.edit.recent.name
+        lengths = old[self.edit.length], old[recent]
+        given = [self._given(spec, due, old, lengths) for spec in self.compact.inputs]
         results = self.compact.module(*given)
-        new = dict(zip((spec.name for spec in self.compact.inputs), results, strict=True))
-        length = new["length"]
+        new = {spec.state: x for spec, x in zip(self.compact.outputs, results, strict=True) if spec.state}
+        length = new[self.edit.length]
         packed = (length - self.method.residual).clamp(min=0) // self.method.group * self.method.group
-        new["recent_length"] = length - packed
-        for name in [name for name in new if name.startswith(KINDS)]:
-            new |= self._pack(name, new[name], packed, old[f"{name}_recent"].shape[2])
+        # A row that is not due keeps what is packed of it, and what is not.
+        packed = torch.where(due, packed, length - old[recent])
+        new[recent] = length - packed
+        for name, parts in self.edit.parts.items():
+            new |= self._pack(parts, new[name], packed, old[parts[-1].name].shape[2])
         return tuple(new[state.name].clone() for state in self.states)
 
-    def _given(self, name: str, old: dict[str, Tensor], lengths: tuple[Tensor, Tensor]) -> Tensor:
-        if not name.startswith(KINDS):
-            return old[name]
-        return expanded(name.split("_")[0], *(old[part] for part in _names(name)), *lengths)
+    def program(self, bundle: Bundle, ranges: Mapping[str, AxisRange]) -> Program:
+        """The program that compacts the split cache."""
+        specs = [spec.state for spec in self.compact.inputs]
+        example = _longer(self.compact, bundle, self.method.group)
+        known = {name: x for name, x in zip(specs, example, strict=True) if name is not None}
+        held = known[self.edit.recent.name] = known[self.edit.length] - self.method.group
+        room = int(held.max()) + 4
+        for name, parts in self.edit.parts.items():
+            cache = known[name]
+            values = _split(parts[0].kind, cache, self.method.group, cache[:, :, :1].repeat(1, 1, room, 1))
+            known |= {part.name: value for part, value in zip(parts, values, strict=True)}
+        due = example[_role_place(self.compact, "due")]
+        return state_program(self, self.states, (due, *(known[s.name] for s in self.states)), ranges)
 
-    def _pack(self, name: str, cache: Tensor, packed: Tensor, room: int) -> dict[str, Tensor]:
+    def _given(
+        self, spec: TensorSpec, due: Tensor, old: dict[str, Tensor], lengths: tuple[Tensor, Tensor]
+    ) -> Tensor:
+        if spec.state is None:
+            return due
+        parts = self.edit.parts.get(spec.state)
+        if parts is None:
+            return old[spec.state]
+        return expanded(parts[0].kind, *(old[part.name] for part in parts), *lengths)
+
+    def _pack(self, parts: tuple[State, ...], cache: Tensor, packed: Tensor, room: int) -> dict[str, Tensor]:
         place = packed[:, None] + torch.arange(room, device=cache.device)
         recent = ops.gather_tokens(cache, place.clamp(max=cache.shape[2] - 1), 2)
-        return dict(
-            zip(_names(name), _split(name.split("_")[0], cache, self.method.group, recent), strict=True)
-        )
-
-
-def _export_compact(method: KIVI, compact: Program, states: tuple[State, ...], ranges: Any) -> Program:
-    """The program ``compact`` over the split cache."""
-    known = dict(zip((spec.name for spec in compact.inputs), _longer(compact, method.group), strict=True))
-    known["recent_length"] = known["length"] - method.group
-    room = int(known["recent_length"].max()) + 4
-    for name in [name for name in known if name.startswith(KINDS)]:
-        recent = known[name][:, :, :1].repeat(1, 1, room, 1)
-        parts = _split(name.split("_")[0], known[name], method.group, recent)
-        known |= dict(zip(_names(name), parts, strict=True))
-    example = tuple(known[state.name] for state in states)
-    return state_program(_Packed(method, compact, states), states, example, ranges)
+        values = _split(parts[0].kind, cache, self.method.group, recent)
+        return {part.name: value for part, value in zip(parts, values, strict=True)}

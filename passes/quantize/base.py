@@ -14,10 +14,10 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from tokopt.analysis.calibration import Moments, collect
-from tokopt.analysis.graph import aten
 from tokopt.analysis.linears import Linear, find_linears, matches
 from tokopt.errors import PassError
 from tokopt.ir.bundle import Bundle
+from tokopt.ir.graph import aten
 from tokopt.kernels import ops
 from tokopt.pipeline.base import Context, Pass, PassResult, Refusal
 from tokopt.rewrite.edit import call, close_graph, open_graph, put_parameter
@@ -131,6 +131,11 @@ class Quantization(Pass):
         """Whether calibration inputs are read where there are any."""
         return self.needs_moments()
 
+    @property
+    def data_free(self) -> bool:
+        """Without calibration inputs, weights alone decide."""
+        return not self.uses_moments()
+
     def fault(self, weight: Tensor) -> str | None:
         """Why a weight [out, in] cannot be quantized."""
         return None if weight.dtype == torch.float32 else f"its weight is {weight.dtype}, not float32"
@@ -149,13 +154,27 @@ class Quantization(Pass):
         raise NotImplementedError
 
     def run(self, bundle: Bundle, context: Context) -> PassResult:
-        """Quantize the main program's linears."""
-        module = open_graph(bundle.main)
+        """Quantize the linears of every program that an entry of the schedule runs."""
+        results = [PassResult(bundle, 0)]
+        for name in bundle.entries:
+            results.append(self._quantize(results[-1].bundle, name, context))
+        matches = sum(result.matches for result in results)
+        notes = tuple(note for result in results for note in result.notes)
+        refusals = tuple(refusal for result in results for refusal in result.refusals)
+        if not matches and not refusals:
+            refusals = (Refusal("model", "there is no linear to quantize"),)
+        return PassResult(results[-1].bundle, matches, notes, refusals)
+
+    def _quantize(self, bundle: Bundle, name: str, context: Context) -> PassResult:
+        """Quantize the linears of one program."""
+        program = bundle.programs[name]
+        module = open_graph(program)
         linears, refusals = self._sites(module)
         if not linears:
-            return PassResult(
-                bundle, 0, (), refusals or (Refusal("model", "there is no linear to quantize"),)
-            )
+            return PassResult(bundle, 0, (), refusals)
+        if self.uses_moments() and name != bundle.main_name:
+            reason = f"calibration inputs run the program {bundle.main_name!r} alone; use a method without"
+            return PassResult(bundle, 0, (), (*refusals, Refusal(name, reason)))
         known = self._moments(bundle, module, linears, context)
         self.prepare(module, linears, known)
         bits = self.bits_of(module, linears, known)
@@ -167,8 +186,7 @@ class Quantization(Pass):
             sizes[0] += 4 * weight.numel()
             sizes[1] += quantized.nbytes
             errors.append((output_error(weight, quantized.dequantized(), moments), linear.path))
-        name = "forward" if bundle.task == "encoder" else "step"
-        quantized_bundle = bundle.with_program(name, close_graph(bundle.main, module))
+        quantized_bundle = bundle.with_program(name, close_graph(program, module))
         return PassResult(quantized_bundle, len(linears), _notes(errors, *sizes), refusals)
 
     def _sites(self, module: GraphModule) -> tuple[list[Linear], tuple[Refusal, ...]]:

@@ -11,9 +11,10 @@ from torch.fx import Node
 
 from tokopt.analysis.blocks import find_sites
 from tokopt.analysis.constants import parameter
-from tokopt.analysis.graph import is_call
 from tokopt.analysis.linears import find_linears, matches
 from tokopt.ir.bundle import Bundle
+from tokopt.ir.graph import is_call
+from tokopt.ir.program import Program
 from tokopt.kernels import ops
 from tokopt.pipeline.base import Context, Pass, PassResult, Refusal
 from tokopt.rewrite.edit import after, call, close_graph, open_graph, put_parameter, redirect
@@ -36,9 +37,24 @@ class Cast(Pass):
 
     name: ClassVar[str] = "cast"
 
+    @property
+    def data_free(self) -> bool:
+        """It reads dtypes alone."""
+        return True
+
     def run(self, bundle: Bundle, context: Context) -> PassResult:
-        """Cast around every product whose operands are float32."""
-        module, dtype = open_graph(bundle.main), getattr(torch, self.dtype)
+        """Cast around every product whose operands are float32, in every program that the schedule runs."""
+        done = 0
+        for name in bundle.entries:
+            program, count = self._cast(bundle.programs[name])
+            bundle, done = bundle.with_program(name, program), done + count
+        if not done:
+            return PassResult(bundle, 0, (), (Refusal("model", "there is no product in float32"),))
+        return PassResult(bundle, done)
+
+    def _cast(self, program: Program) -> tuple[Program, int]:
+        """The program, and around how many products it casts."""
+        module, dtype = open_graph(program), getattr(torch, self.dtype)
         graph, done = module.graph, 0
         for linear in find_linears(graph):
             node = linear.node
@@ -59,10 +75,7 @@ class Cast(Pass):
                 continue
             self._cast_around(site.node, dtype)
             done += 1
-        if not done:
-            return PassResult(bundle, 0, (), (Refusal("model", "there is no product in float32"),))
-        name = "forward" if bundle.task == "encoder" else "step"
-        return PassResult(bundle.with_program(name, close_graph(bundle.main, module)), done)
+        return (close_graph(program, module), done) if done else (program, 0)
 
     def _cast_around(self, node: Node, dtype: torch.dtype) -> None:
         """Float operands of a node to ``dtype``, its result back to float32."""

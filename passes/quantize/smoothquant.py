@@ -45,7 +45,7 @@ class SmoothQuant(Pass):
         """Rescale every group of linears that reads the output of a norm or of another linear."""
         if context.calibration is None:
             raise PassError(f"{self.name} needs inputs to calibrate with: pass calibration=[...] to optimize")
-        name = "forward" if bundle.task == "encoder" else "step"
+        name = bundle.main_name
         module = open_graph(bundle.main)
         linears = [one for one in find_linears(module.graph) if matches(one.path, self.only, self.skip)]
         groups = [group for group in by_input(linears) if division(module, group) is not None]
@@ -59,4 +59,10 @@ class SmoothQuant(Pass):
             rescale(module, group, scale.clamp(min=SMALLEST))
         refusals = tuple(Refusal(group[0].path, "nothing before it can take the division") for group in left)
         done = sum(map(len, groups))
-        return PassResult(bundle.with_program(name, close_graph(bundle.main, module)), done, (), refusals)
+        others = [
+            Refusal(other, f"calibration inputs run {name!r} alone")
+            for other in bundle.entries
+            if other != name
+        ]
+        changed = bundle.with_program(name, close_graph(bundle.main, module))
+        return PassResult(changed, done, (), (*refusals, *others))

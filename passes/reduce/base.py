@@ -18,11 +18,11 @@ import torch
 from torch.fx import GraphModule
 
 from tokopt.analysis.blocks import Block, NoBlock, find_blocks
-from tokopt.analysis.graph import ancestors, size_hint
 from tokopt.analysis.token_axis import Seed, TokenTrace, prefix_tokens, trace_tokens
 from tokopt.errors import PassError, PassRefused, UnsupportedModelError
 from tokopt.ir.bundle import Bundle
 from tokopt.ir.export import axis_names, placeholders
+from tokopt.ir.graph import ancestors, size_hint
 from tokopt.ir.program import AxisRange, Program, Reductions
 from tokopt.ir.shapes import Shapes
 from tokopt.kernels import declared, ops
@@ -80,13 +80,23 @@ class TokenReduction(Pass):
 
     def requires(self, bundle: Bundle) -> None:
         """Only encoders: in a causal model the cache and the next token depend on every position."""
-        if bundle.task != "encoder" or "forward" not in bundle.programs:
-            raise PassError(f"{self.name} works on encoders; this bundle is a {bundle.task}")
+        if not bundle.encoders:
+            raise PassError(f"{self.name} works on encoders; this bundle is a language model")
 
     def run(self, bundle: Bundle, context: Context) -> PassResult:
         """Reduce tokens in every block where that is provably legal; refuse the others with the reason."""
-        program = bundle.forward
-        done = program.reductions or Reductions(program, ())
+        results = [PassResult(bundle, 0)]
+        for name in bundle.encoders:
+            results.append(self._reduce_program(results[-1].bundle, name, context))
+        return PassResult(
+            results[-1].bundle,
+            sum(result.matches for result in results),
+            tuple(note for result in results for note in result.notes),
+            tuple(refusal for result in results for refusal in result.refusals),
+        )
+
+    def _reduce_program(self, bundle: Bundle, name: str, context: Context) -> PassResult:
+        done = _before_reductions(bundle, name, context)
         module = open_graph(done.base)
         if any((op := declared(node.target)) and op.choice for node in module.graph.nodes):
             return PassResult(bundle, 0, (), (Refusal("the model", _REDUCED_BEFORE),))
@@ -97,7 +107,7 @@ class TokenReduction(Pass):
             )
         refusals = [Refusal(s.site.path or "the model", s.reason) for s in sites if _is_missed(s)]
         blocks, impure = _pure_blocks([s for s in sites if isinstance(s, Block)], module.graph)
-        methods: tuple[TokenReduction, ...] = (*done.methods, self)
+        methods = (*_reductions(done), self)
         plan, trace, impossible = Plan.make(methods, blocks).prove(module.graph)
         refusals += [*impure, *impossible]
         matches = plan.reduced_blocks(len(done.methods))
@@ -120,7 +130,7 @@ class TokenReduction(Pass):
         for axis, bounds in reduced.ranges.items():
             if bounds.min > done.base.ranges[axis].min:
                 notes.append(f"inputs need {axis} >= {bounds.min}")
-        return PassResult(bundle.with_program("forward", reduced), matches, tuple(notes), tuple(refusals))
+        return PassResult(bundle.with_program(name, reduced), matches, tuple(notes), tuple(refusals))
 
     def chosen(self, blocks: Sequence[Block]) -> Sequence[Block]:
         """The blocks that ``layers`` names; PassError when there is no such block."""
@@ -158,7 +168,25 @@ def _check_options(options: TokenReduction) -> None:
         raise PassError(f"{name}: prefix={options.prefix} must not be negative")
 
 
-_REDUCED_BEFORE = "its tokens were reduced before it was saved; give all reductions in one pipeline"
+_REDUCED_BEFORE = (
+    "its tokens were reduced before it was calibrated or saved; give all token reductions in one pipeline, ahead of "
+    "the passes that calibrate"
+)
+
+
+def _before_reductions(bundle: Bundle, name: str, context: Context) -> Reductions:
+    """A program as it would be without the token reductions made so far, and these."""
+    program = bundle.programs[name]
+    done = program.reductions or Reductions(program, ())
+    base = done.base
+    for step in done.later:
+        assert isinstance(step, Pass)
+        base = step.run(bundle.with_program(name, base), context).bundle.programs[name]
+    return replace(done, base=base, later=())
+
+
+def _reductions(done: Reductions) -> tuple[TokenReduction, ...]:
+    return tuple(method for method in done.methods if isinstance(method, TokenReduction))
 
 
 def _is_missed(site: Block | NoBlock) -> TypeGuard[NoBlock]:

@@ -18,7 +18,7 @@ from tokopt.ir.bundle import Bundle
 def found(made: Bundle) -> list[Rotary]:
     step = made.programs["step"]
     module = step.module
-    return rotaries(step, module, cached_attentions(step, module.graph))
+    return rotaries(step, module, cached_attentions(step, module, made.states))
 
 
 def check(rotary: Rotary, frequencies: torch.Tensor) -> None:

@@ -67,7 +67,7 @@ def test_prefix_tokens_are_found_in_the_graph(name: str) -> None:
     """Class and register tokens are parameters that lead the stream; text models have none."""
     entry = ZOO[name]
     bundle = tokopt.capture(entry.build(), (), entry.inputs(), dynamic=entry.dynamic)
-    graph = bundle.forward.module.graph
+    graph = bundle.main.module.graph
     blocks = [b for b in find_blocks(graph) if isinstance(b, Block)]
     assert len(blocks) == entry.layers
     trace = trace_tokens(graph, {blocks[0].residual: Seed(blocks[0].token_axis)})
@@ -124,7 +124,7 @@ def test_what_mixes_tokens_after_the_last_attention_gets_them_all_back(name: str
     mix, _ = SECOND[name]
     bundle = captured(lambda model, x: mix(model, x))
     reduced = tokopt.optimize(bundle, "tome{r=2}", strict=True)
-    assert reduced.forward.outputs[0].axes == ("batch", 10, 16)
+    assert reduced.main.outputs[0].axes == ("batch", 10, 16)
 
 
 def test_a_skip_connection_across_a_reduction_is_refused() -> None:

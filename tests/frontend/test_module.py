@@ -12,8 +12,8 @@ from torch.utils._pytree import tree_leaves
 import tokopt
 from tests.zoo import ZOO
 from tokopt.analysis.blocks import find_sites
-from tokopt.analysis.graph import aten, is_call
 from tokopt.errors import CaptureError, InputError
+from tokopt.ir.graph import aten, is_call
 from tokopt.ir.program import AxisRange
 
 AVAILABLE = [name for name, entry in ZOO.items() if entry.available]
@@ -38,7 +38,7 @@ def test_every_attention_is_sdpa_after_capture(name: str) -> None:
     """No softmax is left, and a mask that hides nothing is gone."""
     entry = ZOO[name]
     bundle = tokopt.capture(entry.build(), (), entry.inputs(), dynamic=entry.dynamic)
-    graph = bundle.forward.module.graph
+    graph = bundle.main.module.graph
     assert not [n for n in graph.nodes if is_call(n, aten.softmax, aten._softmax)]
     sites = find_sites(graph)
     assert [s.kind for s in sites].count("self") == entry.layers
@@ -76,7 +76,7 @@ def test_softmax_chains_are_recognised_whatever_their_form(form: str) -> None:
     torch.manual_seed(1)
     model, x = Scores(FORMS[form]).eval(), torch.randn(2, 7, 12)
     bundle = tokopt.capture(model, (x,))
-    assert len(find_sites(bundle.forward.module.graph)) == 1
+    assert len(find_sites(bundle.main.module.graph)) == 1
     torch.testing.assert_close(bundle(x)[0], model(x), atol=1e-6, rtol=1e-5)
 
 
@@ -88,7 +88,7 @@ def test_attention_weights_that_are_used_elsewhere_are_left_alone() -> None:
             return weights @ v, weights
 
     bundle = tokopt.capture(Returned(FORMS["scaled"]), (torch.randn(2, 7, 12),))
-    assert not find_sites(bundle.forward.module.graph)
+    assert not find_sites(bundle.main.module.graph)
 
 
 def test_capture_leaves_the_model_as_it_was() -> None:
@@ -114,7 +114,7 @@ def test_exported_programs_and_pt2_files_are_captured(tmp_path: Path) -> None:
 
 def test_names_come_from_the_model() -> None:
     entry = ZOO["bert"]
-    program = tokopt.capture(entry.build(), (), entry.inputs(), dynamic=entry.dynamic).forward
+    program = tokopt.capture(entry.build(), (), entry.inputs(), dynamic=entry.dynamic).main
     assert [s.name for s in program.inputs] == ["input_ids", "attention_mask"]
     assert program.inputs[0].axes == ("batch", "tokens")
     assert [(s.name, s.axes) for s in program.outputs] == [
@@ -126,10 +126,10 @@ def test_names_come_from_the_model() -> None:
 def test_bounds_that_the_model_sets_are_taken_over() -> None:
     """BERT has 64 positions; a user's own bound is kept when it is tighter."""
     entry = ZOO["bert"]
-    program = tokopt.capture(entry.build(), (), entry.inputs(), dynamic=entry.dynamic).forward
+    program = tokopt.capture(entry.build(), (), entry.inputs(), dynamic=entry.dynamic).main
     assert program.ranges["tokens"].max == 64
     mine = {"tokens": AxisRange(3, 40)}
-    program = tokopt.capture(entry.build(), (), entry.inputs(), dynamic=entry.dynamic, ranges=mine).forward
+    program = tokopt.capture(entry.build(), (), entry.inputs(), dynamic=entry.dynamic, ranges=mine).main
     assert program.ranges["tokens"] == AxisRange(3, 40)
 
 

@@ -47,7 +47,7 @@ def test_three_products_are_one(pipeline: str, bias: bool, tmp_path: Path) -> No
     kinds = collections.Counter(node.op_type for node in graph.node)
     assert (kinds["MatMul"], kinds["Split"]) == (2, 1)
     assert kinds["Add"] == 1 + bias  # the biases are one too
-    assert [value.name for value in graph.output] == [spec.name for spec in bundle.forward.outputs]
+    assert [value.name for value in graph.output] == [spec.name for spec in bundle.main.outputs]
     x = torch.randn(3, 5, 32)
     model = load(path, threads=1)
     for got, wanted in zip(model(x.numpy()).values(), bundle(x), strict=True):

@@ -33,7 +33,7 @@ def operators(path: Path) -> list[str]:
 
 @pytest.mark.parametrize("bundle", [vision, text])
 def test_equals_the_program_at_other_sizes(bundle, tmp_path: Path) -> None:
-    program: Program = bundle().forward
+    program: Program = bundle().main
     path = lower(program, tmp_path, "forward")
     sizes = [inputs for _, inputs in resized_examples(program)]
     assert len(sizes) == 1 + 2 * len(program.ranges)  # the example; per axis its smallest size and one less
@@ -44,7 +44,7 @@ def test_equals_the_program_at_other_sizes(bundle, tmp_path: Path) -> None:
 
 
 def test_file_is_portable_and_named_as_the_signature(tmp_path: Path) -> None:
-    program = text().forward
+    program = text().main
     path = lower(program, tmp_path, "forward", metadata={"tokopt.pipeline.manager": "tome{r=1}"})
     model = onnx.load(path, load_external_data=False)
     assert {entry.domain: entry.version for entry in model.opset_import}[""] == OPSET
@@ -62,13 +62,13 @@ def test_file_is_portable_and_named_as_the_signature(tmp_path: Path) -> None:
 
 
 def test_file_tells_nothing_of_the_machine(tmp_path: Path) -> None:
-    data = lower(vision().forward, tmp_path, "forward").read_bytes()
+    data = lower(vision().main, tmp_path, "forward").read_bytes()
     assert str(Path(__file__).parent).encode() not in data and b"site-packages" not in data
     assert b"blocks.1" in data  # but where in the model each node came from
 
 
 def test_constants_are_folded(tmp_path: Path) -> None:
-    program = vision().forward
+    program = vision().main
     path = lower(program, tmp_path, "forward")
     model = onnx.load(path, load_external_data=False)
     weights = {weight.name for weight in model.graph.initializer}
@@ -132,7 +132,7 @@ def test_masks_broadcast(
 
 
 def test_one_mask_is_expanded_once_for_all_layers(tmp_path: Path) -> None:
-    found = operators(lower(text().forward, tmp_path, "forward"))
+    found = operators(lower(text().main, tmp_path, "forward"))
     assert found.count("Attention") == 2 and found.count("Expand") == 1
 
 
@@ -152,13 +152,13 @@ def test_equal_weights_are_stored_once_also_across_programs(tmp_path: Path) -> N
     bundle = tokopt.capture(Tied(), (torch.randn(3, 40),))
     weights = WeightFile(tmp_path)
     for name in ("one", "two"):
-        lower(bundle.forward, tmp_path, name, weights=weights)
+        lower(bundle.main, tmp_path, name, weights=weights)
     assert (tmp_path / "weights.data").stat().st_size == 40 * 40 * 4
     assert {p.name for p in tmp_path.iterdir()} == {"one.onnx", "two.onnx", "weights.data"}
 
 
 def test_weights_start_on_whole_pages(tmp_path: Path) -> None:
-    model = onnx.load(lower(vision().forward, tmp_path, "forward"), load_external_data=False)
+    model = onnx.load(lower(vision().main, tmp_path, "forward"), load_external_data=False)
     for weight in model.graph.initializer:
         place = {entry.key: entry.value for entry in weight.external_data}
         if place:
@@ -188,13 +188,13 @@ class Function(nn.Module):
 
 @pytest.mark.parametrize("function", [half, whole])
 def test_dtypes(function, tmp_path: Path) -> None:
-    lower(tokopt.capture(Function(function), (torch.randn(3, 8),)).forward, tmp_path, "forward")
+    lower(tokopt.capture(Function(function), (torch.randn(3, 8),)).main, tmp_path, "forward")
 
 
 def test_bfloat16_at_the_border_is_refused(tmp_path: Path) -> None:
     bundle = tokopt.capture(Function(lambda x: x.bfloat16()), (torch.randn(3, 8),))
     with pytest.raises(LoweringError, match="'output' of program 'forward' is bfloat16"):
-        lower(bundle.forward, tmp_path, "forward")
+        lower(bundle.main, tmp_path, "forward")
 
 
 @torch.library.custom_op("tokopt_tests::alien", mutates_args=())
@@ -208,13 +208,13 @@ alien.register_fake(torch.empty_like)
 def test_operator_without_onnx_form_is_named(tmp_path: Path) -> None:
     bundle = tokopt.capture(Function(alien), (torch.randn(3, 8),))
     with pytest.raises(LoweringError, match=r"'forward' has no ONNX form: .*tokopt_tests.alien") as caught:
-        lower(bundle.forward, tmp_path, "forward")
+        lower(bundle.main, tmp_path, "forward")
     assert "\n" not in str(caught.value)
 
 
 def test_disagreement_is_an_error_that_names_the_output(tmp_path: Path) -> None:
     model = Tied()
-    program = tokopt.capture(model, (torch.randn(3, 40),)).forward
+    program = tokopt.capture(model, (torch.randn(3, 40),)).main
     path = lower(program, tmp_path, "forward")
     with torch.no_grad():
         model.a.weight *= 1.01  # the program shares the model's weights, the file does not
@@ -229,4 +229,4 @@ def test_disagreement_is_an_error_that_names_the_output(tmp_path: Path) -> None:
 def test_file_that_onnx_runtime_cannot_load(tmp_path: Path) -> None:
     (tmp_path / "forward.onnx").write_bytes(b"\x00\x01")
     with pytest.raises(LoweringError, match="ONNX Runtime cannot load program 'forward'"):
-        check_parity(vision().forward, tmp_path / "forward.onnx", "forward")
+        check_parity(vision().main, tmp_path / "forward.onnx", "forward")

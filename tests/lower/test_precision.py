@@ -31,7 +31,7 @@ def test_float64_is_float64_all_the_way() -> None:
 def test_cancellation_is_no_fault_but_another_program_is() -> None:
     """Summing in another order is as far from the truth as the program; leaving out a factor is not."""
     x = torch.randn(64, generator=torch.Generator().manual_seed(0))
-    program = tokopt.capture(Cancelling(), (x,)).forward
+    program = tokopt.capture(Cancelling(), (x,)).main
     expected = program(x)
     other = ((x + 1e4 / 1.1) * 1.1 - 1e4).numpy()
     assert nmse(expected[0].numpy(), other) > LIMITS["float32"]
@@ -42,7 +42,7 @@ def test_cancellation_is_no_fault_but_another_program_is() -> None:
 @pytest.mark.parametrize("wrong", [np.nan, 1e-3])
 def test_a_small_fault_is_seen_where_nothing_cancels(wrong: float) -> None:
     x = torch.linspace(1, 2, 8)
-    program = tokopt.capture(nn.Tanh(), (x,)).forward
+    program = tokopt.capture(nn.Tanh(), (x,)).main
     expected = program(x)
     assert rounds_alike(program, (x,), expected, [expected[0].numpy()])
     assert not rounds_alike(program, (x,), expected, [expected[0].numpy() + np.float32(wrong)])

@@ -47,7 +47,7 @@ def lowered(tmp_path: Path) -> tuple[Merge, tokopt.Program, Path]:
     """A model, its program (which shares the model's weights), and its ONNX file (which does not)."""
     torch.manual_seed(0)
     model = Merge()
-    program = tokopt.capture(model, (pairs_with_a_tie(),), dynamic={}).forward
+    program = tokopt.capture(model, (pairs_with_a_tie(),), dynamic={}).main
     return model, program, lower(program, tmp_path, "forward")
 
 

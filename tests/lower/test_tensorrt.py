@@ -223,7 +223,7 @@ def test_manifest_describes_the_engine(artifact: Path) -> None:
 def test_portable_form_is_that_of_target_onnx(artifact: Path, merged: tokopt.Bundle, tmp_path: Path) -> None:
     plain = tokopt.export(merged, tmp_path / "plain.tokopt")
     assert (plain / "forward.onnx").read_bytes() == (artifact / "forward.onnx").read_bytes()
-    example = [tensor.numpy() for tensor in merged.forward.example]
+    example = [tensor.numpy() for tensor in merged.main.example]
     for one, other in zip(load(plain)(*example).values(), load(artifact)(*example).values(), strict=True):
         np.testing.assert_array_equal(one, other)
     assert tokopt.verify(artifact).ok

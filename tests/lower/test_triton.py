@@ -250,7 +250,7 @@ def test_states_begin_as_the_manifest_says(decoder: Path) -> None:
 def test_slots_are_the_context_unless_told(tmp_path: Path) -> None:
     config = read_config(write_model(artifact("llama").path, tmp_path / "llama"))
     sizes = {state.input_name: list(state.dims) for state in config.sequence_batching.state}
-    assert sizes["slots"] == [1, CONTEXT, 1] and sizes["keys_1"] == [2, CONTEXT, 16]
+    assert sizes["slots"] == [1, CONTEXT, 1] and sizes["key_1"] == [2, CONTEXT, 16]
 
 
 def test_a_sequence_that_outgrows_its_slots_fails(decoder: Path) -> None:

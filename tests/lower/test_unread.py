@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 import tokopt
 from tests.lower.encoders import CHANNELS, PATCHES, Vision
-from tokopt.analysis.graph import SDPA, aten, is_call
 from tokopt.ir.bundle import Bundle
+from tokopt.ir.graph import SDPA, aten, is_call
 from tokopt.ir.program import Program
 from tokopt.kernels import declared
 from tokopt.lower.onnx.unread import drop_unread
@@ -63,7 +63,7 @@ WHOLE = [PATCHES] + 2 * [TOKENS] * 5 + [TOKENS]
 )
 def test_last_block_computes_what_is_read(read: Callable[[Tensor], object], count: int) -> None:
     """Keys and values of all tokens stay; queries come with them in one product, the rest is narrowed."""
-    program = captured(read).forward
+    program = captured(read).main
     narrow = drop_unread(program)
     assert rows(program) == WHOLE
     assert rows(narrow) == WHOLE[:7] + [count] * 5
@@ -77,7 +77,7 @@ def test_last_block_computes_what_is_read(read: Callable[[Tensor], object], coun
     ids=["all", "mean", "all and first", "channels", "stride"],
 )
 def test_what_is_read_whole_is_left_alone(read: Callable[[Tensor], object]) -> None:
-    program = captured(read).forward
+    program = captured(read).main
     assert drop_unread(program) is program
 
 
@@ -94,7 +94,7 @@ def test_an_attention_mask_loses_the_same_rows() -> None:
             return self.out(x + y[:, 0])[:, 2]
 
     torch.manual_seed(0)
-    program = tokopt.capture(Masked().eval(), (torch.randn(3, 9, 8),)).forward
+    program = tokopt.capture(Masked().eval(), (torch.randn(3, 9, 8),)).main
     narrow = drop_unread(program)
     assert rows(narrow) == [9, 1, 1]
     torch.testing.assert_close(narrow(*program.example), program(*program.example))
@@ -112,7 +112,7 @@ def test_causal_attention_is_left_alone() -> None:
             y = nn.functional.scaled_dot_product_attention(x, x, x, is_causal=True)
             return self.out(y)[:, 3]
 
-    program = tokopt.capture(Causal().eval(), (torch.randn(3, 9, 8),)).forward
+    program = tokopt.capture(Causal().eval(), (torch.randn(3, 9, 8),)).main
     narrow = drop_unread(program)
     assert rows(narrow) == [9, 1]
     torch.testing.assert_close(narrow(*program.example), program(*program.example))
@@ -131,7 +131,7 @@ def test_causal_attention_is_left_alone() -> None:
 def test_reductions_that_nobody_sees_are_left_out(pipeline: str) -> None:
     """After the last block's attention only the class token matters, which no reduction touches."""
     made = tokopt.optimize(captured(lambda x: x[:, 0]), pipeline)
-    program, narrow = made.forward, drop_unread(made.forward)
+    program, narrow = made.main, drop_unread(made.main)
     assert len(chosen(program)) == 2 + pipeline.count(",") and len(chosen(narrow)) == 1
     assert rows(narrow)[-4:] == [1] * 4
     torch.testing.assert_close(narrow(*program.example), program(*program.example))
@@ -144,7 +144,7 @@ def chosen(program: Program) -> list[object]:
 @pytest.mark.parametrize("pipeline", ["", "tome{r=[4,0]}", "tome{r=[4,0]},int8", "int8{activations=static}"])
 def test_artifact_computes_what_is_read(pipeline: str, tmp_path: Path) -> None:
     bundle = captured(lambda x: x[:, 0])
-    inputs = bundle.forward.example[0]
+    inputs = bundle.main.example[0]
     made = tokopt.optimize(bundle, pipeline, calibration=[inputs])
     path = tokopt.export(made, tmp_path / "model.tokopt")
     assert tokopt.verify(path).ok

@@ -62,7 +62,7 @@ def check(method: str, name: str, folder: Path) -> None:
                 load(path, backend=backend)
             continue
         got = load(path, backend=backend).run(**{key: value.numpy() for key, value in inputs.items()})
-        for spec, expected in zip(bundle.forward.outputs, wanted, strict=True):
+        for spec, expected in zip(bundle.main.outputs, wanted, strict=True):
             assert_close(entry, inputs, torch.from_numpy(np.asarray(got[spec.name])), expected)
 
 

@@ -15,6 +15,7 @@ from tests.matrix.language import artifact, bundle, model, prompt
 from tests.zoo.decoders import CONTEXT, DECODERS
 from tokopt.errors import InputError, PassRefused, TokoptError
 from tokopt.ir.bundle import Bundle
+from tokopt.ir.calls import initial
 from tokopt.passes import PASSES, load_pass
 from tokopt.passes.kv.base import KVEviction
 
@@ -74,19 +75,15 @@ class Driver:
 
     def __init__(self, made: Bundle, batch: int, capacity: int = 64) -> None:
         self.bundle = made
-        self.state = {}
-        for state in made.states:
-            shape = [a if isinstance(a, int) else batch if a == "batch" else capacity for a in state.axes]
-            self.state[state.name] = torch.full(shape, state.initial).to(getattr(torch, state.dtype))
+        self.state = {state.name: initial(state, batch, capacity) for state in made.states}
+        self.batch = batch
 
     def run(self, program: str, **feed: Tensor) -> dict[str, Tensor]:
         made = self.bundle.programs[program]
-        known = {**self.state, **feed}
-        got = dict(
-            zip((o.name for o in made.outputs), made(*(known[i.name] for i in made.inputs)), strict=True)
-        )
-        self.state.update({s.name: got[s.output] for s in self.bundle.states if s.output in got})
-        return got
+        known = {"due": torch.ones(self.batch, dtype=torch.bool), **feed}
+        values = made(*(self.state[i.state] if i.state else known[i.name] for i in made.inputs))
+        self.state.update({o.state: x for o, x in zip(made.outputs, values, strict=True) if o.state})
+        return {o.name: x for o, x in zip(made.outputs, values, strict=True)}
 
     def step(self, tokens: list[list[int]], positions: list[list[int]]) -> Tensor:
         """Logits [batch, vocabulary] of the last token."""
@@ -144,7 +141,7 @@ def test_keeps_what_the_formula_keeps(method: str) -> None:
         driver.follow([ids], [text], EVERY)
         for layer, heads in enumerate(naive.heads):
             for h, head in enumerate(heads):
-                keys = driver.state[f"keys_{layer}"][0, h, : len(head.entries)]
+                keys = driver.state[f"key_{layer}"][0, h, : len(head.entries)]
                 wanted = np.array([entry.key for entry in head.entries])
                 np.testing.assert_allclose(keys.numpy(), wanted, atol=1e-4)
         assert driver.state["length"].tolist() == [BUDGET]
@@ -181,9 +178,9 @@ def test_sinks_and_recent_tokens_survive(method: str) -> None:
     made = evicting("llama", spelled(method))
     driver = Driver(made, 1)
     driver.read([ids])
-    before = driver.state["values_0"][0].clone()
+    before = driver.state["value_0"][0].clone()
     driver.run("compact")
-    after = driver.state["values_0"][0]
+    after = driver.state["value_0"][0]
     assert torch.equal(after[:, :SINKS], before[:, :SINKS])
     assert torch.equal(after[:, BUDGET - RECENT : BUDGET], before[:, 30 - RECENT : 30])
 

@@ -146,7 +146,7 @@ def test_no_position_is_out_of_range() -> None:
     for made in (bundle("llama"), quantized("llama")):
         driver = Driver(made, 1)
         driver.step([text], [list(range(far, far + len(text)))])
-        states.append(driver.state["keys_0"][0, :, : len(text)])
+        states.append(driver.state["key_0"][0, :, : len(text)])
     codes = states[1].float()
     scale = (states[0] * codes).sum(1) / (codes * codes).sum(1)  # nearly: as the codes tell it
     error = (states[0] - codes * scale[:, None]).abs() / scale[:, None]
@@ -184,7 +184,7 @@ def test_artifact_generates_what_the_bundle_generates(name: str, folder: Path) -
 
 
 def _sizes(made: Bundle) -> tuple[int, int]:
-    _, heads, _, channels = next(state.axes for state in made.states if state.name == "keys_0")
+    _, heads, _, channels = next(state.axes for state in made.states if state.name == "key_0")
     assert isinstance(heads, int) and isinstance(channels, int)
     return heads, channels
 
@@ -202,8 +202,7 @@ def test_codes_of_the_fused_attention_can_be_given(folder: Path) -> None:
         )
         outputs = [output.name for output in session.get_outputs()]
         feed = {spec.name: tensor.numpy() for spec, tensor in zip(program.inputs, row, strict=True)}
-        shared = {state.output: state.name for state in quantized("llama").states if state.in_place}
-        found = dict(zip(outputs, run_in_place(session, outputs, feed, shared), strict=True))
+        found = dict(zip(outputs, run_in_place(session, outputs, feed, program.aliases), strict=True))
         copy.unlink()
         given = [[found[name] for name in group] for group in names]
         assert [group[0].dtype for group in given] == [np.dtype("int8")] * 4
@@ -227,7 +226,7 @@ EVICTIONS = ("h2o", "snapkv", "expected_attention")
 def test_an_eviction_moves_codes_as_they_are(method: str) -> None:
     driver = Driver(quantized("llama", f"{spelled(method)},int8_kv"), 1)
     driver.read([prompt(30)])
-    before = {name: driver.state[name].clone() for name in ("keys_0", "values_1")}
+    before = {name: driver.state[name].clone() for name in ("key_0", "value_1")}
     driver.run("compact")
     length = int(driver.state["length"])
     for name, old in before.items():

@@ -13,8 +13,8 @@ import tokopt
 from tests.matrix.language import artifact, bundle, prompt
 from tests.matrix.test_eviction import Driver, evicting, spelled
 from tests.zoo.decoders import DECODERS
-from tokopt.analysis.graph import aten, is_call
 from tokopt.errors import TokoptError
+from tokopt.ir.graph import aten, is_call
 from tokopt.passes.kv.kivi import dequantize_values, quantize_values
 
 GROUP, RESIDUAL, EVERY = 4, 6, 4
@@ -116,13 +116,13 @@ def test_what_was_quantized_is_reproduced() -> None:
     driver = Driver(evicting("llama", TEXT), 1)
     driver.read([prompt(30)])
     driver.run("compact")
-    before = driver.state["keys_0_codes"].clone(), driver.state["values_0_codes"].clone()
+    before = driver.state["key_0_codes"].clone(), driver.state["value_0_codes"].clone()
     packed = int(driver.state["length"] - driver.state["recent_length"])
     for _ in range(5):
         driver.run("compact")
     assert packed == 24
-    assert torch.equal(driver.state["keys_0_codes"][:, :, :packed], before[0][:, :, :packed])
-    assert torch.equal(driver.state["values_0_codes"][:, :, :packed], before[1][:, :, :packed])
+    assert torch.equal(driver.state["key_0_codes"][:, :, :packed], before[0][:, :, :packed])
+    assert torch.equal(driver.state["value_0_codes"][:, :, :packed], before[1][:, :, :packed])
 
 
 def test_sizes_may_be_read_off_the_cache_it_takes_away() -> None:
@@ -130,7 +130,7 @@ def test_sizes_may_be_read_off_the_cache_it_takes_away() -> None:
     given = copy.deepcopy(evicting("llama", ALL))
     step = given.programs["step"]
     placeholders = [node for node in step.exported.graph.nodes if node.op == "placeholder"]
-    keys = placeholders[-len(step.inputs) :][[spec.name for spec in step.inputs].index("keys_0")]
+    keys = placeholders[-len(step.inputs) :][[spec.name for spec in step.inputs].index("key_0")]
     reads = [node for node in step.exported.graph.nodes if is_call(node, aten.sym_size) and node.args[1] == 0]
     assert reads
     for node in reads:  # of the batch

@@ -9,7 +9,7 @@ import torch
 from tests.matrix.language import artifact, bundle, prompt, reference
 from tests.zoo.decoders import CONTEXT, DECODERS, VOCABULARY
 from tokopt.errors import TokoptError
-from tokopt.frontend.language import first_step
+from tokopt.ir.calls import first_call
 from tokopt.runtime import buffers, loop
 
 decoders = pytest.mark.parametrize("name", DECODERS)
@@ -90,8 +90,8 @@ def test_only_the_wanted_rows_are_multiplied_with_the_vocabulary(name: str) -> N
     """Logits of chosen tokens, in their order, are those among all tokens' logits."""
     step, states = bundle(name).main, bundle(name).states
     tokens = torch.tensor([prompt(9)])
-    everything = step(*first_step(step, tokens, states))[0]
+    everything = step(*first_call(step, tokens, states))[0]
     names = [spec.name for spec in step.inputs]
-    inputs = list(first_step(step, tokens, states))
+    inputs = list(first_call(step, tokens, states))
     inputs[names.index("rows")] = torch.tensor([-1, 2, 0])
     torch.testing.assert_close(step(*inputs)[0], everything[:, [8, 2, 0]])

@@ -27,7 +27,7 @@ def vit() -> Bundle:
 def test_merging_leaves_every_token_in_a_group(name: str) -> None:
     """37 tokens, 4 fewer per block: 33, 29, 25 groups, and two tokens once together stay together."""
     bundle = tokopt.optimize(vit(), f"{name}{{r=4}}", strict=True)
-    stages = token_groups(bundle.forward, *bundle.forward.example)
+    stages = token_groups(bundle.main, *bundle.main.example)
     counts = [len(set(stage[0]) - {PRUNED}) for stage in stages]
     assert counts == ([33, 29, 25] if name != "evit" else [33, 29, counts[-1]])
     for earlier, later in zip(stages[0][0], stages[1][0], strict=True):
@@ -38,13 +38,13 @@ def test_merging_leaves_every_token_in_a_group(name: str) -> None:
 
 def test_pruned_tokens_are_marked() -> None:
     bundle = tokopt.optimize(vit(), "random{r=4}", strict=True)
-    stages = token_groups(bundle.forward, *bundle.forward.example)
+    stages = token_groups(bundle.main, *bundle.main.example)
     assert [int((stage[0] == PRUNED).sum()) for stage in stages] == [4, 8, 12]
 
 
 def test_a_program_that_keeps_all_tokens_has_no_picture() -> None:
     with pytest.raises(InputError, match="reduces no tokens"):
-        token_groups(vit().forward, *vit().forward.example)
+        token_groups(vit().main, *vit().main.example)
 
 
 def test_a_group_is_drawn_in_its_mean_colour_and_pruned_patches_dark(tmp_path: Path) -> None:

@@ -7,8 +7,8 @@ from typing import ClassVar
 
 import tokopt
 from tests.zoo import ZOO
-from tokopt.analysis.graph import aten, is_call
 from tokopt.ir.bundle import Bundle
+from tokopt.ir.graph import aten, is_call
 from tokopt.pipeline.base import Context, Pass, PassResult
 from tokopt.pipeline.bisect import bisect
 from tokopt.pipeline.manager import Pipeline
@@ -23,11 +23,11 @@ class Scale(Pass):
     name: ClassVar[str] = "scale"
 
     def run(self, bundle: Bundle, context: Context) -> PassResult:
-        module = open_graph(bundle.forward)
+        module = open_graph(bundle.main)
         norms = [n for n in module.graph.nodes if is_call(n, aten.layer_norm)]
         for norm in norms:
             norm.update_arg(4, float(norm.args[4]) * self.by)
-        return PassResult(bundle.with_program("forward", close_graph(bundle.forward, module)), len(norms))
+        return PassResult(bundle.with_program("forward", close_graph(bundle.main, module)), len(norms))
 
 
 def test_bisect_names_the_first_pass_that_moves_an_output() -> None:

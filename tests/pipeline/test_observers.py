@@ -49,7 +49,7 @@ class Broken(Pass):
     def run(self, bundle: Bundle, context: Context) -> PassResult:
         if self.how == "raise":
             raise RuntimeError("a bug")
-        program = replace(bundle.forward, outputs=bundle.forward.outputs[:1])
+        program = replace(bundle.main, outputs=bundle.main.outputs[:1])
         return PassResult(bundle.with_program("forward", program), 1)
 
 
@@ -98,17 +98,15 @@ def test_a_failing_pass_is_named_with_those_before_it_and_leaves_a_reproducer(
     assert (folder / "pipeline.txt").read_text() == f"{Broken(how)}\n"
     again = tokopt.open_bundle(folder)
     assert [s.text for s in again.history] == ["tome{r=2}"]
-    assert [t.shape for t in again(*again.forward.example)] == [
-        t.shape for t in vit()(*vit().forward.example)
-    ]
+    assert [t.shape for t in again(*again.main.example)] == [t.shape for t in vit()(*vit().main.example)]
 
 
 def test_module_paths_and_source_lines_survive_a_pass() -> None:
     from tokopt.analysis.blocks import find_sites
-    from tokopt.analysis.graph import source_line
+    from tokopt.ir.graph import source_line
 
     reduced = tokopt.optimize(vit(), "tome{r=2}")
-    before, after = (find_sites(b.forward.module.graph) for b in (vit(), reduced))
+    before, after = (find_sites(b.main.module.graph) for b in (vit(), reduced))
     assert [s.path for s in before] == [s.path for s in after] != ["", "", ""]
     assert [source_line(s.node) for s in before] == [source_line(s.node) for s in after]
     assert all(".py:" in source_line(s.node) for s in after)

@@ -11,7 +11,7 @@ from typing import Literal
 
 from torch.fx import Graph, Node
 
-from tokopt.analysis.graph import (
+from tokopt.ir.graph import (
     ancestors,
     argument,
     aten,

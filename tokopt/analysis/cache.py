@@ -2,33 +2,36 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
-from torch.fx import Graph, Node
+from torch.fx import GraphModule, Node
 
-from tokopt.analysis.graph import argument, attention_nodes, describe, is_call
+from tokopt.analysis.rotation import Rotary
 from tokopt.errors import PassRefused
+from tokopt.ir.export import placeholders
+from tokopt.ir.graph import argument, attention_nodes, describe, is_call
 from tokopt.ir.program import Program
 from tokopt.kernels import ops
-
-if TYPE_CHECKING:
-    from tokopt.analysis.rotary import Rotary
+from tokopt.runtime.format.state import State
 
 
 @dataclass(frozen=True)
 class CachedAttention:
-    """The attention of layer ``index`` over the cache in the states ``keys_index`` and ``values_index``.
+    """The attention of a layer over its cache.
 
-    ``keys`` and ``values`` are the ``cache_write`` calls; ``mask`` is the ``cache_mask`` call that hides slots,
-    with its sliding ``window`` (0 for none). ``rotary`` is how positions rotate the keys, once it was looked for.
+    ``layer`` is the layer of the states ``key_state`` and ``value_state``; ``keys`` and ``values`` are the
+    ``cache_write`` calls on them; ``mask`` is the ``cache_mask`` call that hides slots, with its sliding ``window`` (0
+    for none). ``rotary`` is how positions rotate the keys, once it was looked for.
     """
 
-    index: int
+    layer: int
     node: Node
     keys: Node
     values: Node
     mask: Node
+    key_state: str
+    value_state: str
     rotary: Rotary | None = None
 
     @property
@@ -52,22 +55,26 @@ class CachedAttention:
         return float(given) if given is not None else self.query.meta["val"].shape[-1] ** -0.5
 
 
-def cached_attentions(program: Program, graph: Graph) -> list[CachedAttention]:
-    """Every attention of ``step``, by layer.
+def cached_attentions(
+    program: Program, module: GraphModule, states: Sequence[State]
+) -> list[CachedAttention]:
+    """Every attention of a program that reads a cache, by layer; ``module`` is the program's open graph.
 
     Raises PassRefused when one does not read a cache of its own directly.
     """
-    names: dict[object, str] = {node: name for name, node in input_nodes(program, graph).items()}
-    found = {}
-    for node in attention_nodes(graph):
+    known = {state.name: state for state in states}
+    held = {node: spec.state for node, spec in zip(placeholders(module), program.inputs, strict=True)}
+    found: dict[int, CachedAttention] = {}
+    nodes = attention_nodes(module.graph)
+    for node in nodes:
         key, value, mask = node.args[1], node.args[2], _made_of(argument(node, 3, "attn_mask"))
-        state = names.get(key.args[0]) if is_call(key, ops.cache_write) else None  # type: ignore[union-attr]
-        layer = state.removeprefix("keys_") if state else ""
-        if not (layer.isdigit() and is_call(value, ops.cache_write) and is_call(mask, ops.cache_mask)):
+        names = [held.get(x.args[0]) if is_call(x, ops.cache_write) else None for x in (key, value)]  # type: ignore[union-attr,arg-type]
+        layer = known[names[0]].layer if names[0] is not None else None
+        if layer is None or names[1] is None or not is_call(mask, ops.cache_mask):
             order = "; put int8_kv last" if is_call(key, ops.dequantize_int8) else ""
             raise PassRefused(f"{describe(node)} does not read keys and values directly from a cache{order}")
-        found[int(layer)] = CachedAttention(int(layer), node, key, value, mask)  # type: ignore[arg-type]
-    if len(found) != len(attention_nodes(graph)):
+        found[layer] = CachedAttention(layer, node, key, value, mask, names[0], names[1])  # type: ignore[arg-type]
+    if len(found) != len(nodes):
         raise PassRefused("two attentions read the same cache")
     return [found[layer] for layer in sorted(found)]
 
@@ -79,7 +86,8 @@ def _made_of(mask: object) -> object:
     return mask
 
 
-def input_nodes(program: Program, graph: Graph) -> dict[str, Node]:
-    """The placeholder of every input, by its name."""
-    placeholders = [node for node in graph.nodes if node.op == "placeholder"]
-    return dict(zip((spec.name for spec in program.inputs), placeholders, strict=True))
+def input_of_role(program: Program, module: GraphModule, role: str) -> Node:
+    """The node of the input with a role that the program has once."""
+    return next(
+        node for node, spec in zip(placeholders(module), program.inputs, strict=True) if spec.role == role
+    )

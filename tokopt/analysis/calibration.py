@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Interpreter, Node
 
-from tokopt.analysis.graph import sizes
 from tokopt.errors import InputError
 from tokopt.ir.bundle import Bundle
+from tokopt.ir.calls import first_call
+from tokopt.ir.graph import sizes
 from tokopt.progress import track
 
 Sample = Tensor | np.ndarray | Sequence[Tensor] | Sequence[np.ndarray] | Sequence[int]
@@ -83,9 +84,7 @@ def program_inputs(bundle: Bundle, sample: Sample) -> tuple[Tensor, ...]:
 
     Raises InputError for one that does not fit it.
     """
-    if bundle.task == "causal-lm":
-        from tokopt.frontend.language import first_step
-
+    if bundle.schedule.generates:
         ids = torch.as_tensor(np.asarray(sample), dtype=torch.int64)
         ids = ids[None] if ids.ndim == 1 else ids
         assert bundle.generation is not None
@@ -98,7 +97,7 @@ def program_inputs(bundle: Bundle, sample: Sample) -> tuple[Tensor, ...]:
                 f"a calibration sample of shape {list(ids.shape)} is no text: give token ids below "
                 f"{bundle.generation.vocabulary}"
             )
-        return first_step(bundle.main, ids, bundle.states)
+        return first_call(bundle.main, ids, bundle.states)
     single = isinstance(sample, (Tensor, np.ndarray))
     tensors = tuple(torch.as_tensor(x) for x in ([sample] if single else sample))  # type: ignore[list-item]
     for spec, tensor in zip(bundle.main.inputs, tensors, strict=False):

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from torch.fx import Node
 
 from tokopt.analysis.blocks import find_sites
-from tokopt.analysis.graph import aten, is_call, is_tensor, sizes
 from tokopt.ir.bundle import Bundle
+from tokopt.ir.graph import aten, is_call, is_tensor, sizes
 from tokopt.ir.program import Program
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.fx import Graph, GraphModule, Node
 
 from tokopt.analysis.constants import evaluate
-from tokopt.analysis.graph import aten, is_call, module_path
+from tokopt.ir.graph import aten, is_call, module_path
 from tokopt.kernels import ops
 
 

@@ -10,17 +10,17 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.fx import GraphModule, Interpreter, Node
 
-from tokopt.analysis.cache import CachedAttention, input_nodes
+from tokopt.analysis.cache import CachedAttention, input_of_role
 from tokopt.analysis.constants import evaluate
-from tokopt.analysis.graph import aten, is_call
+from tokopt.analysis.rotation import Rotary
 from tokopt.errors import PassRefused
+from tokopt.ir.graph import aten, is_call
 from tokopt.ir.program import Program
 
 REPRODUCED = 1e-3
@@ -33,30 +33,6 @@ _SHAPES = tuple(
     + ("flatten", "squeeze", "alias", "unbind")
 )
 _ARITHMETIC = tuple(getattr(aten, name) for name in ("add", "sub", "mul", "neg"))
-
-
-@dataclass(frozen=True)
-class Rotary:
-    """The rotation by position ``p``: ``x[i] cos(p angles[i]) + x[partners[i]] sin(p angles[i])``.
-
-    One entry per channel; angles in radians per position, 0 for a channel that is not rotated (Su et al.,
-    arXiv 2104.09864).
-    """
-
-    partners: tuple[int, ...]
-    angles: tuple[float, ...]
-
-    def rotate(self, x: Tensor, positions: Tensor) -> Tensor:
-        """``x`` [..., tokens, channels] moved on by ``positions`` [..., tokens], which may be negative."""
-        angles = positions[..., None].float() * torch.tensor(self.angles, device=x.device)
-        return x * angles.cos() + x[..., list(self.partners)] * angles.sin()
-
-    def mean(self, positions: Tensor) -> Tensor:
-        """The mean of the rotations by ``positions`` [batch, positions], as matrices [batch, channels, channels]."""
-        channels = torch.eye(len(self.angles), device=positions.device)
-        angles = positions[..., None].float() * torch.tensor(self.angles, device=positions.device)
-        cos, sin = angles.cos().mean(dim=1), angles.sin().mean(dim=1)
-        return cos[..., None] * channels + sin[..., None] * channels[list(self.partners)]
 
 
 def rotaries(program: Program, module: GraphModule, layers: list[CachedAttention]) -> list[Rotary]:
@@ -76,14 +52,14 @@ def find_rotaries(
     run = Interpreter(module, garbage_collect_values=False)
     with torch.no_grad():
         run.run(*program.example, enable_io_processing=False)
-    positions = input_nodes(program, module.graph)["positions"]
+    positions = input_of_role(program, module, "positions")
     kinds = _kinds(module, positions)
     known: dict[tuple[Any, ...], Rotary] = {}
     made: list[Rotary | PassRefused] = []
     for layer in layers:
         before = _before_rotation(layer.keys.args[1], kinds)  # type: ignore[arg-type]
         if before is None:
-            reason = f"the keys of layer {layer.index} are not rotated by their positions (RoPE)"
+            reason = f"the keys of layer {layer.layer} are not rotated by their positions (RoPE)"
             made.append(PassRefused(reason))
             continue
         probe = _Probe(run.env, module, before, layer.keys.args[1], positions)  # type: ignore[arg-type]
@@ -91,7 +67,7 @@ def find_rotaries(
         key = (probe.channels, *(round(float(x), 5) for x in angle))
         try:
             if key not in known:
-                known[key] = _measure(probe, layer.index)
+                known[key] = _measure(probe, layer.layer)
             made.append(known[key])
         except PassRefused as reason:
             made.append(reason)

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch.fx import Graph, Node
 
-from tokopt.analysis.graph import (
+from tokopt.ir.graph import (
     ancestors,
     argument,
     aten,

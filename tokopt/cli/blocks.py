@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from tokopt.analysis.blocks import Block, find_blocks
 from tokopt.analysis.cost import node_flops
-from tokopt.analysis.graph import is_tensor, module_path
+from tokopt.ir.graph import is_tensor, module_path
 from tokopt.ir.program import Program
 
 

@@ -11,7 +11,7 @@ input                     shape, dtype                             meaning
 ``rows``                  [rows] int64                             the tokens whose logits are wanted
 ``length``                [batch] int64, state                     slots in use; the next token goes there
 ``slots``                 [batch, 1, slots, 1] int64, state        position of the token in each slot, or -1
-``keys_i``, ``values_i``  [batch, heads, slots, channels], state   the cache of layer i, preallocated
+``key_i``, ``value_i``    [batch, heads, slots, channels], state   the cache of layer i, preallocated
 ========================  =======================================  ==========================================
 
 It returns ``logits`` [batch, rows, vocabulary] and the next state. Slots and positions are separate: nothing
@@ -33,12 +33,15 @@ from torch import Tensor, nn
 from tokopt.errors import CaptureError, MissingDependencyError
 from tokopt.frontend.module import evaluation, explain
 from tokopt.frontend.normalize import normalize
-from tokopt.ir.bundle import Bundle, State
-from tokopt.ir.bundle import Generation as DrivenGeneration
+from tokopt.ir.bundle import Bundle
+from tokopt.ir.calls import first_call
 from tokopt.ir.export import export_flat, output_specs
+from tokopt.ir.graph import dtype_name
 from tokopt.ir.program import AxisRange, Program, TensorSpec
 from tokopt.kernels import ops
-from tokopt.runtime.format.manifest import Generation
+from tokopt.runtime.format.generation import Generation
+from tokopt.runtime.format.schedule import Entry, Schedule
+from tokopt.runtime.format.state import Occupancy, State
 from tokopt.runtime.text import Tokenizer
 
 BATCH, TOKENS, ROWS, SLOTS, HELD = 2, 5, 3, 11, 4
@@ -102,8 +105,8 @@ def capture_lm(
         program, states = _export(_Step(decoder, windows, not hugging_face), generation, model)
         if hugging_face:
             _check_against(model, program, states, generation.vocabulary)
-    settings = DrivenGeneration(**vars(generation))
-    return Bundle({"step": program}, "causal-lm", states, tokenizer=tokenizer, generation=settings)
+    schedule = Schedule((Entry("step", "prefill", "tokens"), Entry("step", "decode", "tokens")))
+    return Bundle({"step": program}, schedule, states, tokenizer=tokenizer, generation=generation)
 
 
 # --- the program ------------------------------------------------------------------------------------------
@@ -176,12 +179,12 @@ def _export(step: _Step, generation: Generation, model: nn.Module) -> tuple[Prog
         TensorSpec("tokens", "int64", ("batch", "tokens"), "tokens"),
         TensorSpec("positions", "int64", ("batch", "tokens"), "positions"),
         TensorSpec("mask", "bool", ("batch", "tokens", "tokens"), "mask"),
-        TensorSpec("rows", "int64", ("rows",)),
-        *(TensorSpec(state.name, state.dtype, state.axes, "state") for state in states),
+        TensorSpec("rows", "int64", ("rows",), "rows"),
+        *(TensorSpec(state.name, state.dtype, state.axes, "state", state.name) for state in states),
     )
     outputs = (
         TensorSpec("logits", "float32", (), "logits"),
-        *(TensorSpec(state.output, state.dtype, (), "state") for state in states),
+        *(TensorSpec(f"next_{state.name}", state.dtype, (), "state", state.name) for state in states),
     )
     ranges: Mapping[str, AxisRange] = {
         "batch": AxisRange(),
@@ -194,20 +197,22 @@ def _export(step: _Step, generation: Generation, model: nn.Module) -> tuple[Prog
         exported, ranges = export_flat(step, example, inputs, ranges)
     except Exception as error:
         raise CaptureError(explain(error, model, inputs)) from error
-    program = Program.of(exported, inputs, outputs, ranges, example)
+    aliases = {f"next_{state.name}": state.name for state in states if state.occupancy is not None}
+    program = Program.of(exported, inputs, outputs, ranges, example, aliases)
     return normalize(program.with_outputs(output_specs(program))), states
 
 
 def _states(layers: Sequence[tuple[Tensor, Tensor]]) -> tuple[State, ...]:
+    used = Occupancy("length")
     states = [
-        State("length", "int64", ("batch",), "next_length"),
-        State("slots", "int64", ("batch", 1, "slots", 1), "next_slots", initial=-1, in_place=True),
+        State("length", "length", "int64", ("batch",)),
+        State("slots", "position", "int64", ("batch", 1, "slots", 1), initial=-1, occupancy=used),
     ]
-    for i, pair in enumerate(layers):
-        for name, value in zip((f"keys_{i}", f"values_{i}"), pair, strict=True):
+    for layer, pair in enumerate(layers):
+        for kind, value in zip(("key", "value"), pair, strict=True):
             axes = ("batch", value.shape[1], "slots", value.shape[3])
-            dtype = str(value.dtype).removeprefix("torch.")
-            states.append(State(name, dtype, axes, f"next_{name}", in_place=True))
+            dtype = dtype_name(value.dtype)
+            states.append(State(f"{kind}_{layer}", kind, dtype, axes, layer=layer, occupancy=used))
     return tuple(states)
 
 
@@ -382,31 +387,10 @@ def _check_against(model: Any, program: Program, states: Sequence[State], vocabu
     tokens = torch.randint(vocabulary, (1, SLOTS), generator=generator)
     with torch.no_grad():
         wanted = model(input_ids=tokens, use_cache=False).logits
-    got = program(*first_step(program, tokens, states))[0]
+    got = program(*first_call(program, tokens, states))[0]
     check = check_output("logits", wanted.float().numpy(), got.float().numpy(), 1e-8)
     if not check.ok:
         raise CaptureError(
             f"the captured step of {type(model).__name__} does not reproduce the model's logits (NMSE "
             f"{check.nmse:.2g}); please report this model"
         )
-
-
-def first_step(program: Program, tokens: Tensor, states: Sequence[State]) -> tuple[Tensor, ...]:
-    """The inputs of ``step`` that read ``tokens`` [batch, tokens] into an empty cache of as many slots.
-
-    ``states`` begin with their initial values.
-    """
-    batch, count = tokens.shape
-    initial = {state.name: state.initial for state in states}
-    fixed = {
-        "tokens": tokens,
-        "positions": torch.arange(count).repeat(batch, 1),
-        "mask": torch.ones(count, count, dtype=torch.bool).tril().repeat(batch, 1, 1),
-        "rows": torch.arange(count),
-    }
-
-    def blank(spec: TensorSpec) -> Tensor:
-        shape = [axis if isinstance(axis, int) else batch if axis == "batch" else count for axis in spec.axes]
-        return torch.full(shape, initial[spec.name]).to(getattr(torch, spec.dtype))
-
-    return tuple(fixed[spec.name] if spec.name in fixed else blank(spec) for spec in program.inputs)

@@ -14,12 +14,13 @@ from typing import Any
 import torch
 from torch.utils import _pytree as pytree
 
-from tokopt.analysis.graph import dtype_name
 from tokopt.errors import CaptureError, InputError
 from tokopt.frontend.normalize import normalize
 from tokopt.ir.bundle import Bundle
 from tokopt.ir.export import export_flat, output_specs
+from tokopt.ir.graph import dtype_name
 from tokopt.ir.program import AxisRange, Program, TensorSpec
+from tokopt.runtime.format.schedule import Entry, Schedule
 
 Dynamic = Mapping[str, Sequence[str | None] | Mapping[int, str]]
 """Input name -> the name of each axis (None: static), or axis index -> name."""
@@ -98,7 +99,8 @@ def capture(
             raise CaptureError(explain(error, module, inputs)) from error
     blank = tuple(TensorSpec(name, "float32", (), "output") for name in outputs)
     program = Program.of(exported, inputs, blank, bounds, example)
-    return Bundle({"forward": normalize(program.with_outputs(output_specs(program)))}, tokenizer=tokenizer)
+    program = normalize(program.with_outputs(output_specs(program)))
+    return Bundle({"forward": program}, Schedule((Entry("forward", "encode"),)), tokenizer=tokenizer)
 
 
 def _as_module(

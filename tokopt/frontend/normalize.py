@@ -16,7 +16,8 @@ import torch
 from torch.fx import GraphModule, Node
 
 from tokopt.analysis.constants import evaluate, parameter
-from tokopt.analysis.graph import (
+from tokopt.errors import CaptureError
+from tokopt.ir.graph import (
     ancestors,
     argument,
     aten,
@@ -25,7 +26,6 @@ from tokopt.analysis.graph import (
     is_tensor,
     value_users,
 )
-from tokopt.errors import CaptureError
 from tokopt.ir.program import Program
 from tokopt.rewrite.edit import call, close_graph, open_graph
 

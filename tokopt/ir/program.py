@@ -5,35 +5,18 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
+
+from tokopt.runtime.format.signature import Axis
+from tokopt.runtime.format.signature import Range as AxisRange
+from tokopt.runtime.format.signature import Tensor as TensorSpec
+
+__all__ = ["Axis", "AxisRange", "Program", "Reductions", "TensorSpec"]
 
 if TYPE_CHECKING:
     import torch
     from torch.export import ExportedProgram
     from torch.fx import GraphModule
-
-Axis = str | int
-"""A named (dynamic) axis, or the size of a static one."""
-
-Role = Literal["input", "tokens", "positions", "mask", "state", "output", "logits", "score"]
-
-
-@dataclass(frozen=True)
-class TensorSpec:
-    """Name, dtype (numpy spelling, ``"float32"``), axes and role of one input or output."""
-
-    name: str
-    dtype: str
-    axes: tuple[Axis, ...]
-    role: Role = "input"
-
-
-@dataclass(frozen=True)
-class AxisRange:
-    """The sizes that a named axis may take, both ends included; ``max`` is None when unbounded."""
-
-    min: int = 1
-    max: int | None = None
 
 
 @dataclass(frozen=True)
@@ -43,6 +26,8 @@ class Program:
     ``module`` takes ``len(inputs)`` positional tensors and returns a tuple of ``len(outputs)`` tensors. Its parameters
     are attributes, and every node has its value's shape and dtype in ``meta["val"]``. It is never changed in place:
     passes edit a copy (:func:`tokopt.rewrite.edit.open_graph`). ``ranges`` gives the sizes of every named axis.
+    ``aliases`` maps outputs to inputs: the output is that input with new entries written into it, so that a host binds
+    one buffer to both; several outputs may alias one input.
     ``example`` holds one tuple of inputs that fits, used for the export, numeric comparison and the artifact's
     self-test. ``reductions`` lives in memory only: the program before any token reduction and the passes since, so that
     a further reduction joins the same rewrite.
@@ -53,6 +38,7 @@ class Program:
     outputs: tuple[TensorSpec, ...]
     ranges: Mapping[str, AxisRange]
     example: tuple[torch.Tensor, ...]
+    aliases: Mapping[str, str] = field(default_factory=dict)
     reductions: Reductions | None = field(default=None, compare=False, repr=False)
 
     @classmethod
@@ -63,11 +49,12 @@ class Program:
         outputs: tuple[TensorSpec, ...],
         ranges: Mapping[str, AxisRange],
         example: tuple[torch.Tensor, ...],
+        aliases: Mapping[str, str] | None = None,
     ) -> Program:
         """The program of what ``torch.export`` returned, which :attr:`exported` then is."""
         from tokopt.ir.export import unlifted
 
-        program = cls(unlifted(exported), inputs, outputs, ranges, example)
+        program = cls(unlifted(exported), inputs, outputs, ranges, example, aliases or {})
         program.__dict__["exported"] = exported
         return program
 
@@ -98,7 +85,11 @@ class Program:
 
 @dataclass(frozen=True)
 class Reductions:
-    """A program before any token was removed, and the token reductions applied to it, in order."""
+    """A program before any token was removed, and the token reductions applied to it, in order.
+
+    ``later`` are the passes that ran since and would do the same to ``base``.
+    """
 
     base: Program
     methods: tuple[object, ...]
+    later: tuple[object, ...] = ()

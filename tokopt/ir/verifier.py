@@ -2,65 +2,75 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 from torch.fx import Node
 
-from tokopt.analysis.graph import dtype_name, is_call, value_users
 from tokopt.errors import PassError
-from tokopt.ir.bundle import Bundle, State
+from tokopt.ir.bundle import Bundle
 from tokopt.ir.export import placeholders
+from tokopt.ir.graph import ancestors, describe, dtype_name, is_op, value_users
 from tokopt.ir.program import Program
-from tokopt.kernels import ops
+from tokopt.runtime.format.checks import FormatError, check_format
+
+_WRITE = "tokopt::cache_write"
+"""The operator that writes new entries into a buffer."""
 
 
 def verify_bundle(bundle: Bundle) -> None:
-    """Check graph lint, signature, example shapes and state wiring of every program.
+    """Check the description of the bundle, and that every graph is what its signature says.
 
-    Raises PassError naming the program and the first law that is broken.
+    Raises PassError naming the place and the first law that is broken.
     """
-    if not bundle.programs:
-        raise PassError("the bundle has no program")
+    try:
+        check_format(bundle.programs, bundle.states, bundle.links, bundle.schedule, bundle.generation)
+    except FormatError as error:
+        raise PassError(str(error)) from error
     for name, program in bundle.programs.items():
         try:
             _verify_program(program)
+            _verify_aliases(program)
         except (AssertionError, RuntimeError, ValueError) as error:
             raise PassError(f"program {name!r} is not well-formed: {error}") from error
-    for state in bundle.states:
-        _verify_state(bundle, state)
 
 
-def _verify_state(bundle: Bundle, state: State) -> None:
-    """A state is an input and an output of some program, of one dtype and one shape everywhere.
+def _verify_aliases(program: Program) -> None:
+    """An output that aliases an input is that input after one ``cache_write``, or a chain of them.
 
-    One that the main program writes in place is read there by nothing but the ``cache_write`` that makes its
-    next value: any other reader might see the new entries before or after they are written.
+    The buffer that serves as both may hold any link of the chain when something reads it. So every other reader of a
+    link must come before the next write: it must be an ancestor of that write.
     """
-    wired = False
-    for name, program in bundle.programs.items():
-        inputs = {spec.name: spec for spec in program.inputs}
-        outputs = {spec.name: spec for spec in program.outputs}
-        if state.name not in inputs or state.output not in outputs:
-            continue
-        wired = True
-        for spec in (inputs[state.name], outputs[state.output]):
-            if (spec.dtype, spec.axes) != (state.dtype, state.axes):
-                raise PassError(
-                    f"program {name!r}: {spec.name!r} is {spec.dtype}{list(spec.axes)}, the state is "
-                    f"{state.dtype}{list(state.axes)}"
-                )
-        if state.in_place and program is bundle.main and not _is_written_in_place(program, state):
-            raise PassError(f"program {name!r}: the state {state.name!r} is not only written in place")
-    if not wired:
-        raise PassError(f"state {state.name!r} is not wired: no such input, or no output {state.output!r}")
+    nodes = placeholders(program.module)
+    made = program.module.graph.output_node().args[0]
+    assert isinstance(made, (tuple, list))
+    outputs = dict(zip((spec.name for spec in program.outputs), made, strict=True))
+    chains: dict[Node, set[Node]] = {}
+    for name, source in program.aliases.items():
+        buffer = nodes[[spec.name for spec in program.inputs].index(source)]
+        chains.setdefault(buffer, set()).update(_chain(name, outputs[name], buffer))
+    for buffer, writes in chains.items():
+        for link in (buffer, *writes):
+            _verify_link(buffer, link, [write for write in writes if write.args[0] is link])
 
 
-def _is_written_in_place(program: Program, state: State) -> bool:
-    index = [spec.name for spec in program.inputs].index(state.name)
-    cache = placeholders(program.module)[index]
-    result = program.module.graph.output_node().args[0]
-    assert isinstance(result, (tuple, list))
-    written = result[[spec.name for spec in program.outputs].index(state.output)]
-    assert isinstance(written, Node)
-    return is_call(written, ops.cache_write) and written.args[0] is cache and value_users(cache) == [written]
+def _chain(name: str, node: object, buffer: Node) -> Iterator[Node]:
+    """The writes that lead from a buffer to an output."""
+    while node is not buffer:
+        _require(is_op(node, _WRITE), f"{name!r} is not only written in place")
+        assert isinstance(node, Node)
+        yield node
+        node = node.args[0]
+
+
+def _verify_link(buffer: Node, link: Node, writes: list[Node]) -> None:
+    _require(len(writes) <= 1, f"{buffer.name!r} is written in place twice from one value")
+    for write in writes:
+        before = ancestors(write)
+        for reader in value_users(link):
+            _require(
+                reader is write or reader in before or reader.op == "output",
+                f"{describe(reader)} reads {buffer.name!r} while it is written in place",
+            )
 
 
 def _verify_program(program: Program) -> None:

@@ -49,12 +49,12 @@ def fidelity(before: Bundle, after: Bundle, samples: Iterable[Sample]) -> Featur
     A language model reads every text at once: what its cache would evict later does not show here. Raises
     InputError for samples that do not fit, and when there are none.
     """
-    compare = _vectors if before.task == "encoder" else _predictions
+    compare = _predictions if before.schedule.generates else _vectors
     rows = [compare(before, after, sample) for sample in samples]
     if not rows:
         raise InputError("there is no sample to compare on; pass a list of inputs")
     table = np.concatenate(rows)
-    if before.task == "encoder":
+    if not before.schedule.generates:
         error = ratio(float(table[:, 1].sum()), float(table[:, 2].sum()))
         return Features(float(table[:, 0].mean()), float(table[:, 0].min()), error)
     kl, top1, first, second = map(float, table.mean(0))

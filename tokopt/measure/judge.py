@@ -19,8 +19,11 @@ from tokopt.runtime.numerics import cosines
 Sample = Any
 """Inputs of an encoder in their order, one of them alone; or the token ids of a text."""
 
-MEASURES = {"encoder": ("cosine", "worst"), "causal-lm": ("KL", "top1", "perplexity")}
-"""Task -> what :func:`judge` measures."""
+FEATURES = ("cosine", "worst")
+"""What :func:`judge` measures of an encoder."""
+
+PREDICTIONS = ("KL", "top1", "perplexity")
+"""What it measures of a language model."""
 
 OWN = "metric"
 """The measure of a user's own function."""
@@ -43,10 +46,10 @@ class Floor:
     limit: float
 
     @classmethod
-    def parse(cls, text: str, task: str, *own: str) -> Floor:
-        """Read a floor for models of a task, whose measures are joined by ``own``; raises InputError.
+    def parse(cls, text: str, measures: Sequence[str]) -> Floor:
+        """Read a floor of one of the ``measures``; raises InputError.
 
-        >>> Floor.parse("KL<=0.05", "causal-lm")
+        >>> Floor.parse("KL<=0.05", PREDICTIONS)
         Floor(measure='KL', sign='<=', limit=0.05)
         """
         found = re.fullmatch(r"\s*(\w+)\s*(>=|<=)\s*([-+.\deE]+)\s*", text)
@@ -55,7 +58,6 @@ class Floor:
             floor = cls(found[1], found[2], float(found[3]))
         except (AssertionError, ValueError) as error:
             raise InputError(f"{text!r} is no floor; write one like cosine>=0.99 or KL<=0.05") from error
-        measures = (*MEASURES[task], *own)
         if floor.measure not in measures:
             raise InputError(
                 f"{floor.measure!r} is not measured of this model; choose among {', '.join(measures)}"

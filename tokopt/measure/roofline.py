@@ -16,7 +16,7 @@ import torch
 from torch.fx import Node
 
 from tokopt.analysis.cost import node_bytes, node_flops
-from tokopt.analysis.graph import is_tensor, size_hint, sizes
+from tokopt.ir.graph import is_tensor, size_hint, sizes
 from tokopt.ir.program import Program
 from tokopt.kernels import declared
 from tokopt.kernels.declaration import Work

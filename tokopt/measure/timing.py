@@ -97,7 +97,7 @@ def _torch_runner(folder: Path, manifest: Manifest, device: str) -> Runner:
         raise MissingDependencyError(
             f"torch {torch.__version__} finds no CUDA device; leave out --backend torch-cuda"
         )
-    program = tokopt.open_bundle(folder).forward
+    program = tokopt.open_bundle(folder).main
     module = module_on(program.exported, device)
     inputs, outputs = [spec.name for spec in program.inputs], [spec.name for spec in program.outputs]
 

@@ -25,22 +25,25 @@ import numpy as np
 from tokopt.artifact import export
 from tokopt.errors import InputError, TokoptError
 from tokopt.ir.bundle import Bundle
-from tokopt.measure.judge import OWN, Floor, Sample, judge
+from tokopt.measure.judge import FEATURES, OWN, PREDICTIONS, Floor, Sample, judge
 from tokopt.measure.timing import interleaved_times, open_runner
 from tokopt.pipeline.manager import optimize, parse
 
-SPACES: Mapping[str, tuple[tuple[str, ...], ...]] = {
-    "encoder": (
-        ("tome{target=0.75}", "tome{target=0.5}", "tome{target=0.35}", "tome{target=0.25}"),
-        ("int8", "smoothquant,int8{activations=static}", "rtn{bits=8}"),
-    ),
-    "causal-lm": (
-        ("streaming{budget=0.5}", "h2o{budget=0.5}", "expected_attention{budget=0.5}"),
-        ("keep_grid", "rtn{bits=8}", "gptq{group=16 order=true}", "rtn"),
-        ("int8_kv",),
-    ),
-}
-"""Task -> kinds of methods, and the candidates of each; at most one of each kind is in a pipeline."""
+Space = tuple[tuple[str, ...], ...]
+"""Kinds of methods, and the candidates of each; at most one of each kind is in a pipeline."""
+
+FEATURE_SPACE: Space = (
+    ("tome{target=0.75}", "tome{target=0.5}", "tome{target=0.35}", "tome{target=0.25}"),
+    ("int8", "smoothquant,int8{activations=static}", "rtn{bits=8}"),
+)
+"""What is tried on an encoder."""
+
+TEXT_SPACE: Space = (
+    ("streaming{budget=0.5}", "h2o{budget=0.5}", "expected_attention{budget=0.5}"),
+    ("keep_grid", "rtn{bits=8}", "gptq{group=16 order=true}", "rtn"),
+    ("int8_kv",),
+)
+"""What is tried on a language model."""
 
 GAIN = 1.05
 """The least speed-up that is called one: two timings of the same program differ by less than this."""
@@ -151,12 +154,17 @@ def tune(
             "tuning needs at least two samples, one to calibrate with and one to judge by; give more"
         )
     machine = machine or Machine()
-    if bundle.task == "causal-lm" and machine.batch not in (None, 1):
+    generates = bundle.schedule.generates
+    if generates and machine.batch not in (None, 1):
         raise InputError("tuning times a language model one text at a time; leave the batch out")
-    usual = {"encoder": "cosine>=0.99", "causal-lm": "KL<=0.05"}[bundle.task]
-    wanted = Floor.parse(floor or usual, bundle.task, *([OWN] if metric else []))
+    measures = PREDICTIONS if generates else FEATURES
+    usual = "KL<=0.05" if generates else "cosine>=0.99"
+    wanted = Floor.parse(floor or usual, (*measures, *([OWN] if metric else [])))
     # One spelling of each; a misspelt candidate is refused before anything runs.
-    kinds = [[str(parse(text)) for text in kind] for kind in candidates or SPACES[bundle.task]]
+    kinds = [
+        [str(parse(text)) for text in kind]
+        for kind in candidates or (TEXT_SPACE if generates else FEATURE_SPACE)
+    ]
     say = progress or (lambda line: None)
     search = _Search(bundle, samples, Path(folder), machine, metric, say)
     end = time.monotonic() + 60 * minutes
@@ -215,7 +223,7 @@ class _Search:
             say("exporting the model as it is")
             export(bundle, self.baseline, overwrite=self.baseline.exists())
             self._keep()
-        if machine.batch is not None and bundle.task == "encoder":
+        if machine.batch is not None and not bundle.schedule.generates:
             open_runner(self.baseline, machine.threads).example(machine.batch)  # refuses what cannot run
 
     def try_one(self, text: str, floor: Floor) -> None:
@@ -251,7 +259,7 @@ class _Search:
         quality = judge(self.baseline, path, self.judged, self.machine.threads)
         if self.metric is not None:
             quality[OWN] = float(self.metric(path))
-        prompt = self.machine.prompt if self.bundle.task == "causal-lm" else None
+        prompt = self.machine.prompt if self.bundle.schedule.generates else None
         paths = [str(self.baseline), str(path)]
         rounds = list(interleaved_times(paths, ROUNDS, self.machine.batch, self.machine.threads, prompt))
         low, middle, high = np.quantile([before / after for before, after in rounds], [0.25, 0.5, 0.75])

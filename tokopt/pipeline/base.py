@@ -99,6 +99,11 @@ class Pass:
                     f"it takes {type_text(option)}"
                 )
 
+    @property
+    def data_free(self) -> bool:
+        """Whether the pass does to a program what it does to the one without reduced tokens: it reads weights alone."""
+        return False
+
     def requires(self, bundle: Bundle) -> None:
         """Raise :class:`PassError` when ``bundle`` does not meet this pass's preconditions."""
 

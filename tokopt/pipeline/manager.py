@@ -89,7 +89,7 @@ def _run_one(step: Pass, bundle: Bundle, context: Context) -> tuple[Bundle, Pass
     if context.strict and (result.refusals or not result.matches):
         reasons = "; ".join(map(str, result.refusals)) or "; ".join(result.notes) or "nothing matched"
         raise PassRefused(f"refused in strict mode: {reasons}")
-    after = result.bundle
+    after = _remembering(step, bundle, result.bundle)
     verify_bundle(after)
     applied = AppliedPass(
         str(step), result.matches, step.semantics, result.notes + tuple(map(str, result.refusals))
@@ -99,6 +99,16 @@ def _run_one(step: Pass, bundle: Bundle, context: Context) -> tuple[Bundle, Pass
     cost = bundle_cost(after)
     record = PassRecord(str(step), result.matches, seconds, before, cost, result.notes, result.refusals)
     return after, record
+
+
+def _remembering(step: Pass, before: Bundle, after: Bundle) -> Bundle:
+    """Let programs whose tokens were reduced remember a pass that would have done the same to them before that."""
+    for name, program in before.programs.items():
+        changed, done = after.programs[name], program.reductions
+        if step.data_free and done is not None and changed is not program and changed.reductions is None:
+            done = replace(done, later=(*done.later, step))
+            after = after.with_program(name, replace(changed, reductions=done))
+    return after
 
 
 def _write_reproducer(bundle: Bundle, pipeline: Pipeline, index: int, folder: Path) -> Path:

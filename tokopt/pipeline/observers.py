@@ -22,10 +22,12 @@ class Difference:
 
 
 def differences(before: Bundle, after: Bundle) -> tuple[Difference, ...]:
-    """Compare the outputs of two bundles' ``forward`` on the first one's example inputs."""
-    inputs = before.main.example
-    wanted, got = before.main(*inputs), after.main(*inputs)
-    names = [spec.name for spec in before.main.outputs]
+    """Compare what two bundles give for the first one's example inputs, of language models for its tokens."""
+    program, generates = before.main, before.schedule.generates
+    chosen = [not generates or spec.role == "tokens" for spec in program.inputs]
+    inputs = [tensor for tensor, wanted in zip(program.example, chosen, strict=True) if wanted]
+    names = [spec.name for spec in program.outputs if not generates or spec.role == "logits"]
+    wanted, got = before(*inputs), after(*inputs)
     return tuple(_difference(n, w, g) for n, w, g in zip(names, wanted, got, strict=True))
 
 

@@ -6,7 +6,7 @@ the positions of what they hold, so each gets slots of its own; so does every la
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
@@ -14,16 +14,18 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
-from tokopt.analysis.cache import CachedAttention, input_nodes
-from tokopt.analysis.graph import argument, is_call
-from tokopt.analysis.rotary import Rotary
+from tokopt.analysis.cache import CachedAttention, input_of_role
+from tokopt.analysis.rotation import Rotary
 from tokopt.errors import PassError
-from tokopt.ir.bundle import Bundle, State
+from tokopt.ir.bundle import Bundle, fresh
 from tokopt.ir.export import placeholders
+from tokopt.ir.graph import argument, is_call
 from tokopt.ir.program import Axis, AxisRange, Program, TensorSpec
 from tokopt.ir.shapes import Shapes
 from tokopt.kernels import ops
 from tokopt.rewrite.edit import after, call, close_graph, new_graph, redirect
+from tokopt.runtime.format.signature import BATCH
+from tokopt.runtime.format.state import Occupancy, State, slot_axis
 
 
 @dataclass(frozen=True)
@@ -56,10 +58,26 @@ class Attention:
         return ops.attention_mass(self.query, self.key, self.mask, self.positions, self.scale)
 
 
-def require_language_model(name: str, bundle: Bundle) -> None:
-    """Raise PassError, for the pass of this name, where there is no cache."""
-    if bundle.task != "causal-lm":
-        raise PassError(f"{name} works on language models; this bundle is an {bundle.task}")
+def language_program(name: str, bundle: Bundle) -> str:
+    """The program that reads prompts and decodes, for the pass of this name.
+
+    Raises PassError where there is none, or where they are two.
+    """
+    names = [entry.program for role in ("prefill", "decode") for entry in bundle.schedule.of_role(role)]
+    if not names:
+        raise PassError(f"{name} works on language models; this bundle is an encoder")
+    if len(set(names)) > 1:
+        raise PassError(f"{name} works where one program reads prompts and decodes; here they are two")
+    return names[0]
+
+
+def compactor(bundle: Bundle) -> str | None:
+    """The program that moves keys and values between calls; None where nothing is evicted."""
+    cached = {state.name for state in bundle.states if state.kind in ("key", "value")}
+    for trigger in bundle.schedule.triggers:
+        if cached & {spec.state for spec in bundle.programs[trigger.program].outputs}:
+            return trigger.program
+    return None
 
 
 def in_float32(x: Tensor) -> Tensor:
@@ -67,13 +85,22 @@ def in_float32(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float32 else x.float()
 
 
+SLOTS = "slots"
+"""In the axes of a :class:`Memory`: the slots of its layer, whatever their axis is called."""
+
+
 @dataclass(frozen=True)
 class Memory:
-    """A state that a method keeps per layer; the axis ``"slots"`` makes it move with the slots."""
+    """A state that a method keeps per layer; with the axis :data:`SLOTS` it moves with the slots."""
 
     name: str
     dtype: str
     axes: tuple[Axis, ...]
+
+    @property
+    def moves(self) -> bool:
+        """Whether there is an entry per slot."""
+        return SLOTS in self.axes
 
 
 class Tap(Protocol):
@@ -90,36 +117,48 @@ class Tap(Protocol):
 
 @dataclass
 class ProgramEdit:
-    """An edit of ``step`` that takes states away or adds them."""
+    """An edit of a program that takes states away, changes them or adds some.
+
+    ``states`` are the bundle's by name, ``nodes`` the inputs of ``module`` that read them.
+    """
 
     bundle: Bundle
+    name: str
     module: GraphModule
     states: dict[str, State] = field(init=False)
     inputs: list[TensorSpec] = field(init=False)
     outputs: list[TensorSpec] = field(init=False)
     example: list[Tensor] = field(init=False)
     results: list[Node] = field(init=False)
+    aliases: dict[str, str] = field(init=False)
+    nodes: dict[str, Node] = field(init=False)
 
     def __post_init__(self) -> None:
-        step = self.bundle.programs["step"]
+        program = self.program
         self.states = {state.name: state for state in self.bundle.states}
-        self.inputs, self.outputs, self.example = list(step.inputs), list(step.outputs), list(step.example)
+        self.inputs, self.outputs = list(program.inputs), list(program.outputs)
+        self.example, self.aliases = list(program.example), dict(program.aliases)
         results = self.module.graph.output_node().args[0]
         self.results = list(results)  # type: ignore[arg-type]
-        self.nodes = input_nodes(step, self.module.graph)
-        self.ranges = dict(step.ranges)
-        self.sizes = {
-            axis: size
-            for spec, tensor in zip(step.inputs, step.example, strict=True)
-            for axis, size in zip(spec.axes, tensor.shape, strict=True)
-        }
+        inputs = zip(program.inputs, placeholders(self.module), strict=True)
+        self.nodes = {spec.state: node for spec, node in inputs if spec.state is not None}
+        self.ranges = dict(program.ranges)
+
+    @property
+    def program(self) -> Program:
+        """The program as it was."""
+        return self.bundle.programs[self.name]
+
+    def of_role(self, role: str) -> Node:
+        """The input of a role that the program has once."""
+        return input_of_role(self.program, self.module, role)
 
     def finish(self) -> Program:
         """The edited program."""
         self.module.graph.output_node().args = (tuple(self.results),)
         axes = {axis for spec in self.inputs for axis in spec.axes}
         program = replace(
-            self.bundle.programs["step"],
+            self.program,
             ranges={axis: bounds for axis, bounds in self.ranges.items() if axis in axes},
         )
         return close_graph(
@@ -128,54 +167,81 @@ class ProgramEdit:
             inputs=tuple(self.inputs),
             outputs=tuple(self.outputs),
             example=tuple(self.example),
+            aliases=self.aliases,
         )
 
     def take(self, state: State, example: Tensor) -> Node:
         """A new state as an input."""
         graph = self.module.graph
-        last = [node for node in graph.nodes if node.op == "placeholder"][-1]
+        last = placeholders(self.module)[-1]
         with graph.inserting_after(last):
             node = graph.placeholder(state.name)
         self.states[state.name] = state
-        self.inputs.append(TensorSpec(state.name, state.dtype, state.axes, "state"))
+        self.inputs.append(TensorSpec(state.name, state.dtype, state.axes, "state", state.name))
         node.meta["val"] = self._blank_value(self.inputs[-1], example)
         self.example.append(example)
         self.nodes[state.name] = node
         return node
 
-    def _blank_value(self, spec: TensorSpec, example: Tensor) -> Tensor:
-        shapes = Shapes.attached(self.module)
-        shapes.name(spec, example, self.ranges)
-        for axis, size in zip(spec.axes, example.shape, strict=True):
-            if isinstance(axis, str):
-                self.ranges.setdefault(axis, AxisRange())
-                self.sizes.setdefault(axis, size)
-        return shapes.blank(spec)
-
-    def respell(self, name: str, example: Tensor, **changes: Any) -> None:
-        """Give a state another dtype or other axes, and an example that has them."""
-        state = self.states[name] = replace(self.states[name], **changes)
-        place = [spec.name for spec in self.inputs].index(name)
-        out = [spec.name for spec in self.outputs].index(state.output)
-        self.inputs[place] = replace(self.inputs[place], **changes)
-        self.outputs[out] = replace(self.outputs[out], **changes)
-        self.example[place] = example
-        self.nodes[name].meta["val"] = self._blank_value(self.inputs[place], example)
-
-    def give(self, state: State, node: Node) -> None:
-        """The next value of a state as an output."""
-        self.outputs.append(TensorSpec(state.output, state.dtype, state.axes, "state"))
+    def give(self, state: State, node: Node, *, written: bool = False) -> None:
+        """The next value of a state as an output; ``written``: it is the state with new entries written into it."""
+        name = fresh(f"next_{state.name}", [spec.name for spec in self.outputs])
+        self.outputs.append(TensorSpec(name, state.dtype, state.axes, "state", state.name))
         self.results.append(node)
+        if written:
+            self.aliases[name] = self.inputs[self._place(state.name)].name
 
     def remove(self, name: str) -> None:
         """Take a state away, and with it the nodes that only made its next value."""
-        place = [spec.name for spec in self.inputs].index(name)
-        out = [spec.name for spec in self.outputs].index(self.states.pop(name).output)
-        del self.inputs[place], self.example[place], self.outputs[out], self.results[out]
+        place, out = self._place(name), self._out(name)
+        self.aliases.pop(self.outputs[out].name, None)
+        del self.states[name], self.inputs[place], self.example[place], self.outputs[out], self.results[out]
         graph = self.module.graph
         graph.output_node().args = (tuple(self.results),)
         graph.eliminate_dead_code()
         graph.erase_node(self.nodes.pop(name))
+
+    def respell(self, name: str, example: Tensor, **changes: Any) -> None:
+        """Give a state another dtype, axes or occupancy, and an example that has them."""
+        self.states[name] = replace(self.states[name], **changes)
+        spelled = {key: value for key, value in changes.items() if key in ("dtype", "axes")}
+        place, out = self._place(name), self._out(name)
+        self.inputs[place] = replace(self.inputs[place], **spelled)
+        self.outputs[out] = replace(self.outputs[out], **spelled)
+        self.example[place] = example
+        self.nodes[name].meta["val"] = self._blank_value(self.inputs[place], example)
+
+    def sample(self, name: str) -> Tensor:
+        """The example of a state."""
+        return self.example[self._place(name)]
+
+    def free(self, name: str) -> str:
+        """``name``, or one like it, that no state and no input has."""
+        return fresh(name, [*self.states, *(spec.name for spec in self.inputs)])
+
+    def _place(self, name: str) -> int:
+        return [spec.state for spec in self.inputs].index(name)
+
+    def _out(self, name: str) -> int:
+        return [spec.state for spec in self.outputs].index(name)
+
+    def _blank_value(self, spec: TensorSpec, example: Tensor) -> Tensor:
+        shapes = Shapes.attached(self.module)
+        shapes.name(spec, example, self.ranges)
+        for axis in spec.axes:
+            if isinstance(axis, str):
+                self.ranges.setdefault(axis, AxisRange())
+        return shapes.blank(spec)
+
+
+@dataclass(frozen=True)
+class LayerStates:
+    """The names of the states of one layer: its cache, its slots' positions, and what a method remembers of it."""
+
+    key: str
+    value: str
+    position: str
+    memory: tuple[str, ...]
 
 
 @dataclass
@@ -183,7 +249,8 @@ class StepEdit(ProgramEdit):
     """The edit of an eviction: new states in, a tap beside every attention, new states out.
 
     ``layered`` gives every layer a length and a slot axis of its own; ``per_head`` lets every key head hold
-    tokens of its own; ``shifted`` counts positions from the state ``shift``, which grows as slots are renumbered.
+    tokens of its own; ``shifted`` counts positions from a state that grows as slots are renumbered. ``held`` are the
+    states of every layer, and ``shift`` is the name of that state, once the edit has run.
     """
 
     tap: Tap
@@ -191,132 +258,155 @@ class StepEdit(ProgramEdit):
     layered: bool
     per_head: bool
     shifted: bool
+    held: list[LayerStates] = field(init=False, default_factory=list)
+    shift: str | None = field(init=False, default=None)
 
     def run(self) -> tuple[Program, tuple[State, ...]]:
-        """The edited program and its states."""
+        """The edited program and the bundle's states."""
+        self.length = self._length_state()
+        self.shared = self._position_state()
+        self.positions = self.of_role("positions")
+        self.lengths = [self.nodes[self.length]] * len(self.layers)
         if self.shifted:
             self._shift_positions()
         if self.layered:
             self._split_lengths()
-        for layer in self.layers:
+        for place, layer in enumerate(self.layers):
+            position, mask = self.shared, layer.mask
             if self.own_slots(layer):
-                self._add_slots(layer)
-            self._add_memory(layer)
+                position, mask = self._add_slots(place, layer)
+            memory = self._add_memory(layer, mask)
+            self.held.append(LayerStates(layer.key_state, layer.value_state, position, memory))
         if all(self.own_slots(layer) for layer in self.layers):
-            self.remove("slots")
+            self.remove(self.shared)
         return self.finish(), tuple(self.states.values())
 
     def own_slots(self, layer: CachedAttention) -> bool:
         """Whether a layer has to know itself which slots it uses, and for which positions."""
         return self.layered or layer.window > 0
 
-    def axis(self, layer: CachedAttention) -> str:
-        """The name of the layer's slot axis."""
-        return f"slots_{layer.index}" if self.layered else "slots"
-
     def heads(self, layer: CachedAttention) -> int:
         """Heads that choose slots of their own."""
         return layer.keys.meta["val"].shape[1] if self.per_head else 1
 
-    def memory(self, layer: CachedAttention) -> list[Memory]:
-        """The tap's memory of a layer, by the names and axes that it has in the program."""
-        return [
-            Memory(
-                f"{m.name}_{layer.index}",
-                m.dtype,
-                tuple(self.axis(layer) if axis == "slots" else axis for axis in m.axes),
-            )
-            for m in self.tap.memory(layer)
-        ]
+    def _length_state(self) -> str:
+        """The state that counts the slots of all layers."""
+        counted = {self.states[layer.key_state].occupancy for layer in self.layers}
+        occupancy = counted.pop()
+        assert occupancy is not None and not counted
+        return occupancy.state
+
+    def _position_state(self) -> str:
+        """The state that says which positions the slots of all layers hold."""
+        (name,) = {spec.state for spec in self.inputs if spec.state and self._holds_positions(spec.state)}
+        return name
+
+    def _holds_positions(self, name: str) -> bool:
+        state = self.states[name]
+        return state.kind == "position" and state.occupancy == self.states[self.layers[0].key_state].occupancy
 
     def _shift_positions(self) -> None:
         """Everything that reads positions reads them less the state ``shift``."""
-        state = State("shift", "int64", ("batch",), "next_shift")
-        positions, shift = self.nodes["positions"], self.take(state, self._blank(state))
+        state = State(self.free("shift"), "shift", "int64", (BATCH,))
+        positions, shift = self.positions, self.take(state, self._blank(state))
         readers = list(positions.users)
         with after(shift):
             moved, same = call(self.module.graph, _shifted, positions, shift, like=self.layers[0].node)
         redirect(readers, positions, moved)
-        self.nodes["positions"] = moved
+        self.positions, self.shift = moved, state.name
         self.give(state, same)
 
     def _split_lengths(self) -> None:
         """One length per layer, and slot axes of their own."""
-        count = len(self.layers)
-        place = [spec.name for spec in self.inputs].index("length")
-        self.respell("length", self.example[place][:, None].repeat(1, count), axes=("batch", count))
-        with after(self.nodes["length"]):
-            lengths = call(self.module.graph, torch.unbind, self.nodes["length"], 1, like=self.layers[0].node)
-        for reader in list(
-            self.nodes["length"].users
-        ):  # of the shared slots, which go when every layer has its own
+        count, whole = len(self.layers), self.nodes[self.length]
+        slots = slot_axis(self.states[self.layers[0].key_state].axes)
+        self.respell(self.length, self.sample(self.length)[:, None].repeat(1, count), axes=(BATCH, count))
+        with after(whole):
+            lengths = call(self.module.graph, torch.unbind, whole, 1, like=self.layers[0].node)
+        for reader in list(whole.users):  # of the shared slots, which go when every layer has its own
             if is_call(reader, ops.cache_write, ops.cache_mask):
-                reader.replace_input_with(self.nodes["length"], lengths[0])
-        for layer, length in zip(self.layers, lengths, strict=True):
-            self.nodes[f"length_{layer.index}"] = length
+                reader.replace_input_with(whole, lengths[0])
+        self.lengths = list(lengths)
+        for place, (layer, length) in enumerate(zip(self.layers, lengths, strict=True)):
             for write in (layer.keys, layer.values):
                 write.update_arg(2, length)
-            for name in (f"keys_{layer.index}", f"values_{layer.index}"):
-                axes = tuple(self.axis(layer) if axis == "slots" else axis for axis in self.states[name].axes)
-                example = self.example[[spec.name for spec in self.inputs].index(name)]
-                self.respell(name, example, axes=axes)
+            axis = fresh(f"{slots}{layer.layer}", self.ranges)
+            for name in (layer.key_state, layer.value_state):
+                axes = tuple(axis if one == slots else one for one in self.states[name].axes)
+                used = Occupancy(self.length, place)
+                self.respell(name, self.sample(name), axes=axes, occupancy=used)
 
-    def _add_slots(self, layer: CachedAttention) -> None:
-        """Slots of the layer's own, and the mask that follows from them."""
-        shared = self.example[[spec.name for spec in self.bundle.programs["step"].inputs].index("slots")]
-        heads = self.heads(layer)
+    def _add_slots(self, place: int, layer: CachedAttention) -> tuple[str, Node]:
+        """Slots of the layer's own: the state of their positions, and the mask that follows from them."""
+        heads, cache = self.heads(layer), self.states[layer.key_state]
+        axis = slot_axis(cache.axes)
+        assert axis is not None
         state = State(
-            f"slots_{layer.index}",
-            "int64",
-            ("batch", heads, self.axis(layer), 1),
-            f"next_slots_{layer.index}",
+            self.free(f"position_{layer.layer}"),
+            *("position", "int64", (BATCH, heads, axis, 1)),
             initial=-1,
-            in_place=True,
+            layer=layer.layer,
+            occupancy=cache.occupancy,
         )
-        slots = self.take(state, shared.repeat(1, heads, 1, 1))
+        slots = self.take(state, self.sample(self.shared).repeat(1, heads, 1, 1))
         groups = layer.query.meta["val"].shape[1] // heads if heads > 1 else 1
-        length = self.nodes.get(f"length_{layer.index}", self.nodes["length"])
-        operands = (slots, self.nodes["positions"], self.nodes["mask"], length)
+        operands = (slots, self.positions, self.of_role("mask"), self.lengths[place])
         graph = self.module.graph
         Shapes.attached(self.module).refresh(self.module, until=layer.node)
         with graph.inserting_before(layer.node):
             written, mask = call(graph, _own_mask, *operands, layer.window, groups, like=layer.node)
-        self.give(state, written)
+        self.give(state, written, written=True)
         layer.node.replace_input_with(argument(layer.node, 3, "attn_mask"), mask)  # type: ignore[arg-type]
-        self.nodes[f"mask_{layer.index}"] = mask
+        return state.name, mask
 
-    def _add_memory(self, layer: CachedAttention) -> None:
-        """The tap: what the tap remembers of this attention."""
-        memory = self.memory(layer)
-        if not memory:
-            return
-        states = [State(m.name, m.dtype, m.axes, f"next_{m.name}") for m in memory]
+    def _add_memory(self, layer: CachedAttention, mask: Node) -> tuple[str, ...]:
+        """The tap: the states of what it remembers of this attention."""
+        states = [self._memory_state(layer, memory) for memory in self.tap.memory(layer)]
+        if not states:
+            return ()
         taken = [self.take(state, self._blank(state)) for state in states]
-        mask = self.nodes.get(f"mask_{layer.index}", layer.mask)
-        operands = (layer.query, layer.keys, mask, self.nodes["positions"], *taken)
+        operands = (layer.query, layer.keys, mask, self.positions, *taken)
         graph = self.module.graph
         Shapes.attached(self.module).refresh(self.module, until=layer.node)
         with after(layer.node):
             observed = call(graph, _observation(self.tap, layer), *operands, like=layer.node)
         for state, node in zip(states, observed, strict=True):
             self.give(state, node)
+        return tuple(state.name for state in states)
+
+    def _memory_state(self, layer: CachedAttention, memory: Memory) -> State:
+        cache = self.states[layer.key_state]
+        slots = slot_axis(cache.axes)
+        axes = tuple(slots if axis == SLOTS else axis for axis in memory.axes)
+        return State(
+            self.free(f"{memory.name}_{layer.layer}"),
+            *("score" if memory.moves else "memory", memory.dtype, axes),  # type: ignore[arg-type]
+            layer=layer.layer,
+            occupancy=cache.occupancy if memory.moves else None,
+        )
 
     def _blank(self, state: State) -> Tensor:
         """An example of a new state: small whole numbers, which any dtype holds exactly."""
-        shape = [axis if isinstance(axis, int) else self.sizes[axis] for axis in state.axes]
+        cache = self.sample(self.layers[0].key_state)
+        sizes = {BATCH: cache.shape[0], slot_axis(state.axes): cache.shape[2]}
+        shape = [axis if isinstance(axis, int) else sizes[axis] for axis in state.axes]
         generator = torch.Generator().manual_seed(len(self.inputs))
         return torch.randint(0, 3, shape, generator=generator).to(getattr(torch, state.dtype))
 
 
 def state_program(
     function: Callable[..., tuple[Tensor, ...]],
-    states: tuple[State, ...],
+    states: Sequence[State],
     example: tuple[Tensor, ...],
     ranges: Mapping[str, AxisRange],
 ) -> Program:
-    """The program of a function that takes every state and returns the next ones."""
-    inputs = tuple(TensorSpec(state.name, state.dtype, state.axes, "state") for state in states)
-    outputs = tuple(TensorSpec(state.output, state.dtype, state.axes, "state") for state in states)
+    """The program of a function that takes which rows are due [batch] bool and every state, and returns the next ones.
+
+    ``example`` begins with the rows that are due.
+    """
+    due = TensorSpec("due", "bool", (BATCH,), "due")
+    inputs = (due, *(TensorSpec(s.name, s.dtype, s.axes, "state", s.name) for s in states))
+    outputs = tuple(TensorSpec(f"next_{s.name}", s.dtype, s.axes, "state", s.name) for s in states)
     axes = {axis for spec in inputs for axis in spec.axes}
     chosen = {axis: bounds for axis, bounds in ranges.items() if axis in axes}
     opened = new_graph(inputs, chosen, example)

@@ -20,8 +20,8 @@ from torch.fx import Graph, GraphModule, Node
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils import _pytree as pytree
 
-from tokopt.analysis.graph import aten, is_call
 from tokopt.ir.export import copied, output_specs
+from tokopt.ir.graph import aten, is_call
 from tokopt.ir.program import AxisRange, Program, TensorSpec
 from tokopt.ir.shapes import Shapes, with_shapes
 from tokopt.ir.splice import drop_lifts, splice

@@ -12,8 +12,8 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from tokopt.analysis.constants import parameter
-from tokopt.analysis.graph import aten, is_call, same_size, value_users
 from tokopt.analysis.linears import Linear
+from tokopt.ir.graph import aten, is_call, same_size, value_users
 from tokopt.rewrite.edit import call, put_parameter
 
 

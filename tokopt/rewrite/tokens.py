@@ -18,15 +18,6 @@ from torch import Tensor
 from torch.fx import Graph, GraphModule, Node
 
 from tokopt.analysis.blocks import Block, Site
-from tokopt.analysis.graph import (
-    ancestors,
-    argument,
-    aten,
-    describe,
-    is_call,
-    same_size,
-    sizes,
-)
 from tokopt.analysis.token_axis import (
     Attend,
     Edit,
@@ -40,6 +31,15 @@ from tokopt.analysis.token_axis import (
     is_content,
 )
 from tokopt.errors import PassRefused
+from tokopt.ir.graph import (
+    ancestors,
+    argument,
+    aten,
+    describe,
+    is_call,
+    same_size,
+    sizes,
+)
 from tokopt.ir.shapes import Shapes
 from tokopt.kernels import ops
 from tokopt.rewrite.edit import call

@@ -11,7 +11,6 @@ from tokopt.cli.options import add_model, add_pipeline
 from tokopt.cli.screen import Screen
 from tokopt.cli.tables import show_report
 from tokopt.cli.verb import OK, Verb
-from tokopt.errors import InputError
 
 _PAYS = 1.05
 
@@ -30,11 +29,6 @@ def run(args: Namespace, screen: Screen) -> int:
     pipeline = as_pipeline(args.pipeline)
     with screen.step(f"Estimating {pipeline}"):
         bundle, machine = read_bundle(args.artifact), measure_machine()
-        if bundle.task != "encoder":
-            raise InputError(
-                "estimate predicts encoders, where the work does not depend on a cache; measure a language model "
-                "with: tokopt generate"
-            )
         seconds = [predict_seconds(bundle.main, machine)]
         watch = Context(observers=(lambda _, __, new: seconds.append(predict_seconds(new.main, machine)),))
         report = pipeline.run(bundle, watch)[1]

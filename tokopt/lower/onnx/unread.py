@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from torch.fx import Graph, Node
 
-from tokopt.analysis.graph import (
+from tokopt.ir.graph import (
     SDPA,
     argument,
     aten,

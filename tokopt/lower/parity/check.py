@@ -9,8 +9,8 @@ import numpy as np
 import onnxruntime
 import torch
 
-from tokopt.analysis.graph import dtype_name
 from tokopt.errors import LoweringError
+from tokopt.ir.graph import dtype_name
 from tokopt.ir.program import Program
 from tokopt.lower.parity.precision import rounds_alike
 from tokopt.lower.parity.selections import expose_selections, run_with_selections, selects

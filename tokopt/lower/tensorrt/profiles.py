@@ -10,17 +10,18 @@ from tokopt.errors import InputError
 from tokopt.ir.bundle import Bundle
 from tokopt.ir.program import Program
 from tokopt.runtime.format.manifest import Profile
+from tokopt.runtime.format.signature import BATCH, find_role
 from tokopt.runtime.format.state import slot_axis
 from tokopt.runtime.loop import PREFILL
 
 SLOTS = 2048
 """Slots of a cache, where nothing else is said and the model's context is not shorter."""
 
-LARGEST = {
-    "encoder": {"batch": 32, "tokens": 512},
-    "causal-lm": {"batch": 8, "tokens": PREFILL, "rows": PREFILL},
-}
-"""Where an axis has no end of its own; the example's size where it is larger."""
+ROWS, TEXTS = 32, 8
+"""The largest batch of a program that encodes, and of one that reads texts, where it has no end of its own."""
+
+TOKENS = 512
+"""The most token ids that a program encodes, where nothing else is said."""
 
 _TEXT = re.compile(r"([^=]+)=(\d+)(?::(\d+):(\d+))?")
 
@@ -76,9 +77,9 @@ def choose_profiles(bundle: Bundle, given: Mapping[str, Profile]) -> dict[str, d
     for name, program in bundle.programs.items():
         _check(program, chosen[name])
         fewest = min((p.max for axis, p in chosen[name].items() if axis in slots), default=None)
-        if fewest is not None and "tokens" in chosen[name] and "tokens" not in given:
-            tokens = chosen[name]["tokens"]
-            chosen[name]["tokens"] = replace(tokens, max=min(tokens.max, fewest))
+        axis = _axis_of(program, "tokens")
+        if fewest is not None and axis is not None and axis not in given:
+            chosen[name][axis] = replace(chosen[name][axis], max=min(chosen[name][axis].max, fewest))
     return chosen
 
 
@@ -89,9 +90,25 @@ def _default(bundle: Bundle, program: Program, axis: str, slots: set[str]) -> Pr
         count = min(SLOTS, longest, bounds.max or SLOTS)
         return Profile(count, count, count)
     low = max(bounds.min, 1)
-    usual = size if bundle.task == "encoder" else low
-    high = max(LARGEST[bundle.task].get(axis, size), usual)
+    usual = low if bundle.schedule.generates else size
+    high = max(_largest(bundle, program, axis) or size, usual)
     return Profile(low, usual, high if bounds.max is None else min(high, bounds.max))
+
+
+def _largest(bundle: Bundle, program: Program, axis: str) -> int | None:
+    """The size up to which an engine is built along an axis without an end; None: the example's."""
+    if axis == BATCH:
+        return TEXTS if bundle.schedule.generates else ROWS
+    if bundle.schedule.generates:
+        return PREFILL if axis in (_axis_of(program, "tokens"), _axis_of(program, "rows")) else None
+    counts = any(axis in spec.axes for spec in program.inputs if spec.dtype == "int64")
+    return TOKENS if counts else None
+
+
+def _axis_of(program: Program, role: str) -> str | None:
+    """The named axis that counts what an input of a role holds."""
+    spec = find_role(program.inputs, role)
+    return spec.axes[-1] if spec is not None and isinstance(spec.axes[-1], str) else None
 
 
 def _check(program: Program, profiles: Mapping[str, Profile]) -> None:

@@ -21,6 +21,12 @@ def is_call(node: object, *targets: object) -> bool:
     return node.target in targets or getattr(node.target, "overloadpacket", None) in targets
 
 
+def is_op(node: object, name: str) -> bool:
+    """Whether ``node`` calls the operator of this name, ``"tokopt::cache_write"`` for example."""
+    target = getattr(node, "target", None)
+    return isinstance(target, torch._ops.OpOverload) and target.name().partition(".")[0] == name
+
+
 def tensor_inputs(node: Node) -> list[Node]:
     """The operands of ``node`` that are tensors or tuples of tensors, in order, lists flattened."""
     return [operand for operand in node.all_input_nodes if is_tensor(operand) or is_tensor_list(operand)]
