@@ -258,7 +258,8 @@ class _Compact:
             recent = 0
         score = score.expand(-1, self.edit.heads(layer), -1).contiguous()
         kept = ops.keep_slots(score, used, budget, method.sinks, recent)
-        kept = torch.where(due[:, None, None], kept, self._inside(place, old)[:, None])
+        acts = due[:, None, None]  # as logic: engines have no choice among booleans
+        kept = (kept & acts) | (self._inside(place, old)[:, None] & ~acts)
         order, count = _kept_first(kept), kept[:, 0].sum(-1)
         positions = _take_slots(slots, order[:, : slots.shape[1]])
         free = torch.arange(used.shape[1], device=used.device)[:, None] >= count[:, None, None, None]

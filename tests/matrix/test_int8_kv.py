@@ -133,7 +133,7 @@ def test_it_is_the_formula(name: str) -> None:
 @pytest.mark.parametrize("name", DECODERS)
 def test_every_decoder_keeps_bytes(name: str) -> None:
     made = quantized(name)
-    assert {state.dtype for state in made.states if state.name.startswith(("keys", "values"))} == {"int8"}
+    assert {state.dtype for state in made.states if state.kind in ("key", "value")} == {"int8"}
     ids = prompt(30, seed=9)
     # Weights four times as large as usual make attention sharp: what 8 bits lose is multiplied.
     assert nmse(step_logits(bundle(name), ids), step_logits(made, ids)) < 0.1

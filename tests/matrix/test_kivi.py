@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-
 import numpy as np
 import pytest
 import torch
@@ -14,8 +12,10 @@ from tests.matrix.language import artifact, bundle, prompt
 from tests.matrix.test_eviction import Driver, evicting, spelled
 from tests.zoo.decoders import DECODERS
 from tokopt.errors import TokoptError
+from tokopt.ir.export import placeholders
 from tokopt.ir.graph import aten, is_call
 from tokopt.passes.kv.kivi import dequantize_values, quantize_values
+from tokopt.rewrite.edit import close_graph, open_graph
 
 GROUP, RESIDUAL, EVERY = 4, 6, 4
 TEXT = f"kivi{{group={GROUP} residual={RESIDUAL} every={EVERY}}}"
@@ -33,16 +33,14 @@ def quantize(driver: Driver) -> None:
     """Every whole group of the old tokens of a float cache, rounded in place, by KIVI's formulas."""
     for name, cache in driver.state.items():
         kind = name.split("_")[0]
-        if kind not in ("keys", "values"):
+        if kind not in ("key", "value"):
             continue
         for row, head in np.ndindex(cache.shape[:2]):
             packed = max(int(driver.state["length"][row]) - RESIDUAL, 0) // GROUP * GROUP
             old = cache[row, head, :packed].numpy()
-            tokens = (
-                old.reshape(-1, GROUP, old.shape[1]) if kind == "keys" else old.reshape(packed, -1, GROUP)
-            )
-            for place in np.ndindex(tokens.shape[0], tokens.shape[2 if kind == "keys" else 1]):
-                index = (place[0], slice(None), place[1]) if kind == "keys" else (*place, slice(None))
+            tokens = old.reshape(-1, GROUP, old.shape[1]) if kind == "key" else old.reshape(packed, -1, GROUP)
+            for place in np.ndindex(tokens.shape[0], tokens.shape[2 if kind == "key" else 1]):
+                index = (place[0], slice(None), place[1]) if kind == "key" else (*place, slice(None))
                 tokens[index] = rounded(tokens[index])
             cache[row, head, :packed] = torch.from_numpy(old)
 
@@ -127,14 +125,15 @@ def test_what_was_quantized_is_reproduced() -> None:
 
 def test_sizes_may_be_read_off_the_cache_it_takes_away() -> None:
     """Deep models do; codes have the same sizes."""
-    given = copy.deepcopy(evicting("llama", ALL))
+    given = evicting("llama", ALL)
     step = given.programs["step"]
-    placeholders = [node for node in step.exported.graph.nodes if node.op == "placeholder"]
-    keys = placeholders[-len(step.inputs) :][[spec.name for spec in step.inputs].index("key_0")]
-    reads = [node for node in step.exported.graph.nodes if is_call(node, aten.sym_size) and node.args[1] == 0]
+    module = open_graph(step)
+    cache = placeholders(module)[[spec.name for spec in step.inputs].index("key_0")]
+    reads = [node for node in module.graph.nodes if is_call(node, aten.sym_size) and node.args[1] == 0]
     assert reads
     for node in reads:  # of the batch
-        node.replace_input_with(node.args[0], keys)
+        node.replace_input_with(node.args[0], cache)
+    given = given.with_program("step", close_graph(step, module))
     ids, texts = prompt(30), [prompt(9, seed=1)]
     got = Driver(tokopt.optimize(given, TEXT, strict=True), 1).follow([ids], texts, EVERY)
     wanted = Driver(evicting("llama", TEXT), 1).follow([ids], texts, EVERY)

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import tokopt
+from tests.matrix.language import bundle
 from tests.zoo import ZOO
 from tokopt.errors import PassError, PassRefused, TokoptError, UnsupportedModelError
 from tokopt.ir.bundle import Bundle

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch._dynamo.source import ConstantSource
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import GraphModule, Node
-from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, ShapeGuard
+from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
 from torch.fx.node import map_arg
 from torch.utils._sympy.functions import Mod, PythonMod
 from torch.utils._sympy.numbers import int_oo
@@ -105,7 +105,7 @@ class Shapes:
     symbols: Symbols
     axes: dict[str, torch.SymInt] = field(default_factory=dict)
     bounds: dict[str, AxisRange] = field(default_factory=dict)
-    guards: list[ShapeGuard] = field(default_factory=list)
+    guards: list[Any] = field(default_factory=list)
     calls: dict[tuple[Callable[..., Any], tuple[Any, ...]], Any] = field(default_factory=dict)
     _known: dict[Node, _Made] = field(default_factory=dict)
 
@@ -284,7 +284,7 @@ def _holding(expr: Any, symbols: Mapping[Any, str], ranges: dict[str, AxisRange]
     return {**ranges, axis: AxisRange(failing[-1] + 1, high)}
 
 
-Known = Mapping[Any, ValueRanges[Any]]
+Known = dict[Any, ValueRanges[Any]]
 
 
 def _is_true(expr: Any, known: Known) -> bool:
@@ -295,7 +295,8 @@ def _is_true(expr: Any, known: Known) -> bool:
         return True
     if not isinstance(expr, sympy.core.relational.Relational):
         return False
-    return _proved(type(expr)(sympy.factor(expr.lhs - expr.rhs), 0), known)
+    difference: Any = sympy.factor(sympy.Add(expr.lhs, sympy.Mul(-1, expr.rhs)))
+    return _proved(type(expr)(difference, 0), known)
 
 
 def _proved(expr: Any, known: Known) -> bool:
@@ -304,8 +305,8 @@ def _proved(expr: Any, known: Known) -> bool:
 
 def _remainder(kind: Any, known: Known, part: Any, whole: Any) -> Any:
     """``part mod whole``, which is ``part`` where that is positive and the smaller one."""
-    smaller = _proved(sympy.factor(part) > 0, known) and _proved(sympy.factor(whole - part) > 0, known)
-    return part if smaller else kind(part, whole)
+    positive = [sympy.Gt(sympy.factor(x), 0) for x in (part, whole - part)]
+    return part if all(_proved(one, known) for one in positive) else kind(part, whole)
 
 
 _LONGEST = 4096
