@@ -23,6 +23,7 @@ from tokopt.analysis.cache import CachedAttention, cached_attentions
 from tokopt.analysis.rotary import rotaries
 from tokopt.errors import PassError, PassRefused
 from tokopt.ir.bundle import Bundle, fresh
+from tokopt.ir.format import BATCH, Schedule, State, Trigger
 from tokopt.ir.program import Program
 from tokopt.kernels import ops
 from tokopt.pipeline.base import Context, Pass, PassResult, Refusal
@@ -36,9 +37,6 @@ from tokopt.rewrite.cache import (
     state_program,
 )
 from tokopt.rewrite.edit import open_graph
-from tokopt.runtime.format.schedule import Schedule, Trigger
-from tokopt.runtime.format.signature import BATCH
-from tokopt.runtime.format.state import State
 
 FAR = 1e30
 """Taken from the score of a token that its layer's sliding window no longer reaches, added to that of a recent one."""

@@ -15,6 +15,7 @@ from tokopt.analysis.rotary import find_rotaries
 from tokopt.analysis.rotation import Rotary
 from tokopt.errors import PassRefused
 from tokopt.ir.bundle import Bundle
+from tokopt.ir.format import State
 from tokopt.ir.graph import sizes
 from tokopt.ir.program import Program
 from tokopt.ir.shapes import Shapes
@@ -23,7 +24,6 @@ from tokopt.kernels.quantize_int8.reference import HIGH
 from tokopt.pipeline.base import Context, Pass, PassResult, Refusal
 from tokopt.rewrite.cache import ProgramEdit, compactor, language_program, state_program
 from tokopt.rewrite.edit import after, call, open_graph, put_parameter, redirect
-from tokopt.runtime.format.state import State
 
 TINY = 1e-8
 """The smallest scale: a channel of zeros stays one."""

@@ -13,6 +13,7 @@ from torch.fx import Node
 from tokopt.analysis.cache import CachedAttention, cached_attentions
 from tokopt.errors import PassError, PassRefused
 from tokopt.ir.bundle import Bundle, fresh
+from tokopt.ir.format import BATCH, Occupancy, State, slot_axis
 from tokopt.ir.program import AxisRange, Program, TensorSpec
 from tokopt.kernels import ops
 from tokopt.kernels.quantize_keys.reference import LEVELS
@@ -20,8 +21,6 @@ from tokopt.passes.kv.streaming import Streaming
 from tokopt.pipeline.base import Context, Pass, PassResult, Refusal
 from tokopt.rewrite.cache import ProgramEdit, compactor, language_program, state_program
 from tokopt.rewrite.edit import call, open_graph
-from tokopt.runtime.format.signature import BATCH
-from tokopt.runtime.format.state import Occupancy, State, slot_axis
 
 ALL = 2**40
 """A budget that holds everything: what is left of an eviction is that padding is dropped."""

@@ -10,10 +10,10 @@ from torch.fx import GraphModule, Node
 from tokopt.analysis.rotation import Rotary
 from tokopt.errors import PassRefused
 from tokopt.ir.export import placeholders
+from tokopt.ir.format import State
 from tokopt.ir.graph import argument, attention_nodes, describe, is_call
 from tokopt.ir.program import Program
 from tokopt.kernels import ops
-from tokopt.runtime.format.state import State
 
 
 @dataclass(frozen=True)

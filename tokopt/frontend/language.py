@@ -36,12 +36,10 @@ from tokopt.frontend.normalize import normalize
 from tokopt.ir.bundle import Bundle
 from tokopt.ir.calls import first_call
 from tokopt.ir.export import export_flat, output_specs
+from tokopt.ir.format import Entry, Generation, Occupancy, Schedule, State
 from tokopt.ir.graph import dtype_name
 from tokopt.ir.program import AxisRange, Program, TensorSpec
 from tokopt.kernels import ops
-from tokopt.runtime.format.generation import Generation
-from tokopt.runtime.format.schedule import Entry, Schedule
-from tokopt.runtime.format.state import Occupancy, State
 from tokopt.runtime.text import Tokenizer
 
 BATCH, TOKENS, ROWS, SLOTS, HELD = 2, 5, 3, 11, 4

@@ -18,9 +18,9 @@ from tokopt.errors import CaptureError, InputError
 from tokopt.frontend.normalize import normalize
 from tokopt.ir.bundle import Bundle
 from tokopt.ir.export import export_flat, output_specs
+from tokopt.ir.format import Entry, Schedule
 from tokopt.ir.graph import dtype_name
 from tokopt.ir.program import AxisRange, Program, TensorSpec
-from tokopt.runtime.format.schedule import Entry, Schedule
 
 Dynamic = Mapping[str, Sequence[str | None] | Mapping[int, str]]
 """Input name -> the name of each axis (None: static), or axis index -> name."""

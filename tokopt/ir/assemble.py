@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._dispatch.python import enable_python_dispatcher
 from torch._export.utils import _is_cia_op, _is_preservable_cia_op
 from torch._export.verifier import TrainingIRVerifier
 from torch._subclasses.fake_tensor import FakeTensor
@@ -45,9 +46,10 @@ class Assembled(ExportedProgram):
         """The program with the operators of the table decomposed; one with side effects is traced as a whole."""
         if decomp_table is None or any(map(_has_effects, self.graph.nodes)):
             return super().run_decompositions(decomp_table, **options)
-        return _finished(
-            _decomposed(self.graph_module, decomp_table), self._graph_signature.input_specs, self
-        )
+        graph = _decomposed(self.graph_module, decomp_table)
+        if any(map(_has_effects, graph.nodes)):
+            return super().run_decompositions(decomp_table, **options)
+        return _finished(graph, self._graph_signature.input_specs, self)
 
 
 def assemble(program: Program) -> ExportedProgram:
@@ -124,9 +126,10 @@ def _finished(graph: Graph, inputs: list[InputSpec], given: ExportedProgram) -> 
 
 
 def _has_effects(node: Node) -> bool:
-    """Whether a node changes an operand, or holds a graph of its own."""
+    """Whether a node changes an operand, holds a graph of its own, or asks for a size that no exporter knows."""
     schema = getattr(node.target, "_schema", None)
-    return node.op == "get_attr" or (schema is not None and schema.is_mutable)
+    unknown = node.target is torch.ops.aten.sym_numel.default
+    return node.op == "get_attr" or unknown or (schema is not None and schema.is_mutable)
 
 
 def _decomposed(module: GraphModule, table: Table) -> Graph:
@@ -155,7 +158,7 @@ def _decomposition(node: Node, table: Table) -> GraphModule:
         args, kwargs = map_arg((node.args, node.kwargs), given.__getitem__)
         return node.target(*args, **kwargs)  # type: ignore[operator]
 
-    with torch.no_grad(), mode:
+    with torch.no_grad(), mode, enable_python_dispatcher():
         values = [operand.meta["val"] for operand in operands]
         return make_fx(run, decomposition_table=table, tracing_mode="real")(*values)
 

@@ -14,6 +14,7 @@ from typing import Any, TypeGuard
 import sympy
 import torch
 from torch import Tensor
+from torch._dispatch.python import enable_python_dispatcher
 from torch._dynamo.source import ConstantSource
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import GraphModule, Node
@@ -227,7 +228,8 @@ class Shapes:
             assert node.op == "call_function", f"{node.format_node()} is no call of a function"
             function: Callable[..., Any] = node.target  # type: ignore[assignment]
             args, kwargs = map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
-            with torch.no_grad(), self.active():
+            # Without Python's dispatcher some operators take symbols for the example's sizes.
+            with torch.no_grad(), self.active(), enable_python_dispatcher():
                 value = function(*args, **kwargs)
             if not (known is not None and _alike(value, node.meta.get("val"))):
                 node.meta["val"] = value
@@ -295,8 +297,33 @@ def _is_true(expr: Any, known: Known) -> bool:
         return True
     if not isinstance(expr, sympy.core.relational.Relational):
         return False
+    if _proved(*_factors_bounded(expr, known)):
+        return True
     difference: Any = sympy.factor(sympy.Add(expr.lhs, sympy.Mul(-1, expr.rhs)))
     return _proved(type(expr)(difference, 0), known)
+
+
+def _factors_bounded(expr: Any, known: Known) -> tuple[Any, Known]:
+    """The relation with a new symbol for every factor of one axis, whose interval is what the factor takes.
+
+    An interval of ``tokens - ceil(tokens / 2)`` is too wide where its terms are bounded one by one.
+    """
+    known = dict(known)
+
+    sides = ([_bounded(factor, known) for factor in sympy.Mul.make_args(side)] for side in expr.args)
+    return type(expr)(*(sympy.Mul(*factors) for factors in sides)), known
+
+
+def _bounded(factor: Any, known: Known) -> Any:
+    if factor.is_Symbol or len(factor.free_symbols) != 1:
+        return factor
+    (symbol,) = factor.free_symbols
+    low, high = int(known[symbol].lower), known[symbol].upper
+    sizes = range(low, (_LONGEST if high >= int_oo else min(int(high), _LONGEST)) + 1)
+    values = [int(factor.xreplace({symbol: sympy.Integer(size)})) for size in sizes]
+    made = sympy.Dummy(integer=True, positive=min(values) > 0)
+    known[made] = ValueRanges(min(values), max(values) if high <= _LONGEST else int_oo)
+    return made
 
 
 def _proved(expr: Any, known: Known) -> bool:

@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from tokopt.errors import ArtifactError, InputError, MissingDependencyError, TokoptError
+from tokopt.ir.format import BATCH
 from tokopt.runtime import LanguageModel, load
 from tokopt.runtime.engines.onnxruntime import Backend
 from tokopt.runtime.format.manifest import PORTABLE, Manifest, read_manifest
-from tokopt.runtime.format.signature import BATCH
 from tokopt.runtime.inputs import Interface
 from tokopt.runtime.loop import Emission
 from tokopt.runtime.selftest import read_selftest

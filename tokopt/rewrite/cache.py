@@ -19,13 +19,12 @@ from tokopt.analysis.rotation import Rotary
 from tokopt.errors import PassError
 from tokopt.ir.bundle import Bundle, fresh
 from tokopt.ir.export import placeholders
+from tokopt.ir.format import BATCH, Occupancy, State, slot_axis
 from tokopt.ir.graph import argument, is_call
 from tokopt.ir.program import Axis, AxisRange, Program, TensorSpec
 from tokopt.ir.shapes import Shapes
 from tokopt.kernels import ops
 from tokopt.rewrite.edit import after, call, close_graph, new_graph, redirect
-from tokopt.runtime.format.signature import BATCH
-from tokopt.runtime.format.state import Occupancy, State, slot_axis
 
 
 @dataclass(frozen=True)

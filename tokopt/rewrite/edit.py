@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._dispatch.python import enable_python_dispatcher
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils import _pytree as pytree
@@ -92,7 +93,7 @@ def call(graph: Graph, function: Callable[..., Any], *args: Any, like: Node, **k
         positional, named = pytree.tree_unflatten(filled, spec)
         return function(*positional, **named)
 
-    with torch.no_grad(), shapes.active():
+    with torch.no_grad(), shapes.active(), enable_python_dispatcher():
         traced = make_fx(on_operands, tracing_mode="real", pre_dispatch=True)(*(n.meta["val"] for n in nodes))
     drop_lifts(traced.graph)
     before = set(graph.nodes)

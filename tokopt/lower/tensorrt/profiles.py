@@ -8,10 +8,9 @@ from dataclasses import replace
 
 from tokopt.errors import InputError
 from tokopt.ir.bundle import Bundle
+from tokopt.ir.format import BATCH, find_role, slot_axis
 from tokopt.ir.program import Program
 from tokopt.runtime.format.manifest import Profile
-from tokopt.runtime.format.signature import BATCH, find_role
-from tokopt.runtime.format.state import slot_axis
 from tokopt.runtime.loop import PREFILL
 
 SLOTS = 2048

@@ -1,0 +1,21 @@
+"""States, links and schedules, as the artifact's manifest holds them; they live in the torch-free runtime."""
+
+from tokopt.runtime.format.generation import Generation
+from tokopt.runtime.format.link import Link, Port
+from tokopt.runtime.format.schedule import Entry, Schedule, Trigger
+from tokopt.runtime.format.signature import BATCH, find_role
+from tokopt.runtime.format.state import Occupancy, State, slot_axis
+
+__all__ = [
+    "BATCH",
+    "Entry",
+    "Generation",
+    "Link",
+    "Occupancy",
+    "Port",
+    "Schedule",
+    "State",
+    "Trigger",
+    "find_role",
+    "slot_axis",
+]
