@@ -27,7 +27,7 @@ ALL = 2**40
 
 KINDS = ("key", "value")
 
-RECENT = "recent"
+RECENT = "newest"
 
 
 @dataclass(frozen=True)
