@@ -277,10 +277,12 @@ def _write_programs(
     if target == "torch":
         import torch
 
+        from tokopt.ir.assemble import assemble
+
         for name, program in bundle.programs.items():
             files[name] = {"torch": f"{name}.pt2"}
             say(f"saving {name}.pt2")
-            torch.export.save(program.exported, folder / f"{name}.pt2")
+            torch.export.save(assemble(program), folder / f"{name}.pt2")
         return files
 
     from tokopt.lower.onnx.export import WeightFile, lower
@@ -336,6 +338,7 @@ def _load_program(path: Path, manifest: Manifest, name: str) -> Program:
     import torch
 
     import tokopt.kernels  # noqa: F401  # registers the ops that the program may call
+    from tokopt.ir.export import unlifted
 
     file = file_path(path, entry.files["torch"])
     try:
@@ -345,8 +348,8 @@ def _load_program(path: Path, manifest: Manifest, name: str) -> Program:
             f"{file} cannot be loaded by torch {torch.__version__} ({type(error).__name__}: {error}); it was "
             f"saved by torch {manifest.versions.get('torch', '?')}"
         ) from error
-    return Program.of(
-        exported,
+    return Program(
+        unlifted(exported),
         entry.inputs,
         entry.outputs,
         entry.ranges,

@@ -10,6 +10,7 @@ from torch import Tensor
 
 import tokopt
 from benchmarks.gpu.timing import milliseconds
+from tokopt.ir.assemble import assemble
 from tokopt.kernels import ops
 from tokopt.measure.timing import module_on
 
@@ -32,7 +33,7 @@ def measure_model(name: str) -> list[dict[str, Any]]:
     model = vit(blocks, channels, heads, patch, size).half()
     bundle = tokopt.capture(model, (torch.randn(2, 3, size, size, dtype=torch.float16),))
     texts = ("", f"tome{{r={r}}}")
-    programs = {text: module_on(tokopt.optimize(bundle, text).main.exported, "cuda") for text in texts}
+    programs = {text: module_on(assemble(tokopt.optimize(bundle, text).main), "cuda") for text in texts}
     eager = model.cuda()
     rows = []
     for batch in BATCHES:

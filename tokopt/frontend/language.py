@@ -24,6 +24,7 @@ import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -35,7 +36,7 @@ from tokopt.frontend.module import evaluation, explain
 from tokopt.frontend.normalize import normalize
 from tokopt.ir.bundle import Bundle
 from tokopt.ir.calls import first_call
-from tokopt.ir.export import export_flat, output_specs
+from tokopt.ir.export import export_flat, output_specs, unlifted
 from tokopt.ir.format import Entry, Generation, Occupancy, Schedule, State
 from tokopt.ir.graph import dtype_name
 from tokopt.ir.program import AxisRange, Program, TensorSpec
@@ -196,8 +197,8 @@ def _export(step: _Step, generation: Generation, model: nn.Module) -> tuple[Prog
     except Exception as error:
         raise CaptureError(explain(error, model, inputs)) from error
     aliases = {f"next_{state.name}": state.name for state in states if state.occupancy is not None}
-    program = Program.of(exported, inputs, outputs, ranges, example, aliases)
-    return normalize(program.with_outputs(output_specs(program))), states
+    program = Program(unlifted(exported), inputs, outputs, ranges, example, aliases)
+    return normalize(replace(program, outputs=output_specs(program))), states
 
 
 def _states(layers: Sequence[tuple[Tensor, Tensor]]) -> tuple[State, ...]:

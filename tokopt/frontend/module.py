@@ -8,6 +8,7 @@ from __future__ import annotations
 import inspect
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from torch.utils import _pytree as pytree
 from tokopt.errors import CaptureError, InputError
 from tokopt.frontend.normalize import normalize
 from tokopt.ir.bundle import Bundle
-from tokopt.ir.export import export_flat, output_specs
+from tokopt.ir.export import export_flat, output_specs, unlifted
 from tokopt.ir.format import Entry, Schedule
 from tokopt.ir.graph import dtype_name
 from tokopt.ir.program import AxisRange, Program, TensorSpec
@@ -98,8 +99,8 @@ def capture(
         except Exception as error:
             raise CaptureError(explain(error, module, inputs)) from error
     blank = tuple(TensorSpec(name, "float32", (), "output") for name in outputs)
-    program = Program.of(exported, inputs, blank, bounds, example)
-    program = normalize(program.with_outputs(output_specs(program)))
+    program = Program(unlifted(exported), inputs, blank, bounds, example)
+    program = normalize(replace(program, outputs=output_specs(program)))
     return Bundle({"forward": program}, Schedule((Entry("forward", "encode"),)), tokenizer=tokenizer)
 
 

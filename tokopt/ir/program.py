@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
-from functools import cached_property
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from tokopt.runtime.format.signature import Axis
@@ -15,7 +14,6 @@ __all__ = ["Axis", "AxisRange", "Program", "Reductions", "TensorSpec"]
 
 if TYPE_CHECKING:
     import torch
-    from torch.export import ExportedProgram
     from torch.fx import GraphModule
 
 
@@ -40,40 +38,6 @@ class Program:
     example: tuple[torch.Tensor, ...]
     aliases: Mapping[str, str] = field(default_factory=dict)
     reductions: Reductions | None = field(default=None, compare=False, repr=False)
-
-    @classmethod
-    def of(
-        cls,
-        exported: ExportedProgram,
-        inputs: tuple[TensorSpec, ...],
-        outputs: tuple[TensorSpec, ...],
-        ranges: Mapping[str, AxisRange],
-        example: tuple[torch.Tensor, ...],
-        aliases: Mapping[str, str] | None = None,
-    ) -> Program:
-        """The program of what ``torch.export`` returned, which :attr:`exported` then is."""
-        from tokopt.ir.export import unlifted
-
-        program = cls(unlifted(exported), inputs, outputs, ranges, example, aliases or {})
-        program.__dict__["exported"] = exported
-        return program
-
-    @cached_property
-    def exported(self) -> ExportedProgram:
-        """The graph as ``torch.export`` gives it, for lowering and saving.
-
-        Of an edited graph it is assembled, not traced.
-        """
-        from tokopt.ir.assemble import assemble
-
-        return assemble(self)
-
-    def with_outputs(self, outputs: tuple[TensorSpec, ...]) -> Program:
-        """The same graph with other names, roles or axes of its outputs."""
-        program = replace(self, outputs=outputs)
-        if "exported" in self.__dict__:
-            program.__dict__["exported"] = self.exported
-        return program
 
     def __call__(self, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """Run the graph on positional tensors, without gradients."""

@@ -92,13 +92,14 @@ def _torch_runner(folder: Path, manifest: Manifest, device: str) -> Runner:
     import torch
 
     import tokopt
+    from tokopt.ir.assemble import assemble
 
     if device == "cuda" and not torch.cuda.is_available():
         raise MissingDependencyError(
             f"torch {torch.__version__} finds no CUDA device; leave out --backend torch-cuda"
         )
     program = tokopt.open_bundle(folder).main
-    module = module_on(program.exported, device)
+    module = module_on(assemble(program), device)
     inputs, outputs = [spec.name for spec in program.inputs], [spec.name for spec in program.outputs]
 
     @torch.no_grad()

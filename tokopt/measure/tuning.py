@@ -291,10 +291,10 @@ class _Search:
 
     def _key(self, samples: Sequence[Sample]) -> str:
         """What the measurements depend on: the model, how it is timed and judged, and the samples."""
-        exported = self.bundle.main.exported
+        module = self.bundle.main.module
         own = getattr(self.metric, "__qualname__", "")
-        digest = hashlib.sha256(f"{self.machine} {own} {exported.graph}".encode())
-        for tensor in exported.state_dict.values():
+        digest = hashlib.sha256(f"{self.machine} {own} {module.graph}".encode())
+        for tensor in module.state_dict().values():
             digest.update(np.ascontiguousarray(tensor.detach().float().numpy()).data)
         for sample in samples:
             for part in sample if isinstance(sample, (list, tuple)) else [sample]:

@@ -3,7 +3,7 @@
 An edit inserts calls of plain Python functions written in ordinary PyTorch. A call is inlined at once: the function is
 traced on the shapes and dtypes of its operands, before dispatch, so that attention stays one node, and its nodes are
 copied into the graph. Closing derives every shape after the edits anew. Nothing is exported: that happens once, when
-the program is lowered or saved (:attr:`tokopt.ir.program.Program.exported`).
+the program is lowered or saved (:func:`tokopt.ir.assemble.assemble`).
 """
 
 from __future__ import annotations
