@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import tokopt
+from tests.matrix import language
 from tests.zoo import ZOO
 from tokopt.ir.bundle import Bundle
 from tokopt.ir.graph import aten, is_call
@@ -37,3 +38,11 @@ def test_bisect_names_the_first_pass_that_moves_an_output() -> None:
     assert found.culprit is found.steps[1]
     assert [step.worst == 0 for step in found.steps] == [True, False, False]
     assert bisect(vit, "tome{r=0}").culprit is None
+
+
+def test_bisect_compares_the_logits_of_language_models() -> None:
+    """Passes that add state are compared too: what a full cache gives is what the model gives."""
+    found = bisect(language.bundle("llama"), "h2o{budget=20 recent=3},rtn{bits=2 group=16}", tolerance=1e-2)
+    assert [[d.output for d in step.differences] for step in found.steps] == [["logits"], ["logits"]]
+    assert found.steps[0].worst < 1e-10
+    assert found.culprit is found.steps[1]

@@ -5,12 +5,17 @@ from __future__ import annotations
 import dataclasses
 from argparse import ArgumentParser, Namespace
 from itertools import pairwise
+from typing import TYPE_CHECKING
 
 from tokopt.cli.models import read_bundle
 from tokopt.cli.options import add_model, add_pipeline
 from tokopt.cli.screen import Screen
 from tokopt.cli.tables import show_report
 from tokopt.cli.verb import OK, Verb
+
+if TYPE_CHECKING:
+    from tokopt.ir.bundle import Bundle
+    from tokopt.pipeline.manager import Report
 
 _PAYS = 1.05
 
@@ -33,6 +38,16 @@ def run(args: Namespace, screen: Screen) -> int:
         watch = Context(observers=(lambda _, __, new: seconds.append(predict_seconds(new.main, machine)),))
         report = pipeline.run(bundle, watch)[1]
     show_report(report, screen)
+    if bundle.schedule.generates:
+        # What a step costs depends on how full its cache is, and on what an engine fuses with 4-bit weights.
+        screen.line("No time is predicted for language models; tokopt generate says what a text took")
+        screen.finish({"passes": [dataclasses.asdict(record) for record in report.records]})
+        return OK
+    return _predict(seconds, report, bundle, screen)
+
+
+def _predict(seconds: list[float], report: Report, bundle: Bundle, screen: Screen) -> int:
+    """Say what the predicted times before and after every pass mean."""
     speedups = [before / after for before, after in pairwise(seconds)]
     for record, speedup in zip(report.records, speedups, strict=True):
         screen.line(f"{record.text}: predicted speed-up {speedup:.2f}x")
