@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.fx import GraphModule, Interpreter
+from torch.fx import Interpreter
 from torch.utils._pytree import tree_map
 
 from tokopt.ir.program import Program
@@ -40,13 +40,20 @@ def rounds_alike(
         exact = in_float64(program, inputs)
     except Exception:  # an op of the program that knows no float64
         return False
+    return all_alike(exact, expected, actual)
+
+
+def all_alike(
+    exact: Sequence[torch.Tensor], expected: Sequence[torch.Tensor], actual: Sequence[np.ndarray]
+) -> bool:
+    """Whether ``actual`` is about as close to the float64 outputs ``exact`` as ``expected`` is."""
     return all(_alike(*outputs) for outputs in zip(exact, expected, actual, strict=True))
 
 
 def in_float64(program: Program, inputs: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
     """The outputs of the exported program with float64 in the place of float32."""
     with torch.no_grad():
-        return _Double(program.module).run(*inputs)
+        return InFloat64(program.module).run(*inputs)
 
 
 def _alike(exact: torch.Tensor, expected: torch.Tensor, actual: np.ndarray) -> bool:
@@ -57,25 +64,22 @@ def _alike(exact: torch.Tensor, expected: torch.Tensor, actual: np.ndarray) -> b
     return nmse(wanted, actual.astype(np.float64)) <= ROUNDINGS * own
 
 
-class _Double(Interpreter):
+class InFloat64(Interpreter):
     """Runs a graph with float64 wherever it says float32."""
 
-    def __init__(self, module: Any) -> None:
-        assert isinstance(module, GraphModule)
-        super().__init__(module)
-
     def placeholder(self, target: Any, args: Any, kwargs: Any) -> Any:
-        return _widened(super().placeholder(target, args, kwargs))
+        return widened(super().placeholder(target, args, kwargs))
 
     def get_attr(self, target: Any, args: Any, kwargs: Any) -> Any:
-        return _widened(super().get_attr(target, args, kwargs))
+        return widened(super().get_attr(target, args, kwargs))
 
     def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
-        args, kwargs = tree_map(_widened, (tuple(args), dict(kwargs)))
-        return tree_map(_widened, super().call_function(target, args, kwargs))
+        args, kwargs = tree_map(widened, (tuple(args), dict(kwargs)))
+        return tree_map(widened, super().call_function(target, args, kwargs))
 
 
-def _widened(value: Any) -> Any:
+def widened(value: Any) -> Any:
+    """Float64 in the place of float32, for a tensor and for the dtype."""
     if value is torch.float32:
         return torch.float64
     return value.double() if isinstance(value, torch.Tensor) and value.dtype == torch.float32 else value

@@ -19,10 +19,12 @@ import onnx_ir as ir
 import torch
 from torch import Tensor
 from torch.fx import Interpreter, Node
+from torch.utils._pytree import tree_map
 
 from tokopt.ir.program import Program
 from tokopt.kernels import OPS, declared
 from tokopt.lower.onnx.real_tokens import plain_name
+from tokopt.lower.parity.precision import InFloat64, widened
 
 DIFFERENT = 0.02
 """The largest share of tokens on which two forms of one selection may differ, beside :data:`SLACK`."""
@@ -121,15 +123,33 @@ class _Forced(Interpreter):
         return tuple(forced) if isinstance(own, (tuple, list)) else forced[0]
 
 
+class _ForcedInFloat64(_Forced, InFloat64):
+    """The same in float64."""
+
+    def run_node(self, n: Node) -> Any:
+        return tree_map(widened, super().run_node(n))
+
+
 def run_with_selections(
     program: Program, inputs: tuple[Tensor, ...], selections: list[list[np.ndarray]]
 ) -> tuple[list[Tensor], list[Selection]]:
     """The exported program's outputs under the given selections, and how its own ones differ."""
-    given = iter([[torch.from_numpy(array) for array in arrays] for arrays in selections])
-    forced = _Forced(program.module, given)
+    forced = _Forced(program.module, _as_tensors(selections))
     with torch.no_grad():
         outputs = forced.run(*inputs)
     return list(outputs), forced.compared
+
+
+def run_in_float64_with_selections(
+    program: Program, inputs: tuple[Tensor, ...], selections: list[list[np.ndarray]]
+) -> list[Tensor]:
+    """The outputs under the given selections with float64 in the place of float32."""
+    with torch.no_grad():
+        return list(_ForcedInFloat64(program.module, _as_tensors(selections)).run(*inputs))
+
+
+def _as_tensors(selections: list[list[np.ndarray]]) -> Iterator[list[Tensor]]:
+    return iter([[torch.from_numpy(array) for array in arrays] for arrays in selections])
 
 
 def _compare_steps(own: Tensor, given: Tensor, node: Node) -> tuple[int, int]:
