@@ -83,7 +83,7 @@ def export(
     check_place(path, overwrite)
     builder = _engine_builder(bundle, engine) if target == "tensorrt" else None
     with replacing(path.absolute()) as folder:
-        metadata = {"tokopt.pipeline.manager": bundle.pipeline, "tokopt.semantics": bundle.semantics}
+        metadata = {"tokopt.pipeline": bundle.pipeline, "tokopt.semantics": bundle.semantics}
         files = _write_programs(bundle, folder, target, metadata, say, check=check, tolerance=tolerance)
         engines: dict[str, EngineEntry] = {}
         if builder is not None:

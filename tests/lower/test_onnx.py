@@ -45,14 +45,12 @@ def test_equals_the_program_at_other_sizes(bundle, tmp_path: Path) -> None:
 
 def test_file_is_portable_and_named_as_the_signature(tmp_path: Path) -> None:
     program = text().main
-    path = lower(program, tmp_path, "forward", metadata={"tokopt.pipeline.manager": "tome{r=1}"})
+    path = lower(program, tmp_path, "forward", metadata={"tokopt.pipeline": "tome{r=1}"})
     model = onnx.load(path, load_external_data=False)
     assert {entry.domain: entry.version for entry in model.opset_import}[""] == OPSET
     assert {node.domain for node in model.graph.node} <= {"", "tokopt"}
     assert (model.producer_name, model.producer_version) == ("tokopt", tokopt.__version__)
-    assert {entry.key: entry.value for entry in model.metadata_props} == {
-        "tokopt.pipeline.manager": "tome{r=1}"
-    }
+    assert {entry.key: entry.value for entry in model.metadata_props} == {"tokopt.pipeline": "tome{r=1}"}
     for values, specs in ((model.graph.input, program.inputs), (model.graph.output, program.outputs)):
         for value, spec in zip(values, specs, strict=True):
             dims = [dim.dim_param or dim.dim_value for dim in value.type.tensor_type.shape.dim]
