@@ -46,6 +46,10 @@ if TYPE_CHECKING:
     from tokopt.lower.tensorrt.engine import EngineBuilder, EngineOptions
 
 TARGETS = ("onnx", "torch", "tensorrt")
+
+CLEANUP = ("drop_unread",)
+"""The passes that run before every lowering: exact, and nobody has to ask for them."""
+
 _TOKENIZER = "tokenizer.json"
 
 
@@ -62,11 +66,12 @@ def export(
 ) -> Path:
     """Write ``bundle`` as an artifact directory at ``path`` and return that path.
 
-    ``target="onnx"`` lowers every program to ONNX for :func:`tokopt.runtime.load`; ``check`` compares the
-    result with the exported program first, with ``tolerance`` in place of the largest NMSE that a dtype
+    ``target="onnx"`` lowers every program to ONNX for :func:`tokopt.runtime.load`, after the passes of
+    :data:`CLEANUP`, which stand in the artifact's history where they changed something. ``check`` compares the
+    result with the program in ``bundle`` first, with ``tolerance`` in place of the largest NMSE that a dtype
     allows. ``target="tensorrt"`` builds an engine beside each of these ONNX files, as ``engine`` says.
-    ``target="torch"`` keeps the programs as ``.pt2`` files for :func:`open_bundle`. ``overwrite`` replaces an
-    artifact that is already there. ``progress`` is called with a line per step.
+    ``target="torch"`` keeps the programs as they are, as ``.pt2`` files for :func:`open_bundle`. ``overwrite``
+    replaces an artifact that is already there. ``progress`` is called with a line per step.
 
     Raises LoweringError when a program cannot be lowered or does not compute the same, ArtifactError when
     ``path`` is taken or its parent is missing, MissingDependencyError without the TensorRT that an engine takes, and
@@ -81,10 +86,14 @@ def export(
     say = progress or (lambda line: None)
     path = Path(path)
     check_place(path, overwrite)
-    builder = _engine_builder(bundle, engine) if target == "tensorrt" else None
+    cleaned = bundle if target == "torch" else _clean_up(bundle, say)
+    builder = _engine_builder(cleaned, engine) if target == "tensorrt" else None
     with replacing(path.absolute()) as folder:
-        metadata = {"tokopt.pipeline": bundle.pipeline, "tokopt.semantics": bundle.semantics}
-        files = _write_programs(bundle, folder, target, metadata, say, check=check, tolerance=tolerance)
+        metadata = {"tokopt.pipeline": cleaned.pipeline, "tokopt.semantics": cleaned.semantics}
+        if target == "torch":
+            files = _save_programs(bundle, folder, say)
+        else:
+            files = _lower_programs(cleaned, bundle, folder, metadata, say, check=check, tolerance=tolerance)
         engines: dict[str, EngineEntry] = {}
         if builder is not None:
             for name, forms in files.items():
@@ -95,11 +104,13 @@ def export(
             for reason in builder.without_plugin:
                 say(f"no plugin for {reason}")
         say("writing the self-test")
-        _write_selftest(bundle, folder)
+        _write_selftest(bundle, folder)  # of the programs before their cleanup, which changes no output
         if bundle.tokenizer is not None:
             (folder / _TOKENIZER).write_text(bundle.tokenizer, encoding="utf-8")
         entries = {item.name: describe_file(item) for item in sorted(folder.iterdir())}
-        (folder / MANIFEST).write_text(_manifest(bundle, files, engines, entries).to_json(), encoding="utf-8")
+        (folder / MANIFEST).write_text(
+            _manifest(cleaned, files, engines, entries).to_json(), encoding="utf-8"
+        )
         read_manifest(folder)  # what is written can be read: names from the model are checked here
     return path
 
@@ -262,39 +273,65 @@ def _engine_builder(bundle: Bundle, options: EngineOptions | None) -> EngineBuil
     return EngineBuilder(bundle, options or EngineOptions())
 
 
-def _write_programs(
+def _clean_up(bundle: Bundle, say: Callable[[str], None]) -> Bundle:
+    """The bundle after the passes of :data:`CLEANUP`, each in its history only if it changed something."""
+    from tokopt.pipeline.manager import optimize
+
+    for text in CLEANUP:
+        cleaned = optimize(bundle, text)
+        step = cleaned.history[-1]
+        if step.matches:
+            bundle = cleaned
+            for note in step.notes:
+                say(f"{step.text}: {note}")
+    return bundle
+
+
+def _save_programs(bundle: Bundle, folder: Path, say: Callable[[str], None]) -> dict[str, dict[str, str]]:
+    """Keep every program as a ``.pt2`` file; return the file of each."""
+    import torch
+
+    from tokopt.ir.assemble import assemble
+
+    files: dict[str, dict[str, str]] = {}
+    for name, program in bundle.programs.items():
+        files[name] = {"torch": f"{name}.pt2"}
+        say(f"saving {name}.pt2")
+        torch.export.save(assemble(program), folder / f"{name}.pt2")
+    return files
+
+
+def _lower_programs(
     bundle: Bundle,
+    originals: Bundle,
     folder: Path,
-    target: str,
     metadata: Mapping[str, str],
     say: Callable[[str], None],
     *,
     check: bool,
     tolerance: float | None,
 ) -> dict[str, dict[str, str]]:
-    """Write every program in the forms of ``target``; return the file of each form."""
-    files: dict[str, dict[str, str]] = {}
-    if target == "torch":
-        import torch
-
-        from tokopt.ir.assemble import assemble
-
-        for name, program in bundle.programs.items():
-            files[name] = {"torch": f"{name}.pt2"}
-            say(f"saving {name}.pt2")
-            torch.export.save(assemble(program), folder / f"{name}.pt2")
-        return files
-
+    """Write every program in ONNX; return the file of each form. ``originals`` are what they were before cleanup."""
     from tokopt.lower.onnx.export import WeightFile, lower
     from tokopt.lower.onnxruntime.cpu import lower_for_cpu
 
+    files: dict[str, dict[str, str]] = {}
     weights = WeightFile(folder)
     for name, program in bundle.programs.items():
         say(f"lowering {name} to ONNX" + (" and comparing" if check else ""))
         path = lower(
-            program, folder, name, weights=weights, metadata=metadata, check=check, tolerance=tolerance
+            program,
+            folder,
+            name,
+            weights=weights,
+            metadata=metadata,
+            check=check,
+            tolerance=tolerance,
+            original=originals.programs[name],
         )
-        fused = lower_for_cpu(program, path, check=check, tolerance=tolerance)
+        fused = lower_for_cpu(
+            program, path, check=check, tolerance=tolerance, original=originals.programs[name]
+        )
         files[name] = {PORTABLE: path.name} | ({ONE_ROW: fused.name} if fused else {})
     return files
 

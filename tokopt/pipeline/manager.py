@@ -16,7 +16,6 @@ import dataclasses
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 from tokopt.analysis.calibration import Sample
 from tokopt.analysis.cost import bundle_cost
@@ -25,6 +24,7 @@ from tokopt.ir.bundle import AppliedPass, Bundle
 from tokopt.ir.verifier import verify_bundle
 from tokopt.pipeline.base import Context, Pass, PassRecord
 from tokopt.pipeline.build import build
+from tokopt.pipeline.reproducer import write_reproducer
 from tokopt.pipeline.text import Reader
 
 
@@ -77,7 +77,7 @@ class Pipeline:
         before = ", after " + ",".join(map(str, self.passes[:index])) if index else ""
         message = f"pass {self.passes[index]}{before}: {error}"
         if context.reproducers is not None and not isinstance(error, PassRefused):
-            message += f" (reproducer: {_write_reproducer(bundle, self, index, context.reproducers)})"
+            message += f" (reproducer: {write_reproducer(bundle, self.passes[index:], context.reproducers)})"
         kind = type(error) if isinstance(error, PassError) else PassError
         return kind(message)
 
@@ -109,18 +109,6 @@ def _remembering(step: Pass, before: Bundle, after: Bundle) -> Bundle:
             done = replace(done, later=(*done.later, step))
             after = after.with_program(name, replace(changed, reductions=done))
     return after
-
-
-def _write_reproducer(bundle: Bundle, pipeline: Pipeline, index: int, folder: Path) -> Path:
-    """Save the bundle that entered the failing pass and the rest of the pipeline, ready to be run again."""
-    from tokopt.artifact import export
-
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"reproducer-{pipeline.passes[index].name}-{time.time_ns():x}"
-    export(bundle, path, target="torch")
-    rest = ",".join(map(str, pipeline.passes[index:]))
-    (path / "pipeline.txt").write_text(rest + "\n")
-    return path
 
 
 def optimize(

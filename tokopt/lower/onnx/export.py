@@ -32,7 +32,6 @@ from tokopt.ir.export import axis_names, user_inputs
 from tokopt.ir.program import Program
 from tokopt.lower.onnx.fusions import fold_factors, merge_products
 from tokopt.lower.onnx.real_tokens import assume_real_tokens
-from tokopt.lower.onnx.unread import drop_unread
 from tokopt.lower.onnx.weights import pack_weights
 from tokopt.lower.parity.check import check_parity
 
@@ -108,18 +107,19 @@ def lower(
     metadata: Mapping[str, str] | None = None,
     check: bool = True,
     tolerance: float | None = None,
+    original: Program | None = None,
 ) -> Path:
     """Write ``directory/<name>.onnx`` and its external data; return the path of the ONNX file.
 
     ``weights`` is shared by the programs of a bundle. ``metadata`` goes into the file's properties. ``check``
     compares ONNX Runtime with the exported program, output by output, on the example and on one more size of
-    every named axis; ``tolerance`` replaces the largest NMSE that the dtype of an output allows.
+    every named axis; ``tolerance`` replaces the largest NMSE that the dtype of an output allows. ``original`` is the
+    program before it was cleaned up, which is then what the result must compute.
 
     Raises LoweringError when an operator has no ONNX form, when the graph does not pass the ONNX checker, and
     when the two disagree.
     """
     _check_dtypes(program, name)
-    program = drop_unread(program)
     assembled = assemble(program)
     model = _export(assembled, program, name)
     model.producer_name, model.producer_version = "tokopt", __version__
@@ -147,7 +147,7 @@ def lower(
     except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
         raise LoweringError(f"the ONNX graph of program {name!r} is not valid: {_sentence(error)}") from error
     if check:
-        check_parity(program, path, name, tolerance=tolerance)
+        check_parity(original or program, path, name, lowered=program, tolerance=tolerance)
     return path
 
 

@@ -29,11 +29,17 @@ HEADS_INNER = [0, 2, 1, 3]
 
 
 def lower_for_cpu(
-    program: Program, path: Path, *, check: bool = True, tolerance: float | None = None
+    program: Program,
+    path: Path,
+    *,
+    check: bool = True,
+    tolerance: float | None = None,
+    original: Program | None = None,
 ) -> Path | None:
     """Write the fused form of the portable ``<name>.onnx`` at ``path`` beside it, as ``<name>.onnxruntime.onnx``.
 
-    Its weights are those of the portable form. ``check`` compares it with the exported program for a batch of one.
+    Its weights are those of the portable form. ``check`` compares it with the exported program for a batch of one,
+    or with ``original``, the program before it was cleaned up.
     Returns None, and writes nothing, when there is nothing to fuse. Raises LoweringError when the two disagree.
     """
     model = ir.load(path)
@@ -48,13 +54,24 @@ def lower_for_cpu(
             if node.op_type == "GroupQueryAttention"
             for i in (1, 2)
         }
-        row = replace(
-            program,
-            example=resized(program, "batch", 1),
-            ranges={**program.ranges, "batch": AxisRange(1, 1)},
+        check_parity(
+            _one_row(original or program),
+            fused,
+            path.stem,
+            lowered=_one_row(program),
+            tolerance=tolerance,
+            shared=shared,
         )
-        check_parity(row, fused, path.stem, tolerance=tolerance, shared=shared)
     return fused
+
+
+def _one_row(program: Program) -> Program:
+    """The program for a batch of one."""
+    return replace(
+        program,
+        example=resized(program, "batch", 1),
+        ranges={**program.ranges, "batch": AxisRange(1, 1)},
+    )
 
 
 def fuse_for_cpu(model: ir.Model) -> bool:

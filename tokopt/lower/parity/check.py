@@ -17,6 +17,7 @@ from tokopt.lower.parity.selections import (
     expose_selections,
     run_in_float64_with_selections,
     run_with_selections,
+    selection_shapes,
     selects,
 )
 from tokopt.runtime.buffers import run_in_place
@@ -33,6 +34,7 @@ def check_parity(
     path: Path,
     name: str,
     *,
+    lowered: Program | None = None,
     tolerance: float | None = None,
     shared: Mapping[str, str] | None = None,
 ) -> None:
@@ -40,9 +42,9 @@ def check_parity(
 
     Where both are as far from the program's float64 values, they agree as well as float32 can (see
     :mod:`tokopt.lower.parity.precision`). Where the program chooses tokens and rounding alone made the two choose
-    differently, they are compared again with the same choice (see :mod:`tokopt.lower.parity.selections`). ``tolerance``
-    replaces the largest NMSE that the dtype of an output allows. ``shared`` (``{output: input}``) are caches
-    written in place. Raises
+    differently, they are compared again with the same choice (see :mod:`tokopt.lower.parity.selections`). ``lowered``
+    is the program that the file was made of, where that is ``program`` cleaned up. ``tolerance`` replaces the largest
+    NMSE that the dtype of an output allows. ``shared`` (``{output: input}``) are caches written in place. Raises
     LoweringError naming the output, its NMSE and the sizes.
     """
     session = _session(path, name)
@@ -60,7 +62,10 @@ def check_parity(
         actual = _run(session, program, inputs, where, shared=shared or {})
         fault = _fault(program, expected, actual, tolerance)
         if fault and selects(program):
-            fault = _fault_given_selections(program, path, name, inputs, tolerance, shared or {})
+            chooser = _chooser(program, lowered or program)
+            fault = _cleanup_fault(program, chooser, inputs, expected, tolerance) or _fault_given_selections(
+                chooser, path, name, inputs, tolerance, shared or {}
+            )
         if fault and tolerance is None and rounds_alike(program, inputs, expected, actual):
             continue
         if fault:
@@ -107,6 +112,36 @@ def _fault(
         if not check.ok:
             return (
                 f"output {spec.name!r} differs between ONNX Runtime and the exported program: NMSE "
+                f"{check.nmse:.2g}, at most {check.limit:.2g} is allowed"
+            )
+    return None
+
+
+def _chooser(program: Program, lowered: Program) -> Program:
+    """The program that runs under the selections of the ONNX form: ``program`` where it makes the same ones.
+
+    A cleanup drops selections that nobody reads and narrows others to the tokens that are read. What ONNX Runtime chose
+    then says nothing about the rest of the original's choices, and only the cleaned program can run under it.
+    """
+    return program if selection_shapes(program) == selection_shapes(lowered) else lowered
+
+
+def _cleanup_fault(
+    program: Program,
+    lowered: Program,
+    inputs: Example,
+    expected: Sequence[torch.Tensor],
+    tolerance: float | None,
+) -> str | None:
+    """The first output that a cleanup changed by more than a few other choices do, behind which it could hide."""
+    if lowered is program:
+        return None
+    limit = max(SELFTEST_LIMITS["approximate"] or 0.0, tolerance or 0.0)
+    for spec, want, got in zip(program.outputs, expected, lowered(*inputs), strict=True):
+        check = check_output(spec.name, want.numpy(force=True), got.numpy(force=True), limit)
+        if not check.ok:
+            return (
+                f"output {spec.name!r} differs between the program before and after its cleanup: NMSE "
                 f"{check.nmse:.2g}, at most {check.limit:.2g} is allowed"
             )
     return None

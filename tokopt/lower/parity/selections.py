@@ -19,7 +19,7 @@ import onnx_ir as ir
 import torch
 from torch import Tensor
 from torch.fx import Interpreter, Node
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 
 from tokopt.ir.program import Program
 from tokopt.kernels import OPS, declared
@@ -57,8 +57,20 @@ class Selection:
 
 def selects(program: Program) -> bool:
     """Whether the program chooses tokens, or rounds activations."""
-    ops = (declared(node.target) for node in program.module.graph.nodes)
-    return any(op is not None and op.unstable for op in ops)
+    return bool(_selections(program))
+
+
+def selection_shapes(program: Program) -> list[str]:
+    """The sizes of everything that the program's selections give, in order."""
+    return [
+        str([tuple(value.shape) for value in tree_leaves(node.meta["val"])])
+        for node in _selections(program)
+    ]
+
+
+def _selections(program: Program) -> list[Node]:
+    ops = ((node, declared(node.target)) for node in program.module.graph.nodes)
+    return [node for node, op in ops if op is not None and op.unstable]
 
 
 def expose_selections(path: Path) -> tuple[Path, list[list[str]]]:

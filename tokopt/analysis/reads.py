@@ -1,13 +1,12 @@
-"""Compute only the tokens that are read: who takes a class token's features needs no other token of the last block.
+"""Which places of a tensor are read: who takes a class token's features reads no other token of the last block.
 
 A read of fixed places along one axis (``x[:, 0]``) moves up through everything that works on each place alone: norms,
-linears, activations, sums, and the queries of an attention. What it cannot pass, keys and values above all, is computed
-as before. A reduction of which only protected tokens are read is left out. Outputs do not change.
+linears, activations, sums, and the queries of an attention. What it cannot pass, keys and values above all, is read
+whole.
 """
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -22,9 +21,7 @@ from tokopt.ir.graph import (
     same_size,
     value_users,
 )
-from tokopt.ir.program import Program
 from tokopt.kernels import declared
-from tokopt.rewrite.edit import after, call, close_graph, open_graph
 
 POINTWISE = (
     *(aten.abs, aten.add, aten.alias, aten.clamp, aten.clamp_min, aten.clone, aten.contiguous, aten.div),
@@ -48,70 +45,19 @@ class Part:
     stop: int
 
 
-def drop_unread(program: Program) -> Program:
-    """The program with nothing computed that no output reads; the same object where everything is read."""
-    module = open_graph(program)
-    while _pass_reductions(module.graph):
-        module.graph.eliminate_dead_code()
-    parts = find_parts(module.graph)
-    if not any(is_call(node, aten.linear, aten.addmm, SDPA) for node in parts):
-        return program
-    for node in list(module.graph.nodes):
-        if node in parts:
-            _narrow(node, parts)
-        elif (read := _read(node)) is not None and node.args[0] in parts:
-            _read_part(node, read, parts)
-    return close_graph(program, module)
-
-
 def find_parts(graph: Graph) -> dict[Node, Part]:
     """The nodes of which only a part is read and that can be computed for that part alone."""
     parts: dict[Node, Part] = {}
     for node in reversed(graph.nodes):
-        if node.op != "call_function" or not is_tensor(node) or _read(node) is not None:
+        if node.op != "call_function" or not is_tensor(node) or fixed_read(node) is not None:
             continue
-        part = _union([_wanted(user, node, parts) for user in value_users(node)])
-        if part is not None and _operands(node, part.axis) is not None:
+        part = part_read(node, parts)
+        if part is not None and operands_read(node, part.axis) is not None:
             parts[node] = part
     return parts
 
 
-def _pass_reductions(graph: Graph) -> bool:
-    """Let what reads only protected tokens after a merge or a selection read them before it, in place."""
-    parts = find_parts(graph)
-    for node in graph.nodes:
-        given, prefix = _reduced(node)
-        if given is None:
-            continue
-        part = _union([_wanted(user, node, parts) for user in value_users(node)])
-        if part is None or part.axis != 1 or part.stop > prefix:
-            continue
-        with after(node):
-            protected = call(graph, aten.slice.Tensor, given, 1, 0, part.stop, like=node)
-        protected.meta["val"] = node.meta["val"]  # its readers are going to read less of it
-        node.replace_all_uses_with(protected)
-        return True
-    return False
-
-
-def _reduced(node: Node) -> tuple[Node | None, int]:
-    """The tokens that a node chose or merged from, and how many of them lead unchanged; None for any other node."""
-    taker = node.args[0] if node.target is operator.getitem and node.args[1] == 0 else node
-    op = declared(taker.target) if isinstance(taker, Node) and is_tensor(node) else None
-    takes = op.takes if op is not None else None
-    if takes is None or (takes.axis is not None and taker.args[takes.axis] != 1):  # type: ignore[union-attr]
-        return None, 0
-    given, keep = taker.args[0], taker.args[takes.keep]  # type: ignore[union-attr]
-    if not isinstance(given, Node) or not isinstance(keep, Node) or keep.target is not operator.getitem:
-        return None, 0
-    chosen, place = keep.args
-    op = declared(chosen.target)  # type: ignore[union-attr]
-    if op is None or op.choice is None or op.choice.prefix is None or place:
-        return None, 0
-    return given, chosen.args[op.choice.prefix]  # type: ignore[union-attr,return-value]
-
-
-def _read(node: Node) -> Part | None:
+def fixed_read(node: Node) -> Part | None:
     """What a ``select`` or ``slice`` with fixed ends takes of its operand; None for all of it."""
     if not is_call(node, aten.select, aten.slice):
         return None
@@ -136,14 +82,19 @@ def _read(node: Node) -> Part | None:
     return Part(axis, start, stop) if 0 <= start < stop and stop - start < size else None
 
 
+def part_read(node: Node, parts: dict[Node, Part]) -> Part | None:
+    """The part of a node that its readers need, ``parts`` being all that is computed of them; None for all of it."""
+    return _union([_wanted(user, node, parts) for user in value_users(node)])
+
+
 def _wanted(user: Node, node: Node, parts: dict[Node, Part]) -> Part | None:
     """The part of ``node`` that ``user`` reads; None for all of it."""
-    if (read := _read(user)) is not None:
+    if (read := fixed_read(user)) is not None:
         return read
     if user not in parts:
         return None
     part = parts[user]
-    axes = [axis for operand, axis in _operands(user, part.axis) or () if operand is node]
+    axes = [axis for operand, axis in operands_read(user, part.axis) or () if operand is node]
     whole = len(axes) < sum(operand is node for operand in _flat(user))
     return None if whole or len(set(axes)) != 1 else Part(axes[0], part.start, part.stop)
 
@@ -163,7 +114,7 @@ def _union(wanted: Sequence[Part | None]) -> Part | None:
 Operands = list[tuple[Node, int]]
 
 
-def _operands(node: Node, axis: int) -> Operands | None:
+def operands_read(node: Node, axis: int) -> Operands | None:
     """Which operands have to be narrowed, along which axes, for ``node`` to be computed for a part of ``axis``.
 
     None where it cannot be.
@@ -232,41 +183,3 @@ def _queries(node: Node, query: Node, axis: int, rank: int) -> Operands | None:
     if not isinstance(mask, Node) or rows == 1 or rows is False:
         return [(query, axis)]
     return [(query, axis), (mask, mask.meta["val"].ndim - 2)]
-
-
-def _narrow(node: Node, parts: dict[Node, Part]) -> None:
-    """Let a node compute its part alone, in place."""
-    part = parts[node]
-    for operand, axis in _operands(node, part.axis) or ():
-        taken = _take(node, operand, Part(axis, part.start, part.stop), parts)
-        node.args = tuple(taken if one is operand else one for one in node.args)
-        node.kwargs = {name: taken if one is operand else one for name, one in node.kwargs.items()}
-    if is_call(node, *VIEWS):
-        shape = list(node.args[1])  # type: ignore[arg-type]
-        if shape[part.axis] != -1:
-            shape[part.axis] = part.stop - part.start
-        node.update_arg(1, shape)
-
-
-def _take(reader: Node, node: Node, part: Part, parts: dict[Node, Part]) -> Node:
-    """A part of what is left of ``node``."""
-    left = parts.get(node, Part(part.axis, 0, node.meta["val"].shape[part.axis]))
-    if left == part:
-        return node
-    op = declared(node.target)
-    if op is not None and op.rounds and op.elementwise:
-        # Engines fuse a product with the rounding right before it.
-        taken = _take(reader, node.args[0], part, parts)  # type: ignore[arg-type]
-        with reader.graph.inserting_before(reader):
-            return call(reader.graph, node.target, taken, *node.args[1:], like=node)  # type: ignore[arg-type]
-    with reader.graph.inserting_before(reader):
-        ends = (part.start - left.start, part.stop - left.start)
-        return call(reader.graph, aten.slice.Tensor, node, part.axis, *ends, like=reader)
-
-
-def _read_part(node: Node, read: Part, parts: dict[Node, Part]) -> None:
-    """Let a read count from the start of the part that its operand now is."""
-    given = node.args[0]
-    assert isinstance(given, Node)
-    start, stop = read.start - parts[given].start, read.stop - parts[given].start
-    node.args = (given, read.axis, start) if is_call(node, aten.select) else (given, read.axis, start, stop)
