@@ -21,7 +21,7 @@ from tokopt.ir.program import Program
 from tokopt.kernels import declared
 from tokopt.passes.cleanup import drop_unread as drop_unread_module
 from tokopt.passes.cleanup.drop_unread import Dropped
-from tokopt.rewrite.edit import close_graph, open_graph
+from tokopt.rewrite.edit import call, close_graph, open_graph
 from tokopt.runtime import load
 from tokopt.runtime.format.manifest import read_manifest
 
@@ -232,12 +232,14 @@ def test_a_wrong_cleanup_is_not_written(
     """What is exported is compared with the program before cleanup, also where that chose tokens that nobody reads."""
 
     def another(program: Program) -> Dropped:
-        """Give the second token's feature for the first one's."""
-        module = open_graph(program)
-        for node in module.graph.nodes:
-            if is_call(node, aten.select) and node.args[1:] == (1, 0):
-                node.args = (node.args[0], 1, 1)
-        return right(close_graph(program, module))
+        """Drop what is not read, and give the rest the wrong sign."""
+        dropped = right(program)
+        module = open_graph(dropped.program)
+        output = module.graph.output_node()
+        (given,) = output.args[0]
+        with module.graph.inserting_before(output):
+            output.args = ((call(module.graph, torch.neg, given, like=given),),)
+        return replace(dropped, program=close_graph(dropped.program, module))
 
     right = drop_unread_module.drop
     monkeypatch.setattr(drop_unread_module, "drop", another)
