@@ -63,8 +63,7 @@ def selects(program: Program) -> bool:
 def selection_shapes(program: Program) -> list[str]:
     """The sizes of everything that the program's selections give, in order."""
     return [
-        str([tuple(value.shape) for value in tree_leaves(node.meta["val"])])
-        for node in _selections(program)
+        str([tuple(value.shape) for value in tree_leaves(node.meta["val"])]) for node in _selections(program)
     ]
 
 
