@@ -19,12 +19,12 @@ from tests.matrix.language import prompt
 from tests.zoo import ZOO
 from tokopt.errors import InputError
 from tokopt.measure import timing, tuning
-from tokopt.measure.judge import Floor, judge
+from tokopt.measure.judge import FEATURES, PREDICTIONS, Floor, judge
 from tokopt.measure.timing import interleaved_times
 from tokopt.measure.tuning import GAIN, Machine, Trial, Tuning
 from tokopt.runtime.format.manifest import read_manifest
 
-FLOOR = Floor.parse("cosine>=0.9", "encoder")
+FLOOR = Floor.parse("cosine>=0.9", FEATURES)
 
 
 @pytest.fixture(scope="module")
@@ -53,15 +53,15 @@ def speeds(monkeypatch: pytest.MonkeyPatch, ratios: list[float]) -> list[list[st
 
 
 def test_floors_are_read_and_compared() -> None:
-    assert Floor.parse(" KL <= 5e-2 ", "causal-lm") == Floor("KL", "<=", 0.05)
-    assert str(Floor.parse("cosine>=0.990", "encoder")) == "cosine>=0.99"
+    assert Floor.parse(" KL <= 5e-2 ", PREDICTIONS) == Floor("KL", "<=", 0.05)
+    assert str(Floor.parse("cosine>=0.990", FEATURES)) == "cosine>=0.99"
     assert Floor("KL", "<=", 0.05).holds({"KL": 0.05}) and not Floor("KL", "<=", 0.05).holds({"KL": 0.051})
     for text in ("cosine", "cosine>0.9", "cosine>=x", ">=1"):
         with pytest.raises(InputError, match="is no floor; write one like"):
-            Floor.parse(text, "encoder")
-    for text, task in (("cosine>=0.9", "causal-lm"), ("kl<=1", "causal-lm"), ("KL<=1", "encoder")):
+            Floor.parse(text, FEATURES)
+    for text, known in (("cosine>=0.9", PREDICTIONS), ("kl<=1", PREDICTIONS), ("KL<=1", FEATURES)):
         with pytest.raises(InputError, match="is not measured of this model; choose among"):
-            Floor.parse(text, task)
+            Floor.parse(text, known)
 
 
 POINTS = st.lists(st.tuples(st.integers(1, 6), st.integers(0, 6)), max_size=8)
