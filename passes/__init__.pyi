@@ -1,6 +1,8 @@
 # The list of passes, one line each: what type checkers read, and what passes/__init__.py makes its table of.
 # A pass's file is named as the pass is spelled.
 
+from tokopt.passes.kv.adakv import AdaKV as AdaKV
+from tokopt.passes.kv.chunk import Chunk as Chunk
 from tokopt.passes.kv.expected_attention import ExpectedAttention as ExpectedAttention
 from tokopt.passes.kv.h2o import H2O as H2O
 from tokopt.passes.kv.int8_kv import Int8KV as Int8KV
