@@ -338,7 +338,8 @@ def _packed(kept: Tensor, gap: Tensor) -> Tensor:
     index = torch.arange(slots, device=kept.device)
     order = torch.where(kept, index, index + slots).sort(dim=-1).values
     order = torch.where(order < slots, order, order - slots)
-    return order.gather(-1, (index - gap) % slots)
+    place = index - gap
+    return order.gather(-1, torch.where(place < 0, place + slots, place))
 
 
 def _free(kept: Tensor, gap: Tensor, length: Tensor) -> Tensor:

@@ -41,8 +41,8 @@ class Chunk(Wrapper):
             0, score.shape[:2]
         )
         grouped = (start.gather(-1, order) * slots + index).sort(dim=-1).values  # by chunk, then by score
-        slot, rank = order.gather(-1, grouped % slots), index - grouped // slots
-        rank = torch.zeros_like(rank).scatter(-1, slot, rank)
+        # A chunk's slots are side by side, so they take the same places in either order.
+        rank = torch.zeros_like(order).scatter(-1, order.gather(-1, grouped - start * slots), index - start)
         tokens = (cached.newest[:, None, None] + 1 - chunk * self.length).clamp(max=self.length)
         return self.guarded(-(rank / tokens), cached, budget)
 

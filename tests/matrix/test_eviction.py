@@ -221,7 +221,10 @@ def test_sinks_and_recent_tokens_survive(method: str) -> None:
         ("chunk{press=h2o{OPTIONS} length=999}", "h2o{OPTIONS}"),
         ("adakv{press=h2o{OPTIONS} alpha=1.0}", "h2o{OPTIONS}"),
         ("adakv{press=knorm{OPTIONS recent=0.5} alpha=1.0}", "knorm{OPTIONS recent=0.5}"),
-        ("chunk{press=knorm{OPTIONS recent=4 heads=false} length=999}", "knorm{OPTIONS recent=4 heads=false}"),
+        (
+            "chunk{press=knorm{OPTIONS recent=4 heads=false} length=999}",
+            "knorm{OPTIONS recent=4 heads=false}",
+        ),
     ],
 )
 @pytest.mark.parametrize("name", ["llama", "gemma3"])
