@@ -238,10 +238,10 @@ def test_the_limit_of_a_wrapper_is_what_it_wraps(wrapped: str, press: str, name:
         for made in (wrapped, press)
     ]
     torch.testing.assert_close(*logits, atol=1e-6, rtol=1e-6)
-    """Different numbers of tokens, as many together as with budgets of their own, and none less than its share."""
+
 
 def test_heads_share_the_budget_of_their_layer() -> None:
-    """They keep different numbers of tokens, as many together as with budgets of their own, none less than its share."""
+    """Different numbers of tokens, as many together as with budgets of their own, and none less than its share."""
     driver = Driver(evicting("llama", "adakv{press=knorm{budget=12 sinks=0 recent=0} alpha=0.5}"), 1)
     driver.read([prompt(40)])
     driver.run("compact")
