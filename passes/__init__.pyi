@@ -2,6 +2,8 @@
 # A pass's file is named as the pass is spelled.
 
 from tokopt.passes.cleanup.drop_unread import DropUnread as DropUnread
+from tokopt.passes.kv.adakv import AdaKV as AdaKV
+from tokopt.passes.kv.chunk import Chunk as Chunk
 from tokopt.passes.kv.expected_attention import ExpectedAttention as ExpectedAttention
 from tokopt.passes.kv.h2o import H2O as H2O
 from tokopt.passes.kv.int8_kv import Int8KV as Int8KV

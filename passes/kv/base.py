@@ -46,13 +46,18 @@ FAR = 1e30
 class Cached:
     """What one layer holds when slots are chosen.
 
-    ``keys`` and ``values`` [batch, key heads, slots, channels]; ``used`` [batch, slots] bool; ``newer``
-    [batch, slots] int64, how many used slots are newer: 0 for the newest; ``newest`` [batch] int64, the position of
-    the newest token; ``layer`` has the attention's scale, and its rotary embeddings if the method ``needs_rotary``.
+    ``keys`` and ``values`` [batch, key heads, slots, channels]; ``positions`` [batch, 1 or key heads, slots] int64,
+    -1 in free slots and for padding; ``used`` bool, which slots hold a token, and ``newer`` int64, how many used slots
+    are newer (0 for the newest), of the same shape; ``newest`` [batch] int64, the position of the newest token;
+    ``layer`` has the attention's scale, and its rotary embeddings if the method ``needs_rotary``.
+
+    Used slots are side by side, in the order of their tokens. Free slots come before them (padding, and heads that
+    hold fewer tokens than others) and after them.
     """
 
     keys: Tensor
     values: Tensor
+    positions: Tensor
     used: Tensor
     newer: Tensor
     newest: Tensor
@@ -101,6 +106,34 @@ class KVEviction(Pass):
         """How much each slot matters [batch, key heads or 1, slots] float32, finite. Plain PyTorch, traced."""
         raise NotImplementedError
 
+    def priority(self, cached: Cached, budget: Tensor, *memory: Tensor) -> Tensor:
+        """What slots are chosen by [batch, key heads or 1, slots], with budgets [batch]: the score, guarded.
+
+        Without ``heads`` it is the mean over heads.
+        """
+        score = self.score(cached, *memory).float()
+        return self.guarded(score if self.heads else score.mean(dim=1, keepdim=True), cached, budget)
+
+    def guarded(self, score: Tensor, cached: Cached, budget: Tensor) -> Tensor:
+        """A score by which what a sliding window left behind comes last, and what is never evicted first."""
+        if cached.layer.window:
+            gone = cached.positions.amax(-1, keepdim=True) - cached.positions >= cached.layer.window
+            score = score - FAR * gone
+        older = cached.used.sum(-1, keepdim=True) - 1 - cached.newer
+        recent: Any = self.recent
+        if isinstance(recent, float):
+            recent = (budget * recent).long()[:, None, None]
+        return score + FAR * ((older < self.sinks) | (cached.newer < recent))
+
+    def keep(self, cached: Cached, priority: Tensor, budget: Tensor) -> Tensor:
+        """The slots to keep [batch, heads, slots] bool: in every head, ``budget`` [batch] of highest priority."""
+        batch, heads, _ = priority.shape
+        used = cached.used.expand(-1, heads, -1).flatten(0, 1)
+        budgets = budget[:, None].expand(-1, heads).flatten()
+        recent = self.protected - self.sinks
+        kept = ops.keep_slots(priority.flatten(0, 1)[:, None], used, budgets, self.sinks, recent)
+        return kept.unflatten(0, (batch, heads))[:, :, 0]
+
     @property
     def needs_rotary(self) -> bool:
         """Whether the method has to know how positions rotate keys; it is refused where they do not."""
@@ -109,6 +142,11 @@ class KVEviction(Pass):
     @property
     def renumbers(self) -> bool:
         """Whether kept tokens get the positions 0, 1, 2, ... and later ones follow; keys are rotated anew."""
+        return False
+
+    @property
+    def uneven(self) -> bool:
+        """Whether the heads of a layer may keep different numbers of tokens; every layer then has its own length."""
         return False
 
     @property
@@ -137,7 +175,7 @@ class KVEviction(Pass):
         except PassRefused as reason:
             return PassResult(bundle, 0, (), (Refusal(name, str(reason)),))
         shares = self._shares(len(layers))
-        layered = len(set(shares)) > 1
+        layered = self.uneven or len(set(shares)) > 1
         if layered and self.renumbers:
             raise PassError(f"{self.name}: positions are renumbered alike in all layers; give all one budget")
         edit = StepEdit(
@@ -200,7 +238,11 @@ def _check_options(options: KVEviction) -> None:
 
 
 class _Compact:
-    """All states in, all states out: what is kept is in front, in its old order; rows that are not due stay."""
+    """All states in, all states out; rows that are not due stay.
+
+    What is kept stays in its old order. It is in front in the head that keeps most; heads that keep less begin with
+    free slots, as a padded prompt does, so that new tokens follow theirs in the same slots.
+    """
 
     def __init__(self, method: KVEviction, edit: StepEdit, shares: Sequence[float]) -> None:
         self.method, self.edit, self.shares = method, edit, shares
@@ -225,7 +267,7 @@ class _Compact:
         budget = old[self.budget]
         if not isinstance(self.method.budget, float):
             return budget
-        used = self._used(0, old).sum(-1)
+        used = self._used(0, old)[:, 0].sum(-1)  # of the prompt, all heads hold the same
         fraction = (used * self.method.budget).ceil().long().clamp(min=self.method.protected + 1)
         return torch.where(budget > 0, budget, fraction)
 
@@ -237,8 +279,8 @@ class _Compact:
         return torch.arange(slots, device=length.device) < length[:, None]
 
     def _used(self, place: int, old: dict[str, Tensor]) -> Tensor:
-        """Slots that hold a token [batch, slots]."""
-        return self._inside(place, old) & (old[self.edit.held[place].position][:, 0, :, 0] >= 0)
+        """Slots that hold a token [batch, 1 or heads, slots]."""
+        return self._inside(place, old)[:, None] & (old[self.edit.held[place].position][..., 0] >= 0)
 
     def _layer(
         self, place: int, budget: Tensor, due: Tensor, old: dict[str, Tensor], new: dict[str, Tensor]
@@ -247,49 +289,36 @@ class _Compact:
         layer, held, method = self.edit.layers[place], self.edit.held[place], self.method
         used, slots = self._used(place, old), old[held.position]
         newer = used.sum(-1, keepdim=True) - used.long().cumsum(-1)
-        newest = slots[:, 0, :, 0].amax(-1)
+        newest = slots.flatten(1).amax(-1)
         memory = [old[name] for name in held.memory]
-        score = self._score(Cached(old[held.key], old[held.value], used, newer, newest, layer), slots, memory)
-        recent = method.recent
-        if isinstance(recent, float):
-            score = score + FAR * (newer < (budget * recent).long()[:, None])[:, None]
-            recent = 0
-        score = score.expand(-1, self.edit.heads(layer), -1).contiguous()
-        kept = ops.keep_slots(score, used, budget, method.sinks, recent)
+        cached = Cached(old[held.key], old[held.value], slots[..., 0], used, newer, newest, layer)
+        priority = method.priority(cached, budget, *memory)
+        priority = priority.expand(-1, self.edit.heads(layer), -1).contiguous()
+        kept = method.keep(cached, priority, budget)
         acts = due[:, None, None]  # as logic: engines have no choice among booleans
         kept = (kept & acts) | (self._inside(place, old)[:, None] & ~acts)
-        order, count = _kept_first(kept), kept[:, 0].sum(-1)
+        count = kept.sum(-1, keepdim=True)
+        length = count.amax(1, keepdim=True)
+        order, free = _packed(kept, length - count), _free(kept, length - count, length)
         positions = _take_slots(slots, order[:, : slots.shape[1]])
-        free = torch.arange(used.shape[1], device=used.device)[:, None] >= count[:, None, None, None]
         for name in (held.key, held.value):
             new[name] = _take_slots(old[name], order)
         carried = zip(held.memory, method.memory(layer), method.carry(*memory), strict=True)
         for name, memory_spec, value in carried:
             value = torch.where(_by_row(due, value), value, old[name])
-            new[name] = _take_slots(value, order).masked_fill(free, 0) if memory_spec.moves else value
+            new[name] = _emptied(_take_slots(value, order), free, 0) if memory_spec.moves else value
         if method.renumbers:
             assert self.edit.shift is not None
-            numbers = torch.arange(used.shape[1], device=used.device)[None, None, :, None].expand_as(
+            numbers = torch.arange(used.shape[-1], device=used.device)[None, None, :, None].expand_as(
                 positions
             )
             numbers = torch.where(_by_row(due, positions), numbers, positions)
-            new[held.key] = _rotated(layer, new[held.key], (numbers - positions).masked_fill(free, 0))
+            new[held.key] = _rotated(layer, new[held.key], _emptied(numbers - positions, free, 0))
             shift = old[self.edit.shift]
-            new[self.edit.shift] = torch.where(due, shift + newest + 1 - count, shift)
+            new[self.edit.shift] = torch.where(due, shift + newest + 1 - length[:, 0, 0], shift)
             positions = numbers
-        new[held.position] = positions.masked_fill(free, -1)
-        return count
-
-    def _score(self, cached: Cached, slots: Tensor, memory: Sequence[Tensor]) -> Tensor:
-        """How much each slot matters [batch, key heads or 1, slots]; what a sliding window left behind, least."""
-        score = self.method.score(cached, *memory).float()
-        if not self.method.heads:
-            score = score.mean(dim=1, keepdim=True)
-        if cached.layer.window:
-            positions = slots[..., 0]
-            gone = positions.amax(-1, keepdim=True) - positions >= cached.layer.window
-            score = score - FAR * gone
-        return score
+        new[held.position] = _emptied(positions, free, -1)
+        return length[:, 0, 0]
 
 
 def _by_row(due: Tensor, x: Tensor) -> Tensor:
@@ -303,12 +332,25 @@ def _rotated(layer: CachedAttention, keys: Tensor, by: Tensor) -> Tensor:
     return layer.rotary.rotate(in_float32(keys), by[..., 0]).to(keys.dtype)
 
 
-def _kept_first(kept: Tensor) -> Tensor:
-    """Slots [batch, heads, slots] with those kept in front, both parts in their old order."""
+def _packed(kept: Tensor, gap: Tensor) -> Tensor:
+    """Slots [batch, heads, slots] with those kept side by side after ``gap`` [batch, heads, 1] others, in old order."""
     slots = kept.shape[-1]
     index = torch.arange(slots, device=kept.device)
     order = torch.where(kept, index, index + slots).sort(dim=-1).values
-    return torch.where(order < slots, order, order - slots)
+    order = torch.where(order < slots, order, order - slots)
+    place = index - gap
+    return order.gather(-1, torch.where(place < 0, place + slots, place))
+
+
+def _free(kept: Tensor, gap: Tensor, length: Tensor) -> Tensor:
+    """Slots [batch, heads, slots, 1] before ``gap`` [batch, heads, 1] and from ``length`` [batch, 1, 1] on."""
+    index = torch.arange(kept.shape[-1], device=kept.device)
+    return ((index < gap) | (index >= length))[..., None]
+
+
+def _emptied(x: Tensor, free: Tensor, value: int) -> Tensor:
+    """``x`` [batch, heads, slots, channels] with ``value`` in free slots [batch, 1 or more heads, slots, 1]."""
+    return x.masked_fill(free[:, : x.shape[1]], value)
 
 
 def _take_slots(x: Tensor, order: Tensor) -> Tensor:

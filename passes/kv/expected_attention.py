@@ -80,6 +80,6 @@ class ExpectedAttention(KVEviction):
         grouped = keys[:, :, None]
         exponent = scale * (grouped @ mean)[..., 0]
         exponent = exponent + scale**2 / 2 * ((grouped @ spread) * grouped).sum(-1)
-        unused = ~cached.used[:, None, None]
+        unused = ~cached.used[:, :, None]
         expected = exponent.masked_fill(unused, -torch.inf).softmax(dim=-1).mean(dim=2)
         return (expected + self.epsilon) * in_float32(cached.values).norm(dim=-1)

@@ -20,5 +20,5 @@ class KeyDiff(KVEviction):
     def score(self, cached: Cached, *memory: Tensor) -> Tensor:
         """Minus the cosine of every key and the mean direction of the head's keys in use."""
         direction = unit(cached.keys)
-        mean = (direction * cached.used[:, None, :, None]).sum(dim=2, keepdim=True)
+        mean = (direction * cached.used[..., None]).sum(dim=2, keepdim=True)
         return -(direction * unit(mean)).sum(dim=-1)

@@ -22,6 +22,6 @@ class RandomEviction(KVEviction):
 
     def score(self, cached: Cached, *memory: Tensor) -> Tensor:
         """A hash of the slot's number."""
-        slots = cached.used.shape[1]
+        slots = cached.used.shape[-1]
         hashed = slot_hash(slots, self.seed, cached.used.device)
         return hashed.expand(cached.used.shape[0], 1, slots)

@@ -54,12 +54,12 @@ class SnapKV(KVEviction):
         queries, keys = memory[0], in_float32(cached.keys)
         logits = queries.unflatten(1, (keys.shape[1], -1)) @ keys[:, :, None].mT
         behind = torch.arange(self.window - 1, -1, -1, device=keys.device)  # tokens newer than each query's
-        sees = cached.used[:, None] & (cached.newer[:, None] >= behind[:, None])
-        real = cached.used.sum(-1)[:, None] > behind
-        weights = logits.masked_fill(~sees[:, None, None], -FINITE).softmax(dim=-1)
-        mass = torch.where(real[:, None, None, :, None], weights, 0.0).sum(dim=(2, 3))
+        sees = cached.used[:, :, None] & (cached.newer[:, :, None] >= behind[:, None])
+        real = cached.used.sum(-1, keepdim=True) > behind
+        weights = logits.masked_fill(~sees[:, :, None], -FINITE).softmax(dim=-1)
+        mass = torch.where(real[:, :, None, :, None], weights, 0.0).sum(dim=(2, 3))
         older = cached.used & (cached.newer >= self.window)
-        return avg_pool1d(mass * older[:, None], self.kernel, stride=1, padding=self.kernel // 2)
+        return avg_pool1d(mass * older, self.kernel, stride=1, padding=self.kernel // 2)
 
 
 FINITE = 1e30

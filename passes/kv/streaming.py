@@ -28,7 +28,7 @@ class Streaming(KVEviction):
 
     def score(self, cached: Cached, *memory: Tensor) -> Tensor:
         """The newer the better."""
-        return -cached.newer[:, None].float()
+        return -cached.newer.float()
 
     @property
     def renumbers(self) -> bool:

@@ -93,6 +93,10 @@ SCORES: Mapping[str, Callable[[Head], list[float]]] = {
 }
 TOGETHER = ("streaming", "tova")
 """Methods that keep the same tokens in all heads of a layer."""
+WRAPPERS = ("chunk", "adakv")
+"""Methods that choose by the scores of another, named before it: ``chunk h2o``."""
+LENGTH, ALPHA = 5, 0.6
+"""The options of the wrappers."""
 
 
 def gumbel(position: int, slot: int, head: int, seed: int) -> float:
@@ -117,7 +121,7 @@ def normed(norm: Any, x: torch.Tensor) -> torch.Tensor:
 class NaiveDecoder:
     """Greedy decoding of ``model`` in which ``method`` evicts; with ``rerotate`` it renumbers what it keeps.
 
-    A prompt longer than ``chunk`` is evicted from whenever so many tokens were read.
+    ``wrappers`` choose by its scores. A prompt longer than ``chunk`` is evicted from whenever so many tokens were read.
     """
 
     model: HandWritten
@@ -128,6 +132,7 @@ class NaiveDecoder:
     every: int
     rerotate: bool = False
     chunk: int = 10**9
+    wrappers: tuple[str, ...] = ()
 
     def generate(self, prompt: list[int], count: int) -> list[int]:
         layers = len(self.model.qkv)
@@ -189,9 +194,14 @@ class NaiveDecoder:
 
     def _compact(self) -> None:
         for heads in self.heads:
-            for head in heads:
-                kept = self._kept(SCORES[self.method](head))
-                head.entries = [head.entries[slot] for slot in kept]
+            scores = [SCORES[self.method](head) for head in heads]
+            if "chunk" in self.wrappers:
+                scores = [self._by_chunk(head, score) for head, score in zip(heads, scores, strict=True)]
+            budgets = [self.budget] * len(heads)
+            if "adakv" in self.wrappers:
+                budgets = self._by_head(scores)
+            for head, score, budget in zip(heads, scores, budgets, strict=True):
+                head.entries = [head.entries[slot] for slot in sorted(self._ranked(score)[:budget])]
                 if self.rerotate:
                     self._renumber(head.entries)
 
@@ -200,11 +210,29 @@ class NaiveDecoder:
             entry.position, entry.key = position, turned(entry.raw, position)
         self.next = len(entries)
 
-    def _kept(self, score: list[float]) -> list[int]:
+    def _ranked(self, score: list[float]) -> list[int]:
+        """Slots, those that are never evicted first, then by score."""
         slots = range(len(score))
         guarded = [s for s in slots if s < self.sinks or s >= len(score) - self.recent]
         others = sorted((s for s in slots if s not in guarded), key=lambda s: -score[s])
-        return sorted((guarded + others)[: self.budget])
+        return guarded + others
+
+    def _by_chunk(self, head: Head, score: list[float]) -> list[float]:
+        """Minus the part of a token's chunk, as long as it was in the text, that is better than the token."""
+        ranked, text = self._ranked(score), head.entries[-1].position + 1
+        chunks = [entry.position // LENGTH for entry in head.entries]
+        better = [
+            [s for s in ranked[: ranked.index(slot)] if chunks[s] == own] for slot, own in enumerate(chunks)
+        ]
+        sizes = [min(LENGTH, text - own * LENGTH) for own in chunks]
+        return [-len(slots) / size for slots, size in zip(better, sizes, strict=True)]
+
+    def _by_head(self, scores: list[list[float]]) -> list[int]:
+        """How many tokens each head keeps: its own share, and of the others the best of all heads."""
+        own = max(int(ALPHA * self.budget), self.sinks + self.recent)
+        others = [(-score[s], h) for h, score in enumerate(scores) for s in self._ranked(score)[own:]]
+        best = [h for _, h in sorted(others)[: (self.budget - own) * len(scores)]]
+        return [min(own, len(score)) + best.count(h) for h, score in enumerate(scores)]
 
     def positions(self) -> list[list[list[int]]]:
         """Positions held, by layer and head."""

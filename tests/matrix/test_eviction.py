@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 import tokopt
-from tests.matrix.eviction import SCORES, NaiveDecoder
+from tests.matrix.eviction import ALPHA, LENGTH, WRAPPERS, NaiveDecoder
 from tests.matrix.language import artifact, bundle, model, prompt
 from tests.zoo.decoders import CONTEXT, DECODERS
 from tokopt.errors import InputError, PassRefused, TokoptError
@@ -20,8 +20,11 @@ from tokopt.passes import PASSES, load_pass
 from tokopt.passes.kv.base import KVEviction
 
 METHODS = (
-    *(name for name in PASSES if issubclass(load_pass(name), KVEviction)),
+    *(name for name in PASSES if issubclass(load_pass(name), KVEviction) and name not in WRAPPERS),
     "streaming rerotate=true",
+    "chunk h2o",
+    "adakv snapkv",
+    "chunk adakv keydiff",
 )
 ROTARY_ONLY = ("expected_attention", "streaming rerotate=true")
 LEARNED = ("gpt2", "opt", "hand_written")
@@ -32,7 +35,7 @@ TYPICAL = ("llama", "gemma3", "mistral", "gpt2")
 
 PAIRS = [(m, name) for m in METHODS for name in TYPICAL if m not in ROTARY_ONLY or name not in LEARNED]
 PAIRS += [("h2o", name) for name in DECODERS if name not in TYPICAL]
-FORMULAS = [m for m in METHODS if m.split()[0] in SCORES]
+FORMULAS = [m for m in METHODS if m != "random_kv"]
 
 BY_SLOT = ("random_kv", "keyformer")
 """Methods whose hashes see slot numbers, which padding moves."""
@@ -41,11 +44,18 @@ BUDGET, SINKS, RECENT, EVERY = 12, 2, 4, 3
 OPTIONS = f"budget={BUDGET} sinks={SINKS} recent={RECENT} every={EVERY}"
 
 
-OWN = {"snapkv": " window=3", "expected_attention": " future=8"}
+OWN = {
+    "snapkv": " window=3",
+    "expected_attention": " future=8",
+    "chunk": f" length={LENGTH}",
+    "adakv": f" alpha={ALPHA}",
+}
 
 
 def spelled(method: str, options: str = OPTIONS) -> str:
     name, _, extra = method.partition(" ")
+    if name in WRAPPERS:
+        return f"{name}{{press={spelled(extra, options)}{OWN[name]}}}"
     return f"{name}{{{options}{OWN.get(name, '')}{' ' + extra if extra else ''}}}"
 
 
@@ -53,15 +63,17 @@ def naive_decoder(method: str) -> tuple[str, NaiveDecoder]:
     """The model that a method is tried on, and its naive decoder."""
     name = "hand_rotary" if method in ROTARY_ONLY else "hand_written"
     rerotate = "rerotate" in method
+    wrappers = tuple(word for word in method.split() if word in WRAPPERS)
     return name, NaiveDecoder(
         model(name),  # type: ignore[arg-type]
-        method.split()[0],
+        method.split()[len(wrappers)],
         BUDGET,
         SINKS,
         RECENT,
         EVERY,
         rerotate,
         EVERY if rerotate else 10**9,
+        wrappers,
     )
 
 
@@ -105,6 +117,20 @@ class Driver:
         tokens = [[0] * pad + ids for pad, ids in zip(missing, prompts, strict=True)]
         return self.step(tokens, [[-1] * pad + list(range(longest - pad)) for pad in missing])
 
+    def held(self, kind: str, layer: int, head: int) -> Tensor:
+        """What a head of the first row holds of a kind [tokens, channels], oldest first."""
+        return self.state[f"{kind}_{layer}"][0, head, self._positions(layer, head) >= 0]
+
+    def held_positions(self, layer: int, head: int = 0) -> Tensor:
+        """The positions of what a head of the first row holds [tokens], oldest first."""
+        positions = self._positions(layer, head)
+        return positions[positions >= 0]
+
+    def _positions(self, layer: int, head: int) -> Tensor:
+        by_layer = {s.layer: self.state[s.name] for s in self.bundle.states if s.kind == "position"}
+        positions = by_layer[layer if layer in by_layer else None][0, ..., 0]
+        return positions[head if len(positions) > 1 else 0]
+
     def follow(self, prompts: list[list[int]], texts: list[list[int]], every: int) -> Tensor:
         """Logits [tokens, batch, vocabulary] of texts after prompts, compacting as the runtime does."""
         logits = [self.read(prompts)]
@@ -141,10 +167,10 @@ def test_keeps_what_the_formula_keeps(method: str) -> None:
         driver.follow([ids], [text], EVERY)
         for layer, heads in enumerate(naive.heads):
             for h, head in enumerate(heads):
-                keys = driver.state[f"key_{layer}"][0, h, : len(head.entries)]
                 wanted = np.array([entry.key for entry in head.entries])
-                np.testing.assert_allclose(keys.numpy(), wanted, atol=1e-4)
-        assert driver.state["length"].tolist() == [BUDGET]
+                np.testing.assert_allclose(driver.held("key", layer, h).numpy(), wanted, atol=1e-4)
+        longest = [max(len(head.entries) for head in heads) for heads in naive.heads]
+        assert driver.state["length"][0].tolist() == (longest if "adakv" in method else BUDGET)
 
 
 @pytest.mark.parametrize(("method", "name"), PAIRS)
@@ -169,7 +195,10 @@ def test_padding_is_never_counted_or_kept(method: str, name: str) -> None:
     for row in range(2):
         alone = Driver(made, 1).follow([prompts[row]], [texts[row]], EVERY)
         torch.testing.assert_close(logits[:, row], alone[:, 0], atol=2e-4, rtol=1e-4)
-    assert together.state["length"].tolist() == [BUDGET + 1] * 2  # seven tokens: one since the last eviction
+    if "adakv" not in method:
+        assert (
+            together.state["length"].tolist() == [BUDGET + 1] * 2
+        )  # seven tokens: one since the last eviction
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -180,9 +209,74 @@ def test_sinks_and_recent_tokens_survive(method: str) -> None:
     driver.read([ids])
     before = driver.state["value_0"][0].clone()
     driver.run("compact")
-    after = driver.state["value_0"][0]
-    assert torch.equal(after[:, :SINKS], before[:, :SINKS])
-    assert torch.equal(after[:, BUDGET - RECENT : BUDGET], before[:, 30 - RECENT : 30])
+    for head in range(len(before)):
+        after = driver.held("value", 0, head)
+        assert torch.equal(after[:SINKS], before[head, :SINKS])
+        assert torch.equal(after[-RECENT:], before[head, 30 - RECENT : 30])
+
+
+@pytest.mark.parametrize(
+    ("wrapped", "press"),
+    [
+        ("chunk{press=h2o{OPTIONS} length=999}", "h2o{OPTIONS}"),
+        ("adakv{press=h2o{OPTIONS} alpha=1.0}", "h2o{OPTIONS}"),
+        ("adakv{press=knorm{OPTIONS recent=0.5} alpha=1.0}", "knorm{OPTIONS recent=0.5}"),
+        (
+            "chunk{press=knorm{OPTIONS recent=4 heads=false} length=999}",
+            "knorm{OPTIONS recent=4 heads=false}",
+        ),
+    ],
+)
+@pytest.mark.parametrize("name", ["llama", "gemma3"])
+def test_the_limit_of_a_wrapper_is_what_it_wraps(wrapped: str, press: str, name: str) -> None:
+    """One chunk that holds the text; heads that are sure of all that they would have alone."""
+    ids, text = prompt(24), prompt(8, seed=1)
+    logits = [
+        Driver(evicting(name, made.replace("OPTIONS", "budget=12 sinks=2 every=3")), 1).follow(
+            [ids], [text], 3
+        )
+        for made in (wrapped, press)
+    ]
+    torch.testing.assert_close(*logits, atol=1e-6, rtol=1e-6)
+
+
+def test_heads_share_the_budget_of_their_layer() -> None:
+    """Different numbers of tokens, as many together as with budgets of their own, and none less than its share."""
+    driver = Driver(evicting("llama", "adakv{press=knorm{budget=12 sinks=0 recent=0} alpha=0.5}"), 1)
+    driver.read([prompt(40)])
+    driver.run("compact")
+    counts = [[len(driver.held("key", layer, head)) for head in range(2)] for layer in range(2)]
+    assert all(sum(layer) == 2 * 12 and min(layer) >= 6 for layer in counts)
+    assert driver.state["length"][0].tolist() == [max(layer) for layer in counts]
+    assert len(set(counts[0])) > 1
+
+
+def test_every_chunk_keeps_the_same_fraction() -> None:
+    """Half of ten tokens, and of the four of the last chunk; after more text, what the budget is of all of it."""
+    driver = Driver(evicting("llama", "chunk{press=tova{budget=17 every=3} length=10}"), 1)
+    driver.read([prompt(34)])
+    driver.run("compact")
+    positions = driver.held_positions(0)
+    assert torch.bincount(positions // 10).tolist() == [5, 5, 5, 2]
+    for i in range(34):
+        driver.step([[i]], [[34 + i]])
+    driver.run("compact")
+    positions = driver.held_positions(0)
+    counts = torch.bincount(positions // 10).tolist()
+    assert sum(counts) == 17 and set(counts[:6]) <= {2, 3} and counts[6] == 2
+
+
+@pytest.mark.parametrize("recent", [5, 0.5])
+def test_chunks_give_way_to_what_is_always_kept_and_to_windows(recent: float) -> None:
+    """All newest tokens, though they are more than their chunks' part; of the others, none that the window has left."""
+    driver = Driver(
+        evicting("mistral", f"chunk{{press=knorm{{budget=10 sinks=0 recent={recent}}} length=5}}"), 1
+    )
+    driver.read([prompt(30)])
+    driver.run("compact")
+    for head in range(2):
+        assert set(range(25, 30)) <= set(driver.held_positions(0, head).tolist())
+        assert set(range(23, 30)) <= set(driver.held_positions(0, head).tolist())  # a window of 7
 
 
 def test_renumbered_text_outgrows_the_context() -> None:
@@ -259,6 +353,12 @@ def test_memory_is_what_the_budget_says() -> None:
         "snapkv{budget=50 kernel=4}": "kernel=4 must be odd",
         "expected_attention{budget=50 future=0}": "future=0 must be positive",
         "streaming{budget=50 rerotate=true schedule=pyramid}": "give all one budget",
+        "adakv{press=h2o{budget=50} alpha=2.0}": "alpha=2.0 must be in 0 to 1",
+        "adakv{press=tova{budget=50}}": "all heads of tova{budget=50} keep the same tokens; give it heads=true",
+        "adakv{press=h2o{budget=50} budget=9}": "pass adakv has no option 'budget'.* its options: press, alpha",
+        "chunk{press=h2o{budget=50} length=0}": "length=0 must be positive",
+        "chunk{press=tome{r=1}}": "press=tome{r=1} is of the wrong type; it takes KVEviction",
+        "chunk{press=streaming{budget=50 rerotate=true}}": "give a press that keeps positions",
         "tome{r=1}": "tome works on encoders",
     }.items(),
 )
@@ -269,5 +369,6 @@ def test_what_cannot_be_is_refused(pipeline: str, reason: str) -> None:
 
 
 def test_a_budget_of_everything_is_the_same_bundle() -> None:
-    same = tokopt.optimize(bundle("llama"), "h2o{budget=1.0}")
-    assert same.programs == bundle("llama").programs
+    for pipeline in ("h2o{budget=1.0}", "adakv{press=chunk{press=h2o{budget=1.0}}}"):
+        same = tokopt.optimize(bundle("llama"), pipeline)
+        assert same.programs == bundle("llama").programs

@@ -91,7 +91,7 @@ class Pass:
     def __post_init__(self) -> None:
         """Raise :class:`PassError` for an option whose value is not of its annotated type."""
         hints = get_type_hints(type(self))
-        for option in dataclasses.fields(self):
+        for option in options(type(self)):
             value, hint = getattr(self, option.name), hints[option.name]
             if not fits(value, hint):
                 raise PassError(
@@ -112,12 +112,17 @@ class Pass:
         raise NotImplementedError
 
     def __repr__(self) -> str:
-        options = [
+        given = [
             f"{f.name}={format_value(value)}"
-            for f in dataclasses.fields(self)
+            for f in options(type(self))
             if (value := getattr(self, f.name)) != f.default
         ]
-        return self.name + (f"{{{' '.join(options)}}}" if options else "")
+        return self.name + (f"{{{' '.join(given)}}}" if given else "")
+
+
+def options(cls: type[Pass]) -> list[dataclasses.Field]:
+    """The options of a pass: the fields that its constructor takes."""
+    return [field for field in dataclasses.fields(cls) if field.init]
 
 
 def type_text(option: dataclasses.Field) -> str:

@@ -8,7 +8,7 @@ from collections.abc import Collection
 from typing import get_args, get_origin, get_type_hints
 
 from tokopt.errors import PassError
-from tokopt.pipeline.base import Pass, fits, kinds, takes_pass, type_text
+from tokopt.pipeline.base import Pass, fits, kinds, options, takes_pass, type_text
 from tokopt.pipeline.text import Call, Place, Value
 
 
@@ -19,7 +19,7 @@ def build(call: Call) -> Pass:
     rejects.
     """
     cls = _find(call)
-    known = {field.name: field for field in dataclasses.fields(cls)}
+    known = {field.name: field for field in options(cls)}
     for name, option in call.options.items():
         if name not in known:
             raise option.name_place.error(
@@ -31,11 +31,11 @@ def build(call: Call) -> Pass:
                 f"pass {call.name} needs the option {name!r}, which takes {type_text(field)}"
             )
     hints = get_type_hints(cls)
-    options = {
+    values = {
         name: _meant(option.value, hints[name], option.value_place) for name, option in call.options.items()
     }
     try:
-        return cls(**options)
+        return cls(**values)
     except PassError as error:
         raise call.place.error(str(error)) from error
 

@@ -16,13 +16,13 @@ def add_options(parser: ArgumentParser) -> None:
 def run(args: Namespace, screen: Screen) -> int:
     """List the passes and their options."""
     from tokopt.passes import PASSES, load_pass
-    from tokopt.pipeline.base import option_text
+    from tokopt.pipeline.base import option_text, options
     from tokopt.pipeline.text import format_value
 
     listed = []
     for name in PASSES:
         cls = load_pass(name)
-        fields = dataclasses.fields(cls)
+        fields = options(cls)
         given = {f.name: format_value(f.default) for f in fields if f.default is not dataclasses.MISSING}
         summary = (cls.__doc__ or "").strip().split("\n\n")[0]
         listed.append(
