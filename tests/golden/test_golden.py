@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -46,31 +47,26 @@ CASES: dict[str, tuple[Callable[[], Bundle], str]] = {
 
 def listing(program: Program) -> str:
     """One line per node: its number, what it calls, its operands in order, and its value's dtype and shape."""
-    numbers: dict[Node, str] = {}
-    names = axis_names(placeholders(program.module), program.inputs)
-    lines: list[str] = []
+    nodes = placeholders(program.module)
+    numbers = {node: spec.name for node, spec in zip(nodes, program.inputs, strict=True)}
+    names = axis_names(nodes, program.inputs)
+    lines = [f"input {spec}" for spec in program.inputs]
     for node in program.module.graph.nodes:
         if node.op == "output":
             lines.append(f"return {_operands(node.args[0], numbers)}")
         elif node.op == "get_attr":
             numbers[node] = str(node.target)
-        elif node.op == "placeholder":
-            spec = program.inputs[len(numbers)] if node.op == "placeholder" else None
-            numbers[node] = str(spec and spec.name)
-            lines.append(f"input {spec}")
-        else:
-            target = str(node.target) if isinstance(node.target, torch._ops.OpOverload) else node.target.__name__  # type: ignore[union-attr]
-            numbers[node] = f"%{sum(name.startswith('%') for name in numbers.values())}"
+        elif node.op == "call_function":
+            target = getattr(node.target, "__name__", str(node.target))
             operands = _operands((*node.args, *node.kwargs.values()), numbers)
+            numbers[node] = f"%{len(lines) - len(nodes)}"
             lines.append(f"{numbers[node]} = {target}{operands} -> {_kind(node.meta['val'], names)}")
     return "\n".join(lines)
 
 
 def _operands(args: Any, numbers: dict[Node, str]) -> str:
-    class Spelled(str):
-        __repr__ = str.__str__
-
-    return str(map_arg(tuple(args), lambda node: Spelled(numbers[node])))  # type: ignore[arg-type]
+    spelled = repr(map_arg(tuple(args), lambda node: f"<{numbers[node]}>"))  # type: ignore[arg-type]
+    return re.sub(r"'<(.*?)>'", r"\1", spelled)
 
 
 def _kind(value: Any, names: dict[str, str]) -> str:
@@ -78,7 +74,7 @@ def _kind(value: Any, names: dict[str, str]) -> str:
         return ", ".join(_kind(one, names) for one in value)
     if not isinstance(value, torch.Tensor):
         return "size"
-    shape = [str(size) if isinstance(size, int) else names.get(str(size), "?") for size in value.shape]
+    shape = [re.sub(r"\bs\d+\b", lambda symbol: names[symbol[0]], str(size)) for size in value.shape]
     return f"{str(value.dtype).removeprefix('torch.')}[{', '.join(shape)}]"
 
 

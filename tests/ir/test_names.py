@@ -87,7 +87,9 @@ def test_names_of_other_things_mislead_no_pass(name: str, passes: str) -> None:
     assert_same(tokopt.optimize(bundle, passes, calibration=samples(name)), optimized(name, passes))
 
 
-@pytest.mark.parametrize("passes", ["tome{r=1}", "int8_kv,h2o{budget=50}", "knorm{budget=[9,9,9] recent=1 sinks=1}"])
+@pytest.mark.parametrize(
+    "passes", ["tome{r=1}", "int8_kv,h2o{budget=50}", "knorm{budget=[9,9,9] recent=1 sinks=1}"]
+)
 def test_refusals_are_the_same(passes: str) -> None:
     """An error names what the user wrote and the place in the model, which other names do not change."""
     errors = []

@@ -54,7 +54,11 @@ def spelled(name: str) -> str:
 def refusal(toy: str, name: str) -> str | None:
     """The sentence with which a pass refuses a toy."""
     cls = load_pass(name)
-    if toy == "split" and not issubclass(cls, (Quantization, TokenReduction)) and name not in ("cast", "smoothquant"):
+    if (
+        toy == "split"
+        and not issubclass(cls, (Quantization, TokenReduction))
+        and name not in ("cast", "smoothquant")
+    ):
         return TWO_PROGRAMS
     if name in ("awq", "gptq", "nupes", "smoothquant", "int8_kv"):
         return LINKED

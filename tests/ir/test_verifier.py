@@ -93,7 +93,8 @@ def read_before(cache: Tensor, new: Tensor, length: Tensor) -> tuple[Tensor, ...
 
 
 @pytest.mark.parametrize(
-    ("body", "aliases"), [(once, ONE), (read_at_the_end, ONE), (read_before, ONE), (chain, ONE), (chain, BOTH)]
+    ("body", "aliases"),
+    [(once, ONE), (read_at_the_end, ONE), (read_before, ONE), (chain, ONE), (chain, BOTH)],
 )
 def test_chains_of_writes_are_accepted(body: Body, aliases: dict[str, str]) -> None:
     """The last link may be read by anything; an earlier one by what the next write needs."""
@@ -120,8 +121,16 @@ def scaled(cache: Tensor, new: Tensor, length: Tensor) -> tuple[Tensor, ...]:
 @pytest.mark.parametrize(
     ("body", "aliases", "reason"),
     [
-        (read_beside, ONE, r"sum\.default \(test_verifier\.py:\d+\) reads 'cache' while it is written in place"),
-        (read_the_old, ONE, r"sum\.default \(test_verifier\.py:\d+\) reads 'cache' while it is written in place"),
+        (
+            read_beside,
+            ONE,
+            r"sum\.default \(test_verifier\.py:\d+\) reads 'cache' while it is written in place",
+        ),
+        (
+            read_the_old,
+            ONE,
+            r"sum\.default \(test_verifier\.py:\d+\) reads 'cache' while it is written in place",
+        ),
         (fork, BOTH, "'cache' is written in place twice from one value"),
         (scaled, ONE, "'next_cache' is not only written in place"),
     ],
@@ -234,7 +243,9 @@ FAULTS: dict[str, tuple[Callable[[], Bundle], str]] = {
         "program 'see' is not well-formed: 'summary': size 48, spec 40",
     ),
     "an output too many": (
-        lambda: with_program("see", outputs=(*chained().programs["see"].outputs, TensorSpec("x", "float32", (), "output"))),
+        lambda: with_program(
+            "see", outputs=(*chained().programs["see"].outputs, TensorSpec("x", "float32", (), "output"))
+        ),
         "program 'see' is not well-formed: 2 outputs, 3 specs",
     ),
     "a range of no axis": (

@@ -146,12 +146,18 @@ def test_an_interrupted_reduction_is_that_of_its_canonical_order() -> None:
 @pytest.mark.parametrize(
     ("kind", "passes", "reason"),
     [
-        ("encoder", "tome{r=2},int8{activations=static},tome{r=2}", "give all token reductions in one pipeline, ahead of"),
+        (
+            "encoder",
+            "tome{r=2},int8{activations=static},tome{r=2}",
+            "give all token reductions in one pipeline, ahead of",
+        ),
         ("decoder", "kivi{group=4 residual=6 every=4},h2o{budget=12 recent=4 sinks=2}", "evicted already"),
         ("decoder", "int8_kv,h2o{budget=12 recent=4 sinks=2}", "put int8_kv last"),
     ],
 )
-def test_an_order_that_cannot_be_is_refused_with_the_one_that_can(kind: str, passes: str, reason: str) -> None:
+def test_an_order_that_cannot_be_is_refused_with_the_one_that_can(
+    kind: str, passes: str, reason: str
+) -> None:
     refused = made(kind, tuple(passes.split(",")), True)
     assert isinstance(refused, str) and reason in refused
     assert_sentence(refused)

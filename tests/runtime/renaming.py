@@ -94,7 +94,9 @@ def with_names(
     States and all axes but the batch get names that ``choose`` gives.
     """
     states = choose([state.name for state in described.states])
-    axes = choose(sorted({axis for entry in described.programs.values() for axis in entry.ranges} - {"batch"}))
+    axes = choose(
+        sorted({axis for entry in described.programs.values() for axis in entry.ranges} - {"batch"})
+    )
 
     def axis(one: Any) -> Any:
         return axes.get(one, one) if isinstance(one, str) else one
@@ -118,9 +120,7 @@ def with_names(
     schedule = described.schedule
     return replace(
         described,
-        programs={
-            programs[name]: program(entry, values[name]) for name, entry in described.programs.items()
-        },
+        programs={programs[name]: program(entry, values[name]) for name, entry in described.programs.items()},
         states=tuple(
             replace(
                 state,

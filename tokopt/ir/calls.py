@@ -33,8 +33,8 @@ def first_call(program: Program, tokens: Tensor, states: Sequence[State]) -> tup
         if spec.state is None:
             if spec.role not in values:
                 raise InputError(
-                    f"tokens alone do not run a program that reads {spec.name!r} from another one; calibrate and compare "
-                    "bundles whose decoder has no links"
+                    f"tokens alone do not run a program that reads {spec.name!r} from another one; calibrate and "
+                    "compare bundles whose decoder has no links"
                 )
             return values[spec.role]
         return initial(known[spec.state], batch, count)
