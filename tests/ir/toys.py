@@ -8,6 +8,7 @@ features, and ``go`` decodes with the image's context.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import cache
 
 import torch
@@ -18,7 +19,7 @@ from tests.zoo.decoders import CONTEXT, VOCABULARY, HandRotary
 from tests.zoo.entries import randomize
 from tokopt.frontend.normalize import normalize
 from tokopt.ir.bundle import Bundle
-from tokopt.ir.export import export_flat, output_specs
+from tokopt.ir.export import export_flat, output_specs, unlifted
 from tokopt.ir.format import Entry, Generation, Link, Occupancy, Port, Schedule, State
 from tokopt.ir.graph import dtype_name
 from tokopt.ir.program import AxisRange, Program, TensorSpec
@@ -127,8 +128,8 @@ def program(
     specs, example = tuple(spec for spec, _ in inputs), tuple(tensor for _, tensor in inputs)
     ranges = {axis: AxisRange() for spec in specs for axis in spec.axes if isinstance(axis, str)}
     exported, found = export_flat(module, example, specs, ranges)
-    made = Program.of(exported, specs, tuple(outputs), found, example, aliases)
-    return normalize(made.with_outputs(output_specs(made)))
+    made = Program(unlifted(exported), specs, tuple(outputs), found, example, aliases or {})
+    return normalize(replace(made, outputs=output_specs(made)))
 
 
 def _given(name: str, tensor: Tensor, role: str, *axes: str | int) -> tuple[TensorSpec, Tensor]:
