@@ -1,4 +1,4 @@
-"""An artifact with other names of everything that has one: programs, states, inputs, outputs and axes."""
+"""Artifacts and bundles with other names of all that has one: programs, states, inputs, outputs and axes."""
 
 from __future__ import annotations
 
@@ -8,18 +8,24 @@ import string
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import onnx
 from safetensors.numpy import load_file, save
 
+from tokopt.ir.bundle import Bundle
+from tokopt.ir.export import copied, placeholders
+from tokopt.ir.program import Program
 from tokopt.runtime.format.link import Port
-from tokopt.runtime.format.manifest import FileEntry, Manifest, ProgramEntry, read_manifest
+from tokopt.runtime.format.manifest import FileEntry, Manifest, read_manifest
 from tokopt.runtime.format.signature import Tensor
 
 Names = Mapping[str, str]
 Choose = Callable[[Iterable[str]], Names]
 """New names for old ones, all different."""
+
+Described = TypeVar("Described", Manifest, Bundle)
+"""What holds programs, states, links and a schedule."""
 
 
 def random_words(seed: int) -> Choose:
@@ -42,10 +48,7 @@ def shuffled(seed: int) -> Choose:
 def renamed(source: Path, folder: Path, choose: Choose) -> Path:
     """Write the artifact at ``source`` to ``folder`` in the newest format, with names that ``choose`` gives."""
     manifest = read_manifest(source)
-    values = {
-        name: choose([tensor.name for tensor in (*entry.inputs, *entry.outputs)])
-        for name, entry in manifest.programs.items()
-    }
+    values = value_names(manifest, choose)
     programs = choose(list(manifest.programs))
     folder.mkdir()
     files = {name: (source / name).read_bytes() for name in manifest.files}
@@ -56,17 +59,44 @@ def renamed(source: Path, folder: Path, choose: Choose) -> Path:
         files[manifest.selftest] = _renamed_selftest(source / manifest.selftest, programs, values)
     for name, data in files.items():
         (folder / name).write_bytes(data)
-    made = _renamed_manifest(manifest, programs, values, choose)
+    made = with_names(manifest, programs, values, choose)
     listed = {name: FileEntry(hashlib.sha256(data).hexdigest(), len(data)) for name, data in files.items()}
     (folder / "manifest.json").write_text(replace(made, files=listed).to_json())
     return folder
 
 
-def _renamed_manifest(
-    manifest: Manifest, programs: Names, values: Mapping[str, Names], choose: Choose
-) -> Manifest:
-    states = choose([state.name for state in manifest.states])
-    axes = choose(sorted({axis for entry in manifest.programs.values() for axis in entry.ranges} - {"batch"}))
+def renamed_bundle(bundle: Bundle, choose: Choose) -> Bundle:
+    """The bundle with names that ``choose`` gives, the nodes of its inputs included."""
+    values, programs = value_names(bundle, choose), choose(list(bundle.programs))
+    made = with_names(bundle, programs, values, choose)
+    for name, program in made.programs.items():
+        made = made.with_program(name, _with_named_nodes(program))
+    return made
+
+
+def _with_named_nodes(program: Program) -> Program:
+    """The program whose inputs are nodes of their names."""
+    module = copied(program.module)
+    for number, node in enumerate(placeholders(module)):
+        node._rename(f"input_{number}")  # so that no name is taken when the nodes get theirs
+    for node, spec in zip(placeholders(module), program.inputs, strict=True):
+        node._rename(spec.name)
+        node.target = spec.name
+    module.recompile()
+    return replace(program, module=module)
+
+
+def with_names(
+    described: Described, programs: Names, values: Mapping[str, Names], choose: Choose
+) -> Described:
+    """The description of a model with other names of its programs and of their inputs and outputs (``values``).
+
+    States and all axes but the batch get names that ``choose`` gives.
+    """
+    states = choose([state.name for state in described.states])
+    axes = choose(
+        sorted({axis for entry in described.programs.values() for axis in entry.ranges} - {"batch"})
+    )
 
     def axis(one: Any) -> Any:
         return axes.get(one, one) if isinstance(one, str) else one
@@ -75,7 +105,7 @@ def _renamed_manifest(
         state = None if one.state is None else states[one.state]
         return replace(one, name=names[one.name], axes=tuple(map(axis, one.axes)), state=state)
 
-    def program(entry: ProgramEntry, names: Names) -> ProgramEntry:
+    def program(entry: Any, names: Names) -> Any:
         return replace(
             entry,
             inputs=tuple(tensor(one, names) for one in entry.inputs),
@@ -87,10 +117,10 @@ def _renamed_manifest(
     def port(one: Port) -> Port:
         return Port(programs[one.program], values[one.program][one.name])
 
-    schedule = manifest.schedule
+    schedule = described.schedule
     return replace(
-        manifest,
-        programs={programs[name]: program(entry, values[name]) for name, entry in manifest.programs.items()},
+        described,
+        programs={programs[name]: program(entry, values[name]) for name, entry in described.programs.items()},
         states=tuple(
             replace(
                 state,
@@ -98,10 +128,10 @@ def _renamed_manifest(
                 axes=tuple(map(axis, state.axes)),
                 occupancy=state.occupancy and replace(state.occupancy, state=states[state.occupancy.state]),
             )
-            for state in manifest.states
+            for state in described.states
         ),
         links=tuple(
-            replace(link, source=port(link.source), target=port(link.target)) for link in manifest.links
+            replace(link, source=port(link.source), target=port(link.target)) for link in described.links
         ),
         schedule=replace(
             schedule,
@@ -114,6 +144,14 @@ def _renamed_manifest(
             ),
         ),
     )
+
+
+def value_names(described: Manifest | Bundle, choose: Choose) -> dict[str, Names]:
+    """New names of the inputs and outputs of every program."""
+    return {
+        name: choose([tensor.name for tensor in (*entry.inputs, *entry.outputs)])
+        for name, entry in described.programs.items()
+    }
 
 
 def _renamed_selftest(file: Path, programs: Names, values: Mapping[str, Names]) -> bytes:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from tokopt.errors import InputError
 from tokopt.ir.program import Program, TensorSpec
 from tokopt.runtime.format.signature import BATCH
 from tokopt.runtime.format.state import State, slot_axis
@@ -15,7 +16,8 @@ from tokopt.runtime.format.state import State, slot_axis
 def first_call(program: Program, tokens: Tensor, states: Sequence[State]) -> tuple[Tensor, ...]:
     """The inputs of a program that reads ``tokens`` [batch, tokens] into an empty cache of as many slots.
 
-    ``states`` begin with their initial values; logits are asked for every token.
+    ``states`` begin with their initial values; logits are asked for every token. Raises InputError for a program that
+    reads what another one gives.
     """
     batch, count = tokens.shape
     known = {state.name: state for state in states}
@@ -29,6 +31,11 @@ def first_call(program: Program, tokens: Tensor, states: Sequence[State]) -> tup
 
     def value(spec: TensorSpec) -> Tensor:
         if spec.state is None:
+            if spec.role not in values:
+                raise InputError(
+                    f"tokens alone do not run a program that reads {spec.name!r} from another one; calibrate and "
+                    "compare bundles whose decoder has no links"
+                )
             return values[spec.role]
         return initial(known[spec.state], batch, count)
 

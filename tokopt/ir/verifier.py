@@ -44,13 +44,13 @@ def _verify_aliases(program: Program) -> None:
     made = program.module.graph.output_node().args[0]
     assert isinstance(made, (tuple, list))
     outputs = dict(zip((spec.name for spec in program.outputs), made, strict=True))
-    chains: dict[Node, set[Node]] = {}
+    buffers = dict(zip((spec.name for spec in program.inputs), nodes, strict=True))
+    chains: dict[str, set[Node]] = {}
     for name, source in program.aliases.items():
-        buffer = nodes[[spec.name for spec in program.inputs].index(source)]
-        chains.setdefault(buffer, set()).update(_chain(name, outputs[name], buffer))
-    for buffer, writes in chains.items():
-        for link in (buffer, *writes):
-            _verify_link(buffer, link, [write for write in writes if write.args[0] is link])
+        chains.setdefault(source, set()).update(_chain(name, outputs[name], buffers[source]))
+    for source, writes in chains.items():
+        for link in (buffers[source], *writes):
+            _verify_link(source, link, [write for write in writes if write.args[0] is link])
 
 
 def _chain(name: str, node: object, buffer: Node) -> Iterator[Node]:
@@ -62,14 +62,14 @@ def _chain(name: str, node: object, buffer: Node) -> Iterator[Node]:
         node = node.args[0]
 
 
-def _verify_link(buffer: Node, link: Node, writes: list[Node]) -> None:
-    _require(len(writes) <= 1, f"{buffer.name!r} is written in place twice from one value")
+def _verify_link(source: str, link: Node, writes: list[Node]) -> None:
+    _require(len(writes) <= 1, f"{source!r} is written in place twice from one value")
     for write in writes:
         before = ancestors(write)
         for reader in value_users(link):
             _require(
                 reader is write or reader in before or reader.op == "output",
-                f"{describe(reader)} reads {buffer.name!r} while it is written in place",
+                f"{describe(reader)} reads {source!r} while it is written in place",
             )
 
 
