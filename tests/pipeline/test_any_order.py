@@ -30,8 +30,9 @@ from tokopt.runtime.numerics import nmse
 IMAGES = torch.randn(3, 3, 16, 16, generator=torch.Generator().manual_seed(1))
 
 REDUCTIONS = ("tome{r=2}", "tome{r=4}", "divprune{r=1}", "evit{r=2}", "kcenter{keep=0.8}")
-WEIGHTS = ("rtn{group=16}", "rtn{bits=8 group=32}", "cast", "int8", "keep_grid")
-CALIBRATED = ("smoothquant", "int8{activations=static}")
+WEIGHTS = ("rtn{group=16}", "rtn{bits=8 group=32}", "int8", "keep_grid")
+"""Without ``cast``, which makes a matching compare keys in half precision or in float32, as the order says."""
+
 EVICTIONS = (
     "h2o{budget=12 sinks=2 recent=4 every=4}",
     "streaming{budget=12 sinks=2 recent=4 every=4 rerotate=true}",
@@ -83,30 +84,22 @@ def assert_sentence(refused: str) -> None:
 
 
 def assert_equal(got: Bundle, wanted: Bundle) -> None:
-    """Every program computes the same on the other's example.
-
-    With a cast, tokens are compared by keys in half precision or in float32, as the order says.
-    """
-    limit = 1e-6 if "cast" in got.pipeline else 1e-9
+    """Every program computes the same on the other's example."""
     assert got.states == wanted.states
     assert (got.schedule, list(got.programs)) == (wanted.schedule, list(wanted.programs))
     for one, other in zip(got.programs.values(), wanted.programs.values(), strict=True):
         assert (one.inputs, one.outputs, one.aliases) == (other.inputs, other.outputs, other.aliases)
         for ours, theirs in zip(one(*other.example), other(*other.example), strict=True):
             assert ours.shape == theirs.shape and ours.dtype == theirs.dtype
-            assert nmse(theirs.double().numpy(), ours.double().numpy()) < limit
+            assert nmse(theirs.double().numpy(), ours.double().numpy()) < 1e-9
 
 
 def check(kind: str, passes: tuple[str, ...], canonical: tuple[str, ...]) -> None:
-    """The pipeline does what its canonical order does, or both are refused.
-
-    Where passes calibrate, the inputs they see depend on what ran before, so that they may refuse an order alone.
-    """
+    """The pipeline does what its canonical order does, or both are refused."""
     got = made(kind, passes, True)
     if isinstance(got, str):
         assert_sentence(got)
-        if not set(passes) & set(CALIBRATED):
-            assert isinstance(made(kind, canonical, True), str), f"{passes}: {got}"
+        assert isinstance(made(kind, canonical, True), str), f"{passes}: {got}"
         return
     wanted = made(kind, canonical, True)
     assert isinstance(wanted, Bundle), wanted
@@ -118,14 +111,8 @@ def check(kind: str, passes: tuple[str, ...], canonical: tuple[str, ...]) -> Non
 @example(
     (("tome{r=4}", "rtn{group=16}", "tome{r=2}"), ("tome{r=4}", "tome{r=2}", "rtn{group=16}")),
 )
-@example((("cast", "tome{r=4}", "int8", "divprune{r=1}"), ("tome{r=4}", "divprune{r=1}", "cast", "int8")))
+@example((("tome{r=4}", "int8", "divprune{r=1}"), ("tome{r=4}", "divprune{r=1}", "int8")))
 def test_reductions_and_weights(pipelines: tuple[tuple[str, ...], tuple[str, ...]]) -> None:
-    check("encoder", *pipelines)
-
-
-@settings(max_examples=5)
-@given(shuffles(some(REDUCTIONS, 1), some(CALIBRATED, 2)))
-def test_reductions_and_calibration(pipelines: tuple[tuple[str, ...], tuple[str, ...]]) -> None:
     check("encoder", *pipelines)
 
 
