@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import cache
+from typing import Any
 
 import numpy as np
 import pytest
@@ -53,8 +54,9 @@ def naive_decoder(method: str) -> tuple[str, NaiveDecoder]:
     """The model that a method is tried on, and its naive decoder."""
     name = "hand_rotary" if method in ROTARY_ONLY else "hand_written"
     rerotate = "rerotate" in method
+    given: Any = model(name)
     return name, NaiveDecoder(
-        model(name),  # type: ignore[arg-type]
+        given,
         method.split()[0],
         BUDGET,
         SINKS,
