@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -75,7 +75,7 @@ def _take_attribute(graph: Graph, module: GraphModule, node: Node) -> Node:
 
 def _held(module: GraphModule, wanted: str, value: Any) -> str:
     """The name under which the module holds a tensor or a sub-module; it is registered where it is new."""
-    modules: Iterable[tuple[str, torch.nn.Module]] = module.named_modules()
+    modules = cast("Iterable[tuple[str, torch.nn.Module]]", module.named_modules())
     for name, known in (*module.named_parameters(), *module.named_buffers(), *modules):
         if known is value:
             return name

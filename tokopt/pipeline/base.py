@@ -153,7 +153,7 @@ def fits(value: object, hint: object) -> bool:
     if get_origin(hint) is Literal:
         return value in inner
     if get_origin(hint) is tuple:
-        return isinstance(value, tuple) and is_group(value) and all(fits(item, inner[0]) for item in value)
+        return is_group(value) and isinstance(value, tuple) and all(fits(item, inner[0]) for item in value)
     if hint is int or hint is float:
         return isinstance(value, (int, hint)) and not isinstance(value, bool)
     assert isinstance(hint, type), f"an option's type is a class, a union, a tuple or a Literal, not {hint}"
