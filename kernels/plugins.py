@@ -252,6 +252,11 @@ def register_plugins(arch: str) -> None:
             _register(plugin, op, kernel, counts, arch)
 
 
+def _sign(function: Any, parameters: Sequence[Parameter], returned: Any) -> None:
+    """Give a function the signature that TensorRT reads."""
+    function.__signature__ = Signature(parameters, return_annotation=returned)
+
+
 def _register(plugin: Any, op: str, kernel: str, counts: tuple[int, int, int], arch: str) -> None:
     trt = import_module("tensorrt")
     name, (inputs, _, outputs) = f"tokopt::{op}_{kernel}", counts
@@ -284,10 +289,8 @@ def _register(plugin: Any, op: str, kernel: str, counts: tuple[int, int, int], a
         return kernel, plugin_code(op, launch.scalar, arch), settings, numbers
 
     described = (plugin.TensorDesc,) * outputs
-    describe.__signature__ = Signature(parameters(), return_annotation=tuple[described])  # type: ignore[attr-defined]
+    _sign(describe, parameters(), tuple[described])
     returned = tuple[str, bytes, plugin.KernelLaunchParams, plugin.SymIntExprs]
-    implement.__signature__ = Signature(  # type: ignore[attr-defined]
-        parameters("outputs", "tactic"), return_annotation=returned
-    )
+    _sign(implement, parameters("outputs", "tactic"), returned)
     plugin.register(name)(describe)
     plugin.aot_impl(name)(implement)

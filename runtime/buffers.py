@@ -1,5 +1,8 @@
 """The state of a language model between calls: preallocated buffers that ONNX Runtime writes in place."""
 
+# ONNX Runtime is untyped.
+# pyright: reportMissingTypeStubs=false
+
 from __future__ import annotations
 
 import math
@@ -288,8 +291,9 @@ def _available_memory() -> int | None:
             found = next(line for line in lines if line.startswith("MemAvailable:"))
         return int(found.split()[1]) * 1024
     except (OSError, StopIteration, ValueError):
-        pages = getattr(os, "sysconf", lambda name: -1)
+        if not hasattr(os, "sysconf"):  # Windows
+            return None
         try:
-            return max(pages("SC_AVPHYS_PAGES"), 0) * pages("SC_PAGE_SIZE") or None
+            return max(os.sysconf("SC_AVPHYS_PAGES"), 0) * os.sysconf("SC_PAGE_SIZE") or None
         except (ValueError, OSError):
             return None

@@ -6,7 +6,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
@@ -132,7 +132,7 @@ class LanguageModel:
         raises TokoptError when the model gives NaN.
         """
         single = isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], (int, np.integer)))
-        rows = self._rows([prompts] if single else list(prompts), stop)  # type: ignore[list-item]
+        rows = self._rows(cast("list[Prompt]", [prompts] if single else list(prompts)), stop)
         for _ in self._steps(rows, max_tokens, sampling or Sampling(), processors, inputs):
             pass
         done = [

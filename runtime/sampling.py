@@ -198,8 +198,8 @@ def choose(logits: Logits, temperature: float, streams: Sequence[np.random.Gener
     if not temperature:
         return logits.argmax(axis=-1)
     # Gumbel-max: argmax(log p + noise) is distributed as p, and a token of probability 0 is never drawn.
-    noise = np.stack([stream.gumbel(size=logits.shape[-1]) for stream in streams])
-    return (logits + noise).argmax(axis=-1)
+    noise: list[NDArray[np.float64]] = [stream.gumbel(size=logits.shape[-1]) for stream in streams]
+    return (logits + np.stack(noise)).argmax(axis=-1)
 
 
 def softmax(logits: Logits) -> NDArray[np.float64]:

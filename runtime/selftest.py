@@ -1,5 +1,8 @@
 """The self-test of an artifact: stored inputs, and the outputs that the exported programs gave for them."""
 
+# safetensors leaves the types of paths open.
+# pyright: reportUnknownMemberType=false
+
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence

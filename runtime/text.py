@@ -1,5 +1,8 @@
 """Text in and out of a language model: tokens, streaming, stop strings, conversations."""
 
+# jinja2 leaves the globals of an environment untyped.
+# pyright: reportUnknownMemberType=false
+
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence

@@ -6,6 +6,7 @@ import ctypes
 import math
 from collections.abc import Sequence
 from functools import cache
+from importlib import import_module
 from typing import Any
 
 import numpy as np
@@ -17,12 +18,11 @@ from tokopt.errors import InputError, MissingDependencyError, TokoptError
 def bindings() -> Any:
     """``cuda.bindings.runtime``; raises MissingDependencyError when it is not installed."""
     try:
-        from cuda.bindings import runtime
+        return import_module("cuda.bindings.runtime")
     except ImportError as error:
         raise MissingDependencyError(
             "CUDA's bindings are not installed; install tokopt[tensorrt-rtx]"
         ) from error
-    return runtime
 
 
 def device_arch(remedy: str) -> str:
@@ -89,7 +89,7 @@ class Staged:
         self.device = DeviceArray(shape, dtype)
         self._address = call("cudaMallocHost", max(self.device.nbytes, 1))
         memory = (ctypes.c_byte * self.device.nbytes).from_address(self._address)
-        self.host = np.frombuffer(memory, dtype).reshape(self.device.shape)
+        self.host: np.ndarray = np.frombuffer(memoryview(memory), dtype).reshape(self.device.shape)
 
     def upload(self, array: np.ndarray, stream: int) -> None:
         """Copy ``array`` to the GPU; the stream must have finished with the one before."""

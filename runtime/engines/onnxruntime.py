@@ -1,5 +1,8 @@
 """Opening programs on an execution engine: ONNX Runtime, or another by name."""
 
+# ONNX Runtime is untyped.
+# pyright: reportMissingTypeStubs=false, reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
+
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
@@ -99,7 +102,7 @@ def _session(
     return session
 
 
-def check_threads(threads: int | None) -> int | None:
+def check_threads(threads: object) -> int | None:
     """The number of threads, proved to be one; raises InputError."""
     if threads is not None and (isinstance(threads, bool) or not isinstance(threads, int) or threads < 1):
         raise InputError(f"threads is {threads!r}, it must be a positive integer, or None for all cores")
@@ -109,7 +112,9 @@ def check_threads(threads: int | None) -> int | None:
 def _providers(providers: Sequence[Provider] | None) -> tuple[list[str], list[dict[str, object]]]:
     """Names and options, each name proved to be available."""
     chosen = [_CPU] if providers is None else [providers] if isinstance(providers, str) else list(providers)
-    pairs = [(item, {}) if isinstance(item, str) else (item[0], dict(item[1])) for item in chosen]
+    pairs: list[tuple[str, dict[str, object]]] = [
+        (item, {}) if isinstance(item, str) else (item[0], dict(item[1])) for item in chosen
+    ]
     available = onnxruntime.get_available_providers()
     if not pairs:
         raise InputError(f"providers is empty; choose among {', '.join(available)}")

@@ -1,5 +1,8 @@
 """Encoder programs on OpenVINO, which reads the same ONNX file."""
 
+# OpenVINO and onnx leave the types of files open.
+# pyright: reportUnknownMemberType=false
+
 from __future__ import annotations
 
 import re

@@ -298,7 +298,7 @@ class DeviceBuffers(Buffers):
 
     def fitting(self, slots: Mapping[str, int]) -> dict[str, int]:
         """At least so many slots by axis; raises InputError when an engine holds fewer."""
-        sizes = {}
+        sizes: dict[str, int] = {}
         for axis, wanted in slots.items():
             bounds = self.ranges[axis]
             if bounds.max is not None and wanted > bounds.max:

@@ -18,6 +18,7 @@ from tests.cli.command import answer, complaint
 from tests.zoo import ZOO
 from tokopt.cli import main, verbs
 from tokopt.cli.verbs import VERBS
+from tokopt.passes import PASSES
 
 
 def vit() -> tuple:
@@ -268,7 +269,7 @@ def test_bisect_names_the_first_pass_that_moves_an_output_too_far(
 
 def test_passes_lists_every_pass(capsys: pytest.CaptureFixture[str]) -> None:
     listed = answer(capsys, "passes")
-    assert [p["name"] for p in listed] == list(tokopt.passes.PASSES)  # type: ignore[attr-defined]
+    assert [p["name"] for p in listed] == list(PASSES)
     known = {"r", "budget", "residual", "only"}
     assert all(p["summary"] and (known & {*p["options"]} or not p["options"]) for p in listed)
     assert all(p["usage"] == " ".join(f"{k}={v}" for k, v in p["options"].items()) for p in listed)

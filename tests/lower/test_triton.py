@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -334,8 +335,9 @@ def test_place_that_is_taken_is_kept(encoder: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["max_batch", "instances", "threads", "slots"])
 def test_numbers_below_one_are_refused(name: str) -> None:
+    settings: dict[str, Any] = {name: 0}
     with pytest.raises(InputError, match=f"{name} is 0"):
-        Serving(**{name: 0})  # type: ignore[arg-type]
+        Serving(**settings)
 
 
 def test_missing_package_is_named_before_anything_is_exported(

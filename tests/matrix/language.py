@@ -5,6 +5,7 @@ from __future__ import annotations
 import tempfile
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -40,11 +41,9 @@ def prompt(length: int, seed: int = 0) -> list[int]:
 
 def reference(name: str, ids: list[int], count: int) -> list[int]:
     """Greedy tokens of the model itself: transformers' ``generate``, or the whole text again every time."""
-    decoder = model(name)
+    decoder: Any = model(name)
     if hasattr(decoder, "greedy"):
-        return decoder.greedy(ids, count)  # type: ignore[operator]
+        return decoder.greedy(ids, count)
     with torch.no_grad():
-        made = decoder.generate(  # type: ignore[operator]
-            torch.tensor([ids]), max_new_tokens=count, do_sample=False, pad_token_id=0
-        )
+        made = decoder.generate(torch.tensor([ids]), max_new_tokens=count, do_sample=False, pad_token_id=0)
     return made[0, len(ids) :].tolist()

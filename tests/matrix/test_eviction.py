@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import cache
+from typing import Any
 
 import numpy as np
 import pytest
@@ -64,8 +65,9 @@ def naive_decoder(method: str) -> tuple[str, NaiveDecoder]:
     name = "hand_rotary" if method in ROTARY_ONLY else "hand_written"
     rerotate = "rerotate" in method
     wrappers = tuple(word for word in method.split() if word in WRAPPERS)
+    given: Any = model(name)
     return name, NaiveDecoder(
-        model(name),  # type: ignore[arg-type]
+        given,
         method.split()[len(wrappers)],
         BUDGET,
         SINKS,

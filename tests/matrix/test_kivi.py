@@ -13,7 +13,7 @@ from tests.matrix.test_eviction import Driver, evicting, spelled
 from tests.zoo.decoders import DECODERS
 from tokopt.errors import TokoptError
 from tokopt.ir.export import placeholders
-from tokopt.ir.graph import aten, is_call
+from tokopt.ir.graph import aten, is_call, operand_at
 from tokopt.passes.kv.kivi import dequantize_values, quantize_values
 from tokopt.rewrite.edit import close_graph, open_graph
 
@@ -132,7 +132,7 @@ def test_sizes_may_be_read_off_the_cache_it_takes_away() -> None:
     reads = [node for node in module.graph.nodes if is_call(node, aten.sym_size) and node.args[1] == 0]
     assert reads
     for node in reads:  # of the batch
-        node.replace_input_with(node.args[0], cache)
+        node.replace_input_with(operand_at(node, 0), cache)
     given = given.with_program("step", close_graph(step, module))
     ids, texts = prompt(30), [prompt(9, seed=1)]
     got = Driver(tokopt.optimize(given, TEXT, strict=True), 1).follow([ids], texts, EVERY)

@@ -16,7 +16,7 @@ import tokopt
 from tests.lower.encoders import CHANNELS, PATCHES, Vision
 from tokopt.errors import LoweringError
 from tokopt.ir.bundle import Bundle
-from tokopt.ir.graph import SDPA, aten, is_call
+from tokopt.ir.graph import SDPA, aten, is_call, results
 from tokopt.ir.program import Program
 from tokopt.kernels import declared
 from tokopt.passes.cleanup import drop_unread as drop_unread_module
@@ -234,9 +234,10 @@ def test_a_wrong_cleanup_is_not_written(
     def another(program: Program) -> Dropped:
         """Drop what is not read, and give the rest the wrong sign."""
         dropped = right(program)
+        assert dropped is not None
         module = open_graph(dropped.program)
         output = module.graph.output_node()
-        (given,) = output.args[0]
+        (given,) = results(module.graph)
         with module.graph.inserting_before(output):
             output.args = ((call(module.graph, torch.neg, given, like=given),),)
         return replace(dropped, program=close_graph(dropped.program, module))

@@ -9,7 +9,7 @@ import tokopt
 from tests.matrix import language
 from tests.zoo import ZOO
 from tokopt.ir.bundle import Bundle
-from tokopt.ir.graph import aten, is_call
+from tokopt.ir.graph import argument, aten, is_call
 from tokopt.pipeline.base import Context, Pass, PassResult
 from tokopt.pipeline.bisect import bisect
 from tokopt.pipeline.manager import Pipeline
@@ -27,7 +27,7 @@ class Scale(Pass):
         module = open_graph(bundle.main)
         norms = [n for n in module.graph.nodes if is_call(n, aten.layer_norm)]
         for norm in norms:
-            norm.update_arg(4, float(norm.args[4]) * self.by)
+            norm.update_arg(4, float(argument(norm, 4, "eps")) * self.by)
         return PassResult(bundle.with_program("forward", close_graph(bundle.main, module)), len(norms))
 
 

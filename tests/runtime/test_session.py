@@ -132,9 +132,10 @@ def test_providers_and_threads(tmp_path: Path) -> None:
         load(folder, providers=["GPU"])
     with pytest.raises(InputError, match="providers is empty"):
         load(folder, providers=[])
-    for threads in (0, -1, 1.5, True, "2"):
+    wrong: list[Any] = [0, -1, 1.5, True, "2"]
+    for threads in wrong:
         with pytest.raises(InputError, match="threads is"):
-            load(folder, threads=threads)  # type: ignore[arg-type]
+            load(folder, threads=threads)
 
 
 def test_provider_that_is_not_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

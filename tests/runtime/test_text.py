@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -15,9 +17,9 @@ from tokopt.runtime.text import TextStream, Tokenizer, render_chat
 def byte_tokenizer() -> Tokenizer:
     """One token per byte, as the rarest characters of every byte-level BPE are spelled; 256 ends a text."""
     letters = pre_tokenizers.ByteLevel.alphabet()
-    library = Library(models.BPE({letter: i for i, letter in enumerate(sorted(letters))}, []))
-    library.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)  # type: ignore[assignment]
-    library.decoder = decoders.ByteLevel()  # type: ignore[assignment]
+    library: Any = Library(models.BPE({letter: i for i, letter in enumerate(sorted(letters))}, []))
+    library.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    library.decoder = decoders.ByteLevel()
     library.add_special_tokens(["<end>"])
     return Tokenizer(library.to_str(), 257)
 

@@ -19,6 +19,7 @@ from tokopt.ir.graph import (
     is_call,
     is_tensor,
     module_path,
+    operand_at,
     reaches,
     same_size,
     size_hint,
@@ -133,7 +134,7 @@ def _projected_from(node: Node) -> set[Node]:
     while stack:
         current = stack.pop()
         if is_call(current, *_WEIGHTED):
-            found.add(current.args[1] if is_call(current, aten.addmm) else current.args[0])  # type: ignore[arg-type]
+            found.add(operand_at(current, 1 if is_call(current, aten.addmm) else 0))
             continue
         for operand in tensor_inputs(current):
             if operand not in seen:
@@ -149,9 +150,9 @@ def _unwrap(node: Node) -> Node:
         op = declared(node.target)
         rounded = op is not None and op.rounds and op.elementwise
         if rounded or is_call(node, *_WRAPPERS):
-            node = node.args[0]  # type: ignore[assignment]
+            node = operand_at(node, 0)
             if rounded and is_call(node, aten.div):
-                node = node.args[0]  # type: ignore[assignment]
+                node = operand_at(node, 0)
         else:
             return node
 

@@ -11,7 +11,7 @@ from tokopt.analysis.rotation import Rotary
 from tokopt.errors import PassRefused
 from tokopt.ir.export import placeholders
 from tokopt.ir.format import State
-from tokopt.ir.graph import argument, attention_nodes, describe, is_call
+from tokopt.ir.graph import argument, attention_nodes, describe, is_call, operand_at
 from tokopt.ir.program import Program
 from tokopt.kernels import ops
 
@@ -67,13 +67,15 @@ def cached_attentions(
     found: dict[int, CachedAttention] = {}
     nodes = attention_nodes(module.graph)
     for node in nodes:
-        key, value, mask = node.args[1], node.args[2], _made_of(argument(node, 3, "attn_mask"))
-        names = [held.get(x.args[0]) if is_call(x, ops.cache_write) else None for x in (key, value)]  # type: ignore[union-attr,arg-type]
-        layer = known[names[0]].layer if names[0] is not None else None
-        if layer is None or names[1] is None or not is_call(mask, ops.cache_mask):
+        key, value, mask = operand_at(node, 1), operand_at(node, 2), _made_of(argument(node, 3, "attn_mask"))
+        key_state, value_state = (
+            held.get(operand_at(x, 0)) if is_call(x, ops.cache_write) else None for x in (key, value)
+        )
+        layer = known[key_state].layer if key_state is not None else None
+        if key_state is None or layer is None or value_state is None or not is_call(mask, ops.cache_mask):
             order = "; put int8_kv last" if is_call(key, ops.dequantize_int8) else ""
             raise PassRefused(f"{describe(node)} does not read keys and values directly from a cache{order}")
-        found[layer] = CachedAttention(layer, node, key, value, mask, names[0], names[1])  # type: ignore[arg-type]
+        found[layer] = CachedAttention(layer, node, key, value, mask, key_state, value_state)
     if len(found) != len(nodes):
         raise PassRefused("two attentions read the same cache")
     return [found[layer] for layer in sorted(found)]

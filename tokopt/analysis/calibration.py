@@ -99,7 +99,7 @@ def program_inputs(bundle: Bundle, sample: Sample) -> tuple[Tensor, ...]:
             )
         return first_call(bundle.main, ids, bundle.states)
     single = isinstance(sample, (Tensor, np.ndarray))
-    tensors = tuple(torch.as_tensor(x) for x in ([sample] if single else sample))  # type: ignore[list-item]
+    tensors = tuple(torch.as_tensor(x) for x in ([sample] if single else sample))
     for spec, tensor in zip(bundle.main.inputs, tensors, strict=False):
         if tensor.ndim != len(spec.axes) or any(
             isinstance(axis, int) and axis != size for axis, size in zip(spec.axes, tensor.shape, strict=True)

@@ -8,6 +8,8 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 from torch.fx.node import map_arg
 
+from tokopt.ir.graph import function_of
+
 
 def parameter(module: GraphModule, node: Node) -> Tensor:
     """The tensor behind a ``get_attr`` node, detached."""
@@ -29,5 +31,5 @@ def evaluate(module: GraphModule, node: Node, known: dict[Node, Any]) -> Any:
             known[node] = parameter(module, node)
         else:
             args, kwargs = map_arg((node.args, node.kwargs), lambda given: evaluate(module, given, known))
-            known[node] = node.target(*args, **kwargs)  # type: ignore[operator]
+            known[node] = function_of(node)(*args, **kwargs)
     return known[node]

@@ -9,7 +9,7 @@ from torch.fx import Node
 
 from tokopt.analysis.blocks import find_sites
 from tokopt.ir.bundle import Bundle
-from tokopt.ir.graph import aten, is_call, is_tensor, sizes
+from tokopt.ir.graph import aten, is_call, is_tensor, operand_at, sizes
 from tokopt.ir.program import Program
 
 
@@ -58,15 +58,15 @@ def node_flops(node: Node) -> int:
     """Floating-point operations of one node, 0 for anything that is not a matrix product."""
     out = math.prod(sizes(node))
     if is_call(node, aten.linear):
-        return 2 * out * sizes(node.args[0])[-1]  # type: ignore[arg-type]
+        return 2 * out * sizes(operand_at(node, 0))[-1]
     if is_call(node, aten.matmul, aten.bmm, aten.mm):
-        return 2 * out * sizes(node.args[0])[-1]  # type: ignore[arg-type]
+        return 2 * out * sizes(operand_at(node, 0))[-1]
     if is_call(node, aten.addmm, aten.baddbmm):
-        return 2 * out * sizes(node.args[1])[-1]  # type: ignore[arg-type]
+        return 2 * out * sizes(operand_at(node, 1))[-1]
     if is_call(node, aten.conv1d, aten.conv2d, aten.convolution):
-        return 2 * out * math.prod(sizes(node.args[1])[1:])  # type: ignore[arg-type]
+        return 2 * out * math.prod(sizes(operand_at(node, 1))[1:])
     if is_call(node, aten.scaled_dot_product_attention):
-        return 4 * out * sizes(node.args[1])[-2]  # type: ignore[arg-type]
+        return 4 * out * sizes(operand_at(node, 1))[-2]
     return 0
 
 

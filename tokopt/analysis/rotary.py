@@ -20,7 +20,7 @@ from tokopt.analysis.cache import CachedAttention, input_of_role
 from tokopt.analysis.constants import evaluate
 from tokopt.analysis.rotation import Rotary
 from tokopt.errors import PassRefused
-from tokopt.ir.graph import aten, is_call
+from tokopt.ir.graph import aten, is_call, operand_at
 from tokopt.ir.program import Program
 
 REPRODUCED = 1e-3
@@ -57,12 +57,12 @@ def find_rotaries(
     known: dict[tuple[Any, ...], Rotary] = {}
     made: list[Rotary | PassRefused] = []
     for layer in layers:
-        before = _before_rotation(layer.keys.args[1], kinds)  # type: ignore[arg-type]
+        before = _before_rotation(operand_at(layer.keys, 1), kinds)
         if before is None:
             reason = f"the keys of layer {layer.layer} are not rotated by their positions (RoPE)"
             made.append(PassRefused(reason))
             continue
-        probe = _Probe(run.env, module, before, layer.keys.args[1], positions)  # type: ignore[arg-type]
+        probe = _Probe(run.env, module, before, operand_at(layer.keys, 1), positions)
         angle = probe(1).flatten()[: probe.channels]  # layers that turn one probe alike share one measurement
         key = (probe.channels, *(round(float(x), 5) for x in angle))
         try:

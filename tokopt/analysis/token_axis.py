@@ -25,6 +25,7 @@ from tokopt.ir.graph import (
     describe,
     is_call,
     is_tensor,
+    operand_at,
     size_hint,
     sizes,
     tensor_inputs,
@@ -305,12 +306,12 @@ class _Tracer:
 
     def first(self, node: Node) -> Label | None:
         """Ops that only read a dtype or shape from their second operand."""
-        return self.labels.get(node.args[0])  # type: ignore[arg-type]
+        return self.labels.get(operand_at(node, 0))
 
     def features(self, node: Node, axes: int) -> Label:
         """Ops over the last ``axes`` axes, which must not be tokens."""
         label = self.only(node)
-        rank = len(sizes(node.args[0]))  # type: ignore[arg-type]
+        rank = len(sizes(operand_at(node, 0)))
         if any(a.dim >= rank - axes for a in label.axes):
             raise _Cannot("it works across tokens")
         return label
@@ -319,7 +320,7 @@ class _Tracer:
         return self.features(node, 1)
 
     def layer_norm(self, node: Node) -> Label:
-        return self.features(node, len(node.args[1]))  # type: ignore[arg-type]
+        return self.features(node, len(argument(node, 1, "normalized_shape")))
 
     def softmax(self, node: Node) -> Label:
         label = self.only(node)
@@ -416,7 +417,7 @@ class _Tracer:
 
     def permute(self, node: Node) -> Label:
         rank = len(sizes(node))
-        order = [d % rank for d in node.args[1]]  # type: ignore[union-attr,operator]
+        order = [d % rank for d in argument(node, 1, "dims")]
         return self.moved(node, order.index)
 
     def moved(self, node: Node, where: Callable[[int], int]) -> Label:
@@ -425,15 +426,15 @@ class _Tracer:
         return Label(tuple(axes), label.stage)
 
     def unsqueeze(self, node: Node) -> Label:
-        dim: int = node.args[1] % len(sizes(node))  # type: ignore[operator,assignment]
+        dim: int = argument(node, 1, "dim") % len(sizes(node))
         return self.moved(node, lambda d: d + (d >= dim))
 
     def squeeze(self, node: Node) -> Label:
-        dims = node.args[1] if len(node.args) > 1 else None
-        rank = len(sizes(node.args[0]))  # type: ignore[arg-type]
+        dims = argument(node, 1, "dim")
+        rank = len(sizes(operand_at(node, 0)))
         if dims is None:
             raise _Cannot("a squeeze of unnamed axes")
-        gone = {d % rank for d in ([dims] if isinstance(dims, int) else dims)}  # type: ignore[union-attr]
+        gone = {d % rank for d in ([dims] if isinstance(dims, int) else dims)}
         return self.moved(node, lambda d: d - sum(g < d for g in gone))
 
     def slice(self, node: Node) -> Label:
@@ -450,7 +451,7 @@ class _Tracer:
             return label
         size = sizes(operand)[axis.dim]
         start = start or 0
-        stop = size if stop is None else (stop if isinstance(stop, int) else size_hint(stop.meta["val"]))  # type: ignore[union-attr]
+        stop = size if stop is None else (stop if isinstance(stop, int) else size_hint(stop.meta["val"]))
         if not isinstance(start, int) or step != 1 or not axis.plain or start < 0:
             raise _Cannot("a slice of tokens with a step or a moving start")
         cut = self.cut(axis, start, None if stop >= size else stop)
@@ -490,16 +491,15 @@ class _Tracer:
         assert isinstance(dim, int)
         axis = label.at(dim % len(sizes(operand)))
         if axis is not None:
-            sections = node.args[1]
-            if not is_call(node, aten.split_with_sizes) or not axis.plain or len(sections) != 2:  # type: ignore[arg-type]
+            sections = argument(node, 1, "split_size")
+            if not is_call(node, aten.split_with_sizes) or not axis.plain or len(sections) != 2:
                 raise _Cannot("tokens are split into groups")
             self.trace.edits.append(Resize(node, operand, label, label))
         return label
 
     def unbind(self, node: Node) -> Label:
         label = self.only(node)
-        operand = node.args[0]
-        dim = argument(node, 1, "dim", 0) % len(sizes(operand))  # type: ignore[operator,arg-type]
+        dim = argument(node, 1, "dim", 0) % len(sizes(operand_at(node, 0)))
         if label.at(dim):
             raise _Cannot("tokens are taken apart one by one")
         return Label(tuple(replace(a, dim=a.dim - (a.dim > dim)) for a in label.axes), label.stage)
@@ -509,11 +509,10 @@ class _Tracer:
         assert isinstance(source, Node) and isinstance(index, int)
         label = self.labels[source]
         if is_call(source, aten.split_with_sizes, aten.split):
-            operand = source.args[0]
-            dim = argument(source, 2, "dim", 0) % len(sizes(operand))  # type: ignore[operator,arg-type]
+            dim = argument(source, 2, "dim", 0) % len(sizes(operand_at(source, 0)))
             axis = label.at(dim)
             if axis is not None:
-                first = source.args[1][0]  # type: ignore[index]
+                first = argument(source, 1, "split_size")[0]
                 if not isinstance(first, int):
                     raise _Cannot("tokens are split at a moving slot")
                 cut = self.cut(axis, 0, first) if index == 0 else self.cut(axis, first, None)
@@ -521,8 +520,8 @@ class _Tracer:
         return label
 
     def cat(self, node: Node) -> Label:
-        operands = [n for n in node.args[0] if isinstance(n, Node)]  # type: ignore[union-attr]
-        dim = argument(node, 1, "dim", 0) % len(sizes(node))  # type: ignore[operator]
+        operands = [n for n in argument(node, 0, "tensors") if isinstance(n, Node)]
+        dim = argument(node, 1, "dim", 0) % len(sizes(node))
         along = [self.labels[n].at(dim) for n in operands if n in self.labels]
         if not any(along):
             return self.join_cat(node, operands, dim)
@@ -551,7 +550,7 @@ class _Tracer:
 
     def stack(self, node: Node) -> Label:
         """A new axis; the operands' token axes must agree."""
-        operands = [n for n in node.args[0] if isinstance(n, Node)]  # type: ignore[union-attr]
+        operands = [n for n in argument(node, 0, "tensors") if isinstance(n, Node)]
         dim: int = argument(node, 1, "dim", 0) % len(sizes(node))
         axes = {self.labels[n].axes for n in operands if n in self.labels}
         if len(axes) > 1 or any(n not in self.labels for n in operands):
@@ -580,8 +579,9 @@ def _reduced(node: Node) -> set[int]:
     operand = node.args[0]
     assert isinstance(operand, Node)
     rank = len(sizes(operand))
-    dims = node.args[1] if len(node.args) > 1 and node.args[1] is not None else list(range(rank))
-    return {d % rank for d in ([dims] if isinstance(dims, int) else dims)}  # type: ignore[union-attr]
+    given = argument(node, 1, "dim")
+    dims = list(range(rank)) if given is None else given
+    return {d % rank for d in ([dims] if isinstance(dims, int) else dims)}
 
 
 def _without(label: Label, node: Node, reduced: set[int]) -> Label:
@@ -676,11 +676,11 @@ def prefix_tokens(stream: Node) -> int:
     node = stream
     while node.op == "call_function":
         if is_call(node, aten.cat) and argument(node, 1, "dim", 0) in (1, -2):
-            return _leading_parameters([n for n in node.args[0] if isinstance(n, Node)])  # type: ignore[union-attr]
+            return _leading_parameters([n for n in argument(node, 0, "tensors") if isinstance(n, Node)])
         if is_call(node, aten.slice) and argument(node, 1, "dim", 0) in (1, -2):
             operand, start = node.args[0], argument(node, 2, "start", 0)
             assert isinstance(operand, Node)
-            inner = prefix_tokens(operand) - start if isinstance(start, int) else 0  # type: ignore[operator]
+            inner = prefix_tokens(operand) - start if isinstance(start, int) else 0
             return max(0, min(inner, sizes(node)[1]))
         same = [n for n in tensor_inputs(node) if sizes(n) == sizes(node) and _from_input(n)]
         if not same:

@@ -24,6 +24,7 @@ from tokopt.ir.graph import (
     attention_nodes,
     is_call,
     is_tensor,
+    operand_at,
     value_users,
 )
 from tokopt.ir.program import Program
@@ -89,7 +90,7 @@ def _sizes(module: GraphModule, program: Program, extra: int) -> dict[Node, Any]
     for node, spec, given in zip(placeholders, program.inputs, program.example, strict=True):
         for size in node.users:
             if is_call(size, aten.sym_size):
-                axis: int = size.args[1]  # type: ignore[assignment]
+                axis: int = argument(size, 1, "dim")
                 found[size] = given.shape[axis] + extra * isinstance(spec.axes[axis], str)
     return found
 
@@ -187,9 +188,9 @@ def _match_chain(node: Node) -> _Chain | None:
             return _chain(query, key_t, product, scale, biases)
         if is_call(logits, aten.baddbmm):
             bias, query, key_t = logits.args[:3]
-            beta, alpha = float(argument(logits, 3, "beta", 1)), float(argument(logits, 4, "alpha", 1))  # type: ignore[arg-type]
+            beta, alpha = float(argument(logits, 3, "beta", 1)), float(argument(logits, 4, "alpha", 1))
             if beta and is_tensor(bias):
-                biases.append(_Bias(bias, scale * beta))  # type: ignore[arg-type]
+                biases.append(_Bias(bias, scale * beta))
             return _chain(query, key_t, product, scale * alpha, biases)
         step = _step_up(logits)
         if step is None:
@@ -203,34 +204,33 @@ def _match_chain(node: Node) -> _Chain | None:
 
 def _chain(query: object, key_t: object, product: Node, scale: float, biases: list) -> _Chain | None:
     value = product.args[1]
-    operands = (query, key_t, value)
-    if not all(is_tensor(n) for n in operands):
+    if not (is_tensor(query) and is_tensor(key_t) and is_tensor(value)):
         return None
-    ranks = {n.meta["val"].dim() for n in operands}  # type: ignore[union-attr]
+    ranks = {n.meta["val"].dim() for n in (query, key_t, value)}
     if ranks not in ({3}, {4}):
         return None
-    return _Chain(*operands, output=product, scale=scale, biases=biases)  # type: ignore[arg-type]
+    return _Chain(query, key_t, value, product, scale, biases)
 
 
 def _step_up(logits: Node) -> tuple[Node, float, _Bias | None] | None:
     """One operation before the softmax: the operand it works on, its scale factor, the bias it adds."""
     if is_call(logits, *_NO_OPS):
-        return logits.args[0], 1.0, None  # type: ignore[return-value]
+        return operand_at(logits, 0), 1.0, None
     if is_call(logits, aten.mul, aten.div) and isinstance(logits.args[1], (int, float)):
         factor = float(logits.args[1])
-        return logits.args[0], factor if is_call(logits, aten.mul) else 1 / factor, None  # type: ignore[return-value]
+        return operand_at(logits, 0), factor if is_call(logits, aten.mul) else 1 / factor, None
     if is_call(logits, aten.add) and not logits.kwargs and all(is_tensor(a) for a in logits.args):
-        a, b = logits.args
+        a, b = operand_at(logits, 0), operand_at(logits, 1)
         if _leads_to_product(a):
-            return a, 1.0, _Bias(b)  # type: ignore[return-value,arg-type]
+            return a, 1.0, _Bias(b)
         if _leads_to_product(b):
-            return b, 1.0, _Bias(a)  # type: ignore[return-value,arg-type]
+            return b, 1.0, _Bias(a)
     if (
         is_call(logits, aten.masked_fill)
         and isinstance(logits.args[2], (int, float))
         and logits.args[2] <= _HIDDEN
     ):
-        return logits.args[0], 1.0, _Bias(logits.args[1], hides=True)  # type: ignore[return-value,arg-type]
+        return operand_at(logits, 0), 1.0, _Bias(operand_at(logits, 1), hides=True)
     return None
 
 

@@ -1,5 +1,8 @@
 """An open graph as an ExportedProgram, without tracing it again."""
 
+# torch.export leaves parts of its classes untyped, and has no public way to ask what dispatch decomposes.
+# pyright: reportUnknownMemberType=false, reportUnknownArgumentType=false, reportPrivateUsage=false
+
 from __future__ import annotations
 
 import operator
@@ -12,6 +15,7 @@ from torch import Tensor
 from torch._dispatch.python import enable_python_dispatcher
 from torch._export.utils import _is_cia_op, _is_preservable_cia_op
 from torch._export.verifier import TrainingIRVerifier
+from torch._ops import OpOverload
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.export import ExportedProgram, ModuleCallEntry, ModuleCallSignature
 from torch.export.graph_signature import (
@@ -27,6 +31,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.node import map_arg
 from torch.utils import _pytree as pytree
 
+from tokopt.ir.graph import function_of, results
 from tokopt.ir.program import Program
 from tokopt.ir.shapes import Shapes, attribute, with_shapes
 from tokopt.ir.splice import splice
@@ -41,14 +46,16 @@ class Assembled(ExportedProgram):
     """
 
     def run_decompositions(
-        self, decomp_table: dict[Any, Callable[..., Any]] | None = None, **options: Any
+        self,
+        decomp_table: dict[Any, Callable[..., Any]] | None = None,
+        decompose_custom_triton_ops: bool = False,
     ) -> ExportedProgram:
         """The program with the operators of the table decomposed; one with side effects is traced as a whole."""
         if decomp_table is None or any(map(_has_effects, self.graph.nodes)):
-            return super().run_decompositions(decomp_table, **options)
+            return super().run_decompositions(decomp_table, decompose_custom_triton_ops)
         graph = _decomposed(self.graph_module, decomp_table)
         if any(map(_has_effects, graph.nodes)):
-            return super().run_decompositions(decomp_table, **options)
+            return super().run_decompositions(decomp_table, decompose_custom_triton_ops)
         return _finished(graph, self._graph_signature.input_specs, self)
 
 
@@ -82,11 +89,10 @@ def assemble(program: Program) -> ExportedProgram:
         known[node] = graph.node_copy(node, known.__getitem__)
         if node.op == "placeholder":
             specs.append(InputSpec(InputKind.USER_INPUT, TensorArgument(known[node].name), None))
-    outputs = graph.output_node().args[0]
     users = [spec.arg for spec in specs if spec.kind == InputKind.USER_INPUT]
     signature = ModuleCallSignature(
         inputs=users,
-        outputs=[TensorArgument(node.name) for node in outputs],  # type: ignore[union-attr]
+        outputs=[TensorArgument(node.name) for node in results(graph)],
         in_spec=pytree.tree_flatten((tuple(program.example), {}))[1],
         out_spec=pytree.tree_flatten(tuple(program.outputs))[1],
     )
@@ -103,8 +109,7 @@ def assemble(program: Program) -> ExportedProgram:
 
 
 def _output_specs(graph: Graph) -> list[OutputSpec]:
-    outputs = graph.output_node().args[0]
-    return [OutputSpec(OutputKind.USER_OUTPUT, TensorArgument(node.name), None) for node in outputs]  # type: ignore[union-attr]
+    return [OutputSpec(OutputKind.USER_OUTPUT, TensorArgument(node.name), None) for node in results(graph)]
 
 
 def _finished(graph: Graph, inputs: list[InputSpec], given: ExportedProgram) -> ExportedProgram:
@@ -156,7 +161,7 @@ def _decomposition(node: Node, table: Table) -> GraphModule:
     def run(*values: Any) -> Any:
         given = dict(zip(operands, values, strict=True))
         args, kwargs = map_arg((node.args, node.kwargs), given.__getitem__)
-        return node.target(*args, **kwargs)  # type: ignore[operator]
+        return function_of(node)(*args, **kwargs)
 
     with torch.no_grad(), mode, enable_python_dispatcher():
         values = [operand.meta["val"] for operand in operands]
@@ -166,11 +171,7 @@ def _decomposition(node: Node, table: Table) -> GraphModule:
 @cache
 def _is_composite(target: object) -> bool:
     """Whether dispatch always resolves an operator into others, so that no table can keep it."""
-    return (
-        isinstance(target, torch._ops.OpOverload)
-        and _is_cia_op(target)
-        and not _is_preservable_cia_op(target)
-    )
+    return isinstance(target, OpOverload) and _is_cia_op(target) and not _is_preservable_cia_op(target)
 
 
 def _tensors(node: Node) -> Iterator[Node]:

@@ -10,6 +10,7 @@ from dataclasses import replace
 import torch
 from torch.fx import Graph, GraphModule, Node
 
+from tokopt.ir.graph import results
 from tokopt.ir.program import AxisRange, Program, TensorSpec
 
 Ranges = Mapping[str, AxisRange]
@@ -84,11 +85,8 @@ def _suggested_ranges(text: str, ranges: Ranges) -> Ranges:
 def output_specs(program: Program) -> tuple[TensorSpec, ...]:
     """Output specs with axes read off the graph; a symbol is spelled by the input axis it came from."""
     names = axis_names(placeholders(program.module), program.inputs)
-    outputs = program.module.graph.output_node().args[0]
-    assert isinstance(outputs, (tuple, list))
-    specs = []
-    for spec, node in zip(program.outputs, outputs, strict=True):
-        assert isinstance(node, Node)
+    specs: list[TensorSpec] = []
+    for spec, node in zip(program.outputs, results(program.module.graph), strict=True):
         value = node.meta["val"]
         axes = tuple(size if isinstance(size, int) else _spell(size, names) for size in value.shape)
         specs.append(replace(spec, axes=axes, dtype=str(value.dtype).removeprefix("torch.")))

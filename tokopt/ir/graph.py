@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import Any, TypeGuard, cast
 
 import torch
+from torch._ops import OpOverload
 from torch.fx import Graph, Node
 
 aten = torch.ops.aten
@@ -14,7 +15,7 @@ aten = torch.ops.aten
 SDPA = aten.scaled_dot_product_attention.default
 
 
-def is_call(node: object, *targets: object) -> bool:
+def is_call(node: object, *targets: object) -> TypeGuard[Node]:
     """Whether ``node`` calls one of ``targets`` (OpOverload, or OpOverloadPacket for all its overloads)."""
     if not isinstance(node, Node) or node.op != "call_function":
         return False
@@ -24,7 +25,7 @@ def is_call(node: object, *targets: object) -> bool:
 def is_op(node: object, name: str) -> bool:
     """Whether ``node`` calls the operator of this name, ``"tokopt::cache_write"`` for example."""
     target = getattr(node, "target", None)
-    return isinstance(target, torch._ops.OpOverload) and target.name().partition(".")[0] == name
+    return isinstance(target, OpOverload) and target.name().partition(".")[0] == name
 
 
 def tensor_inputs(node: Node) -> list[Node]:
@@ -32,7 +33,7 @@ def tensor_inputs(node: Node) -> list[Node]:
     return [operand for operand in node.all_input_nodes if is_tensor(operand) or is_tensor_list(operand)]
 
 
-def is_tensor(node: object) -> bool:
+def is_tensor(node: object) -> TypeGuard[Node]:
     """Whether the node's value is a tensor."""
     return isinstance(node, Node) and isinstance(node.meta.get("val"), torch.Tensor)
 
@@ -40,15 +41,21 @@ def is_tensor(node: object) -> bool:
 def is_tensor_list(node: Node) -> bool:
     """Whether the node's value is a list of tensors (``split``, ``unbind``)."""
     value = node.meta.get("val")
-    return isinstance(value, (tuple, list)) and any(isinstance(v, torch.Tensor) for v in value)
+    return is_group(value) and any(isinstance(v, torch.Tensor) for v in value)
+
+
+def is_group(value: object) -> TypeGuard[tuple[object, ...] | list[object]]:
+    """Whether a value is a tuple or a list."""
+    return isinstance(value, (tuple, list))
 
 
 def size_hint(size: int | torch.SymInt) -> int:
     """The size under the example inputs: exact for an int, the traced hint for a symbol."""
     if isinstance(size, int):
         return size
-    hint = size.node.hint
-    return int(hint) if hint is not None else int(size.node.shape_env.size_hint(size.node.expr))
+    symbolic = cast(Any, size).node  # torch leaves it untyped
+    hint = symbolic.hint
+    return int(hint if hint is not None else symbolic.shape_env.size_hint(symbolic.expr))
 
 
 def sizes(node: Node) -> tuple[int, ...]:
@@ -99,9 +106,31 @@ def argument(node: Node, position: int, name: str, default: Any = None) -> Any:
     return node.kwargs.get(name, default)
 
 
+def operand_at(node: Node, place: int) -> Node:
+    """The positional argument at ``place`` of a call that takes a node there."""
+    given = node.args[place]
+    assert isinstance(given, Node), f"argument {place} of {node.format_node()} is no node"
+    return given
+
+
+def function_of(node: Node) -> Callable[..., Any]:
+    """The function that a ``call_function`` node calls."""
+    assert callable(node.target), f"{node.format_node()} is no call of a function"
+    return node.target
+
+
+def results(graph: Graph) -> list[Node]:
+    """The node of every output, in order."""
+    given = graph.output_node().args[0]
+    assert is_group(given)
+    nodes = [node for node in given if isinstance(node, Node)]
+    assert len(nodes) == len(given), "an output is no node"
+    return nodes
+
+
 def module_path(node: Node) -> str:
     """The dotted path, in the user's model, of the module whose code made this node."""
-    stack = node.meta.get("nn_module_stack") or {}
+    stack: dict[str, tuple[str, object]] = node.meta.get("nn_module_stack") or {}
     for path, _ in reversed(list(stack.values())):
         path = re.sub(r"^(model)(\.|$)", "", path)
         if path:
@@ -135,7 +164,7 @@ def common_prefix(paths: Iterable[str]) -> str:
     'layers.0'
     """
     split: Sequence[Sequence[str]] = [path.split(".") for path in paths]
-    common = []
+    common: list[str] = []
     for parts in zip(*split, strict=False):
         if len(set(parts)) > 1:
             break

@@ -36,7 +36,7 @@ class Program:
     outputs: tuple[TensorSpec, ...]
     ranges: Mapping[str, AxisRange]
     example: tuple[torch.Tensor, ...]
-    aliases: Mapping[str, str] = field(default_factory=dict)
+    aliases: Mapping[str, str] = field(default_factory=dict[str, str])
     reductions: Reductions | None = field(default=None, compare=False, repr=False)
 
     def __call__(self, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:

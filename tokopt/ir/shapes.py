@@ -4,12 +4,16 @@ Every named axis is one symbol, so axes of one name are one size and axes of two
 value's shape is derived by running its operator on tensors without data (FakeTensors).
 """
 
+# sympy is untyped, and so is what torch says of its symbols.
+# pyright: reportMissingTypeStubs=false, reportUnknownMemberType=false, reportUnknownArgumentType=false
+# pyright: reportUnknownVariableType=false, reportPrivateUsage=false
+
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, TypeGuard
+from typing import Any, cast
 
 import sympy
 import torch
@@ -26,6 +30,7 @@ from torch.utils._sympy.value_ranges import ValueRanges, bound_sympy
 
 from tokopt.errors import PassError
 from tokopt.ir.export import copied, placeholders
+from tokopt.ir.graph import function_of, is_group
 from tokopt.ir.program import AxisRange, Program, TensorSpec
 
 _KEY = "tokopt.shapes"
@@ -80,12 +85,12 @@ class Symbols:
 
     def bound(self, size: torch.SymInt, bounds: AxisRange) -> None:
         """Let edits from now on take for granted that a symbol is within ``bounds``."""
-        self.env.var_to_range[size.node._expr] = _value_range(bounds)
+        self.env.var_to_range[_symbol(size)] = _value_range(bounds)
         self.env._update_version_counter()
 
     def found(self, axis: str, size: torch.SymInt, declared: AxisRange) -> AxisRange:
         """The declared range of a symbol, narrowed by what edits took for granted; raises PassError."""
-        symbol = size.node._expr
+        symbol = _symbol(size)
         if symbol in self.env.replacements:
             fixed = self.env.replacements[symbol]
             raise PassError(f"an edit takes for granted that {axis} is {fixed}; capture with a fixed {axis}")
@@ -93,6 +98,9 @@ class Symbols:
         low = int(known.lower) if known.lower > max(_SMALLEST, declared.min) else declared.min
         high = None if known.upper >= int_oo else int(known.upper)
         return AxisRange(low, declared.max if high is None else min(high, declared.max or high))
+
+
+_Calls = dict[tuple[Callable[..., Any], tuple[Any, ...]], Any]
 
 
 @dataclass(eq=False)
@@ -104,11 +112,11 @@ class Shapes:
     """
 
     symbols: Symbols
-    axes: dict[str, torch.SymInt] = field(default_factory=dict)
-    bounds: dict[str, AxisRange] = field(default_factory=dict)
-    guards: list[Any] = field(default_factory=list)
-    calls: dict[tuple[Callable[..., Any], tuple[Any, ...]], Any] = field(default_factory=dict)
-    _known: dict[Node, _Made] = field(default_factory=dict)
+    axes: dict[str, torch.SymInt] = field(default_factory=dict[str, torch.SymInt])
+    bounds: dict[str, AxisRange] = field(default_factory=dict[str, AxisRange])
+    guards: list[Any] = field(default_factory=list[Any])
+    calls: _Calls = field(default_factory=_Calls)
+    _known: dict[Node, _Made] = field(default_factory=dict[Node, "_Made"])
 
     @classmethod
     def of(
@@ -175,7 +183,7 @@ class Shapes:
         Raises PassError where no range says it.
         """
         ranges = self.narrowed()
-        symbols = {size.node._expr: axis for axis, size in self.axes.items()}
+        symbols = {_symbol(size): axis for axis, size in self.axes.items()}
         for guard in (*self.guards, *self.symbols.env.guards):
             ranges = _holding(guard.expr, symbols, ranges)
         return ranges
@@ -187,9 +195,7 @@ class Shapes:
     def constraints(self) -> dict[Any, ValueRanges[Any]]:
         """The range of every symbol, as an ExportedProgram says them."""
         self.active()
-        return {
-            size.node._expr: self.symbols.env.var_to_range[size.node._expr] for size in self.axes.values()
-        }
+        return {_symbol(size): self.symbols.env.var_to_range[_symbol(size)] for size in self.axes.values()}
 
     def blank(self, spec: TensorSpec) -> Tensor:
         """A tensor of an input's shape and dtype, without data."""
@@ -226,7 +232,7 @@ class Shapes:
             node.meta["val"] = self.symbols.constant(value) if isinstance(value, Tensor) else value
         else:
             assert node.op == "call_function", f"{node.format_node()} is no call of a function"
-            function: Callable[..., Any] = node.target  # type: ignore[assignment]
+            function = function_of(node)
             args, kwargs = map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
             # Without Python's dispatcher some operators take symbols for the example's sizes.
             with torch.no_grad(), self.active(), enable_python_dispatcher():
@@ -295,7 +301,7 @@ def _is_true(expr: Any, known: Known) -> bool:
         expr = expr.replace(kind, partial(_remainder, kind, known))
     if _proved(expr, known):
         return True
-    if not isinstance(expr, sympy.core.relational.Relational):
+    if not expr.is_Relational:
         return False
     if _proved(*_factors_bounded(expr, known)):
         return True
@@ -344,6 +350,10 @@ def _value_range(bounds: AxisRange) -> ValueRanges[Any]:
     return ValueRanges(max(bounds.min, _SMALLEST), int_oo if bounds.max is None else bounds.max)
 
 
+def _symbol(size: torch.SymInt) -> Any:
+    return cast(Any, size).node._expr
+
+
 def attribute(module: GraphModule, node: Node) -> Any:
     """What a ``get_attr`` node reads."""
     value: Any = module
@@ -352,13 +362,9 @@ def attribute(module: GraphModule, node: Node) -> Any:
     return value
 
 
-def _is_group(value: object) -> TypeGuard[tuple[object, ...] | list[object]]:
-    return isinstance(value, (tuple, list))
-
-
 def _alike(a: object, b: object) -> bool:
     """Whether two values have the same shape, strides and dtype."""
-    if _is_group(a) and _is_group(b):
+    if is_group(a) and is_group(b):
         return len(a) == len(b) and all(map(_alike, a, b))
     if isinstance(a, Tensor) and isinstance(b, Tensor):
         return a.dtype == b.dtype and str(a.shape) == str(b.shape) and str(a.stride()) == str(b.stride())

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Iterable
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -33,13 +34,15 @@ def splice(graph: Graph, module: GraphModule, operands: list[Node], *, like: Nod
     """
     known: dict[Node, Any] = {}
     given = iter(operands)
+
+    def copied(value: object) -> object:
+        return known[value] if isinstance(value, Node) else value
+
     for node in module.graph.nodes:
         if node.op == "placeholder":
             known[node] = next(given)
         elif node.op == "output":
-            return pytree.tree_map(
-                lambda x: known[x] if isinstance(x, Node) else x, node.args[0], is_leaf=_is_node
-            )
+            return pytree.tree_map(copied, node.args[0], is_leaf=_is_node)
         elif node.op == "get_attr":
             known[node] = _take_attribute(graph, module, node)
         else:
@@ -72,8 +75,8 @@ def _take_attribute(graph: Graph, module: GraphModule, node: Node) -> Node:
 
 def _held(module: GraphModule, wanted: str, value: Any) -> str:
     """The name under which the module holds a tensor or a sub-module; it is registered where it is new."""
-    held = (*module.named_parameters(), *module.named_buffers(), *module.named_modules())
-    for name, known in held:
+    modules = cast("Iterable[tuple[str, torch.nn.Module]]", module.named_modules())
+    for name, known in (*module.named_parameters(), *module.named_buffers(), *modules):
         if known is value:
             return name
     stem, count = wanted.replace(".", "_"), 0

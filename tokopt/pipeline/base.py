@@ -7,12 +7,13 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import UnionType
-from typing import ClassVar, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Any, ClassVar, Literal, Union, get_args, get_origin, get_type_hints
 
 from tokopt.analysis.calibration import Sample
 from tokopt.analysis.cost import Cost
 from tokopt.errors import PassError
 from tokopt.ir.bundle import Bundle, Semantics
+from tokopt.ir.graph import is_group
 from tokopt.pipeline.text import format_value
 
 Observer = Callable[["PassRecord", Bundle, Bundle], None]
@@ -120,17 +121,17 @@ class Pass:
         return self.name + (f"{{{' '.join(given)}}}" if given else "")
 
 
-def options(cls: type[Pass]) -> list[dataclasses.Field]:
+def options(cls: type[Pass]) -> list[dataclasses.Field[Any]]:
     """The options of a pass: the fields that its constructor takes."""
     return [field for field in dataclasses.fields(cls) if field.init]
 
 
-def type_text(option: dataclasses.Field) -> str:
+def type_text(option: dataclasses.Field[Any]) -> str:
     """The type of an option, as the pass's author wrote it."""
     return option.type.__name__ if isinstance(option.type, type) else str(option.type)
 
 
-def option_text(cls: type[Pass], option: dataclasses.Field) -> str:
+def option_text(cls: type[Pass], option: dataclasses.Field[Any]) -> str:
     """An option with its default: ``r=4``; with its type if it takes a pass: ``press:KVEviction``."""
     typed = f":{type_text(option)}" if takes_pass(get_type_hints(cls)[option.name]) else ""
     default = "" if option.default is dataclasses.MISSING else f"={format_value(option.default)}"
@@ -157,10 +158,11 @@ def fits(value: object, hint: object) -> bool:
     if get_origin(hint) is Literal:
         return value in inner
     if get_origin(hint) is tuple:
-        return isinstance(value, tuple) and all(fits(item, inner[0]) for item in value)
-    if hint in (int, float):
-        return isinstance(value, (int, hint)) and not isinstance(value, bool)  # type: ignore[arg-type]
-    return isinstance(value, hint)  # type: ignore[arg-type]
+        return is_group(value) and isinstance(value, tuple) and all(fits(item, inner[0]) for item in value)
+    if hint is int or hint is float:
+        return isinstance(value, (int, hint)) and not isinstance(value, bool)
+    assert isinstance(hint, type), f"an option's type is a class, a union, a tuple or a Literal, not {hint}"
+    return isinstance(value, hint)
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ import math
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import TypeAlias, cast
 
 from tokopt.errors import PipelineSyntaxError
 
@@ -50,13 +51,13 @@ class Call:
     place: Place
 
 
-Value = None | bool | int | float | str | tuple | Call
+Value: TypeAlias = "bool | int | float | str | tuple[Value, ...] | Call | None"
 
 
 def format_value(value: object) -> str:
     """The text of an option's value: ``true``, ``0.5``, ``[1,2]``, ``word``, ``"any text"``, or that of a pass."""
     if isinstance(value, (tuple, list)):
-        return "[" + ",".join(map(format_value, value)) + "]"
+        return "[" + ",".join(map(format_value, cast("tuple[object, ...]", value))) + "]"
     for word, meaning in _WORDS.items():
         if value is meaning:
             return word
@@ -141,7 +142,7 @@ class Reader:
         return tuple(items)
 
     def quoted(self) -> str:
-        out = []
+        out: list[str] = []
         while self.at < len(self.text):
             char = self.text[self.at]
             self.at += 1

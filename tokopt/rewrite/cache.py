@@ -20,7 +20,7 @@ from tokopt.errors import PassError
 from tokopt.ir.bundle import Bundle, fresh
 from tokopt.ir.export import placeholders
 from tokopt.ir.format import BATCH, Occupancy, State, slot_axis
-from tokopt.ir.graph import argument, is_call
+from tokopt.ir.graph import argument, is_call, results
 from tokopt.ir.program import Axis, AxisRange, Program, TensorSpec
 from tokopt.ir.shapes import Shapes
 from tokopt.kernels import ops
@@ -137,8 +137,7 @@ class ProgramEdit:
         self.states = {state.name: state for state in self.bundle.states}
         self.inputs, self.outputs = list(program.inputs), list(program.outputs)
         self.example, self.aliases = list(program.example), dict(program.aliases)
-        results = self.module.graph.output_node().args[0]
-        self.results = list(results)  # type: ignore[arg-type]
+        self.results = results(self.module.graph)
         inputs = zip(program.inputs, placeholders(self.module), strict=True)
         self.nodes = {spec.state: node for spec, node in inputs if spec.state is not None}
         self.ranges = dict(program.ranges)
@@ -355,7 +354,7 @@ class StepEdit(ProgramEdit):
         with graph.inserting_before(layer.node):
             written, mask = call(graph, _own_mask, *operands, layer.window, groups, like=layer.node)
         self.give(state, written, written=True)
-        layer.node.replace_input_with(argument(layer.node, 3, "attn_mask"), mask)  # type: ignore[arg-type]
+        layer.node.replace_input_with(argument(layer.node, 3, "attn_mask"), mask)
         return state.name, mask
 
     def _add_memory(self, layer: CachedAttention, mask: Node) -> tuple[str, ...]:
@@ -376,10 +375,11 @@ class StepEdit(ProgramEdit):
     def _memory_state(self, layer: CachedAttention, memory: Memory) -> State:
         cache = self.states[layer.key_state]
         slots = slot_axis(cache.axes)
+        assert slots is not None
         axes = tuple(slots if axis == SLOTS else axis for axis in memory.axes)
         return State(
             self.free(f"{memory.name}_{layer.layer}"),
-            *("score" if memory.moves else "memory", memory.dtype, axes),  # type: ignore[arg-type]
+            *("score" if memory.moves else "memory", memory.dtype, axes),
             layer=layer.layer,
             occupancy=cache.occupancy if memory.moves else None,
         )

@@ -13,7 +13,7 @@ from torch.fx import GraphModule, Node
 
 from tokopt.analysis.constants import parameter
 from tokopt.analysis.linears import Linear
-from tokopt.ir.graph import aten, is_call, same_size, value_users
+from tokopt.ir.graph import argument, aten, is_call, same_size, value_users
 from tokopt.rewrite.edit import call, put_parameter
 
 
@@ -108,7 +108,7 @@ def _keeps_channels(node: Node) -> bool:
     if not isinstance(given, Node):
         return False
     if is_call(node, aten.index):
-        return len(node.args[1]) < given.meta["val"].ndim  # type: ignore[arg-type]
+        return len(argument(node, 1, "indices")) < given.meta["val"].ndim
     if is_call(node, aten.view, aten.reshape, aten.clone, aten.contiguous, aten.dropout):
         return same_size(node.meta["val"].shape[-1], given.meta["val"].shape[-1])
     return False

@@ -37,6 +37,7 @@ from tokopt.ir.graph import (
     aten,
     describe,
     is_call,
+    operand_at,
     same_size,
     sizes,
 )
@@ -212,23 +213,26 @@ class TokenRewriter:
         node = edit.node
         if is_call(node, aten.split_with_sizes):
             dim = argument(node, 2, "dim", 0)
-            axis = edit.before.at(dim % len(sizes(edit.operand)))  # type: ignore[operator]
-            first = node.args[1][0]  # type: ignore[index]
-            rest = self._call(operator.sub, self._size_of(edit.operand, axis.dim), first, like=node)  # type: ignore[union-attr]
+            axis = edit.before.at(dim % len(sizes(edit.operand)))
+            assert axis is not None
+            first = argument(node, 1, "split_sizes")[0]
+            rest = self._call(operator.sub, self._size_of(edit.operand, axis.dim), first, like=node)
             node.update_arg(1, [first, rest])
         elif is_call(node, aten.expand):
-            shape = list(node.args[1])  # type: ignore[arg-type]
+            shape = list(argument(node, 1, "size"))
             for axis in edit.after.axes:
                 shape[axis.dim] = -1
             node.update_arg(1, shape)
         else:
             shape = self._shape(node, edit)
             node.target = aten.reshape.default
-            node.args, node.kwargs = (self._now(edit.operand), shape), {}  # type: ignore[assignment]
+            node.args, node.kwargs = (self._now(edit.operand), shape), {}
 
     def _shape(self, node: Node, edit: Resize) -> list[Any]:
         """The shape argument of a reshape in which every token count follows the operand."""
-        given = node.args[1] if is_call(node, aten.view, aten.reshape, aten._unsafe_view) else None
+        given = (
+            argument(node, 1, "size") if is_call(node, aten.view, aten.reshape, aten._unsafe_view) else None
+        )
         value = node.meta["val"]
         shape: list[Any] = []
         for dim, size in enumerate(value.shape):
@@ -238,7 +242,7 @@ class TokenRewriter:
             elif isinstance(size, int):
                 shape.append(size)
             else:
-                spelled = given[dim] if given is not None else -1  # type: ignore[index]
+                spelled = given[dim] if given is not None else -1
                 shape.append(self._same_axis(edit.operand, size) if spelled == -1 else spelled)
         if sum(isinstance(s, int) and s == -1 for s in shape) > 1:
             raise PassRefused(f"{describe(node)}: two axes of the reshape would have to be inferred")
@@ -291,14 +295,13 @@ class TokenRewriter:
     def _pool(self, edit: Pool) -> None:
         node, stage = edit.node, self.stages[edit.stage - 1]
         original = stage.original_size if stage.pruned and not is_call(node, aten.mean) else None
-        operand = node.args[0]
         keepdim = bool(argument(node, 2, "keepdim", False))
         axis = edit.axis
         if axis.dim == 0:
             raise PassRefused(f"{describe(node)}: it pools tokens on the first axis")
         if self.padded and not _is_masked_sum(node):
             raise PassRefused(f"{describe(node)}: it pools padding together with tokens")
-        arguments = (self._now(operand), stage.size, original, axis.dim, axis.start, keepdim)  # type: ignore[arg-type]
+        arguments = (self._now(operand_at(node, 0)), stage.size, original, axis.dim, axis.start, keepdim)
         function = _weighted_mean if is_call(node, aten.mean) else _weighted_sum
         pooled = self._call(function, *arguments, like=node)
         pooled.meta["val"] = node.meta["val"]
@@ -363,7 +366,7 @@ def _is_masked_sum(node: Node) -> bool:
     product = node.args[0]
     if not is_call(node, aten.sum) or not is_call(product, aten.mul):
         return False
-    return any(_is_mask(operand) for operand in product.all_input_nodes)  # type: ignore[union-attr]
+    return any(_is_mask(operand) for operand in product.all_input_nodes)
 
 
 def _is_mask(node: Node) -> bool:

@@ -12,6 +12,8 @@ import ml_dtypes
 import numpy as np
 import onnx_ir as ir
 
+from tokopt.lower.onnx.nodes import array
+
 SWAP = [1, 0]
 
 
@@ -25,7 +27,7 @@ def pack_weights(model: ir.Model) -> None:
 def _pack(graph: ir.Graph, node: ir.Node) -> None:
     readers = [use.node for use in node.outputs[0].uses()]
     products = [reader for reader in readers if _reads_transposed(reader)]
-    codes, scale, zero = (_array(value) for value in node.inputs)
+    codes, scale, zero = (array(value) for value in node.inputs)
     if not products or len(products) < len(readers):
         _expand(graph, node, codes, scale, zero)
         return
@@ -117,11 +119,6 @@ def _gemm_to_matmul(graph: ir.Graph, gemm: ir.Node, weight: ir.Value) -> None:
     graph.insert_before(gemm, nodes)
     take_over(nodes[-1].outputs[0], gemm.outputs[0])
     graph.remove(gemm, safe=True)
-
-
-def _array(value: ir.Value | None) -> np.ndarray:
-    assert value is not None and value.const_value is not None
-    return value.const_value.numpy()
 
 
 def take_over(new: ir.Value, old: ir.Value) -> None:

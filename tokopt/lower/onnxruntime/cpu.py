@@ -19,6 +19,7 @@ import onnx_ir as ir
 from onnx_ir.passes import common as passes
 
 from tokopt.ir.program import AxisRange, Program
+from tokopt.lower.onnx.nodes import input_at, maker
 from tokopt.lower.onnx.weights import put_initializer, take_over
 from tokopt.lower.parity.check import check_parity, resized
 
@@ -49,7 +50,7 @@ def lower_for_cpu(
     ir.save(model, fused)
     if check:
         shared = {
-            node.outputs[i].name or "": node.inputs[i + 2].name or ""  # type: ignore[union-attr]
+            node.outputs[i].name or "": input_at(node, i + 2).name or ""
             for node in model.graph
             if node.op_type == "GroupQueryAttention"
             for i in (1, 2)
@@ -138,8 +139,8 @@ def _site(node: ir.Node) -> _Site | None:
     keys, values = _cache(key), _cache(value)
     if keys is None or values is None or (keys.scale is None) != (values.scale is None):
         return None
-    held, other = keys.write.inputs[0], values.write.inputs[0]
-    same_place = keys.write.inputs[2] is values.write.inputs[2] and held.shape == other.shape  # type: ignore[union-attr]
+    held, other = input_at(keys.write, 0), input_at(values.write, 0)
+    same_place = keys.write.inputs[2] is values.write.inputs[2] and held.shape == other.shape
     heads, channels, key_heads = _static(query, 1), _static(query, 3), _static(held, 1)
     if not same_place or heads is None or channels is None or key_heads is None:
         return None
@@ -178,9 +179,9 @@ class _Shared:
         self.known: dict[tuple[object, ...], ir.Value] = {}
 
     def _make(
-        self, before: ir.Node, operation: str, inputs: Sequence[ir.Value | None], **attributes: object
+        self, before: ir.Node, operation: str, inputs: Sequence[ir.Value | None], **attributes: int
     ) -> ir.Value:
-        made = ir.node(operation, inputs, attributes=attributes)  # type: ignore[arg-type]
+        made = ir.node(operation, inputs, attributes=attributes)
         self.graph.insert_before(before, made)
         return made.outputs[0]
 
@@ -211,7 +212,7 @@ class _Shared:
         mask = site.attention.inputs[3]
         key = ("slots", mask)
         if key not in self.known:
-            count = self.size(site.place, site.keys.write.inputs[0], 2)  # type: ignore[arg-type]
+            count = self.size(site.place, input_at(site.keys.write, 0), 2)
             scalar = self._make(site.place, "Squeeze", [count])
             self.known[key] = self._make(site.place, "Cast", [scalar], to=ir.DataType.INT32)
         return self.known[key]
@@ -231,7 +232,7 @@ class _Shared:
         key = ("table", table, site.attention.inputs[3])
         if key not in self.known:
             rows = self._make(site.place, "Reshape", [table, self._number([-1, site.channels // 2])])
-            slots = self.size(site.place, site.keys.write.inputs[0], 2)  # type: ignore[arg-type]
+            slots = self.size(site.place, input_at(site.keys.write, 0), 2)
             ends = self._make(site.place, "Concat", [self._number([0, 0]), slots, self._number([0])], axis=0)
             self.known[key] = self._make(site.place, "Pad", [rows, ends])
         return self.known[key]
@@ -248,12 +249,11 @@ class _Shared:
 
 
 def _fuse_attention(graph: ir.Graph, site: _Site, shared: _Shared) -> None:
-    queries, keys, values = site.attention.inputs[0], site.keys.new, site.values.new
-    assert queries is not None
+    queries, keys, values = input_at(site.attention, 0), site.keys.new, site.values.new
     rotation = _rotation(site, queries, keys)
     if rotation is not None:
-        queries, keys = queries.producer().inputs[0], keys.producer().inputs[0]  # type: ignore[union-attr]
-    parts = [_unsplit(graph, site, value) for value in (queries, keys, values)]  # type: ignore[arg-type]
+        queries, keys = input_at(maker(queries), 0), input_at(maker(keys), 0)
+    parts = [_unsplit(graph, site, value) for value in (queries, keys, values)]
     tokens = parts[0]
     given: list[ir.Value | None] = [
         *(_packed(parts) or parts),
@@ -266,7 +266,7 @@ def _fuse_attention(graph: ir.Graph, site: _Site, shared: _Shared) -> None:
     else:
         tables = [shared.table(site, table) for table in (rotation.cos, rotation.sin)]
         given += [*tables, shared.rows(site, tokens)]
-    attributes: dict[str, object] = {
+    attributes: dict[str, int | float | str] = {
         "num_heads": site.heads,
         "kv_num_heads": site.key_heads,
         "scale": site.attention.attributes.get_float("scale", site.channels**-0.5),
@@ -282,7 +282,7 @@ def _fuse_attention(graph: ir.Graph, site: _Site, shared: _Shared) -> None:
     fused = ir.node(
         "GroupQueryAttention",
         given,
-        attributes=attributes,  # type: ignore[arg-type]
+        attributes=attributes,
         domain=CONTRIB,
         num_outputs=3,
     )
@@ -317,9 +317,9 @@ def _rotation(site: _Site, queries: ir.Value, keys: ir.Value) -> _Rotation | Non
 def _unsplit(graph: ir.Graph, site: _Site, value: ir.Value) -> ir.Value:
     """[batch, heads, tokens, channels] as [batch, tokens, heads x channels]: what it was made of, where it was."""
     inner = value.producer()
-    if _permutation(inner) == HEADS_INNER:
-        split = inner.inputs[0]  # type: ignore[union-attr]
-        view = split.producer()  # type: ignore[union-attr]
+    if inner is not None and _permutation(inner) == HEADS_INNER:
+        split = input_at(inner, 0)
+        view = split.producer()
         flat = view.inputs[0] if view is not None and view.op_type == "Reshape" else None
         if flat is not None and _rank(flat) == 3:
             return flat

@@ -20,6 +20,7 @@ from onnx_ir.serde import deserialize_function
 from onnxscript import INT8, OnnxFunction
 
 from tokopt.kernels.opset import FLOAT, INT64, TOKOPT, TensorType, op, script
+from tokopt.lower.onnx.nodes import array, input_at, maker
 from tokopt.lower.onnx.weights import put_initializer, take_over
 
 BYTES = (ir.DataType.UINT8, ir.DataType.INT8)
@@ -155,7 +156,7 @@ def _centre(model: ir.Model, node: ir.Node) -> None:
     _call(model, node, centred_quantize)
     for reader in readers:
         if reader not in others:
-            weight = _expanded(reader.inputs[1].producer())  # type: ignore[union-attr]
+            weight = _expanded(maker(input_at(reader, 1)))
             _then(graph, reader, "Add", -shift * weight.sum(axis=0))
     if others:
         back = ir.node("Sub", [rounded, put_initializer(graph, f"{rounded.name}_shift", np.array(shift))])
@@ -183,15 +184,14 @@ def _is_weight(node: ir.Node) -> bool:
 
 def _parts(node: ir.Node) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Codes [in, out] int16, steps and zero points [blocks, out] of a weight."""
-    codes, scale, *zero = (value.const_value.numpy() for value in node.inputs)  # type: ignore[union-attr]
+    codes, scale, *zero = map(array, node.inputs)
     scale = np.atleast_2d(scale)
     middle = np.atleast_2d(zero[0]).astype(np.int16) if zero else np.zeros(scale.shape, np.int16)
     return codes.astype(np.int16), scale, middle
 
 
-def _expanded(node: ir.Node | None) -> np.ndarray:
+def _expanded(node: ir.Node) -> np.ndarray:
     """The weight [in, out] that a DequantizeLinear stands for."""
-    assert node is not None
     codes, scale, zero = _parts(node)
     rows = len(codes) // len(scale)
     return (codes - zero.repeat(rows, 0)).astype(np.float32) * scale.repeat(rows, 0)
@@ -202,8 +202,8 @@ def _make_symmetric(graph: ir.Graph, node: ir.Node) -> None:
     if not _is_weight(node):
         return
     codes, scale, zero = _parts(node)
-    four = node.inputs[0].dtype in (ir.DataType.INT4, ir.DataType.UINT4)  # type: ignore[union-attr]
-    unsigned = node.inputs[0].dtype in (ir.DataType.UINT4, ir.DataType.UINT8)  # type: ignore[union-attr]
+    four = input_at(node, 0).dtype in (ir.DataType.INT4, ir.DataType.UINT4)
+    unsigned = input_at(node, 0).dtype in (ir.DataType.UINT4, ir.DataType.UINT8)
     middle = (8 if four else 128) if unsigned else 0
     centred, negative = (zero == middle).all(), scale < 0
     if centred and not unsigned and (scale > 0).all():
