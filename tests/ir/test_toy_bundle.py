@@ -31,12 +31,15 @@ OPTIONS = {
     "snapkv": f"{EVICTION} window=3",
     "kivi": "group=4 residual=6 every=4",
     "evit": "r=2 prefix=1",
+    "adakv": f"press=knorm{{{EVICTION}}}",
+    "chunk": f"press=knorm{{{EVICTION}}} length=8",
 }
 """Options of passes that differ from those of their family."""
 
 TWO_PROGRAMS = "works where one program reads prompts and decodes; here they are two$"
 LINKED = "tokens alone do not run a program that reads '(context|summary)' from another one"
 NO_GRID = "its weights lie on no grid"
+READ = "everything is read"
 
 
 def options(cls: type[Pass]) -> str:
@@ -54,6 +57,8 @@ def spelled(name: str) -> str:
 def refusal(toy: str, name: str) -> str | None:
     """The sentence with which a pass refuses a toy."""
     cls = load_pass(name)
+    if name == "drop_unread":
+        return READ
     if (
         toy == "split"
         and not issubclass(cls, (Quantization, TokenReduction))
