@@ -31,11 +31,15 @@ def run(args: Namespace, screen: Screen) -> int:
     from tokopt.pipeline.base import Context
     from tokopt.pipeline.manager import as_pipeline
 
-    pipeline = as_pipeline(args.pipeline)
+    pipeline, seconds = as_pipeline(args.pipeline), list[float]()
     with screen.step(f"Estimating {pipeline}"):
-        bundle, machine = read_bundle(args.artifact), measure_machine()
-        seconds = [predict_seconds(bundle.main, machine)]
-        watch = Context(observers=(lambda _, __, new: seconds.append(predict_seconds(new.main, machine)),))
+        bundle, watch = read_bundle(args.artifact), Context()
+        if not bundle.schedule.generates:
+            machine = measure_machine()
+            seconds.append(predict_seconds(bundle.main, machine))
+            watch = Context(
+                observers=(lambda _, __, new: seconds.append(predict_seconds(new.main, machine)),)
+            )
         report = pipeline.run(bundle, watch)[1]
     show_report(report, screen)
     if bundle.schedule.generates:
