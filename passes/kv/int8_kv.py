@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.fx import Node
 
 from tokopt.analysis.cache import CachedAttention, cached_attentions
-from tokopt.analysis.calibration import observe
+from tokopt.analysis.calibration import Site, observe
 from tokopt.analysis.rotary import find_rotaries
 from tokopt.analysis.rotation import Rotary
 from tokopt.errors import PassRefused
@@ -64,7 +64,7 @@ class Int8KV(Pass):
         for layer, rotary in zip(layers, find_rotaries(step, module, layers), strict=True):
             peaks[layer.key_state] = _Peak.of(layer.keys, rotary)
             peaks[layer.value_state] = _Peak.of(layer.values, None)
-        observe(bundle, module, {peak.node: peak.add for peak in peaks.values()}, samples)
+        observe(Site(bundle, program, module), {peak.node: peak.add for peak in peaks.values()}, samples)
         scales = {name: peak.scale for name, peak in peaks.items()}
         edit = _IntegerCache(bundle, program, module, layers, scales)
         programs = {**bundle.programs, program: edit.run()}

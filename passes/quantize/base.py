@@ -13,13 +13,13 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
-from tokopt.analysis.calibration import Moments, collect
+from tokopt.analysis.calibration import Moments, Site, collect
 from tokopt.analysis.linears import Linear, find_linears, matches
 from tokopt.errors import PassError
 from tokopt.ir.bundle import Bundle
 from tokopt.ir.graph import aten
 from tokopt.kernels import ops
-from tokopt.pipeline.base import Context, Pass, PassResult, Refusal
+from tokopt.pipeline.base import Context, Pass, PassResult, Refusal, on_entries
 from tokopt.rewrite.edit import call, close_graph, open_graph, put_parameter
 from tokopt.rewrite.scales import by_input
 
@@ -155,15 +155,10 @@ class Quantization(Pass):
 
     def run(self, bundle: Bundle, context: Context) -> PassResult:
         """Quantize the linears of every program that an entry of the schedule runs."""
-        results = [PassResult(bundle, 0)]
-        for name in bundle.entries:
-            results.append(self._quantize(results[-1].bundle, name, context))
-        matches = sum(result.matches for result in results)
-        notes = tuple(note for result in results for note in result.notes)
-        refusals = tuple(refusal for result in results for refusal in result.refusals)
-        if not matches and not refusals:
-            refusals = (Refusal("model", "there is no linear to quantize"),)
-        return PassResult(results[-1].bundle, matches, notes, refusals)
+        result = on_entries(bundle, lambda before, name: self._quantize(before, name, context))
+        if result.matches or result.refusals:
+            return result
+        return PassResult(bundle, 0, (), (Refusal("model", "there is no linear to quantize"),))
 
     def _quantize(self, bundle: Bundle, name: str, context: Context) -> PassResult:
         """Quantize the linears of one program."""
@@ -172,10 +167,7 @@ class Quantization(Pass):
         linears, refusals = self._sites(module)
         if not linears:
             return PassResult(bundle, 0, (), refusals)
-        if self.uses_moments() and name != bundle.main_name:
-            reason = f"calibration inputs run the program {bundle.main_name!r} alone; use a method without"
-            return PassResult(bundle, 0, (), (*refusals, Refusal(name, reason)))
-        known = self._moments(bundle, module, linears, context)
+        known = self._moments(Site(bundle, name, module), linears, context)
         self.prepare(module, linears, known)
         bits = self.bits_of(module, linears, known)
         sizes = [0, 0]
@@ -201,11 +193,11 @@ class Quantization(Pass):
                 linears.append(linear)
         return linears, tuple(refusals)
 
-    def _moments(self, bundle: Bundle, module: GraphModule, linears: list[Linear], context: Context) -> Known:
+    def _moments(self, site: Site, linears: list[Linear], context: Context) -> Known:
         samples = context.samples(self.name) if self.needs_moments() else context.calibration
         if samples is None or not self.uses_moments():
             return {}
-        return collect(bundle, module, [linear.input for linear in linears], samples)
+        return collect(site, [linear.input for linear in linears], samples)
 
 
 @dataclass(frozen=True)

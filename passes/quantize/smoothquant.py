@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 
-from tokopt.analysis.calibration import collect
+from tokopt.analysis.calibration import Sample, Site, collect
 from tokopt.analysis.linears import find_linears, matches
 from tokopt.errors import PassError
 from tokopt.ir.bundle import Bundle, Semantics
-from tokopt.pipeline.base import Context, Pass, PassResult, Refusal
+from tokopt.pipeline.base import Context, Pass, PassResult, Refusal, on_entries
 from tokopt.rewrite.edit import close_graph, open_graph
 from tokopt.rewrite.scales import by_input, division, rescale
 
@@ -43,26 +44,25 @@ class SmoothQuant(Pass):
 
     def run(self, bundle: Bundle, context: Context) -> PassResult:
         """Rescale every group of linears that reads the output of a norm or of another linear."""
-        if context.calibration is None:
-            raise PassError(f"{self.name} needs inputs to calibrate with: pass calibration=[...] to optimize")
-        name = bundle.main_name
-        module = open_graph(bundle.main)
+        samples = context.samples(self.name)
+        return on_entries(bundle, lambda before, name: self._smooth(before, name, samples))
+
+    def _smooth(self, bundle: Bundle, name: str, samples: Iterable[Sample]) -> PassResult:
+        """Rescale the groups of one program."""
+        program = bundle.programs[name]
+        module = open_graph(program)
         linears = [one for one in find_linears(module.graph) if matches(one.path, self.only, self.skip)]
         groups = [group for group in by_input(linears) if division(module, group) is not None]
         left = [group for group in by_input(linears) if group not in groups]
-        known = collect(bundle, module, [group[0].input for group in groups], context.calibration)
+        refusals = tuple(Refusal(group[0].path, "nothing before it can take the division") for group in left)
+        if not groups:
+            return PassResult(bundle, 0, (), refusals)
+        known = collect(Site(bundle, name, module), [group[0].input for group in groups], samples)
         for group in groups:
             moments = known[group[0].input]
             columns = torch.stack([linear.matrix(module).abs().amax(0) for linear in group]).amax(0)
             scale = moments.largest.clamp(min=SMALLEST) ** self.alpha
             scale = scale / columns.clamp(min=SMALLEST) ** (1 - self.alpha)
             rescale(module, group, scale.clamp(min=SMALLEST))
-        refusals = tuple(Refusal(group[0].path, "nothing before it can take the division") for group in left)
-        done = sum(map(len, groups))
-        others = [
-            Refusal(other, f"calibration inputs run {name!r} alone")
-            for other in bundle.entries
-            if other != name
-        ]
-        changed = bundle.with_program(name, close_graph(bundle.main, module))
-        return PassResult(changed, done, (), (*refusals, *others))
+        changed = bundle.with_program(name, close_graph(program, module))
+        return PassResult(changed, sum(map(len, groups)), (), refusals)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
@@ -13,17 +14,25 @@ from torch import Tensor
 
 import tokopt
 from tests import node
-from tests.ir.toys import HIDDEN, SIZE, TOYS
+from tests.ir.toys import HIDDEN, SIZE, TOYS, chained
 from tests.matrix.language import prompt
 from tests.matrix.test_eviction import Driver
-from tokopt.errors import PassError
+from tests.zoo.decoders import VOCABULARY
+from tokopt.analysis.calibration import Site, collect
+from tokopt.analysis.linears import find_linears
+from tokopt.errors import InputError, PassError
 from tokopt.ir.bundle import Bundle
+from tokopt.ir.format import Link, Port
 from tokopt.ir.verifier import verify_bundle
+from tokopt.measure.fidelity import NextTokens, fidelity
+from tokopt.measure.judge import judge
 from tokopt.passes import PASSES, load_pass
 from tokopt.passes.kv.base import KVEviction
 from tokopt.passes.quantize.base import Quantization, WeightQuantization
 from tokopt.passes.reduce.base import TokenReduction
 from tokopt.pipeline.base import Pass
+from tokopt.pipeline.bisect import bisect
+from tokopt.rewrite.edit import open_graph
 from tokopt.runtime import LanguageModel, load
 
 EVICTION = "budget=12 sinks=2 recent=4 every=4"
@@ -37,7 +46,6 @@ OPTIONS = {
 """Options of passes that differ from those of their family."""
 
 TWO_PROGRAMS = "works where one program reads prompts and decodes; here they are two$"
-LINKED = "tokens alone do not run a program that reads '(context|summary)' from another one"
 NO_GRID = "its weights lie on no grid"
 READ = "everything is read"
 
@@ -65,8 +73,6 @@ def refusal(toy: str, name: str) -> str | None:
         and name not in ("cast", "smoothquant")
     ):
         return TWO_PROGRAMS
-    if name in ("awq", "gptq", "nupes", "smoothquant", "int8_kv"):
-        return LINKED
     return NO_GRID if name == "keep_grid" else None
 
 
@@ -75,9 +81,15 @@ def touched(toy: str, name: str) -> set[str]:
     cls = load_pass(name)
     if issubclass(cls, TokenReduction):
         return {"see", "hear"} & set(TOYS[toy]().programs)
-    if issubclass(cls, Quantization) or name == "cast":
+    if issubclass(cls, Quantization) or name in ("cast", "smoothquant"):
         return set(TOYS[toy]().programs)
     return {"step"}
+
+
+def sample(toy: str) -> dict[str, Tensor]:
+    """What a caller gives of a toy, for calibration."""
+    given = {"tokens": torch.tensor([prompt(12)]), **inputs()}
+    return {name: given[name] for name in TOYS[toy]().inputs}
 
 
 @pytest.mark.parametrize("toy", TOYS)
@@ -86,10 +98,10 @@ def test_every_pass_changes_what_it_can_and_nothing_else(toy: str, name: str) ->
     bundle = TOYS[toy]()
     if (reason := refusal(toy, name)) is not None:
         with pytest.raises(PassError, match=reason) as caught:
-            tokopt.optimize(bundle, spelled(name), calibration=[prompt(12)], strict=True)
+            tokopt.optimize(bundle, spelled(name), calibration=[sample(toy)], strict=True)
         assert "\n" not in str(caught.value)
         return
-    made = tokopt.optimize(bundle, spelled(name))
+    made = tokopt.optimize(bundle, spelled(name), calibration=[sample(toy)])
     verify_bundle(made)
     assert made.history[-1].matches
     kept = [n for n in bundle.programs if made.programs[n] is bundle.programs[n]]
@@ -185,3 +197,66 @@ def test_a_saved_bundle_is_the_same(tmp_path: Path) -> None:
             opened.programs[name](*program.example), program(*program.example), strict=True
         ):
             torch.testing.assert_close(got, wanted)
+
+
+# --- calls ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("toy", TOYS)
+def test_a_bundle_is_called_with_what_a_caller_gives(toy: str) -> None:
+    """Tokens first; the last token's logits choose what the programs choose one by one after a prompt read at once."""
+    bundle, ids = TOYS[toy](), prompt(12)
+    (logits,) = bundle(*sample(toy).values())
+    assert logits.shape == (1, 12, VOCABULARY)
+    decoder = Talk(bundle, 1)
+    given = inputs()
+    features, summary = bundle.programs["see"](given["images"])
+    if toy == "chained":
+        (summary,) = bundle.programs["hear"](features, given["sounds"])
+    link = {"chained": "context", "split": "summary"}[toy]
+    assert int(logits[0, -1].argmax()) == decoder.next(bundle.main_name, ids, 0, **{link: summary})
+    with pytest.raises(InputError, match=r"1 tensors were given, the model takes [23]: tokens, images"):
+        bundle(torch.tensor([ids]))
+
+
+@pytest.mark.parametrize("toy", TOYS)
+def test_bisect_and_fidelity_read_links(toy: str) -> None:
+    found = bisect(TOYS[toy](), "rtn{group=16},tome{r=2}", tolerance=1e-12)
+    assert [step.differences[0].output for step in found.steps] == ["logits", "logits"]
+    assert found.culprit is found.steps[0]
+    assert found.steps[1].worst != found.steps[0].worst  # the images are merged, which only links can show
+    same = fidelity(TOYS[toy](), TOYS[toy](), [sample(toy)])
+    assert isinstance(same, NextTokens) and same.kl == 0
+    assert fidelity(TOYS[toy](), tokopt.optimize(TOYS[toy](), "rtn{bits=2 group=16}"), [sample(toy)]) != same
+
+
+def test_every_program_is_calibrated_with_what_it_reads() -> None:
+    """Moments of a program behind links are those of its own inputs."""
+    bundle = chained()
+    given = sample("chained")
+    features, _ = bundle.programs["see"](given["images"])
+    module = open_graph(bundle.programs["hear"])
+    linears = find_linears(module.graph)
+    of_sounds = next(linear for linear in linears if linear.path == "embed")
+    moments = collect(Site(bundle, "hear", module), [of_sounds.input], [given])[of_sounds.input]
+    torch.testing.assert_close(moments.mean, given["sounds"].abs().mean(0))
+    last = find_linears(module.graph)[-1]
+    seen = collect(Site(bundle, "hear", module), [last.input], [given])[last.input]
+    assert seen.rows == features.shape[1]
+
+
+def test_a_link_from_a_later_call_is_refused_in_one_sentence() -> None:
+    bundle = chained()
+    backwards = Link(Port("step", "logits"), Port("hear", "features"), "once")
+    with pytest.raises(InputError, match="'hear' reads 'features' of an earlier call of 'step'"):
+        replace(bundle, links=(backwards, bundle.links[1])).outputs(sample("chained"))
+
+
+def test_tuning_judges_a_model_that_reads_links(tmp_path: Path) -> None:
+    paths = [
+        tokopt.export(bundle, tmp_path / name)
+        for name, bundle in (("plain", chained()), ("w2", tokopt.optimize(chained(), "rtn{bits=2 group=16}")))
+    ]
+    given = [{name: tensor.numpy() for name, tensor in sample("chained").items()}]
+    assert judge(paths[0], paths[0], given, 1)["KL"] == 0
+    assert judge(paths[0], paths[1], given, 1)["KL"] > 0

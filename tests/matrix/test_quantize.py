@@ -23,7 +23,7 @@ from tests.matrix import language
 from tests.matrix.test_matrix import assert_close, captured
 from tests.zoo import ZOO
 from tests.zoo.decoders import DECODERS
-from tokopt.analysis.calibration import collect
+from tokopt.analysis.calibration import Site, collect
 from tokopt.analysis.constants import parameter
 from tokopt.analysis.linears import find_linears
 from tokopt.errors import TokoptError
@@ -203,7 +203,7 @@ def layers(name: str) -> list[tuple[Tensor, Any]]:
     given = bundle(name)
     module = given.main.module
     linears = find_linears(module.graph)
-    known = collect(given, module, [linear.input for linear in linears], samples(name))
+    known = collect(Site(given, given.main_name, module), [linear.input for linear in linears], samples(name))
     found = [(linear.matrix(module), known[linear.input]) for linear in linears]
     return [(weight, moments) for weight, moments in found if weight.shape[1] % GROUP == 0]
 
@@ -429,7 +429,7 @@ def test_what_cannot_be_is_refused(pipeline: str, reason: str) -> None:
         ("vit", [], "the calibration data is empty"),
         ("vit", iter(()), "the calibration data is empty"),
         ("vit", [torch.zeros(2, 3, 9, 9)], r"has shape \[2, 3, 9, 9\] for 'pixel_values'"),
-        ("vit", [(torch.zeros(2, 3, 24, 24),) * 2], "has 2 tensors, the program takes pixel_values"),
+        ("vit", [(torch.zeros(2, 3, 24, 24),) * 2], "has 2 tensors, the model takes pixel_values"),
         ("llama", [[]], "is no text"),
         ("llama", [[0, 97]], "give token ids below 97"),
     ],

@@ -12,12 +12,13 @@ from torch.fx import GraphModule, Interpreter, Node
 
 from tokopt.errors import InputError
 from tokopt.ir.bundle import Bundle
-from tokopt.ir.calls import first_call
 from tokopt.ir.graph import sizes
+from tokopt.ir.program import TensorSpec
 from tokopt.progress import track
 
-Sample = Tensor | np.ndarray | Sequence[Tensor] | Sequence[np.ndarray] | Sequence[int]
-"""The inputs of ``forward`` in order, or one alone; for a language model the ids of a text."""
+Array = Tensor | np.ndarray | Sequence[int]
+Sample = Array | Sequence[Array] | Mapping[str, Array]
+"""What a caller gives: tensors by name, or in order, or one alone; for a language model the ids of a text."""
 
 Observer = Callable[[Tensor], None]
 """What is called with every value of a node."""
@@ -52,65 +53,83 @@ class Moments:
         self.low, self.high = min(self.low, float(x.min())), max(self.high, float(x.max()))
 
 
-def collect(
-    bundle: Bundle, module: GraphModule, nodes: Sequence[Node], samples: Iterable[Sample]
-) -> dict[Node, Moments]:
+@dataclass(frozen=True)
+class Site:
+    """A program of a bundle, and its graph while a pass edits it."""
+
+    bundle: Bundle
+    name: str
+    module: GraphModule
+
+
+def collect(site: Site, nodes: Sequence[Node], samples: Iterable[Sample]) -> dict[Node, Moments]:
     """The moments of ``nodes`` over all samples; see :func:`observe`."""
     moments = {node: Moments.empty(sizes(node)[-1]) for node in nodes}
-    observe(bundle, module, {node: moment.add for node, moment in moments.items()}, samples)
+    observe(site, {node: moment.add for node, moment in moments.items()}, samples)
     return moments
 
 
-def observe(
-    bundle: Bundle, module: GraphModule, observers: Mapping[Node, Observer], samples: Iterable[Sample]
-) -> None:
-    """Show every observer the values of its node, sample after sample.
+def observe(site: Site, observers: Mapping[Node, Observer], samples: Iterable[Sample]) -> None:
+    """Show every observer the values of its node of the site's graph, sample after sample.
 
-    ``module`` is the graph of the bundle's main program. Only what observers keep is held, never the activations.
-    Raises InputError for samples that do not fit the program, and when there are none.
+    Programs that the site's program reads from run before it. Only what observers keep is held, never the activations.
+    Raises InputError for samples that do not fit, and when there are none.
     """
-    watch = _Watch(module, observers)
+    watch = _Watch(site.module, observers)
     count = 0
     for sample in track(samples, "Calibrating"):
         with torch.no_grad():
-            watch.run(*program_inputs(bundle, sample), enable_io_processing=False)
+            inputs = site.bundle.calls(caller_tensors(site.bundle, sample)).inputs(site.name)
+            watch.run(*inputs, enable_io_processing=False)
         count += 1
     if not count:
         raise InputError("the calibration data is empty; pass a list of inputs")
 
 
-def program_inputs(bundle: Bundle, sample: Sample) -> tuple[Tensor, ...]:
-    """The inputs of the main program for one sample.
+def caller_tensors(bundle: Bundle, sample: Sample) -> dict[str, Tensor]:
+    """The tensors of a sample by name: those of :attr:`Bundle.inputs`.
 
-    Raises InputError for one that does not fit it.
+    Raises InputError for a sample that does not fit the bundle.
     """
-    if bundle.schedule.generates:
-        ids = torch.as_tensor(np.asarray(sample), dtype=torch.int64)
-        ids = ids[None] if ids.ndim == 1 else ids
+    specs, names = bundle.inputs, ", ".join(bundle.inputs)
+    if isinstance(sample, Mapping):
+        given = dict(sample)
+    else:
+        alone = isinstance(sample, (Tensor, np.ndarray)) or (bundle.schedule.generates and len(specs) == 1)
+        parts: Sequence[Array] = [sample] if alone else sample  # type: ignore[list-item,assignment]
+        if len(parts) != len(specs):
+            raise InputError(f"a calibration sample has {len(parts)} tensors, the model takes {names}")
+        given = dict(zip(specs, parts, strict=True))
+    if given.keys() != specs.keys():
+        raise InputError(
+            f"a calibration sample has {', '.join(map(str, given)) or 'nothing'}, the model takes {names}"
+        )
+    return {name: _tensor(bundle, spec, given[name]) for name, spec in specs.items()}
+
+
+def _tensor(bundle: Bundle, spec: TensorSpec, value: Array) -> Tensor:
+    if spec.role == "tokens":
         assert bundle.generation is not None
-        if (
-            ids.ndim != 2
-            or not ids.numel()
-            or not 0 <= int(ids.min()) <= int(ids.max()) < bundle.generation.vocabulary
-        ):
-            raise InputError(
-                f"a calibration sample of shape {list(ids.shape)} is no text: give token ids below "
-                f"{bundle.generation.vocabulary}"
-            )
-        return first_call(bundle.main, ids, bundle.states)
-    single = isinstance(sample, (Tensor, np.ndarray))
-    tensors = tuple(torch.as_tensor(x) for x in ([sample] if single else sample))
-    for spec, tensor in zip(bundle.main.inputs, tensors, strict=False):
-        if tensor.ndim != len(spec.axes) or any(
-            isinstance(axis, int) and axis != size for axis, size in zip(spec.axes, tensor.shape, strict=True)
-        ):
-            raise InputError(
-                f"a calibration sample has shape {list(tensor.shape)} for {spec.name!r}, which is {spec.axes}"
-            )
-    if len(tensors) != len(bundle.main.inputs):
-        names = ", ".join(spec.name for spec in bundle.main.inputs)
-        raise InputError(f"a calibration sample has {len(tensors)} tensors, the program takes {names}")
-    return tensors
+        return _token_ids(value, bundle.generation.vocabulary)
+    tensor = torch.as_tensor(value)
+    if tensor.ndim != len(spec.axes) or any(
+        isinstance(axis, int) and axis != size for axis, size in zip(spec.axes, tensor.shape, strict=True)
+    ):
+        raise InputError(
+            f"a calibration sample has shape {list(tensor.shape)} for {spec.name!r}, which is {spec.axes}"
+        )
+    return tensor
+
+
+def _token_ids(value: Array, vocabulary: int) -> Tensor:
+    """Ids of one text or of several [batch, tokens]."""
+    ids = torch.as_tensor(np.asarray(value), dtype=torch.int64)
+    ids = ids[None] if ids.ndim == 1 else ids
+    if ids.ndim != 2 or not ids.numel() or not 0 <= int(ids.min()) <= int(ids.max()) < vocabulary:
+        raise InputError(
+            f"a calibration sample of shape {list(ids.shape)} is no text: give token ids below {vocabulary}"
+        )
+    return ids
 
 
 class _Watch(Interpreter):

@@ -10,14 +10,18 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
-from tokopt.ir.program import Program
+from tokopt.errors import InputError
+from tokopt.ir.program import Program, TensorSpec
 from tokopt.runtime.format.generation import Generation
 from tokopt.runtime.format.link import Link
 from tokopt.runtime.format.schedule import Schedule
+from tokopt.runtime.format.signature import BATCH, find_role, with_role
 from tokopt.runtime.format.state import State
 
 if TYPE_CHECKING:
     import torch
+
+    from tokopt.ir.calls import Calls
 
 Semantics = Literal["exact", "lossless", "approximate"]
 """``exact``: equal within floating-point tolerance. ``lossless``: same output distribution. ``approximate``."""
@@ -99,19 +103,64 @@ class Bundle:
         """A copy of this bundle in which ``name`` is ``program``."""
         return replace(self, programs={**self.programs, name: program})
 
-    def __call__(self, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """Run :attr:`main`: on its inputs, or of a language model on tokens [batch, tokens] after an empty cache.
+    @property
+    def inputs(self) -> Mapping[str, TensorSpec]:
+        """What a caller gives, by name: tokens of a model that generates, then the inputs of programs that encode."""
+        found = with_role(self.main.inputs, "tokens") if self.schedule.generates else ()
+        encoded = (spec for name in self.encoders for spec in with_role(self.programs[name].inputs, "input"))
+        return {spec.name: spec for spec in (*found, *encoded)}
 
-        Returns its outputs, of a language model the logits [batch, tokens, vocabulary] alone.
+    @property
+    def example(self) -> Mapping[str, torch.Tensor]:
+        """Tensors that fit :attr:`inputs`: the programs' own examples, with as many rows as the smallest has."""
+        known = {
+            spec.name: tensor
+            for name in (*self.encoders, self.main_name)
+            for spec, tensor in zip(self.programs[name].inputs, self.programs[name].example, strict=True)
+        }
+        rows = [
+            known[name].shape[spec.axes.index(BATCH)]
+            for name, spec in self.inputs.items()
+            if BATCH in spec.axes
+        ]
+        return {
+            name: known[name].narrow(spec.axes.index(BATCH), 0, min(rows))
+            if BATCH in spec.axes
+            else known[name]
+            for name, spec in self.inputs.items()
+        }
+
+    def calls(self, given: Mapping[str, torch.Tensor]) -> Calls:
+        """The programs of the schedule's entries on tensors that fit :attr:`inputs`."""
+        from tokopt.ir.calls import Calls
+
+        programs = {name: self.programs[name] for name in self.entries}
+        tokens = with_role(self.inputs.values(), "tokens")
+        return Calls(programs, self.links, self.states, given, given[tokens[0].name] if tokens else None)
+
+    def outputs(self, given: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """What a caller gets, by name: logits [batch, tokens, vocabulary] after empty caches, or encoders' outputs.
+
+        Raises InputError where rows may leave before the last program, which the artifact's runtime handles.
         """
-        if not self.schedule.generates:
-            return self.main(*tensors)
-        from tokopt.ir.calls import first_call
+        calls = self.calls(given)
+        if self.schedule.generates:
+            return calls.outputs(self.main_name, "logits")
+        for name in self.encoders:
+            if find_role(self.programs[name].outputs, "done") is not None:
+                raise InputError(
+                    f"rows may leave after {name!r}; export the bundle and call the loaded artifact"
+                )
+        return {key: value for name in self.encoders for key, value in calls.outputs(name, "output").items()}
 
-        (tokens,) = tensors
-        values = self.main(*first_call(self.main, tokens, self.states))
-        roles = [spec.role for spec in self.main.outputs]
-        return tuple(value for value, role in zip(values, roles, strict=True) if role == "logits")
+    def __call__(self, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """The :meth:`outputs` for tensors in the order of :attr:`inputs`; raises InputError for another number."""
+        names = self.inputs
+        if len(tensors) != len(names):
+            raise InputError(
+                f"{len(tensors)} tensors were given, the model takes {len(names)}: {', '.join(names)}"
+            )
+        return tuple(self.outputs(dict(zip(names, tensors, strict=True))).values())
 
 
 def fresh(name: str, taken: Iterable[str]) -> str:

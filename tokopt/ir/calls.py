@@ -1,23 +1,89 @@
-"""Calls of programs whose state a caller has to make."""
+"""What programs give for one caller's inputs: one after another in the order of the schedule, links handed on.
+
+A text is read in one call of the program that decodes, after empty caches: the logits are those of a model that has no
+cache. What triggers do between calls does not show.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import takewhile
 
 import torch
 from torch import Tensor
 
 from tokopt.errors import InputError
 from tokopt.ir.program import Program, TensorSpec
-from tokopt.runtime.format.signature import BATCH
+from tokopt.runtime.format.link import Link, Port
+from tokopt.runtime.format.signature import BATCH, find_role, with_role
 from tokopt.runtime.format.state import State, slot_axis
 
 
-def first_call(program: Program, tokens: Tensor, states: Sequence[State]) -> tuple[Tensor, ...]:
+@dataclass(frozen=True)
+class Calls:
+    """Programs on what one caller gives, in their order; each runs once, when its answer is first asked for.
+
+    ``given`` are the caller's tensors by name, ``tokens`` [batch, tokens] is one of them where a text is read.
+    """
+
+    programs: Mapping[str, Program]
+    links: Sequence[Link]
+    states: Sequence[State]
+    given: Mapping[str, Tensor]
+    tokens: Tensor | None = None
+    _results: dict[str, tuple[Tensor, ...]] = field(default_factory=dict[str, "tuple[Tensor, ...]"])
+
+    def inputs(self, name: str) -> tuple[Tensor, ...]:
+        """The inputs of a program.
+
+        Raises InputError for a program that reads what none before it gives.
+        """
+        program = self.programs[name]
+        links = {spec.name: self._linked(name, spec) for spec in with_role(program.inputs, "link")}
+        known = {**self.given, **links}
+        if self.tokens is not None and find_role(program.inputs, "tokens") is not None:
+            return first_call(program, self.tokens, self.states, known)
+        for spec in program.inputs:
+            if spec.state is not None:
+                raise InputError(f"{name!r} encodes into the state {spec.state!r}; call the loaded artifact")
+        return tuple(known[spec.name] for spec in program.inputs)
+
+    def outputs(self, name: str, role: str) -> dict[str, Tensor]:
+        """The outputs of a program that have this role, by name; raises InputError as :meth:`inputs` does."""
+        specs = self.programs[name].outputs
+        return {
+            spec.name: value for spec, value in zip(specs, self._run(name), strict=True) if spec.role == role
+        }
+
+    def _linked(self, name: str, spec: TensorSpec) -> Tensor:
+        """The value of an input that another program gives."""
+        target = Port(name, spec.name)
+        source = next(link.source for link in self.links if link.target == target)
+        if source.program not in takewhile(lambda other: other != name, self.programs):
+            raise InputError(
+                f"{name!r} reads {spec.name!r} of an earlier call of {source.program!r}, and a first call has none; "
+                "call the loaded artifact"
+            )
+        place = [other.name for other in self.programs[source.program].outputs].index(source.name)
+        return self._run(source.program)[place]
+
+    def _run(self, name: str) -> tuple[Tensor, ...]:
+        if name not in self._results:
+            self._results[name] = self.programs[name](*self.inputs(name))
+        return self._results[name]
+
+
+def first_call(
+    program: Program,
+    tokens: Tensor,
+    states: Sequence[State],
+    linked: Mapping[str, Tensor] | None = None,
+) -> tuple[Tensor, ...]:
     """The inputs of a program that reads ``tokens`` [batch, tokens] into an empty cache of as many slots.
 
-    ``states`` begin with their initial values; logits are asked for every token. Raises InputError for a program that
-    reads what another one gives.
+    ``states`` begin with their initial values; logits are asked for every token. ``linked`` are the values of links
+    by name.
     """
     batch, count = tokens.shape
     known = {state.name: state for state in states}
@@ -30,14 +96,9 @@ def first_call(program: Program, tokens: Tensor, states: Sequence[State]) -> tup
     }
 
     def value(spec: TensorSpec) -> Tensor:
-        if spec.state is None:
-            if spec.role not in values:
-                raise InputError(
-                    f"tokens alone do not run a program that reads {spec.name!r} from another one; calibrate and "
-                    "compare bundles whose decoder has no links"
-                )
-            return values[spec.role]
-        return initial(known[spec.state], batch, count)
+        if spec.state is not None:
+            return initial(known[spec.state], batch, count)
+        return values[spec.role] if spec.role in values else (linked or {})[spec.name]
 
     return tuple(map(value, program.inputs))
 

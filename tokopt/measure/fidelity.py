@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from tokopt.analysis.calibration import Sample, program_inputs
+from tokopt.analysis.calibration import Sample, caller_tensors
 from tokopt.errors import InputError
 from tokopt.ir.bundle import Bundle
 from tokopt.measure.distance import predictions
@@ -73,12 +73,14 @@ def _vectors(before: Bundle, after: Bundle, sample: Sample) -> np.ndarray:
 
 def _predictions(before: Bundle, after: Bundle, sample: Sample) -> np.ndarray:
     """What :func:`predictions` says of every token but the first of each text."""
-    following = program_inputs(before, sample)[0][:, 1:].numpy().reshape(-1)
+    tokens = next(iter(caller_tensors(before, sample).values()))
+    following = tokens[:, 1:].numpy().reshape(-1)
     wanted, got = (x[:, :-1].reshape(-1, x.shape[-1]) for x in _first_outputs(before, after, sample))
     return predictions(wanted, got, following)
 
 
 def _first_outputs(before: Bundle, after: Bundle, sample: Sample) -> tuple[np.ndarray, np.ndarray]:
     """The first outputs of both bundles, in float64."""
-    wanted, got = (bundle.main(*program_inputs(bundle, sample))[0] for bundle in (before, after))
+    given = caller_tensors(before, sample)
+    wanted, got = (next(iter(bundle.outputs(given).values())) for bundle in (before, after))
     return wanted.double().numpy(force=True), got.double().numpy(force=True)

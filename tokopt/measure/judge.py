@@ -17,7 +17,7 @@ from tokopt.runtime.loop import Request
 from tokopt.runtime.numerics import cosines
 
 Sample = Any
-"""Inputs of an encoder in their order, one of them alone; or the token ids of a text."""
+"""Inputs by name, or in their order, or one alone; of a language model the token ids of a text."""
 
 FEATURES = ("cosine", "worst")
 """What :func:`judge` measures of an encoder."""
@@ -81,7 +81,7 @@ def judge(original: Path, other: Path, samples: Iterable[Sample], threads: int |
     """
     models = [load(path, threads=threads) for path in (original, other)]
     if isinstance(models[0], LanguageModel):
-        rows = [_predictions(models, np.asarray(sample).reshape(-1).tolist()) for sample in samples]
+        rows = [_predictions(models, sample) for sample in samples]
     else:
         rows = [_vectors(models, sample) for sample in samples]
     if not rows:
@@ -95,17 +95,24 @@ def judge(original: Path, other: Path, samples: Iterable[Sample], threads: int |
 
 def _vectors(models: Sequence[Model], sample: Sample) -> np.ndarray:
     """The cosine of every vector of the first output."""
-    given = [np.asarray(x) for x in (sample if isinstance(sample, (list, tuple)) else [sample])]
-    wanted, got = (next(iter(model.run(*given).values())) for model in models)
+    named = {name: np.asarray(x) for name, x in sample.items()} if isinstance(sample, Mapping) else {}
+    parts = sample if isinstance(sample, (list, tuple)) else [sample]
+    given = [] if named else [np.asarray(x) for x in parts]
+    wanted, got = (next(iter(model.run(*given, **named).values())) for model in models)
     return cosines(wanted, got).reshape(-1)
 
 
-def _predictions(models: Sequence[LanguageModel], ids: Sequence[int]) -> np.ndarray:
+def _predictions(models: Sequence[LanguageModel], sample: Sample) -> np.ndarray:
     """KL, equal first choices, and both negative log-likelihoods of every token of the second half."""
+    inputs: dict[str, np.ndarray] = {}
+    if isinstance(sample, Mapping):
+        inputs = {tensor.name: np.asarray(sample[tensor.name]) for tensor in models[0].interface.inputs}
+        (sample,) = (value for name, value in sample.items() if name not in inputs)
+    ids = np.asarray(sample).reshape(-1).tolist()
     if len(ids) < 4:
         raise InputError(f"a text of {len(ids)} tokens is too short to judge by; give longer ones")
     half = len(ids) // 2
-    requests = [model.open(1, len(ids)) for model in models]
+    requests = [model.open(1, len(ids), inputs) for model in models]
     for request in requests:
         request.prefill([ids[:half]])
     rows = []

@@ -71,6 +71,19 @@ class PassResult:
     refusals: tuple[Refusal, ...] = ()
 
 
+def on_entries(bundle: Bundle, change: Callable[[Bundle, str], PassResult]) -> PassResult:
+    """Change the programs that entries of the schedule run, one after another, and join what is said of each."""
+    results = [PassResult(bundle, 0)]
+    for name in bundle.entries:
+        results.append(change(results[-1].bundle, name))
+    return PassResult(
+        results[-1].bundle,
+        sum(result.matches for result in results),
+        tuple(note for result in results for note in result.notes),
+        tuple(refusal for result in results for refusal in result.refusals),
+    )
+
+
 @dataclass(frozen=True)
 class Pass:
     """Base of all passes: a frozen dataclass whose fields are the options.

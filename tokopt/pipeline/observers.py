@@ -22,13 +22,9 @@ class Difference:
 
 
 def differences(before: Bundle, after: Bundle) -> tuple[Difference, ...]:
-    """Compare what two bundles give for the first one's example inputs, of language models for its tokens."""
-    program, generates = before.main, before.schedule.generates
-    chosen = [not generates or spec.role == "tokens" for spec in program.inputs]
-    inputs = [tensor for tensor, wanted in zip(program.example, chosen, strict=True) if wanted]
-    names = [spec.name for spec in program.outputs if not generates or spec.role == "logits"]
-    wanted, got = before(*inputs), after(*inputs)
-    return tuple(_difference(n, w, g) for n, w, g in zip(names, wanted, got, strict=True))
+    """Compare what two bundles give for the first one's example inputs."""
+    wanted, got = before.outputs(before.example), after.outputs(before.example)
+    return tuple(_difference(name, value, got[name]) for name, value in wanted.items())
 
 
 def _difference(name: str, wanted: torch.Tensor, got: torch.Tensor) -> Difference:
