@@ -134,6 +134,14 @@ class KVEviction(Pass):
         kept = ops.keep_slots(priority.flatten(0, 1)[:, None], used, budgets, self.sinks, recent)
         return kept.unflatten(0, (batch, heads))[:, :, 0]
 
+    def merge(self, cached: Cached, kept: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values [batch, key heads, slots, channels] with what is evicted merged into what is kept.
+
+        ``kept`` [batch, key heads, slots] bool are the slots that stay. A row where all used slots stay must not be
+        changed: its turn has not come. By default nothing is merged: what is evicted is lost.
+        """
+        return cached.keys, cached.values
+
     @property
     def needs_rotary(self) -> bool:
         """Whether the method has to know how positions rotate keys; it is refused where they do not."""
@@ -301,8 +309,8 @@ class _Compact:
         length = count.amax(1, keepdim=True)
         order, free = _packed(kept, length - count), _free(kept, length - count, length)
         positions = _take_slots(slots, order[:, : slots.shape[1]])
-        for name in (held.key, held.value):
-            new[name] = _take_slots(old[name], order)
+        for name, value in zip((held.key, held.value), method.merge(cached, kept), strict=True):
+            new[name] = _take_slots(value, order)
         carried = zip(held.memory, method.memory(layer), method.carry(*memory), strict=True)
         for name, memory_spec, value in carried:
             value = torch.where(_by_row(due, value), value, old[name])

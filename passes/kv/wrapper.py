@@ -60,6 +60,10 @@ class Wrapper(KVEviction):
         """What the press keeps at these priorities."""
         return self.press.keep(cached, priority, budget)
 
+    def merge(self, cached: Cached, kept: Tensor) -> tuple[Tensor, Tensor]:
+        """As the press does."""
+        return self.press.merge(cached, kept)
+
     @property
     def needs_rotary(self) -> bool:
         """Whether the press does."""

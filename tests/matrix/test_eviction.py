@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import cache
-from typing import Any
+from pathlib import Path
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -18,7 +20,9 @@ from tokopt.errors import InputError, PassRefused, TokoptError
 from tokopt.ir.bundle import Bundle
 from tokopt.ir.calls import initial
 from tokopt.passes import PASSES, load_pass
-from tokopt.passes.kv.base import KVEviction
+from tokopt.passes.kv.adakv import AdaKV
+from tokopt.passes.kv.base import Cached, KVEviction
+from tokopt.passes.kv.knorm import Knorm
 
 METHODS = (
     *(name for name in PASSES if issubclass(load_pass(name), KVEviction) and name not in WRAPPERS),
@@ -279,6 +283,40 @@ def test_chunks_give_way_to_what_is_always_kept_and_to_windows(recent: float) ->
     for head in range(2):
         assert set(range(25, 30)) <= set(driver.held_positions(0, head).tolist())
         assert set(range(23, 30)) <= set(driver.held_positions(0, head).tolist())  # a window of 7
+
+
+@dataclass(frozen=True)
+class Gathering(Knorm):
+    """Adds what it evicts to the newest token that stays."""
+
+    name: ClassVar[str] = "gathering"
+
+    def merge(self, cached: Cached, kept: Tensor) -> tuple[Tensor, Tensor]:
+        evicted = (cached.used & ~kept)[..., None]
+        newest = (cached.used & (cached.newer == 0))[..., None]
+        sums = [(x * evicted).sum(2, keepdim=True) * newest for x in (cached.keys, cached.values)]
+        return cached.keys + sums[0], cached.values + sums[1]
+
+
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_what_is_evicted_may_be_merged_into_what_is_kept(wrapped: bool, tmp_path: Path) -> None:
+    """Sums over all slots stay what they were, also inside a wrapper; a row that is not due stays as it is."""
+    press = Gathering(budget=BUDGET, sinks=SINKS, recent=RECENT, every=EVERY)
+    made = tokopt.optimize(bundle("llama"), [AdaKV(press) if wrapped else press])
+    driver = Driver(made, 2)
+    driver.read([prompt(20), prompt(20, seed=1)])
+    before = {
+        (kind, layer): driver.state[f"{kind}_{layer}"][..., :20, :].clone()
+        for kind, layer in (("key", 0), ("value", 1))
+    }
+    driver.run("compact", due=torch.tensor([True, False]))
+    for (kind, layer), tensor in before.items():
+        for head in range(2):
+            held = driver.held(kind, layer, head)
+            assert len(held) < 20
+            torch.testing.assert_close(held.sum(0), tensor[0, head].sum(0), atol=1e-5, rtol=1e-5)
+        assert torch.equal(driver.state[f"{kind}_{layer}"][1, :, :20], tensor[1])
+    tokopt.export(made, tmp_path / "merging")  # ONNX Runtime computes the same
 
 
 def test_renumbered_text_outgrows_the_context() -> None:
