@@ -22,7 +22,7 @@ from tokopt.ir.calls import initial
 from tokopt.passes import PASSES, load_pass
 from tokopt.passes.kv.adakv import AdaKV
 from tokopt.passes.kv.base import Cached, KVEviction
-from tokopt.passes.kv.knorm import Knorm
+from tokopt.passes.kv.knorm import KNorm
 
 METHODS = (
     *(name for name in PASSES if issubclass(load_pass(name), KVEviction) and name not in WRAPPERS),
@@ -286,7 +286,7 @@ def test_chunks_give_way_to_what_is_always_kept_and_to_windows(recent: float) ->
 
 
 @dataclass(frozen=True)
-class Gathering(Knorm):
+class Gathering(KNorm):
     """Adds what it evicts to the newest token that stays."""
 
     name: ClassVar[str] = "gathering"
