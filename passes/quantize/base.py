@@ -15,7 +15,7 @@ from torch.fx import GraphModule, Node
 
 from tokopt.analysis.calibration import Moments, Site, collect
 from tokopt.analysis.linears import Linear, find_linears, matches
-from tokopt.errors import PassError
+from tokopt.errors import PassError, PassRefused
 from tokopt.ir.bundle import Bundle
 from tokopt.ir.graph import aten
 from tokopt.kernels import ops
@@ -105,10 +105,9 @@ def fit_grid(weight: Tensor, bits: int, group: int, *, symmetric: bool, shrink: 
 
 def output_error(weight: Tensor, quantized: Tensor, moments: Moments | None) -> float:
     """Mean squared error of the layer's output over that output's mean square; of the weight without moments."""
-    gram = torch.eye(weight.shape[1]) if moments is None else moments.gram
 
     def energy(matrix: Tensor) -> float:
-        return float(((matrix @ gram) * matrix).sum())
+        return float(((matrix if moments is None else matrix @ moments.gram) * matrix).sum())
 
     return energy(weight - quantized) / max(energy(weight), 1e-30)
 
@@ -150,7 +149,10 @@ class Quantization(Pass):
     def apply(
         self, module: GraphModule, linear: Linear, bits: int, moments: Moments | None
     ) -> QuantizedWeight:
-        """Quantize one linear of the graph, in place; return its weight."""
+        """Quantize one linear of the graph, in place; return its weight.
+
+        Raises PassRefused for a weight that only the attempt shows to be unfit; the graph is then as it was.
+        """
         raise NotImplementedError
 
     def run(self, bundle: Bundle, context: Context) -> PassResult:
@@ -166,7 +168,7 @@ class Quantization(Pass):
         module = open_graph(program)
         linears, refusals = self._sites(module)
         if not linears:
-            return PassResult(bundle, 0, (), refusals)
+            return PassResult(bundle, 0, (), tuple(refusals))
         known = self._moments(Site(bundle, name, module), linears, context)
         self.prepare(module, linears, known)
         bits = self.bits_of(module, linears, known)
@@ -174,14 +176,20 @@ class Quantization(Pass):
         errors: list[tuple[float, str]] = []
         for linear in linears:
             weight, moments = linear.matrix(module), known.get(linear.input)
-            quantized = self.apply(module, linear, bits[linear.node], moments)
+            try:
+                quantized = self.apply(module, linear, bits[linear.node], moments)
+            except PassRefused as reason:
+                refusals.append(Refusal(linear.path, str(reason)))
+                continue
             sizes[0] += 4 * weight.numel()
             sizes[1] += quantized.nbytes
             errors.append((output_error(weight, quantized.dequantized(), moments), linear.path))
+        if not errors:
+            return PassResult(bundle, 0, (), tuple(refusals))
         quantized_bundle = bundle.with_program(name, close_graph(program, module))
-        return PassResult(quantized_bundle, len(linears), _notes(errors, *sizes), refusals)
+        return PassResult(quantized_bundle, len(errors), _notes(errors, *sizes), tuple(refusals))
 
-    def _sites(self, module: GraphModule) -> tuple[list[Linear], tuple[Refusal, ...]]:
+    def _sites(self, module: GraphModule) -> tuple[list[Linear], list[Refusal]]:
         linears: list[Linear] = []
         refusals: list[Refusal] = []
         for linear in find_linears(module.graph):
@@ -191,7 +199,7 @@ class Quantization(Pass):
                 refusals.append(Refusal(linear.path, fault))
             else:
                 linears.append(linear)
-        return linears, tuple(refusals)
+        return linears, refusals
 
     def _moments(self, site: Site, linears: list[Linear], context: Context) -> Known:
         samples = context.samples(self.name) if self.needs_moments() else context.calibration

@@ -14,6 +14,7 @@ from torch.nn.functional import linear as linear_product
 
 from tokopt.analysis.calibration import Moments
 from tokopt.analysis.linears import Linear
+from tokopt.errors import PassRefused
 from tokopt.passes.quantize.base import Quantization, QuantizedWeight, replace_weight
 from tokopt.rewrite.edit import after, call, put_parameter, redirect
 
@@ -57,20 +58,13 @@ class KeepGrid(Quantization):
 
     name: ClassVar[str] = "keep_grid"
 
-    def fault(self, weight: Tensor) -> str | None:
-        """Weights on no grid."""
-        if (reason := super().fault(weight)) is not None:
-            return reason
-        return (
-            None if find_grid(weight) else "its weights lie on no grid of 4 or 8 bits in blocks of 16 or 32"
-        )
-
     def apply(
         self, module: GraphModule, linear: Linear, bits: int, moments: Moments | None
     ) -> QuantizedWeight:
         """Codes in the place of the weight, and the offset's product beside it."""
         grid = find_grid(linear.matrix(module))
-        assert grid is not None
+        if grid is None:
+            raise PassRefused("its weights lie on no grid of 4 or 8 bits in blocks of 16 or 32")
         replace_weight(module, linear, grid.weight)
         if grid.offset is not None:
             node = linear.node
