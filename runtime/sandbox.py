@@ -34,7 +34,7 @@ from tokopt.errors import InputError
 LARGEST = 2**22
 """Characters of the largest value, to which 16 for each character of the input are added."""
 
-BUDGET = 2**25
+BUDGET = 2**24
 """Characters of all values together, to which 1024 for each character of the input are added."""
 
 NODE = 32
