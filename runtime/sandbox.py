@@ -321,7 +321,6 @@ _FILTER_COSTS: Mapping[str, Callable[..., int]] = {
     "pprint": lambda value: 64 * _size(value, LARGEST),
     "replace": _replace_cost,
     "round": lambda value, precision=0, method="common": NODE * abs(precision),
-    "slice": lambda value, slices, fill_with=None: NODE * slices,
     "striptags": lambda value: len(str(value)) * str(value).count("<") // 32,
     "urlize": lambda value, *rest, **named: len(str(value)) * _size((rest, named), LARGEST),
     "wordwrap": _wrap_cost,

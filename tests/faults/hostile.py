@@ -1,4 +1,4 @@
-"""Render every template of standard input, one a line, in less memory than any of them asks for; print what happened."""
+"""Render every template of a list on standard input in less memory than they ask for, and print what happened."""
 
 from __future__ import annotations
 
@@ -8,12 +8,14 @@ import sys
 import time
 
 from tokopt.errors import InputError
+from tokopt.runtime import sandbox
 from tokopt.runtime.chat import render_chat
 
 MESSAGES = [{"role": "user", "content": "Hi there"}, {"role": "assistant", "content": "yes"}]
 MEMORY = 2**29
 
 if __name__ == "__main__":
+    sandbox.BUDGET = sandbox.BUDGET // 4  # the same limit sooner
     render_chat("{{ messages }}", MESSAGES, {})
     with open("/proc/self/statm", encoding="ascii") as file:
         used = int(file.read().split()[0]) * resource.getpagesize()

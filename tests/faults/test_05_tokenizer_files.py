@@ -167,5 +167,5 @@ def test_files_that_cannot_be_read_are_named(tmp_path: Path, name: str, data: by
 def test_a_tokenizer_that_makes_texts_longer_without_bound_is_refused() -> None:
     library: Any = byte_library()
     library.normalizer = normalizers.Sequence([normalizers.Replace("a", "aa")] * 40)
-    with pytest.raises(ArtifactError, match="may make a text .* times as long"):
+    with pytest.raises(ArtifactError, match=r"may make a text [0-9]+ times as long"):
         Tokenizer(library.to_str(), 300)

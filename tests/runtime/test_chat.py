@@ -2,9 +2,17 @@
 
 from __future__ import annotations
 
-import pytest
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
+import pytest
+from tokenizers import Tokenizer as Library
+from tokenizers import models, pre_tokenizers
+
+from tests.runtime.toys import VOCABULARY, save, toy, with_file
 from tokopt.errors import InputError
+from tokopt.runtime import Generation, LanguageModel, load
 from tokopt.runtime.chat import LONGEST, render_chat
 
 MESSAGES = [{"role": "user", "content": "Hi"}]
@@ -45,3 +53,49 @@ def test_the_limits_grow_with_the_conversation() -> None:
         {%- endfor %}"""
     long = [{"role": "user", "content": f"{i} " + "abc " * 2500} for i in range(400)]
     assert len(render_chat(template, long, {})) > 8_000_000
+
+
+LETTERS = "?Hi>fdb<42F"
+END = len(LETTERS)
+
+
+def ids(text: str) -> list[int]:
+    return [max(LETTERS.find(letter), 0) for letter in text]
+
+
+def opened(folder: Path, generation: Generation) -> LanguageModel:
+    """A toy with a tokenizer of one token per letter, and ``<end>`` behind them."""
+    library: Any = Library(models.WordLevel({letter: i for i, letter in enumerate(LETTERS)}, "?"))
+    library.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    library.add_special_tokens(["<end>"])
+    path = save(folder / "toy.tokopt", replace(toy(), generation=generation))
+    with_file(path, "tokenizer", "tokenizer.json", library.to_str().encode())
+    return load(path, threads=1)
+
+
+def test_a_model_renders_with_its_own_templates_and_special_tokens(tmp_path: Path) -> None:
+    named = {"tool_use": "{{ tools[0].name }}", "rag": "{{ documents[0].text }}{{ bos_token }}{{ answer }}"}
+    usual = "{{ eos_token }}{{ messages[0].content }}{{ '>' if add_generation_prompt }}"
+    special = {"bos_token": "<b>", "eos_token": "<end>"}
+    model = opened(tmp_path, Generation(64, VOCABULARY, (5,), 4, usual, named, special))
+    assert model.chat_prompt(MESSAGES) == [END, *ids("Hi>")]
+    assert model.chat_prompt(MESSAGES, add_generation_prompt=False) == [END, *ids("Hi")]
+    assert model.chat_prompt(MESSAGES, continued="content") == [END, *ids("Hi")]
+    assert model.chat_prompt(MESSAGES, tools=[{"name": "f"}]) == ids("f")
+    documents = [{"text": "d"}]
+    found = model.chat_prompt(MESSAGES, template="rag", documents=documents, answer=42)
+    assert found == ids("d<b>42")
+    with pytest.raises(InputError, match="no chat template 'other'; name one of default, rag, tool_use"):
+        model.chat_prompt(MESSAGES, template="other")
+
+
+def test_special_tokens_that_nothing_names_are_spelled_by_their_ids(tmp_path: Path) -> None:
+    template = "{{ bos_token }}{{ eos_token is defined }}"
+    model = opened(tmp_path, Generation(64, VOCABULARY, (), 4, template))
+    assert model.chat_prompt(MESSAGES) == ids("fFalse")
+
+
+def test_a_model_without_a_template_takes_text(tmp_path: Path) -> None:
+    model = opened(tmp_path, Generation(64, VOCABULARY))
+    with pytest.raises(InputError, match="has no chat template; pass the prompt as text"):
+        model.chat_prompt(MESSAGES)
