@@ -25,7 +25,7 @@ from jinja2.exceptions import SecurityError
 from jinja2.ext import Extension, LoopControlExtension
 from jinja2.filters import make_attrgetter
 from jinja2.parser import Parser
-from jinja2.runtime import Context
+from jinja2.runtime import Context, Macro
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import Namespace
 
@@ -35,7 +35,7 @@ LARGEST = 2**22
 """Characters of the largest value, to which 16 for each character of the input are added."""
 
 BUDGET = 2**24
-"""Characters of all values together, to which 1024 for each character of the input are added."""
+"""Characters of all values together, to which 512 for each character of the input are added."""
 
 NODE = 32
 """What an element of a list, a step of a loop or a call costs, in characters."""
@@ -57,7 +57,7 @@ class _Budget:
     """What one rendering may still cost."""
 
     def __init__(self, given: int) -> None:
-        self.largest, self.left = LARGEST + 16 * given, BUDGET + 1024 * given
+        self.largest, self.left = LARGEST + 16 * given, BUDGET + 512 * given
 
     def charge(self, amount: int) -> None:
         """Pay for ``amount`` characters or raise InputError."""
@@ -95,8 +95,10 @@ class _Environment(ImmutableSandboxedEnvironment):
         del self.globals["lipsum"]  # random text of any length
         self.filters.update(tojson=self._to_json, sum=_sum)
         self.finalize = self.weighed
-        for table, costs in ((self.filters, _FILTER_COSTS), (self.tests, {})):
-            table.update({name: self._paid(function, costs.get(name)) for name, function in table.items()})
+        for name in self.filters.keys() - _FREE_FILTERS:
+            self.filters[name] = self._paid(self.filters[name], _FILTER_COSTS.get(name))
+        for name in _PAID_TESTS:
+            self.tests[name] = self._paid(self.tests[name])
 
     # ------------------------------------------------------------------------------------------- the budget
 
@@ -129,6 +131,8 @@ class _Environment(ImmutableSandboxedEnvironment):
         """Call ``function``, with its arguments and its result paid for."""
         if getattr(function, "__self__", None) is self:  # put into the syntax tree by _instrument
             return function(*args)
+        if isinstance(function, Macro):  # its body is paid for
+            return self.weighed(super().call(context, function, *args, **kwargs))
         named = {key: value for key, value in kwargs.items() if key not in ("_loop_vars", "_block_vars")}
         self.charge(NODE + self.weigh((args, named)))
         method = getattr(function, "__wrapped__", function)
@@ -151,7 +155,9 @@ class _Environment(ImmutableSandboxedEnvironment):
             self.charge(self.weigh(argument))
         return super().getitem(obj, argument)
 
-    def _paid(self, function: Callable[..., Any], cost: Callable[..., int] | None) -> Callable[..., Any]:
+    def _paid(
+        self, function: Callable[..., Any], cost: Callable[..., int] | None = None
+    ) -> Callable[..., Any]:
         """A filter or a test with its arguments and its result paid for.
 
         An iterator is gone through at once: a chain of lazy ones could be of any depth. It stays an iterator, which
@@ -311,6 +317,30 @@ def _wrap_cost(
     length = len(str(s))
     return length * (1 + len(wrapstring or "")) + length**2 // max(width, 1) // 1024
 
+
+_FREE_FILTERS = frozenset(("attr", "count", "d", "default", "first", "last", "length"))
+"""Filters that take the same time whatever they are given, and make nothing."""
+
+_PAID_TESTS = frozenset(
+    (
+        "==",
+        "eq",
+        "equalto",
+        "!=",
+        "ne",
+        ">",
+        "gt",
+        "greaterthan",
+        ">=",
+        "ge",
+        "<",
+        "lt",
+        "lessthan",
+        "<=",
+        "le",
+    )
+) | {"in", "lower", "upper", "divisibleby"}
+"""Tests that look into what they are given; the others look at its type."""
 
 _FILTER_COSTS: Mapping[str, Callable[..., int]] = {
     "batch": lambda value, linecount, fill_with=None: NODE * linecount,

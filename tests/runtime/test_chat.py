@@ -44,15 +44,17 @@ def test_chat_template_faults(template: str, message: str) -> None:
 
 
 def test_the_limits_grow_with_the_conversation() -> None:
-    """What a template does to every message is never too much, however long they are."""
+    """What a template does to every message is never too much, however long and however many they are."""
     template = """
         {%- macro show(m) %}{{ m.role | upper ~ ': ' ~ m.content | trim | replace('a', 'bb') }}{% endmacro %}
-        {%- for m in messages %}
+        {%- for m in messages[::-1] %}
+            {%- set last = messages | length - 1 == loop.index0 or messages is string %}
             {%- if messages[loop.index0 - 1] != m and m.content.split(' ') | length > 1 %}{{ show(m) }}{% endif %}
-            {{- m | tojson(indent=4) }}{{ m.content[:10] in m.content }}
+            {{- m | tojson(indent=4) }}{{ m.content[:10] in m.content }}{{ (messages | first).role if not last }}
         {%- endfor %}"""
-    long = [{"role": "user", "content": f"{i} " + "abc " * 2500} for i in range(400)]
-    assert len(render_chat(template, long, {})) > 8_000_000
+    for count, length in ((10, 100_000), (2000, 10)):
+        long = [{"role": "user", "content": f"{i} " + "abc " * length} for i in range(count)]
+        assert len(render_chat(template, long, {})) > 8 * count * length
 
 
 LETTERS = "?Hi>fdb<42F"
