@@ -150,7 +150,7 @@ class _Environment(ImmutableSandboxedEnvironment):
     def getitem(self, obj: Any, argument: Any) -> Any:
         """Subscript: a slice is a copy, and a key that is no string or number is hashed and compared."""
         if isinstance(argument, slice):
-            self.charge(NODE * length_hint(obj, 1))
+            self.charge(length_hint(obj, 1) * (1 if isinstance(obj, (str, bytes)) else NODE))
         elif not isinstance(argument, (str, int)):
             self.charge(self.weigh(argument))
         return super().getitem(obj, argument)
