@@ -63,6 +63,10 @@ def render_chat(
         given = {"tools": None, "documents": None, "add_generation_prompt": False, **_plain(variables)}
         for name in ("tools", "documents"):
             _check_objects(name, given[name])
+        if continued and given["add_generation_prompt"]:
+            raise InputError(
+                "an answer is either continued or begun; leave continued or add_generation_prompt out"
+            )
         given["messages"] = conversation
         text = render_template(template, given)
     except InputError:

@@ -14,13 +14,22 @@ from __future__ import annotations
 import functools
 import json
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, MappingView, Sequence
+from collections.abc import (
+    Callable,
+    ItemsView,
+    Iterable,
+    Iterator,
+    KeysView,
+    Mapping,
+    Sequence,
+    ValuesView,
+)
 from contextvars import ContextVar
 from datetime import datetime
 from operator import length_hint
 from typing import Any, NoReturn
 
-from jinja2 import Template, TemplateError, nodes, pass_environment
+from jinja2 import Template, TemplateError, nodes, pass_context
 from jinja2.exceptions import SecurityError
 from jinja2.ext import Extension, LoopControlExtension
 from jinja2.filters import make_attrgetter
@@ -125,7 +134,8 @@ class _Environment(ImmutableSandboxedEnvironment):
     def _parse(self, source: str, name: str | None, filename: str | None) -> nodes.Template:
         template = Parser(self, source, name, filename).parse()
         _instrument(template)
-        return template.set_environment(self)
+        template.set_environment(self)
+        return template
 
     def call(self, context: Context, function: Any, /, *args: Any, **kwargs: Any) -> Any:
         """Call ``function``, with its arguments and its result paid for."""
@@ -243,11 +253,12 @@ def _raise(message: Any) -> NoReturn:
     raise TemplateError(str(message))
 
 
-@pass_environment
-def _sum(environment: _Environment, iterable: Iterable[Any], attribute: Any = None, start: Any = 0) -> Any:
+@pass_context
+def _sum(context: Context, iterable: Iterable[Any], attribute: Any = None, start: Any = 0) -> Any:
     """Jinja's filter ``sum``, each of whose additions is paid for: a sum of lists is quadratic."""
+    environment: Any = context.environment
     get = make_attrgetter(environment, attribute) if attribute is not None else lambda item: item
-    add: Any = functools.partial(environment.call_binop, None, "+")
+    add = functools.partial(environment.call_binop, context, "+")
     return functools.reduce(add, map(get, iterable), start)
 
 
@@ -262,9 +273,9 @@ def _size(value: Any, limit: int) -> int:
         elif isinstance(item, int):
             total += item.bit_length() >> 3
         elif isinstance(item, Mapping):
-            stack += (*item.keys(), *item.values())
-        elif isinstance(item, (list, tuple, set, frozenset, MappingView)):
-            stack += item
+            stack.extend((*item.keys(), *item.values()))
+        elif isinstance(item, (list, tuple, set, frozenset, KeysView, ValuesView, ItemsView)):
+            stack.extend(item)
         elif isinstance(item, Namespace):
             stack.append(object.__getattribute__(item, "_Namespace__attrs"))
     return total
@@ -410,7 +421,8 @@ def _weighed(operand: Any) -> Any:
     return _hook("weighed", operand)
 
 
-def _hook(name: str, argument: nodes.Expr) -> nodes.Call:
+def _hook(name: str, argument: Any) -> nodes.Call:
     """A call of a method of the environment."""
     call = nodes.Call(nodes.EnvironmentAttribute(name), [argument], [], None, None)
-    return call.set_lineno(argument.lineno)
+    call.set_lineno(argument.lineno)
+    return call

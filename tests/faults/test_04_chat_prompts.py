@@ -236,6 +236,11 @@ def test_an_answer_is_continued_as_in_transformers(reference: Reference, templat
         assert found == wanted
 
 
+def test_an_answer_is_continued_or_begun() -> None:
+    with pytest.raises(InputError, match="either continued or begun"):
+        render_chat("{{ messages }}", [USER], {"add_generation_prompt": True}, "content")
+
+
 @dataclass
 class Spoken:
     role: str
