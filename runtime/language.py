@@ -11,6 +11,7 @@ from typing import Any, cast
 import numpy as np
 
 from tokopt.errors import InputError, TokoptError
+from tokopt.runtime.chat import Message, choose_template, render_chat
 from tokopt.runtime.encode import Encoded, encode
 from tokopt.runtime.engines.base import Stateful
 from tokopt.runtime.format.manifest import Manifest, file_path
@@ -20,7 +21,7 @@ from tokopt.runtime.loop import NO_LIMIT, PADDING, Emission, Request, chunk_size
 from tokopt.runtime.numerics import OutputCheck
 from tokopt.runtime.sampling import LogitsProcessor, Sampling, choose, log_probabilities
 from tokopt.runtime.selftest import run_selftests
-from tokopt.runtime.text import TextStream, Tokenizer, render_chat
+from tokopt.runtime.text import TextStream, Tokenizer, read_tokenizer
 
 Prompt = str | Sequence[int]
 """Text, or token ids."""
@@ -101,17 +102,39 @@ class LanguageModel:
         if self._tokenizer is None:
             if self.manifest.tokenizer is None:
                 raise InputError(f"{self.path} has no tokenizer; pass token ids instead of text")
-            text = file_path(self.path, self.manifest.tokenizer).read_text(encoding="utf-8")
+            text = read_tokenizer(file_path(self.path, self.manifest.tokenizer))
             self._tokenizer = Tokenizer(text, self.settings.vocabulary)
         return self._tokenizer
 
-    def chat_prompt(self, messages: Sequence[Mapping[str, Any]]) -> list[int]:
-        """Token ids of a conversation (``[{"role": "user", "content": "..."}]``), ready for the answer."""
-        names = [
-            "" if index is None else self.tokenizer.token(index)
-            for index in (self.settings.bos, next(iter(self.settings.eos), None))
-        ]
-        return self.tokenizer.encode_parts(render_chat(self.settings.chat_template, messages, *names))
+    def chat_prompt(
+        self,
+        messages: Sequence[Message],
+        *,
+        template: str | None = None,
+        continued: str | None = None,
+        **variables: Any,
+    ) -> list[int]:
+        """Token ids of a conversation (``[{"role": "user", "content": "..."}]``), ready for the answer.
+
+        ``template`` names one of the model's chat templates, ``continued`` the part of the last message (``"content"``)
+        that the model goes on with instead of answering. ``variables`` are for the template: ``tools``, a list of JSON
+        schemas, ``documents``, ``add_generation_prompt=False`` and those of its own, ``enable_thinking`` for example.
+        Raises InputError when there is no such template, or it rejects the conversation or takes too much.
+        """
+        settings = self.settings
+        templates = dict(settings.chat_templates)
+        if settings.chat_template is not None:
+            templates["default"] = settings.chat_template
+        chosen = choose_template(templates, template, tools=variables.get("tools") is not None)
+        given = {**self._special_tokens(), "add_generation_prompt": continued is None, **variables}
+        return self.tokenizer.encode_parts(render_chat(chosen, messages, given, continued))
+
+    def _special_tokens(self) -> Mapping[str, str]:
+        """What chat templates spell by name."""
+        if self.settings.special_tokens is not None:
+            return self.settings.special_tokens
+        ids = {"bos_token": self.settings.bos, "eos_token": next(iter(self.settings.eos), None)}
+        return {name: self.tokenizer.token(index) for name, index in ids.items() if index is not None}
 
     def generate(
         self,

@@ -1,20 +1,34 @@
-"""Text in and out of a language model: tokens, streaming, stop strings, conversations."""
-
-# jinja2 leaves the globals of an environment untyped.
-# pyright: reportUnknownMemberType=false
+"""Text in and out of a language model: tokens, streaming, stop strings."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+import json
+import math
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, cast
 
 from tokopt.errors import ArtifactError, InputError, MissingDependencyError
 
+LARGEST_GROWTH = 1024
+"""How much longer a tokenizer may make a text by what it replaces; real ones do so a few times at most."""
+
+
+def read_tokenizer(path: Path) -> str:
+    """The text of a ``tokenizer.json``; raises ArtifactError when it is no text or cannot be read."""
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ArtifactError(f"{path} is no readable text ({error}); export the artifact again") from error
+
 
 class Tokenizer:
-    """The tokenizer of an artifact: the text of a ``tokenizer.json``.
+    """The tokenizer of an artifact: the text of a ``tokenizer.json``, without its truncation and padding.
 
-    Raises ArtifactError when it cannot be read or is of a larger vocabulary than the model.
+    Raises ArtifactError when it cannot be read, is of a larger vocabulary than the model, or makes texts longer
+    without bound.
     """
 
     def __init__(self, text: str, vocabulary: int) -> None:
@@ -24,29 +38,46 @@ class Tokenizer:
             raise MissingDependencyError(
                 "text needs the package tokenizers; run: pip install 'tokopt[text]', or pass token ids"
             ) from error
-        try:
+        with _faults("be read"):
             self.tokenizer = tokenizers.Tokenizer.from_str(text)
-        except Exception as error:  # tokenizers raises a bare Exception
-            raise ArtifactError(
-                f"the tokenizer cannot be read ({error}); export the artifact again"
-            ) from error
-        size = self.tokenizer.get_vocab_size(with_added_tokens=False)  # some models lack rows for added ones
+            self.tokenizer.no_truncation()
+            self.tokenizer.no_padding()
+            size = self.tokenizer.get_vocab_size(
+                with_added_tokens=False
+            )  # some models lack rows for added ones
+            growth = _tokenizer_growth(self.tokenizer)
         if size > vocabulary:
             raise ArtifactError(
                 f"the tokenizer has {size} tokens and the model {vocabulary}; export it with its own tokenizer"
             )
+        if growth > LARGEST_GROWTH:
+            raise ArtifactError(
+                f"the tokenizer may make a text {growth} times as long, at most {LARGEST_GROWTH} times is allowed; "
+                "export the artifact with another"
+            )
 
     def encode(self, text: str) -> list[int]:
         """Token ids, with the special tokens that the tokenizer puts around a text."""
-        return self.tokenizer.encode(text).ids
+        return self._encode(text, special=True)
 
     def encode_parts(self, text: str) -> list[int]:
         """Token ids of a text that spells its special tokens itself, as a chat template does."""
-        return self.tokenizer.encode(text, add_special_tokens=False).ids
+        return self._encode(text, special=False)
+
+    def _encode(self, text: str, special: bool) -> list[int]:
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise InputError(
+                f"the text is not valid Unicode ({error}); remove its lone surrogates"
+            ) from error
+        with _faults("encode this text"):
+            return self.tokenizer.encode(text, add_special_tokens=special).ids
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of token ids, without special tokens."""
-        return self.tokenizer.decode(list(ids), skip_special_tokens=True)
+        with _faults("decode these tokens"):
+            return self.tokenizer.decode(list(ids), skip_special_tokens=True)
 
     def token(self, index: int) -> str:
         """How the vocabulary spells one token; empty when it has none."""
@@ -116,28 +147,49 @@ def _overlap(text: str, stop: str) -> int:
     return next((n for n in range(min(len(stop) - 1, len(text)), 0, -1) if text.endswith(stop[:n])), 0)
 
 
-def render_chat(template: str | None, messages: Sequence[Mapping[str, Any]], bos: str, eos: str) -> str:
-    """The text of a conversation, ready for the model's answer, by its Jinja template.
+def is_library_fault(error: BaseException) -> bool:
+    """Whether it is an exception or a panic of Rust, whose class cannot be imported; an interrupt is neither."""
+    return isinstance(error, Exception) or type(error).__name__ == "PanicException"
 
-    ``messages`` are ``{"role": ..., "content": ...}``. Raises InputError when there is no template or it
-    rejects the conversation.
-    """
-    if template is None:
-        raise InputError("this artifact has no chat template; pass the prompt as text")
+
+@contextmanager
+def _faults(doing: str) -> Iterator[None]:
+    """Turn what the library raises on a damaged tokenizer into an ArtifactError: bare exceptions, and Rust's panics."""
     try:
-        import jinja2
-        from jinja2.sandbox import ImmutableSandboxedEnvironment
-    except ImportError as error:
-        raise MissingDependencyError("chat templates need jinja2; run: pip install 'tokopt[text]'") from error
+        yield
+    except BaseException as error:
+        if not is_library_fault(error):
+            raise
+        line = " ".join(str(error).split())[:300]
+        raise ArtifactError(f"the tokenizer cannot {doing} ({line}); export the artifact again") from error
 
-    def refuse(message: str) -> None:
-        raise InputError(f"the chat template rejects the conversation: {message}")
 
-    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
-    environment.globals["raise_exception"] = refuse
-    try:
-        return environment.from_string(template).render(
-            messages=list(messages), add_generation_prompt=True, bos_token=bos, eos_token=eos
-        )
-    except jinja2.TemplateError as error:
-        raise InputError(f"the chat template rejects the conversation: {error}") from error
+def _tokenizer_growth(tokenizer: Any) -> int:
+    """An upper bound on how many times longer the steps of a tokenizer make a text, in encoding or in decoding."""
+    encoding = (tokenizer.normalizer, tokenizer.pre_tokenizer, tokenizer.post_processor)
+    steps = [[part for part in side if part is not None] for side in (encoding, (tokenizer.decoder,))]
+    return max(math.prod(_growth(json.loads(part.__getstate__())) for part in side) for side in steps)
+
+
+def _growth(step: Any) -> int:
+    """The growth by one step of a tokenizer, as its JSON describes it, and by the steps in it."""
+    if isinstance(step, list):
+        return math.prod(_growth(item) for item in cast(list[Any], step))
+    if not isinstance(step, dict):
+        return 1
+    parts = cast(dict[str, Any], step)
+    match parts:
+        case {"type": "Replace", "pattern": {"String": str(pattern)}, "content": str(content)} if pattern:
+            return max(-(-len(content) // len(pattern)), 1)
+        case {"type": "Replace", "pattern": {"Regex": str(pattern)}, "content": str(content)}:
+            return max(
+                len(content) + bool(re.search(r"[*?|^$]|\\[bB]|\{0", pattern)), 1
+            )  # it may match nothing
+        case {"type": "Replace", "content": str(content)}:
+            return 1 + len(content)
+        case {"type": "TemplateProcessing", "single": list(pieces)}:
+            return sum("Sequence" in piece for piece in cast(list[dict[str, Any]], pieces))
+        case {"type": "ByteLevel" | "BertNormalizer" | "NFKC" | "NFKD" | "Precompiled"}:
+            return 3  # a character may become several
+        case _:
+            return math.prod(_growth(item) for item in parts.values())

@@ -39,6 +39,7 @@ from tokopt.runtime.format.manifest import (
 )
 from tokopt.runtime.numerics import SELFTEST_LIMITS, OutputCheck, check_output
 from tokopt.runtime.selftest import run_selftests
+from tokopt.runtime.text import read_tokenizer
 
 if TYPE_CHECKING:
     import torch
@@ -131,7 +132,7 @@ def open_bundle(path: str | Path) -> Bundle:
         if fault := file_fault(path, name, entry):
             raise ArtifactError(fault)
     programs = {name: _load_program(path, manifest, name) for name in manifest.programs}
-    tokenizer = manifest.tokenizer and file_path(path, manifest.tokenizer).read_text(encoding="utf-8")
+    tokenizer = manifest.tokenizer and read_tokenizer(file_path(path, manifest.tokenizer))
     bundle = Bundle(
         programs,
         manifest.schedule,

@@ -176,14 +176,20 @@ def _plugin(value: Json, where: str) -> PluginEntry:
 
 
 def read_generation(entry: Mapping[str, Json], where: str) -> Generation:
-    """The facts of a language model, which are the same in every format."""
+    """The facts of a language model; older formats have one chat template and do not name special tokens."""
     return Generation(
         read_integer(entry["context"], f"{where}.context", 1, MAX_SIZE),
         read_integer(entry["vocabulary"], f"{where}.vocabulary", 1, MAX_SIZE),
         read_items(entry["eos"], f"{where}.eos", _token),
         read_optional(entry["bos"], f"{where}.bos", _token),
         read_optional(entry["chat_template"], f"{where}.chat_template", read_text),
+        read_mapping(entry.get("chat_templates", {}), f"{where}.chat_templates", read_text),
+        read_optional(entry.get("special_tokens"), f"{where}.special_tokens", _tokens),
     )
+
+
+def _tokens(value: Json, where: str) -> dict[str, str]:
+    return read_mapping(value, where, read_text)
 
 
 def _token(value: Json, where: str) -> int:

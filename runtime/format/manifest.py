@@ -263,4 +263,6 @@ def _trigger(value: Json, where: str) -> Trigger:
 
 
 def _generation(value: Json, where: str) -> Generation:
-    return read_generation(read_object(value, where, "context vocabulary eos bos chat_template"), where)
+    optional = "chat_templates special_tokens"
+    entry = read_object(value, where, "context vocabulary eos bos chat_template", optional)
+    return read_generation(entry, where)

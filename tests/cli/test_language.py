@@ -8,10 +8,12 @@ from typing import Any
 import pytest
 from tokenizers import Tokenizer as Library
 from tokenizers import decoders, models, pre_tokenizers
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from tests.cli.command import answer, complaint
 from tests.zoo.decoders import DECODERS, VOCABULARY
 from tokopt.cli import main
+from tokopt.runtime import LanguageModel, load
 
 
 def tokenizer() -> Library:
@@ -29,7 +31,11 @@ def artifacts(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Exported artifacts of one model: ``full`` and ``small``, whose cache is bounded."""
     folder = tmp_path_factory.mktemp("language")
     DECODERS["llama"]().save_pretrained(folder / "llama")  # type: ignore[operator]
-    tokenizer().save(str(folder / "llama" / "tokenizer.json"))
+    library = tokenizer()
+    library.enable_truncation(max_length=4)  # which prompts are not read with
+    wrapped = PreTrainedTokenizerFast(tokenizer_object=library, bos_token="<s>", eos_token="</s>")
+    wrapped.chat_template = "{{ bos_token }}{% for m in messages %}{{ m.content }}{{ eos_token }}{% endfor %}"
+    wrapped.save_pretrained(folder / "llama")
     steps = [
         ("capture", folder / "llama", "-o", folder / "full.bundle.tokopt"),
         (
@@ -54,6 +60,17 @@ def test_generate_says_what_it_took(capsys: pytest.CaptureFixture[str], artifact
     assert (full["prompt_tokens"], full["new_tokens"]) == (40, 30)
     assert small["cache_slots"] == 20 < full["cache_slots"]
     assert len(full["text"]) == len(small["text"]) == 30
+
+
+def test_conversations_are_those_of_transformers(artifacts: Path) -> None:
+    messages = [{"role": "user", "content": "hello"}]
+    wanted = AutoTokenizer.from_pretrained(artifacts / "llama").apply_chat_template(
+        messages, return_dict=False
+    )
+    assert wanted[0] == VOCABULARY  # <s> is behind all letters; config.json says 1
+    for name in ("full.tokopt", "small.tokopt"):
+        model = load(artifacts / name)
+        assert isinstance(model, LanguageModel) and model.chat_prompt(messages) == wanted
 
 
 def test_stream_prints_the_same_text(capsys: pytest.CaptureFixture[str], artifacts: Path) -> None:

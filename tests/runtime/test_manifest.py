@@ -38,6 +38,9 @@ ENGINE = MappingProxyType(
     }
 )
 FACTS = MappingProxyType({"context": 512, "vocabulary": 7, "eos": [1, 2], "bos": 1, "chat_template": None})
+TEXTS = MappingProxyType(
+    {"chat_templates": {"rag": "{{ bos_token }}"}, "special_tokens": {"bos_token": "<s>"}}
+)
 
 
 def state(name: str, kind: str, dtype: str, *axes: str | int, **more: object) -> Json:
@@ -58,7 +61,11 @@ def good() -> Json:
     used = state("used", "length", "int64", "batch", 2)
     rows = {"min": 1, "max": None}
     doc = document([], [], {})
-    doc |= {"states": [past, used], "generation": dict(FACTS), "files": {name: dict(FILE) for name in FILES}}
+    doc |= {
+        "states": [past, used],
+        "generation": {**FACTS, **TEXTS},
+        "files": {name: dict(FILE) for name in FILES},
+    }
     cache = tensor("past", "float32", "batch", "slots", 4, role="state", state="past")
     new = tensor("new", "float32", "batch", "slots", 4, role="state", state="past")
     length = [tensor(name, "int64", "batch", 2, role="state", state="used") for name in ("used", "next_used")]

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer as Library
 from tokenizers import decoders, models, pre_tokenizers
 
-from tokopt.errors import ArtifactError, InputError
-from tokopt.runtime.text import TextStream, Tokenizer, render_chat
+from tokopt.errors import ArtifactError
+from tokopt.runtime.text import TextStream, Tokenizer
 
 
 def byte_tokenizer() -> Tokenizer:
@@ -72,28 +72,3 @@ def test_a_tokenizer_of_another_model_is_refused() -> None:
 def test_a_damaged_tokenizer_is_refused() -> None:
     with pytest.raises(ArtifactError, match="cannot be read"):
         Tokenizer("{}", 100)
-
-
-MESSAGES = [{"role": "user", "content": "Hi"}]
-
-
-def test_chat_template() -> None:
-    template = (
-        "{{ bos_token }}{% for m in messages %}[{{ m['role'] }}] {{ m.content }}{% endfor %}"
-        "{% if add_generation_prompt %} >{% endif %}"
-    )
-    assert render_chat(template, MESSAGES, "<s>", "</s>") == "<s>[user] Hi >"
-
-
-@pytest.mark.parametrize(
-    ("template", "message"),
-    [
-        (None, "no chat template"),
-        ("{{ raise_exception('roles must alternate') }}", "rejects the conversation: roles must alternate"),
-        ("{% for %}", "rejects the conversation"),
-        ("{{ ''.__class__.__mro__ }}", "rejects the conversation"),
-    ],
-)
-def test_chat_template_faults(template: str | None, message: str) -> None:
-    with pytest.raises(InputError, match=message):
-        render_chat(template, MESSAGES, "", "")

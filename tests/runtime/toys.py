@@ -8,6 +8,8 @@ drops all but the last KEPT.
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -119,6 +121,15 @@ def save(folder: Path, manifest: Manifest) -> Path:
         files[f"{i}.onnx"] = _model(entry)
         programs[name] = replace(entry, files={"onnx": f"{i}.onnx"})
     return write(folder, asdict(replace(manifest, programs=programs)), files)
+
+
+def with_file(path: Path, key: str, name: str, data: bytes) -> None:
+    """Add a file to an artifact, which its manifest names under ``key``."""
+    (path / name).write_bytes(data)
+    doc = json.loads((path / "manifest.json").read_text())
+    entry = {"sha256": hashlib.sha256(data).hexdigest(), "size": len(data)}
+    doc |= {key: name, "files": {**doc["files"], name: entry}}
+    (path / "manifest.json").write_text(json.dumps(doc))
 
 
 def text(prompt: Sequence[int], offset: int, count: int) -> list[int]:

@@ -202,17 +202,17 @@ def _processor_size(folder: Path) -> tuple[int, int] | None:
 def _text_model(folder: Path, model: Any, options: ExampleOptions) -> _Model:
     import torch
 
+    from tokopt.frontend.texts import read_texts
     from tokopt.ir.program import AxisRange
 
     longest = getattr(model.config, "max_position_embeddings", None)
     count = options.tokens or min(32, longest or 32)
     ids = torch.randint(0, model.config.vocab_size, (2, count), generator=torch.Generator().manual_seed(0))
     axes = ("batch", "tokens")
-    tokenizer = folder / "tokenizer.json"
     return _Model(
         model,
         kwargs={"input_ids": ids, "attention_mask": torch.ones_like(ids)},
         dynamic={"input_ids": axes, "attention_mask": axes},
         ranges={"tokens": AxisRange(2, longest)},
-        tokenizer=tokenizer.read_text() if tokenizer.is_file() else None,
+        tokenizer=read_texts(folder).tokenizer,
     )

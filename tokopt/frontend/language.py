@@ -20,7 +20,6 @@ assumes that slot i holds position i, so passes may evict and move what a layer 
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -34,6 +33,7 @@ from torch import Tensor, nn
 from tokopt.errors import CaptureError, MissingDependencyError
 from tokopt.frontend.module import evaluation, explain
 from tokopt.frontend.normalize import normalize
+from tokopt.frontend.texts import Texts, read_texts, without_padding
 from tokopt.ir.bundle import Bundle
 from tokopt.ir.calls import first_call
 from tokopt.ir.export import export_flat, output_specs, unlifted
@@ -78,16 +78,16 @@ def capture_lm(
 
     ``model`` is a Hugging Face causal language model, the folder of one (loaded in float32, with its
     tokenizer, chat template and stop tokens), or a hand-written :class:`Decoder`. ``tokenizer`` is the text of
-    a ``tokenizer.json``. ``generation`` gives the context length, the vocabulary size and the stop tokens;
-    a hand-written decoder needs it, a Hugging Face model has its own.
+    a ``tokenizer.json``, whose truncation and padding are left out. ``generation`` gives the context length, the
+    vocabulary size and the stop tokens; a hand-written decoder needs it, a Hugging Face model has its own.
 
     Raises CaptureError when the model cannot be traced, when its masks are of a kind that tokopt does not
     know, or when ``step`` does not reproduce the model's own logits; ArtifactError when the tokenizer does not
     match.
     """
     if isinstance(model, (str, Path)):
-        loaded, found_tokenizer, generation = _from_folder(Path(model), generation)
-        return capture_lm(loaded, tokenizer=tokenizer or found_tokenizer, generation=generation)
+        loaded, texts, generation = _from_folder(Path(model), tokenizer, generation)
+        return capture_lm(loaded, tokenizer=texts.tokenizer, generation=generation)
     hugging_face = hasattr(model, "get_decoder") and hasattr(model, "config")
     if generation is None:
         if not hugging_face:
@@ -97,6 +97,7 @@ def capture_lm(
             )
         generation = _generation(model)
     if tokenizer is not None:
+        tokenizer = without_padding(tokenizer)
         Tokenizer(tokenizer, generation.vocabulary)  # refuse another model's before anything is traced
     with evaluation(model), _fused_attention(model if hugging_face else None):
         decoder: Any = _HuggingFace(model) if hugging_face else model
@@ -321,8 +322,10 @@ def _generation(model: Any) -> Generation:
     )
 
 
-def _from_folder(folder: Path, generation: Generation | None) -> tuple[Any, str | None, Generation]:
-    """The model, the text of its tokenizer, and what its files say of generation."""
+def _from_folder(
+    folder: Path, tokenizer: str | None, generation: Generation | None
+) -> tuple[Any, Texts, Generation]:
+    """The model, and what its files say of text and of generation, where the caller does not."""
     if not (folder / "config.json").is_file():
         raise CaptureError(f"{folder} has no config.json, so it is no folder of a Hugging Face model")
     try:
@@ -331,29 +334,22 @@ def _from_folder(folder: Path, generation: Generation | None) -> tuple[Any, str 
         raise MissingDependencyError(
             "language models are loaded by transformers; run: pip install 'tokopt[hf]'"
         ) from error
+    texts = read_texts(folder, tokenizer)
     try:
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
     except Exception as error:  # transformers raises several unrelated classes
         line = " ".join(str(error).split())
         raise CaptureError(f"transformers cannot load {folder}: {type(error).__name__}: {line}") from error
-    text = folder / "tokenizer.json"
-    tokenizer = text.read_text(encoding="utf-8") if text.is_file() else None
     if generation is None:
-        found = _generation(model)
-        generation = Generation(found.context, found.vocabulary, found.eos, found.bos, _chat_template(folder))
-    return model, tokenizer, generation
-
-
-def _chat_template(folder: Path) -> str | None:
-    """The Jinja template of a conversation, from either of the places that hold it."""
-    file = folder / "chat_template.jinja"
-    if file.is_file():
-        return file.read_text(encoding="utf-8")
-    settings = folder / "tokenizer_config.json"
-    template = (
-        json.loads(settings.read_text(encoding="utf-8")).get("chat_template") if settings.is_file() else None
-    )
-    return template if isinstance(template, str) else None
+        others = dict(texts.chat_templates)
+        usual = others.pop("default", None)
+        generation = replace(
+            _generation(model),
+            chat_template=usual,
+            chat_templates=others,
+            special_tokens=texts.special_tokens,
+        )
+    return model, texts, generation
 
 
 @contextmanager
