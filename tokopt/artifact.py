@@ -2,24 +2,21 @@
 
 ``vit.tokopt/`` holds ``manifest.json``, one file per program (``forward.onnx`` or ``forward.pt2``), the
 weights (``weights.data``), ``selftest.safetensors`` and, for text models, ``tokenizer.json``. It is written
-under a temporary name beside its place and renamed when it is complete and checked.
+under a temporary name beside its place and put there when it is complete and checked (:mod:`tokopt.place`).
 """
 
 from __future__ import annotations
 
-import os
-import secrets
-import shutil
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any, cast
 
 from tokopt.errors import ArtifactError, InputError, TokoptError
 from tokopt.ir.bundle import AppliedPass, Bundle
 from tokopt.ir.program import Program
+from tokopt.place import check_place, replacing
 from tokopt.runtime.engines.onnxruntime import Sessions
 from tokopt.runtime.format.manifest import (
     ENGINE,
@@ -75,8 +72,10 @@ def export(
     replaces an artifact that is already there. ``progress`` is called with a line per step.
 
     Raises LoweringError when a program cannot be lowered or does not compute the same, ArtifactError when
-    ``path`` is taken or its parent is missing, MissingDependencyError without the TensorRT that an engine takes, and
-    InputError for engine options that do not fit. Nothing is left behind when it fails.
+    ``path`` is taken (at the start, or meanwhile), its parent is missing, or it cannot be written,
+    MissingDependencyError without the TensorRT that an engine takes, and InputError for engine options that do not fit.
+    Nothing is left behind when it fails, and what was there stays; a process that is killed leaves the old artifact or
+    the new one, and beside it what the next export to the same place removes.
     """
     if target not in TARGETS:
         raise ArtifactError(f"there is no target {target!r}; choose among {', '.join(TARGETS)}")
@@ -89,7 +88,7 @@ def export(
     check_place(path, overwrite)
     cleaned = bundle if target == "torch" else _clean_up(bundle, say)
     builder = _engine_builder(cleaned, engine) if target == "tensorrt" else None
-    with replacing(path.absolute()) as folder:
+    with replacing(path, overwrite) as folder:
         metadata = {"tokopt.pipeline": cleaned.pipeline, "tokopt.semantics": cleaned.semantics}
         if target == "torch":
             files = _save_programs(bundle, folder, say)
@@ -222,52 +221,6 @@ def _as_numpy(tensor: torch.Tensor) -> Any:
     return (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).numpy(force=True)
 
 
-def check_place(path: Path, overwrite: bool) -> None:
-    if not path.parent.is_dir():
-        raise ArtifactError(f"the folder {path.parent} does not exist; create it first")
-    if not os.path.lexists(path):
-        return
-    if not overwrite:
-        raise ArtifactError(f"{path} exists already; pass overwrite=True or choose another path")
-    if path.is_symlink() or not (path / MANIFEST).is_file():
-        raise ArtifactError(f"{path} is no tokopt artifact and will not be overwritten; choose another path")
-
-
-@contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """A new folder beside ``path`` that takes its name at the end, or disappears on any failure."""
-    token = secrets.token_hex(4)
-    folder = path.with_name(f".{path.name}.{token}.tmp")
-    try:
-        folder.mkdir()
-    except OSError as error:
-        raise ArtifactError(f"{path.parent} cannot be written to ({error}); choose another path") from error
-    try:
-        yield folder
-        _rename(folder, path, path.with_name(f".{path.name}.{token}.old"))
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-
-
-def _rename(folder: Path, path: Path, aside: Path) -> None:
-    """Put ``folder`` in the place of ``path``; what was there stays until the new one is in place."""
-    try:
-        if not path.exists():
-            folder.rename(path)
-            return
-        path.rename(aside)
-        try:
-            folder.rename(path)
-        except BaseException:
-            aside.rename(path)
-            raise
-    except OSError as error:
-        raise ArtifactError(
-            f"the artifact cannot be moved to {path} ({error}); choose another path"
-        ) from error
-    shutil.rmtree(aside, ignore_errors=True)
-
-
 def _engine_builder(bundle: Bundle, options: EngineOptions | None) -> EngineBuilder:
     from tokopt.lower.tensorrt.engine import EngineBuilder, EngineOptions
 
@@ -298,8 +251,32 @@ def _save_programs(bundle: Bundle, folder: Path, say: Callable[[str], None]) -> 
     for name, program in bundle.programs.items():
         files[name] = {"torch": f"{name}.pt2"}
         say(f"saving {name}.pt2")
-        torch.export.save(assemble(program), folder / f"{name}.pt2")
+        with (folder / f"{name}.pt2").open("wb") as file:
+            stream = _Deferred(file)
+            torch.export.save(assemble(program), cast(Any, stream))
+            stream.finish()
     return files
+
+
+class _Deferred:
+    """A file whose failure is raised at the end: torch's writer ends the process when a write fails."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self.file = file
+        self.error: BaseException | None = None
+
+    def write(self, data: Any) -> int:
+        try:
+            if self.error is None:
+                self.file.write(data)
+        except BaseException as error:
+            self.error = error
+        return len(data)
+
+    def finish(self) -> None:
+        """Raise the first error."""
+        if self.error is not None:
+            raise self.error
 
 
 def _lower_programs(

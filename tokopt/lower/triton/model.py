@@ -20,9 +20,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import onnx_ir as ir
 
-from tokopt.artifact import check_place, export, replacing
+from tokopt.artifact import export
 from tokopt.errors import ArtifactError, InputError, LoweringError, MissingDependencyError
 from tokopt.lower.triton.sequences import weight_files, write_sequence_step
+from tokopt.place import replacing
 from tokopt.runtime.format.manifest import (
     ENGINE,
     PORTABLE,
@@ -110,8 +111,7 @@ def write_model(source: Bundle | str | Path, path: str | Path, serving: Serving 
     Nothing is left behind when it fails.
     """
     schema, serving, path = _schema(), serving or Serving(), Path(path)
-    check_place(path, overwrite=False)
-    with replacing(path.absolute()) as folder:
+    with replacing(path) as folder:
         if isinstance(source, (str, Path)):
             _write(schema, Path(source), folder, path.name, serving)
         else:
