@@ -12,7 +12,8 @@ from tokopt.errors import ArtifactError, InputError, TokoptError
 from tokopt.runtime.encode import encode
 from tokopt.runtime.engines.base import Programs
 from tokopt.runtime.engines.onnxruntime import BACKENDS, Backend, Provider, Sessions, check_threads
-from tokopt.runtime.format.manifest import PORTABLE, Manifest, file_fault, read_manifest
+from tokopt.runtime.format.external import check_files
+from tokopt.runtime.format.manifest import PORTABLE, Manifest, read_manifest
 from tokopt.runtime.inputs import Interface, count_rows
 from tokopt.runtime.language import LanguageModel
 from tokopt.runtime.numerics import OutputCheck
@@ -51,9 +52,8 @@ def load(
                 f"{folder} holds no ONNX form of program {name!r}, only {', '.join(entry.files)}; open it with "
                 "tokopt.open_bundle, or export the bundle with target='onnx'"
             )
-    for name, file in manifest.files.items() if verify else ():
-        if fault := file_fault(folder, name, file):
-            raise ArtifactError(fault)
+    if verify:
+        check_files(folder, manifest)
     if backend == "tensorrt":
         return _load_engines(folder, manifest, providers, threads)
     if backend != "onnxruntime":

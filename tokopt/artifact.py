@@ -18,6 +18,7 @@ from tokopt.ir.bundle import AppliedPass, Bundle
 from tokopt.ir.program import Program
 from tokopt.place import check_place, replacing
 from tokopt.runtime.engines.onnxruntime import Sessions
+from tokopt.runtime.format.external import check_files, find_faults
 from tokopt.runtime.format.manifest import (
     ENGINE,
     MANIFEST,
@@ -30,7 +31,6 @@ from tokopt.runtime.format.manifest import (
     PassEntry,
     ProgramEntry,
     describe_file,
-    file_fault,
     file_path,
     read_manifest,
 )
@@ -127,9 +127,7 @@ def open_bundle(path: str | Path) -> Bundle:
 
         return capture(path)
     manifest = read_manifest(path)
-    for name, entry in manifest.files.items():
-        if fault := file_fault(path, name, entry):
-            raise ArtifactError(fault)
+    check_files(path, manifest)
     programs = {name: _load_program(path, manifest, name) for name in manifest.programs}
     tokenizer = manifest.tokenizer and read_tokenizer(file_path(path, manifest.tokenizer))
     bundle = Bundle(
@@ -183,11 +181,7 @@ def verify(path: str | Path) -> VerifyReport:
     """
     path = Path(path)
     manifest = read_manifest(path)
-    faults = [
-        fault
-        for name, entry in manifest.files.items()
-        if (fault := file_fault(path, name, entry)) is not None
-    ]
+    faults = list(find_faults(path, manifest))
     outputs: dict[str, tuple[OutputCheck, ...]] = {}
     if not faults:
         try:

@@ -14,7 +14,8 @@ import onnxruntime
 
 from tokopt.errors import ArtifactError, InputError, MissingDependencyError
 from tokopt.runtime.buffers import Bound, Buffers, run_in_place
-from tokopt.runtime.format.manifest import ONE_ROW, PORTABLE, Manifest, file_path
+from tokopt.runtime.format.external import check_external
+from tokopt.runtime.format.manifest import ONE_ROW, PORTABLE, Manifest
 
 Provider = str | tuple[str, Mapping[str, object]]
 """The name of an ONNX Runtime execution provider, alone or with its options."""
@@ -54,7 +55,8 @@ class Sessions:
     def get(self, program: str, form: str = PORTABLE) -> onnxruntime.InferenceSession:
         """The session of one form; raises ArtifactError when ONNX Runtime cannot load it."""
         if (program, form) not in self._open:
-            path = file_path(self.folder, self.manifest.programs[program].files[form])
+            file = self.manifest.programs[program].files[form]
+            path = check_external(self.folder, file, self.manifest.files)
             self._open[program, form] = _session(path, self.names, self.options, self.threads)
         return self._open[program, form]
 

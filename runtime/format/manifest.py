@@ -95,6 +95,10 @@ def read_manifest(folder: Path) -> Manifest:
     """Read and validate ``folder/manifest.json``; raises ArtifactError."""
     path = folder / MANIFEST
     try:
+        if path.is_symlink():
+            raise ArtifactError(
+                f"{path} is a symbolic link, which may leave the artifact; copy the file itself"
+            )
         if not path.is_file():
             what = "has no manifest.json" if folder.is_dir() else "is not a folder"
             raise ArtifactError(f"{folder} {what}: it is no tokopt artifact; make one with tokopt.export")

@@ -21,15 +21,15 @@ import numpy as np
 import onnx_ir as ir
 
 from tokopt.artifact import export
-from tokopt.errors import ArtifactError, InputError, LoweringError, MissingDependencyError
+from tokopt.errors import InputError, LoweringError, MissingDependencyError
 from tokopt.lower.triton.sequences import weight_files, write_sequence_step
 from tokopt.place import replacing
+from tokopt.runtime.format.external import check_files
 from tokopt.runtime.format.manifest import (
     ENGINE,
     PORTABLE,
     Manifest,
     ProgramEntry,
-    file_fault,
     file_path,
     read_manifest,
 )
@@ -124,9 +124,7 @@ def _write(schema: Any, artifact: Path, folder: Path, name: str, serving: Servin
     from google.protobuf import text_format
 
     manifest = read_manifest(artifact)
-    for file, entry in manifest.files.items():
-        if fault := file_fault(artifact, file, entry):
-            raise ArtifactError(fault)
+    check_files(artifact, manifest)
     model = _describe(manifest, artifact, serving)
     _write_program(model, artifact, folder / VERSION)
     _write_initial_states(model, folder / INITIAL_STATE)
