@@ -129,10 +129,11 @@ def test_torch_artifact_is_not_for_the_runtime(torch_artifact: Path) -> None:
 
 
 def test_verify_reports_every_output(onnx_artifact: Path, torch_artifact: Path) -> None:
-    for path in (onnx_artifact, torch_artifact):
+    """Of ONNX; what torch would load is not opened."""
+    for path, outputs in ((onnx_artifact, ["tokens", "pooled"]), (torch_artifact, [])):
         report = tokopt.verify(path)
         assert report.ok and not report.faults
-        assert [check.name for check in report.outputs["forward"]] == ["tokens", "pooled"]
+        assert [check.name for check in report.outputs.get("forward", ())] == outputs
         assert json.loads(json.dumps(report.as_dict()))["ok"] is True
 
 

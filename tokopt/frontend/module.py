@@ -15,8 +15,9 @@ from typing import Any
 import torch
 from torch.utils import _pytree as pytree
 
-from tokopt.errors import CaptureError, InputError
+from tokopt.errors import ArtifactError, CaptureError, InputError
 from tokopt.frontend.normalize import normalize
+from tokopt.frontend.pt2 import load_pt2
 from tokopt.ir.bundle import Bundle
 from tokopt.ir.export import export_flat, output_specs, unlifted
 from tokopt.ir.format import Entry, Schedule
@@ -117,9 +118,9 @@ def _as_module(
         import tokopt.kernels  # noqa: F401  # registers the ops that the file may call
 
         try:
-            model = torch.export.load(model)
-        except Exception as error:
-            raise CaptureError(f"{model} is not a readable .pt2 file: {error}") from error
+            model = load_pt2(Path(model))
+        except ArtifactError as error:
+            raise CaptureError(str(error)) from error
     if isinstance(model, torch.export.ExportedProgram):
         if not args and not kwargs and model.example_inputs is not None:
             args, kwargs = model.example_inputs

@@ -23,6 +23,8 @@ def run(args: Namespace, screen: Screen) -> int:
         for check in checks
     ]
     screen.table(("program", "output", "NMSE", "at most", ""), rows)
+    if report.ok and not rows:
+        screen.line("The files alone were checked: a .pt2 file is not opened unless you ask for it.")
     screen.line(
         f"{report.path}: {report.files} files, " + ("verified" if report.ok else "NOT as it was written")
     )
