@@ -1,8 +1,8 @@
 """Checking a ``.pt2`` file opens nothing, and opening it executes nothing out of it.
 
 ``verify`` and ``open_bundle`` gave whatever a file held to torch's reader, which unpickles entries marked as pickles,
-and executes more than these. The law: ``verify`` reads hashes; whatever torch would execute is refused before torch sees
-it.
+and executes more than these. The law: ``verify`` reads hashes; whatever torch would execute is refused before torch
+sees it.
 """
 
 from __future__ import annotations

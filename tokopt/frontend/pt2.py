@@ -72,8 +72,8 @@ def load_pt2(path: Path) -> torch.export.ExportedProgram:
     except Exception as error:  # whatever the archive's readers raise
         reason = " ".join(str(error).split())
         raise ArtifactError(
-            f"{path} cannot be loaded by torch {torch.__version__} ({type(error).__name__}: {reason[:300]}); save the "
-            "program again with torch.export.save"
+            f"{path} is not a readable .pt2 file for torch {torch.__version__} ({type(error).__name__}: "
+            f"{reason[:300]}); save the program again with torch.export.save"
         ) from error
 
 
