@@ -12,7 +12,7 @@ from tokopt.errors import ArtifactError, InputError, TokoptError
 from tokopt.runtime.encode import encode
 from tokopt.runtime.engines.base import Programs
 from tokopt.runtime.engines.onnxruntime import BACKENDS, Backend, Provider, Sessions, check_threads
-from tokopt.runtime.format.external import check_files
+from tokopt.runtime.format.check_files import check_files
 from tokopt.runtime.format.manifest import PORTABLE, Manifest, read_manifest
 from tokopt.runtime.inputs import Interface, count_rows
 from tokopt.runtime.language import LanguageModel

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
@@ -20,6 +19,7 @@ import tokopt
 import tokopt.lower.onnx.export
 import tokopt.place
 from tests.lower.encoders import text, vision
+from tests.runtime.artifacts import rehash
 from tokopt.errors import ArtifactError, CaptureError, LoweringError
 from tokopt.ir.assemble import assemble
 from tokopt.runtime import Outputs, load
@@ -152,11 +152,7 @@ def test_verify_reports_wrong_numbers(copy: Path) -> None:
     tensors = load_file(path)
     tensors["forward/outputs/pooled"] = tensors["forward/outputs/pooled"] * np.float32(1.1)
     path.write_bytes(save(tensors))
-    manifest = json.loads((copy / "manifest.json").read_text())
-    data = path.read_bytes()
-    entry = {"sha256": hashlib.sha256(data).hexdigest(), "size": len(data)}
-    manifest["files"]["selftest.safetensors"] = entry
-    (copy / "manifest.json").write_text(json.dumps(manifest))
+    rehash(copy)
     report = tokopt.verify(copy)
     assert [check.ok for check in report.outputs["forward"]] == [True, False] and not report.ok
 

@@ -18,7 +18,7 @@ from tokopt.ir.bundle import AppliedPass, Bundle
 from tokopt.ir.program import Program
 from tokopt.place import check_place, replacing
 from tokopt.runtime.engines.onnxruntime import Sessions
-from tokopt.runtime.format.external import check_files, find_faults
+from tokopt.runtime.format.check_files import check_files, find_faults
 from tokopt.runtime.format.manifest import (
     ENGINE,
     MANIFEST,

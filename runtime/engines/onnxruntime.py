@@ -14,7 +14,7 @@ import onnxruntime
 
 from tokopt.errors import ArtifactError, InputError, MissingDependencyError
 from tokopt.runtime.buffers import Bound, Buffers, run_in_place
-from tokopt.runtime.format.external import check_external
+from tokopt.runtime.format.check_files import check_onnx
 from tokopt.runtime.format.manifest import ONE_ROW, PORTABLE, Manifest
 
 Provider = str | tuple[str, Mapping[str, object]]
@@ -55,8 +55,7 @@ class Sessions:
     def get(self, program: str, form: str = PORTABLE) -> onnxruntime.InferenceSession:
         """The session of one form; raises ArtifactError when ONNX Runtime cannot load it."""
         if (program, form) not in self._open:
-            file = self.manifest.programs[program].files[form]
-            path = check_external(self.folder, file, self.manifest.files)
+            path = check_onnx(self.folder, self.manifest.programs[program], form, self.manifest.files)
             self._open[program, form] = _session(path, self.names, self.options, self.threads)
         return self._open[program, form]
 

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from tokopt.errors import ArtifactError, InputError, MissingDependencyError
-from tokopt.runtime.format.external import check_external
+from tokopt.runtime.format.check_files import check_onnx
 from tokopt.runtime.format.manifest import PORTABLE, Manifest
 
 DEFAULTS: Mapping[str, object] = {"INFERENCE_PRECISION_HINT": "f32", "PERFORMANCE_HINT": "LATENCY"}
@@ -37,8 +37,7 @@ class OpenVINOSessions:
     def get(self, program: str, form: str = PORTABLE) -> OpenVINOSession:
         """A program compiled for the CPU; raises as :class:`OpenVINOSession` does."""
         if program not in self._open:
-            file = self.manifest.programs[program].files[form]
-            path = check_external(self.folder, file, self.manifest.files)
+            path = check_onnx(self.folder, self.manifest.programs[program], form, self.manifest.files)
             self._open[program] = OpenVINOSession(path, self.options, self.threads)
         return self._open[program]
 

@@ -24,7 +24,7 @@ import tokopt
 from tests.runtime.artifacts import document, doubling, tensor, write
 from tokopt.errors import ArtifactError
 from tokopt.runtime import load
-from tokopt.runtime.format.external import Malformed, check_external, locations
+from tokopt.runtime.format.onnx_file import Malformed, OnnxFile, read_onnx
 
 EXPORTED = Path(__file__).parent.parent / "data" / "artifacts"
 
@@ -124,7 +124,7 @@ def test_weights_outside(make: Callable[[TensorProto], Any], location: str, tmp_
     (tmp_path / "secret").write_bytes(WEIGHTS.tobytes())
     path = artifact(tmp_path / "a", make(external(location)), listed=True)
     with pytest.raises(ArtifactError, match="does not list"):
-        check_external(path, "forward.onnx", {"weights.data": None})
+        load(path)
 
 
 def test_the_last_of_two_locations_counts_no_more_than_the_first(tmp_path: Path) -> None:
@@ -164,8 +164,8 @@ def test_the_weights_of_an_exported_artifact_are_found() -> None:
         data = path.read_bytes()
         tensors = onnx.external_data_helper._get_all_tensors(onnx.load_model_from_string(data))
         entries = [entry for made in tensors for entry in made.external_data if entry.key == "location"]
-        assert set(locations(data)) == {entry.value for entry in entries}
-        found |= set(locations(data))
+        assert read_onnx(data).locations == {entry.value for entry in entries}
+        found |= read_onnx(data).locations
     assert found == {"weights.data"}
 
 
@@ -176,4 +176,4 @@ def test_any_bytes_are_an_onnx_file_or_none(data: bytes, cut: int) -> None:
     cut %= len(whole)
     for content in (data, whole[:cut] + data + whole[cut + len(data) :], whole[:cut]):
         with suppress(Malformed):
-            assert all(isinstance(name, str) for name in locations(content))
+            assert isinstance(read_onnx(content), OnnxFile)

@@ -7,7 +7,6 @@ sees it.
 
 from __future__ import annotations
 
-import hashlib
 import io
 import json
 import pickle
@@ -25,6 +24,7 @@ import torch
 import tokopt
 from tests.lower.encoders import text, vision
 from tests.matrix.language import bundle as decoder
+from tests.runtime.artifacts import rehash
 from tokopt.errors import ArtifactError, CaptureError
 from tokopt.frontend.pt2 import load_pt2
 from tokopt.ir.assemble import assemble
@@ -202,15 +202,6 @@ ATTACKS = [
     a_compiled_library,
     what_a_container_makes,
 ]
-
-
-def rehash(path: Path) -> None:
-    """Let the manifest say what the files are: whoever can write one can write the other."""
-    manifest = json.loads((path / "manifest.json").read_text())
-    for name in manifest["files"]:
-        data = (path / name).read_bytes()
-        manifest["files"][name] = {"sha256": hashlib.sha256(data).hexdigest(), "size": len(data)}
-    (path / "manifest.json").write_text(json.dumps(manifest))
 
 
 @pytest.mark.parametrize("attack", ATTACKS, ids=lambda attack: attack.__name__)

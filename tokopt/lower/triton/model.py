@@ -24,7 +24,7 @@ from tokopt.artifact import export
 from tokopt.errors import InputError, LoweringError, MissingDependencyError
 from tokopt.lower.triton.sequences import weight_files, write_sequence_step
 from tokopt.place import replacing
-from tokopt.runtime.format.external import check_files
+from tokopt.runtime.format.check_files import check_files
 from tokopt.runtime.format.manifest import (
     ENGINE,
     PORTABLE,
