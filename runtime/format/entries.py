@@ -51,6 +51,7 @@ ARCH = r"sm_[1-9][0-9]{1,2}"
 
 _MAX_RANK = 16
 _MAX_FILE_BYTES = 2**46
+_MAX_TOKEN = 2**31 - 1
 
 
 @dataclass(frozen=True)
@@ -207,7 +208,7 @@ def _tokens(value: Json, where: str) -> dict[str, str]:
 
 
 def _token(value: Json, where: str) -> int:
-    return read_integer(value, where, 0, MAX_SIZE)
+    return read_integer(value, where, 0, _MAX_TOKEN)
 
 
 def _pass(value: Json, where: str) -> PassEntry:

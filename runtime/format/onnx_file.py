@@ -1,7 +1,7 @@
 """What an ONNX file says of itself, read off its bytes before an engine sees it.
 
-These are its inputs and outputs, and the files that it refers to, which an engine would resolve by itself. Only the messages
-of onnx.proto that can hold either are walked, in place; weights are skipped.
+These are its inputs and outputs, and the files that it refers to, which an engine would resolve by itself. Only the
+messages of onnx.proto that can hold either are walked, in place; weights are skipped.
 """
 
 from __future__ import annotations
@@ -33,13 +33,19 @@ _MESSAGES: Mapping[str, Mapping[int, str]] = MappingProxyType(
 )
 """Message -> number of a field -> the message in it."""
 
-_DTYPES: Mapping[object, str] = MappingProxyType(
-    dict(
-        enumerate(
-            "float32 uint8 int8 uint16 int16 int32 int64 - bool float16 float64 uint32 uint64".split(), 1
-        )
-    )
-    | {16: "bfloat16"}
+_DTYPES: Mapping[int, str] = MappingProxyType(
+    {
+        1: "float32",
+        2: "uint8",
+        3: "int8",
+        4: "uint16",
+        5: "int16",
+        6: "int32",
+        7: "int64",
+        9: "bool",
+        10: "float16",
+    }
+    | {11: "float64", 12: "uint32", 13: "uint64", 16: "bfloat16"}
 )
 
 _NAMES_FILES = ("EPContext",)
