@@ -1,8 +1,8 @@
 """A manifest that contradicts itself or its files is refused when it is read, not when the model runs.
 
 A state that was removed or renamed, an output of 2^40 numbers, or an endless text that nothing shortens loaded, and
-raised KeyError, ValueError or MemoryError on the first call. The law: laws between the parts of a manifest, and between it
-and what ONNX files say of themselves, are checked before an engine is opened. Each sample carries the right hashes.
+raised KeyError, ValueError or MemoryError on the first call. The law: laws between the parts of a manifest, and between
+it and what ONNX files say of themselves, are checked before an engine is opened. Each sample carries the right hashes.
 """
 
 from __future__ import annotations
