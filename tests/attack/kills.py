@@ -7,6 +7,7 @@ import shutil
 import signal
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -24,59 +25,57 @@ OLD, NEW = "", "tome{r=2}"
 """The pipelines of the two artifacts."""
 
 
+@dataclass(frozen=True)
+class _Job:
+    """What is killed: the work on a place, what is there before, and which pipelines may be there afterwards."""
+
+    work: Callable[[Path], object]
+    old: Path | None
+    expected: frozenset[str | None]
+
+
 def prepare(folder: Path) -> Callable[[Random, Path], bool]:
     tuning.interleaved_times = _times
     merged = tokopt.optimize(vision(), NEW)
     source = tokopt.export(vision(), folder / "source", target="torch")
-    old = {t: tokopt.export(vision(), folder / t, target=t) for t in ("torch", "onnx")}
+    lowered = tokopt.export(vision(), folder / "lowered")
 
-    def export_onto(place: Path, target: str) -> None:
+    def export(place: Path, target: str) -> None:
         tokopt.export(merged, place, target=target, overwrite=True, check=False)
 
-    def optimize_to(place: Path) -> None:
-        if main(["optimize", str(source), NEW, "-o", str(place), "--json"]):
+    def optimize(place: Path) -> None:
+        if not place.exists() and main(["optimize", str(source), NEW, "-o", str(place), "--json"]):
             raise SystemExit("optimize failed")
 
-    def search(place: Path) -> None:
+    def tune(place: Path) -> None:
         tokopt.tune(vision(), SAMPLES, place, candidates=[["tome{r=1}", NEW]], floor="cosine>=-1")
 
-    spans: dict[str, float] = {}
-
-    def killed(rng: Random, name: str, work: Callable[[], object]) -> None:
-        """Let ``work`` run in a process that is killed at a random moment of the time that it takes."""
-        if name not in spans:
-            spans[name] = _run(work, 600.0)
-        else:
-            _run(work, rng.random() * spans[name])
+    jobs = {
+        "export torch": _Job(lambda place: export(place, "torch"), source, frozenset((OLD, NEW))),
+        "export onnx": _Job(lambda place: export(place, "onnx"), lowered, frozenset((OLD, NEW))),
+        "export to nothing": _Job(lambda place: export(place, "torch"), None, frozenset((None, NEW))),
+        "optimize": _Job(optimize, None, frozenset((None, NEW))),
+        "tune": _Job(tune, None, frozenset((None, "tome{r=1}", NEW))),
+    }
+    spans = {name: _run(lambda job=job, name=name: job.work(folder / name)) for name, job in jobs.items()}
 
     def run(rng: Random, scratch: Path) -> bool:
-        place = scratch / "a.tokopt"
-        name = rng.choice(["torch", "torch", "torch", "onnx", "onnx", "first", "optimize", "tune"])
-        if name in old:
-            shutil.copytree(old[name], place)
-            killed(rng, name, lambda: export_onto(place, name))
-            _check(place, {OLD, NEW})
-            export_onto(place, name)
-        elif name == "first":
-            killed(rng, name, lambda: export_onto(place, "torch"))
-            _check(place, {None, NEW})
-            export_onto(place, "torch")
-        elif name == "optimize":
-            killed(rng, name, lambda: optimize_to(place))
-            _check(place, {None, NEW})
-            if not place.exists():
-                optimize_to(place)
-        else:
-            search(place)
-            shutil.rmtree(place / "best.tokopt")
-            killed(rng, name, lambda: search(place))
-            _check(place / "best.tokopt", {None, NEW})
-            search(place)
-            left = [path for path in place.iterdir() if path.name.startswith(".")]
-            assert not left, f"{left} is left"
-            place = place / "best.tokopt"
-        assert not [item for item in os.listdir(place.parent) if item.startswith(".")], "something is left"
-        return tokopt.verify(place).ok and read_manifest(place).pipeline.startswith(NEW)
+        name = rng.choices(list(jobs), (4, 3, 1, 1, 1))[0]
+        job, number = jobs[name], 0
+        while True:
+            number += 1
+            place = scratch / str(number) / "a.tokopt"
+            place.parent.mkdir()
+            if job.old is not None:
+                shutil.copytree(job.old, place)
+            if _run(lambda place=place: job.work(place), rng.random() * spans[name]) is None:
+                break
+        artifact = place / "best.tokopt" if name == "tune" else place
+        _check(artifact, job.expected)
+        job.work(place)
+        left = [str(path) for path in scratch.rglob("*") if path.name.startswith(".")]
+        assert not left, f"{left} is left"
+        return tokopt.verify(artifact).ok and read_manifest(artifact).pipeline.startswith(NEW)
 
     return run
 
@@ -88,15 +87,14 @@ def _times(paths: list[str], *rest: Any) -> Iterator[tuple[float, float]]:
     yield 1.0 + 0.1 * len(read_manifest(Path(paths[1])).pipeline.replace("r=1", "")), 1.0
 
 
-def _run(work: Callable[[], object], seconds: float) -> float:
-    """The time that a process takes, of which it gets so much."""
+def _run(work: Callable[[], object], seconds: float = 600.0) -> float | None:
+    """The time that a process takes; None when it was killed after so many seconds."""
     start = time.monotonic()
     child = os.fork()
     if not child:
         code = 1
         try:
-            devnull = os.open(os.devnull, os.O_WRONLY)
-            os.dup2(devnull, 1)
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
             work()
             code = 0
         finally:
@@ -109,10 +107,10 @@ def _run(work: Callable[[], object], seconds: float) -> float:
         time.sleep(0.0005)
     os.kill(child, signal.SIGKILL)
     os.waitpid(child, 0)
-    return seconds
+    return None
 
 
-def _check(place: Path, expected: set[str | None]) -> None:
+def _check(place: Path, expected: frozenset[str | None]) -> None:
     """A whole artifact of one of these pipelines is there, or (None) nothing."""
     if not place.exists():
         assert None in expected, "there is no artifact"

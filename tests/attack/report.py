@@ -15,10 +15,11 @@ PAGE = Path(__file__).parents[2] / "benchmarks" / "results" / "attack.md"
 _HEAD = """Cases of damaged files and bad arguments, and how they ended:
 `python -m tests.attack --cases {cases} --kills {kills} --seed {seed} --report`.
 
-*refused*: a typed error of one sentence. *same*: accepted, with the outputs of the undamaged thing (the damage was
-to spacing, say, or to a file that nobody reads); for disks and writers, a whole artifact. *another*: accepted, and
-something else is computed; allowed where files say so and carry the right hashes, since a hash is no signature. Crashes, hangs (a
-minute without an answer), and exceptions that are none of tokopt's are faults anywhere.
+*refused*: a typed error of one sentence. *same*: accepted, with the outputs of the undamaged thing (the damage was to
+spacing, say, or to a file that nobody reads); for disks, writers and kills, a whole artifact, and nothing beside it.
+*another*: accepted, and something else is computed; allowed where files say so and carry the right hashes, since a hash
+is no signature. Crashes, hangs (a minute without an answer), and exceptions that are none of tokopt's are faults
+anywhere.
 
 | attack on | cases | refused | same | another | foreign exceptions | crashes | hangs | faults |
 |---|---|---|---|---|---|---|---|---|
