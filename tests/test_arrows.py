@@ -23,7 +23,7 @@ ALLOWED = {
     "tokopt.ir": ("errors", "runtime.format"),
     "tokopt.analysis": ("errors", "progress", "ir", "kernels"),
     "tokopt.rewrite": ("errors", "ir", "kernels", "analysis"),
-    "tokopt.pipeline": ("errors", "ir", "analysis", "runtime.numerics", "artifact", "passes"),
+    "tokopt.pipeline": ("errors", "ir", "analysis", "runtime.numerics", "artifact", "place", "passes"),
     "tokopt.passes": ("errors", "ir", "kernels", "analysis", "rewrite", "pipeline"),
 }
 """Package -> what of tokopt its modules may import beside itself, for type checkers too; the rest may import all.

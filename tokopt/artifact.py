@@ -7,6 +7,7 @@ under a temporary name beside its place and put there when it is complete and ch
 
 from __future__ import annotations
 
+import io
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -225,17 +226,26 @@ def _save_programs(bundle: Bundle, folder: Path, say: Callable[[str], None]) -> 
         say(f"saving {name}.pt2")
         with (folder / f"{name}.pt2").open("wb") as file:
             stream = _Deferred(file)
-            torch.export.save(assemble(program), cast(Any, stream))
+            torch.export.save(assemble(program), cast(IO[bytes], stream))
             stream.finish()
     return files
 
 
-class _Deferred:
+class _Deferred(io.RawIOBase):
     """A file whose failure is raised at the end: torch's writer ends the process when a write fails."""
 
     def __init__(self, file: IO[bytes]) -> None:
         self.file = file
         self.error: BaseException | None = None
+
+    def writable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        return self.file.seek(offset, whence)  # torch goes back to the front when all is written
 
     def write(self, data: Any) -> int:
         try:

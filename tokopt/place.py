@@ -110,18 +110,24 @@ def remove_artifact(path: Path) -> None:
         _remove(left)
 
 
+def make_folder(folder: Path) -> None:
+    """Make a folder and those above it, unless they are there; raises InputError."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except (OSError, ValueError) as error:
+        raise InputError(f"{str(folder)!a} cannot be made ({error}); choose another folder") from error
+
+
 @contextmanager
 def alone(folder: Path) -> Iterator[None]:
     """Make a folder and be the only process that works in it; raises InputError when another one does."""
+    make_folder(folder)
     try:
-        folder.mkdir(parents=True, exist_ok=True)
         lock = _lock(folder, wait=False)
     except BlockingIOError as error:
         raise InputError(
             f"another process works in {folder}; wait for it, or choose another folder"
         ) from error
-    except (OSError, ValueError) as error:
-        raise InputError(f"{str(folder)!a} cannot be made ({error}); choose another folder") from error
     try:
         yield
     finally:

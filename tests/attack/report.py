@@ -1,16 +1,20 @@
-"""The table of ``benchmarks/results/attack.md``."""
+"""The table of ``benchmarks/results/attack.md``, and the counts that it is made of."""
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
+from typing import cast
 
 from benchmarks.machine import describe
-from tests.attack.case import CRASH, FOREIGN, HANG, OTHER, REFUSED, SAME
-from tests.attack.rounds import KILLS, Round
+from benchmarks.timing import write_atomically
+from tests.attack.case import CRASH, FOREIGN, HANG, OTHER, OUTCOMES, REFUSED, SAME
+from tests.attack.rounds import KILLS, Round, kind_of
 
 PAGE = Path(__file__).parents[2] / "benchmarks" / "results" / "attack.md"
+DATA = PAGE.with_suffix(".json")
 
 _HEAD = """Cases of damaged files and bad arguments, and how they ended:
 `python -m tests.attack --cases {cases} --kills {kills} --seed {seed} --report`.
@@ -40,25 +44,49 @@ _TITLES = {
 }
 
 
-def write_report(rounds: Mapping[str, Round], seconds: Mapping[str, float], seed: int) -> None:
-    """Write the page."""
-    rows = [_row(name, round_) for name, round_ in rounds.items()]
-    sizes = {name: len(round_.results) for name, round_ in rounds.items()}
-    kills = sizes.pop(KILLS, 0)
-    head = _HEAD.format(cases=sum(sizes.values()), kills=kills, seed=seed)
+def add_to_report(name: str, round_: Round, seconds: float, seed: int, first: int) -> None:
+    """Write the page anew with a round: instead of the one of its kind that is there, or, from a later case on, with it."""
+    known = json.loads(DATA.read_text()) if DATA.exists() else {}
+    old = known.get(name, {}) if first else {}
+    ends = Counter(result.outcome for result in round_.results)
+    counted = {outcome: ends[outcome] + old.get(outcome, 0) for outcome in OUTCOMES}
+    more = {"faults": len(round_.faults), "seconds": round(seconds), "cases": len(round_.results)}
+    known[name] = counted | {key: value + old.get(key, 0) for key, value in more.items()} | {"seed": seed}
+    write_atomically(DATA, lambda path: path.write_text(json.dumps(known, indent=1) + "\n"))
+    write_atomically(PAGE, lambda path: path.write_text(page(known)))
+
+
+def page(known: Mapping[str, Mapping[str, int]]) -> str:
+    """The page of counts by kind."""
+    rows = {name: known[name] for name in _TITLES if name in known}
     machine = describe(1)
-    foot = (
-        f"\n{sum(seconds.values()) / 60:.0f} minutes on {machine['cpu']}, {machine['cores']} cores, "
-        f"{machine['system']}, Python {machine['python']}, "
-        + ", ".join(f"{name} {version}" for name, version in dict(machine["versions"]).items())  # type: ignore[call-overload]
-        + ".\n"
+    versions = cast("dict[str, str]", machine["versions"])
+    cases = sum(row["cases"] for name, row in rows.items() if name != KILLS)
+    head = _HEAD.format(
+        cases=cases,
+        kills=rows.get(KILLS, {}).get("cases", 0),
+        seed=max((row["seed"] for row in rows.values()), default=0),
     )
-    PAGE.write_text(head + "\n".join(rows) + "\n" + foot)
+    foot = (
+        f"{sum(row['seconds'] for row in rows.values()) / 60:.0f} minutes on {machine['cpu']}, {machine['cores']} cores "
+        f"shared with other work, {machine['system']}, Python {machine['python']}, "
+        + ", ".join(f"{name} {version}" for name, version in versions.items())
+    )
+    return head + "\n".join(_row(name, row) for name, row in rows.items()) + f"\n\n{foot}.\n"
 
 
-def _row(name: str, round_: Round) -> str:
-    found = Counter(result.outcome for result in round_.results)
-    ends = [found[outcome] for outcome in (REFUSED, SAME, OTHER, FOREIGN, CRASH, HANG)]
-    other = str(ends[2]) if round_.kind.other else "none allowed" if not ends[2] else f"**{ends[2]}**"
-    cells = [_TITLES[name], len(round_.results), *ends[:2], other, *ends[3:], len(round_.faults)]
+def _row(name: str, row: Mapping[str, int]) -> str:
+    allowed = kind_of(name).other
+    other = row[OTHER] if allowed or row[OTHER] else "none allowed"
+    cells = [
+        _TITLES[name],
+        row["cases"],
+        row[REFUSED],
+        row[SAME],
+        other,
+        row[FOREIGN],
+        row[CRASH],
+        row[HANG],
+        row["faults"],
+    ]
     return "| " + " | ".join(map(str, cells)) + " |"

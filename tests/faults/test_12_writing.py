@@ -21,7 +21,9 @@ import torch
 import tokopt
 from tests.lower.encoders import vision
 from tokopt.cli.verbs.run import _save
-from tokopt.errors import ArtifactError, InputError
+from tokopt.errors import ArtifactError, InputError, PassError
+from tokopt.pipeline.base import Context
+from tokopt.pipeline.observers import dump_to
 
 NOT_UTF8 = os.fsdecode(b"a\xff.tokopt")
 
@@ -57,6 +59,11 @@ def test_a_full_disk_leaves_the_old_artifact(target: str, whole: dict[str, Path]
         assert os.listdir(tmp_path) == ["a.tokopt"]
 
 
+def test_torch_takes_the_stream_for_a_file(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    tokopt.export(vision(), tmp_path / "a.tokopt", target="torch")
+    assert not any(capfd.readouterr())
+
+
 def test_a_weight_that_is_interrupted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What is raised within a write of torch's does not end the process either."""
 
@@ -69,6 +76,9 @@ def test_a_weight_that_is_interrupted(tmp_path: Path, monkeypatch: pytest.Monkey
             if self.count == 3:
                 raise KeyboardInterrupt
             return len(data)
+
+        def seek(self, *arguments: int) -> int:
+            return 0
 
     deferred = tokopt.artifact._Deferred
     monkeypatch.setattr(tokopt.artifact, "_Deferred", lambda file: deferred(Interrupted(file)))
@@ -126,3 +136,26 @@ def test_a_model_of_triton_on_a_full_disk(whole: dict[str, Path], tmp_path: Path
     with files_of_at_most(2000), pytest.raises(ArtifactError, match="cannot be written"):
         write_model(whole["onnx"], tmp_path / "vit")
     assert not os.listdir(tmp_path)
+
+
+def test_dumps_on_a_full_disk(tmp_path: Path) -> None:
+    with files_of_at_most(100), pytest.raises(tokopt.TokoptError, match="cannot be written"):
+        context = Context(observers=(dump_to(tmp_path / "dumps"),))
+        tokopt.parse("tome{r=1}").run(vision(), context)
+    assert not os.listdir(tmp_path / "dumps")
+
+
+def test_a_reproducer_on_a_full_disk_does_not_hide_what_failed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*arguments: object) -> None:
+        raise KeyError("the bug")
+
+    pipeline = tokopt.parse("tome{r=1}")
+    monkeypatch.setattr(type(pipeline.passes[0]), "run", fail)
+    with (
+        files_of_at_most(100),
+        pytest.raises(PassError, match=r"the bug.*no reproducer: .*cannot be written"),
+    ):
+        pipeline.run(vision(), Context(reproducers=tmp_path / "reproducers"))
+    assert not os.listdir(tmp_path / "reproducers")
