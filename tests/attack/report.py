@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import cast
 
 from benchmarks.machine import describe
-from benchmarks.timing import write_atomically
+from examples.data import write_atomically
 from tests.attack.case import CRASH, FOREIGN, HANG, OTHER, OUTCOMES, REFUSED, SAME
 from tests.attack.rounds import KILLS, Round, kind_of
 
@@ -45,7 +45,7 @@ _TITLES = {
 
 
 def add_to_report(name: str, round_: Round, seconds: float, seed: int, first: int) -> None:
-    """Write the page anew with a round: instead of the one of its kind that is there, or, from a later case on, with it."""
+    """Write the page anew with a round, which takes the place of one of its kind, or adds later cases to it."""
     known = json.loads(DATA.read_text()) if DATA.exists() else {}
     old = known.get(name, {}) if first else {}
     ends = Counter(result.outcome for result in round_.results)
@@ -67,9 +67,10 @@ def page(known: Mapping[str, Mapping[str, int]]) -> str:
         kills=rows.get(KILLS, {}).get("cases", 0),
         seed=max((row["seed"] for row in rows.values()), default=0),
     )
+    minutes = sum(row["seconds"] for row in rows.values()) / 60
     foot = (
-        f"{sum(row['seconds'] for row in rows.values()) / 60:.0f} minutes on {machine['cpu']}, {machine['cores']} cores "
-        f"shared with other work, {machine['system']}, Python {machine['python']}, "
+        f"{minutes:.0f} minutes on {machine['cpu']}, {machine['cores']} cores shared with other work, "
+        f"{machine['system']}, Python {machine['python']}, "
         + ", ".join(f"{name} {version}" for name, version in versions.items())
     )
     return head + "\n".join(_row(name, row) for name, row in rows.items()) + f"\n\n{foot}.\n"
@@ -78,15 +79,6 @@ def page(known: Mapping[str, Mapping[str, int]]) -> str:
 def _row(name: str, row: Mapping[str, int]) -> str:
     allowed = kind_of(name).other
     other = row[OTHER] if allowed or row[OTHER] else "none allowed"
-    cells = [
-        _TITLES[name],
-        row["cases"],
-        row[REFUSED],
-        row[SAME],
-        other,
-        row[FOREIGN],
-        row[CRASH],
-        row[HANG],
-        row["faults"],
-    ]
+    ends = [row[REFUSED], row[SAME], other, row[FOREIGN], row[CRASH], row[HANG]]
+    cells = [_TITLES[name], row["cases"], *ends, row["faults"]]
     return "| " + " | ".join(map(str, cells)) + " |"
