@@ -68,10 +68,10 @@ def page(known: Mapping[str, Mapping[str, int]]) -> str:
         seed=max((row["seed"] for row in rows.values()), default=0),
     )
     minutes = sum(row["seconds"] for row in rows.values()) / 60
+    packages = ", ".join(f"{name} {version}" for name, version in versions.items())
     foot = (
         f"{minutes:.0f} minutes on {machine['cpu']}, {machine['cores']} cores shared with other work, "
-        f"{machine['system']}, Python {machine['python']}, "
-        + ", ".join(f"{name} {version}" for name, version in versions.items())
+        f"{machine['system']}, Python {machine['python']}, {packages}"
     )
     return head + "\n".join(_row(name, row) for name, row in rows.items()) + f"\n\n{foot}.\n"
 
