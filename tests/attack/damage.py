@@ -144,7 +144,7 @@ def _drop(rng: Random, whole: Any) -> None:
 def _leaves(value: Any, name: str = "") -> Iterator[tuple[Any, Any, str]]:
     """Container, key, and the name of the nearest field, of everything that is no container, or an empty one."""
     for key, item in list(value.items() if isinstance(value, dict) else enumerate(value)):
-        inner = key if isinstance(value, dict) else name
+        inner = str(key) if isinstance(value, dict) else name
         if isinstance(item, (dict, list)) and item:
             yield from _leaves(item, inner)
         else:

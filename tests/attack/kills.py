@@ -57,7 +57,9 @@ def prepare(folder: Path) -> Callable[[Random, Path], bool]:
         "optimize": _Job(optimize, None, frozenset((None, NEW))),
         "tune": _Job(tune, None, frozenset((None, "tome{r=1}", NEW))),
     }
-    spans = {name: _run(lambda job=job, name=name: job.work(folder / name)) for name, job in jobs.items()}
+    spans = {
+        name: _run(lambda job=job, name=name: job.work(folder / name)) or 0.0 for name, job in jobs.items()
+    }
 
     def run(rng: Random, scratch: Path) -> bool:
         name = rng.choices(list(jobs), (4, 3, 1, 1, 1))[0]

@@ -18,7 +18,7 @@ import onnx
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from onnx import TensorProto, helper
+from onnx import TensorProto, external_data_helper, helper
 
 import tokopt
 from tests.runtime.artifacts import document, doubling, tensor, write
@@ -162,7 +162,7 @@ def test_the_weights_of_an_exported_artifact_are_found() -> None:
     found: set[str] = set()
     for path in EXPORTED.glob("*/*/*.onnx"):
         data = path.read_bytes()
-        tensors = onnx.external_data_helper._get_all_tensors(onnx.load_model_from_string(data))
+        tensors = external_data_helper._get_all_tensors(onnx.load_model_from_string(data))
         entries = [entry for made in tensors for entry in made.external_data if entry.key == "location"]
         assert read_onnx(data).locations == {entry.value for entry in entries}
         found |= read_onnx(data).locations

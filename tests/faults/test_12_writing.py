@@ -13,6 +13,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -20,6 +21,7 @@ import torch
 
 import tokopt
 from tests.lower.encoders import vision
+from tokopt import artifact
 from tokopt.cli.verbs.run import _save
 from tokopt.errors import ArtifactError, InputError, PassError
 from tokopt.pipeline.base import Context
@@ -80,8 +82,8 @@ def test_a_weight_that_is_interrupted(tmp_path: Path, monkeypatch: pytest.Monkey
         def seek(self, *arguments: int) -> int:
             return 0
 
-    deferred = tokopt.artifact._Deferred
-    monkeypatch.setattr(tokopt.artifact, "_Deferred", lambda file: deferred(Interrupted(file)))
+    deferred = artifact._Deferred
+    monkeypatch.setattr(artifact, "_Deferred", lambda file: deferred(cast(Any, Interrupted(file))))
     with pytest.raises(KeyboardInterrupt):
         tokopt.export(vision(), tmp_path / "a.tokopt", target="torch")
     assert not os.listdir(tmp_path)

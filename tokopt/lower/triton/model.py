@@ -124,8 +124,8 @@ def _write(schema: Any, artifact: Path, folder: Path, name: str, serving: Servin
     from google.protobuf import text_format
 
     manifest = read_manifest(artifact)
-    check_files(artifact, manifest)
     model = _describe(manifest, artifact, serving)
+    check_files(artifact, manifest)
     _write_program(model, artifact, folder / VERSION)
     _write_initial_states(model, folder / INITIAL_STATE)
     text = text_format.MessageToString(_config(schema, model, serving, name), as_utf8=True)
