@@ -276,7 +276,7 @@ def _move(source: Path, path: Path, overwrite: bool) -> None:
     for _ in range(_ATTEMPTS):
         check_place(path, overwrite)
         try:
-            if os.path.lexists(path):
+            if overwrite and os.path.lexists(path):
                 _exchange(source, path)
             else:
                 _rename_new(source, path)

@@ -126,6 +126,26 @@ def test_what_takes_the_old_ones_place_meanwhile_stays(
 
 @PORTABLE
 @pytest.mark.usefixtures("without_exchange")
+def test_another_artifact_that_appears_after_the_last_look_stays(
+    portable: bool, place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    check, looks = tokopt.place.check_place, 0
+
+    def look(path: Path, overwrite: bool) -> None:
+        nonlocal looks
+        check(path, overwrite)
+        looks += 1
+        if looks == 2:
+            artifact(path, "theirs")
+
+    monkeypatch.setattr(tokopt.place, "check_place", look)
+    with pytest.raises(ArtifactError, match="exists already"), replacing(place) as folder:
+        fill(folder, "new")
+    assert text_of(place) == "theirs" and os.listdir(place.parent) == ["a.tokopt"]
+
+
+@PORTABLE
+@pytest.mark.usefixtures("without_exchange")
 @pytest.mark.parametrize("make", THINGS)
 def test_only_an_artifact_is_overwritten(make: Callable[[Path], None], portable: bool, place: Path) -> None:
     make(place)
