@@ -173,9 +173,10 @@ def _make(path: Path, make: Callable[[Path], object]) -> tuple[Path, int | None]
         made = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
         make(made)
         lock = _lock(made, wait=True)
-        if lock is None or _is(made, lock):
+        if made.exists() if lock is None else _is(made, lock):
             return made, lock
-        os.close(lock)  # another writer took it for a dead one's, before it was locked
+        if lock is not None:
+            os.close(lock)  # another writer took it for a dead one's, before it was locked
 
 
 def _sweep(path: Path) -> None:
@@ -227,7 +228,7 @@ def _lock(path: Path, wait: bool) -> int | None:
         return None
     descriptor = None
     try:
-        descriptor = os.open(path, os.O_RDONLY)
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # a pipe would wait for a writer
         fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         return descriptor
     except OSError as error:
@@ -288,13 +289,23 @@ def _move(source: Path, path: Path, overwrite: bool) -> None:
 
 
 def _exchange(source: Path, path: Path) -> None:
-    """Exchange two names; what was at ``path`` is looked at again, since it may have changed before the exchange."""
-    if not _renameat2(source, path, _EXCHANGE):
-        _put_aside(source, path)
-        return
-    if (foreign := _foreign(source)) is not None:
-        _renameat2(source, path, _EXCHANGE)
-        raise ArtifactError(f"{path}: {foreign} and will not be overwritten; choose another path")
+    """Exchange two names; what was at ``path`` is looked at again, since it may have changed before the exchange.
+
+    It is locked meanwhile: with its temporary name it looks like what a dead writer left. Raises FileNotFoundError when
+    another writer was faster.
+    """
+    lock = _lock(path, wait=True)
+    try:
+        if lock is not None and not _is(path, lock):
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path))
+        if not _renameat2(source, path, _EXCHANGE):
+            _put_aside(source, path)
+        elif (foreign := _foreign(source)) is not None:
+            _renameat2(source, path, _EXCHANGE)
+            raise ArtifactError(f"{path}: {foreign} and will not be overwritten; choose another path")
+    finally:
+        if lock is not None:
+            os.close(lock)
 
 
 def _put_aside(source: Path, path: Path) -> None:

@@ -41,7 +41,7 @@ def run(rng: Random, scratch: Path) -> bool:
                 codes[children.index(child)] = os.waitstatus_to_exitcode(status)
     assert set(codes.values()) <= {0, 3}, f"a writer ended with {codes}"
     winners = [str(number) for number, code in codes.items() if code == 0]
-    assert len(winners) == (count if overwrite else 1), f"{len(winners)} writers report success"
+    assert len(winners) == (count if overwrite else 1), f"{len(winners)} of {count} writers report success"
     return _read(place) in winners and os.listdir(scratch) == ["a.tokopt"]
 
 

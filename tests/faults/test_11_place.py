@@ -237,6 +237,23 @@ def test_what_a_living_writer_has_begun_stays(place: Path) -> None:
     assert text_of(place) == "first" and sorted(os.listdir(place.parent)) == ["a.tokopt", "notes"]
 
 
+def test_a_folder_that_is_swept_before_it_is_locked_is_made_anew(
+    place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lock, swept = tokopt.place._lock, []
+
+    def late(path: Path, wait: bool) -> int | None:
+        if wait and not swept:
+            swept.append(path)
+            path.rmdir()
+        return lock(path, wait)
+
+    monkeypatch.setattr(tokopt.place, "_lock", late)
+    with replacing(place) as folder:
+        fill(folder, "new")
+    assert swept and text_of(place) == "new" and os.listdir(place.parent) == ["a.tokopt"]
+
+
 def test_names_of_others_stay(place: Path) -> None:
     """Files beside the place that look alike are not taken for what a writer left."""
     names = [".a.tokopt.tmp", ".a.tokopt.notes.tmp", ".a.tokopt.0123456g.tmp", ".b.tokopt.01234567.tmp"]
