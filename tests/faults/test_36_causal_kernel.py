@@ -8,12 +8,15 @@ and for every kind of mask the runtime gives what the program computes.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from tempfile import mkdtemp
 
 import numpy as np
+import onnx_ir as ir
 import pytest
 import torch
 from torch import Tensor
@@ -24,7 +27,8 @@ from tests.zoo.decoders import Cache, HandWritten
 from tokopt.errors import InputError
 from tokopt.ir.bundle import Bundle
 from tokopt.lower.onnx.export import lower
-from tokopt.lower.onnx.rule import Outcome
+from tokopt.lower.onnx.rule import Outcome, Unfit
+from tokopt.lower.onnxruntime.causal import require_causal
 from tokopt.lower.onnxruntime.cpu import lower_for_cpu
 from tokopt.runtime import LanguageModel, load
 from tokopt.runtime.engines.onnxruntime import ONE_ROW, PORTABLE
@@ -180,3 +184,64 @@ def test_a_mask_that_the_program_makes_is_fused_where_it_hides_later_tokens(
     else:
         assert fused is None
         assert "0 of 1; left 1: its mask" in str(outcomes[0]) and reason in str(outcomes[0])
+
+
+def test_an_example_that_the_form_does_not_take_is_not_fused(tmp_path: Path) -> None:
+    """The example is what the form would be compared with."""
+    program, outcomes = plain()[0].main, list[Outcome]()
+    (place,) = [i for i, spec in enumerate(program.inputs) if spec.role == "mask"]
+    example = list(program.example)
+    example[place] = torch.ones_like(example[place])
+    program = replace(program, example=tuple(example))
+    path = lower(program, tmp_path, "step")
+    assert lower_for_cpu(program, path, report=outcomes.append) is None
+    assert "its mask may let a new token see a later one" in str(outcomes[0])
+
+
+LOWER = np.tril(np.ones((1, 4, 4), bool))
+
+
+def value(shape: Sequence[int | str], constant: np.ndarray | None = None) -> ir.Value:
+    tensor = None if constant is None else ir.tensor(constant)
+    return ir.Value(shape=ir.Shape(shape), type=ir.TensorType(ir.DataType.BOOL), const_value=tensor)
+
+
+def made(operation: str, *given: ir.Value, shape: Sequence[int | str] = (1, 4, 4)) -> ir.Value:
+    node = ir.node(operation, given)
+    node.outputs[0].shape = ir.Shape(shape)
+    return node.outputs[0]
+
+
+OWN: dict[str, tuple[Callable[[], ir.Value], bool]] = {
+    "lower": (lambda: value((1, 4, 4), LOWER), True),
+    "full": (lambda: value((1, 4, 4), LOWER | True), False),
+    "one token": (lambda: value(("batch", 1, 1)), True),
+    "unknown": (lambda: value(("batch", "tokens", "tokens")), False),
+    "unknown and lower": (lambda: made("And", value((2, 4, 4)), value((1, 4, 4), LOWER)), True),
+    "unknown or lower": (lambda: made("Or", value((2, 4, 4)), value((1, 4, 4), LOWER)), False),
+    "lower, for many rows": (
+        lambda: made("Expand", value((1, 4, 4), LOWER), value((3,)), shape=(9, 4, 4)),
+        True,
+    ),
+    "one token's, repeated": (
+        lambda: made("Expand", value((1, 1, 1), np.ones((1, 1, 1), bool)), value((3,))),
+        False,
+    ),
+    "and one token's": (lambda: made("And", value((1, 4, 4)), value((1, 1, 1))), False),
+}
+
+
+@pytest.mark.parametrize("name", OWN)
+def test_what_is_proved_of_a_mask(name: str) -> None:
+    """Nothing is promised, so the mask over the new tokens has to be lower-triangular itself."""
+    build, fits = OWN[name]
+    length = value(("batch",))
+    view = ir.node(
+        "full_view", [value(("batch", 1, "slots", 1)), value(("batch", 4)), build()], num_outputs=2
+    )
+    mask = made("cache_mask", *view.outputs, length, shape=("batch", 1, 4, "slots"))
+    for placed in (mask, made("And", value(("batch", 1, 4, "slots")), mask, shape=("batch", 1, 4, "slots"))):
+        with nullcontext() if fits else pytest.raises(Unfit, match="may let a new token see a later one"):
+            require_causal(placed, length, None)
+    with pytest.raises(Unfit, match="in other slots"):
+        require_causal(mask, value(("batch",)), None)

@@ -159,6 +159,8 @@ def _cache(value: ir.Value, what: str) -> _Cache:
     if read is not None and read.op_type == "dequantize_int8":
         codes, scale = input_at(read, 0), input_at(read, 1)
         read = codes.producer()
+        if scale.const_value is None:
+            raise Unfit(f"the scales of its {what} are no constants")
     if read is None or read.op_type != "cache_write":
         raise Unfit(f"its {what} are not read from a cache as it was written")
     new = input_at(read, 1)

@@ -45,15 +45,21 @@ def _placed(mask: ir.Value) -> ir.Node | None:
 
 def _is_causal(own: ir.Value, causal: str | None) -> bool:
     """Whether a mask [batch, tokens, tokens] is lower-triangular, or an input that is promised to be."""
-    if own.shape is not None and own.shape[-1] == 1:
+    if _square(own) == (1, 1):
         return True  # of a single new token there is no later one
     if own.is_graph_input():
         return own.name == causal
     if own.const_value is not None:
         return not np.triu(array(own), 1).any()
     node = own.producer()
-    if node is None:
+    if node is None or node.op_type not in ("And", "Expand", "Identity"):
         return False
-    if node.op_type == "And":
-        return any(_is_causal(input_at(node, place), causal) for place in (0, 1))
-    return node.op_type in ("Expand", "Identity") and _is_causal(input_at(node, 0), causal)
+    given = node.inputs if node.op_type == "And" else node.inputs[:1]
+    return any(one is not None and _square(one) == _square(own) and _is_causal(one, causal) for one in given)
+
+
+def _square(own: ir.Value) -> tuple[object, ...] | None:
+    """The sizes of the last two axes; what is repeated along them has others."""
+    sizes = tuple(own.shape)[-2:] if own.shape is not None else ()
+    known = [size if isinstance(size, int) else size.value for size in sizes]
+    return tuple(known) if len(known) == 2 and None not in known else None

@@ -69,8 +69,7 @@ def _one_row(program: Program) -> Program:
 
 def fuse_for_cpu(model: ir.Model, program: Program) -> list[Outcome]:
     """Rewrite ``model`` in place; where no attention can be fused, nothing is changed."""
-    mask = find_role(program.inputs, "mask")
-    rule = AttentionOverCache(model.graph, program.aliases, mask.name if mask is not None else None)
+    rule = AttentionOverCache(model.graph, program.aliases, _causal_input(program))
     attention = apply_rule(rule, model.graph)
     if not attention.fused:
         return [attention]
@@ -80,3 +79,11 @@ def fuse_for_cpu(model: ir.Model, program: Program) -> list[Outcome]:
     passes.RemoveUnusedNodesPass()(model)
     passes.RemoveUnusedFunctionsPass()(model)
     return [attention, rule.rotations, norms]
+
+
+def _causal_input(program: Program) -> str | None:
+    """The input that hosts have to look at before they run this form; its example must be of the kind that it takes."""
+    mask = find_role(program.inputs, "mask")
+    if mask is None or program.example[program.inputs.index(mask)].triu(1).any():
+        return None
+    return mask.name
