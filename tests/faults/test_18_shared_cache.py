@@ -8,6 +8,7 @@ stays as it is in the portable form, in the same file, and the reason is reporte
 from __future__ import annotations
 
 import collections
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -100,7 +101,7 @@ class ScaledKeys(Small):
         return functional.scaled_dot_product_attention(queries, keys * 2, values, attn_mask=mask)
 
 
-def captured(kind: type[Small]) -> tokopt.Bundle:
+def captured(kind: Callable[[], Small]) -> tokopt.Bundle:
     model = kind().eval().requires_grad_(False)
     return tokopt.capture_lm(model, generation=HandWritten.generation)
 
@@ -133,7 +134,7 @@ def test_two_readers_stay_and_the_third_layer_is_fused(tmp_path: Path) -> None:
         (ScaledKeys, "1: its keys are not read from a cache as it was written"),
     ],
 )
-def test_what_one_kernel_cannot_write_stays(kind: type[Small], reason: str, tmp_path: Path) -> None:
+def test_what_one_kernel_cannot_write_stays(kind: Callable[[], Small], reason: str, tmp_path: Path) -> None:
     program, outcomes = captured(kind).main, list[Outcome]()
     path = lower(program, tmp_path, "step")
     assert lower_for_cpu(program, path, report=outcomes.append) is None

@@ -108,11 +108,12 @@ def expected(bundle: Bundle, tokens: np.ndarray, mask: np.ndarray) -> np.ndarray
         "mask": torch.from_numpy(mask),
         "rows": torch.arange(tokens.shape[1]),
     }
+    sizes = {"batch": 1, "slots": 16}
+    shapes = [[sizes[axis] if isinstance(axis, str) else axis for axis in s.axes] for s in bundle.states]
     states = [
-        torch.full([16 if axis == "slots" else 1 if axis == "batch" else axis for axis in s.axes], s.initial)
-        for s in bundle.states
+        torch.full(shape, s.initial).to(getattr(torch, s.dtype))
+        for shape, s in zip(shapes, bundle.states, strict=True)
     ]
-    states = [t.to(getattr(torch, s.dtype)) for t, s in zip(states, bundle.states, strict=True)]
     logits = bundle.main(*(given[spec.role] for spec in bundle.main.inputs if spec.role in given), *states)[0]
     return logits.numpy()
 

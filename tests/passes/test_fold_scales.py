@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, nn
 
 import tokopt
-from tests.lower.encoders import PATCHES, Vision
+from tests.lower.encoders import PATCHES, Block, Vision
 from tokopt.ir.bundle import AppliedPass, Bundle
 from tokopt.ir.format import Entry, Schedule
-from tokopt.ir.graph import aten, is_call
+from tokopt.ir.graph import aten, is_call, operand_at
 from tokopt.kernels import ops
 from tokopt.runtime import load
 from tokopt.runtime.format.manifest import read_manifest
@@ -58,7 +58,9 @@ def captured_vision() -> Bundle:
     torch.manual_seed(0)
     model = Vision()
     for block in model.blocks:
-        block.out, block.down = nn.Sequential(block.out, Factor()), nn.Sequential(block.down, Factor())
+        assert isinstance(block, Block)
+        block.add_module("out", nn.Sequential(block.out, Factor()))
+        block.add_module("down", nn.Sequential(block.down, Factor()))
     return tokopt.capture(model.eval(), (torch.randn(3, PATCHES, 12),))
 
 
@@ -118,7 +120,8 @@ def test_codes_stay_and_their_scales_take_the_factor(pipeline: str) -> None:
     )
     assert len(before) == len(after) == bool(pipeline)
     for old, new in zip(before, after, strict=True):
-        assert new.args[0].target == old.args[0].target and new.args[1].target != old.args[1].target
+        assert operand_at(new, 0).target == operand_at(old, 0).target
+        assert operand_at(new, 1).target != operand_at(old, 1).target
 
 
 STAYS = {

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Iterator
+from typing import Any
 
-from torch._ops import OpOverload
 from torch.fx import Node
 
 from tokopt.errors import PassError
@@ -99,8 +99,8 @@ def _is_view(node: Node) -> bool:
     """Whether a node's value may be the memory of its operand."""
     if is_call(node, operator.getitem, aten.clone, aten.dropout):  # engines drop the last two
         return True
-    returns = node.target._schema.returns if isinstance(node.target, OpOverload) else []
-    return any(made.alias_info is not None for made in returns)
+    schema: Any = getattr(node.target, "_schema", None)
+    return schema is not None and any(made.alias_info is not None for made in schema.returns)
 
 
 def _verify_program(program: Program) -> None:
