@@ -150,14 +150,16 @@ class Request:
         rows: np.ndarray = LAST,
         limit: np.ndarray | None = None,
         role: str = "decode",
+        mask: np.ndarray | None = None,
     ) -> Emission:
         """What follows new tokens [batch, n]; triggers run when it is time.
 
         ``limit`` [batch] is the most tokens that a row may commit, for a program that draws them. ``role`` tells the
-        entry that reads them.
+        entry that reads them. ``mask`` [batch, n, n] bool says which new token (row) sees which (column), by default
+        itself and those before it. Raises InputError for a mask of another shape, or that the program cannot take.
         """
         most = None if limit is None else self.allowed(limit)
-        emission = self.emit(self.entry(role), tokens, positions, rows, most)
+        emission = self.emit(self.entry(role), tokens, positions, rows, most, mask)
         if self._counting:
             read = emission.count if emission.count is not None else np.full(self.batch, tokens.shape[1])
             self._count([True] * len(self._counting), read)
@@ -229,10 +231,13 @@ class Request:
         positions: np.ndarray,
         rows: np.ndarray = LAST,
         limit: np.ndarray | None = None,
+        mask: np.ndarray | None = None,
     ) -> Emission:
         """One call of an entry, which no trigger counts."""
         roles = self._roles[entry.program]
         feed = self._feed(entry, tokens, positions, rows, limit)
+        if mask is not None:
+            feed[self._mask_input(entry)] = self._checked_mask(mask, tokens.shape[1])
         results = self._call(entry, feed)
         if roles.carried:
             carry(
@@ -273,6 +278,21 @@ class Request:
             values["mask"] = np.ascontiguousarray(np.broadcast_to(causal, (self.batch, count, count)))
         feed = {name: values[role] for role, name in roles.given.items()}
         return feed | {name: self.links[Port(entry.program, name)] for name in roles.linked}
+
+    def _mask_input(self, entry: Entry) -> str:
+        roles = self._roles[entry.program]
+        if "mask" not in roles.given:
+            raise InputError(f"program {entry.program!r} takes no mask; leave it out")
+        return roles.given["mask"]
+
+    def _checked_mask(self, mask: object, count: int) -> np.ndarray:
+        wanted = (self.batch, count, count)
+        if not isinstance(mask, np.ndarray) or mask.dtype != bool or mask.shape != wanted:
+            found = f"{mask.dtype}{list(mask.shape)}" if isinstance(mask, np.ndarray) else type(mask).__name__
+            raise InputError(
+                f"mask is {found}, it must be a numpy array bool{list(wanted)} [batch, tokens, tokens]"
+            )
+        return np.ascontiguousarray(mask)
 
     def _call(self, entry: Entry, feed: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         """One call of a program, with the free slots that it needs."""

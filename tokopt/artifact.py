@@ -44,11 +44,12 @@ from tokopt.runtime.text import read_tokenizer
 if TYPE_CHECKING:
     import torch
 
+    from tokopt.lower.onnx.rule import Outcome
     from tokopt.lower.tensorrt.engine import EngineBuilder, EngineOptions
 
 TARGETS = ("onnx", "torch", "tensorrt")
 
-CLEANUP = ("drop_unread",)
+CLEANUP = ("drop_unread", "fold_scales")
 """The passes that run before every lowering: exact, and nobody has to ask for them."""
 
 _TOKENIZER = "tokenizer.json"
@@ -276,15 +277,14 @@ def _engine_builder(bundle: Bundle, options: EngineOptions | None) -> EngineBuil
 
 def _clean_up(bundle: Bundle, say: Callable[[str], None]) -> Bundle:
     """The bundle after the passes of :data:`CLEANUP`, each in its history only if it changed something."""
-    from tokopt.pipeline.manager import optimize
+    from tokopt.pipeline.manager import parse
 
     for text in CLEANUP:
-        cleaned = optimize(bundle, text)
-        step = cleaned.history[-1]
-        if step.matches:
-            bundle = cleaned
-            for note in step.notes:
-                say(f"{step.text}: {note}")
+        cleaned, done = parse(text).run(bundle)
+        record = done.records[-1]
+        for line in (*(record.notes if record.matches else ()), *record.refusals):
+            say(f"{text}: {line}")
+        bundle = cleaned if record.matches else bundle
     return bundle
 
 
@@ -320,6 +320,10 @@ def _lower_programs(
     weights = WeightFile(folder)
     for name, program in bundle.programs.items():
         say(f"lowering {name} to ONNX" + (" and comparing" if check else ""))
+
+        def report(outcome: Outcome, name: str = name) -> None:
+            say(f"{name}: {outcome}")
+
         path = lower(
             program,
             folder,
@@ -329,9 +333,15 @@ def _lower_programs(
             check=check,
             tolerance=tolerance,
             original=originals.programs[name],
+            report=report,
         )
         fused = lower_for_cpu(
-            program, path, check=check, tolerance=tolerance, original=originals.programs[name]
+            program,
+            path,
+            check=check,
+            tolerance=tolerance,
+            original=originals.programs[name],
+            report=report,
         )
         files[name] = {PORTABLE: path.name} | ({ONE_ROW: fused.name} if fused else {})
     return files

@@ -15,6 +15,7 @@ import onnxruntime
 from tokopt.errors import ArtifactError, InputError, MissingDependencyError
 from tokopt.runtime.buffers import Bound, Buffers, run_in_place
 from tokopt.runtime.format.manifest import ONE_ROW, PORTABLE, Manifest, file_path
+from tokopt.runtime.format.signature import find_role
 
 Provider = str | tuple[str, Mapping[str, object]]
 """The name of an ONNX Runtime execution provider, alone or with its options."""
@@ -62,15 +63,25 @@ class Sessions:
         """The initial states of a language model."""
         return Buffers(self.manifest.states, batch, slots)
 
-    def bind(self, program: str, buffers: Buffers) -> Bound:
+    def bind(self, program: str, buffers: Buffers) -> Bound | Fitting:
         """A program whose states stay in ``buffers``."""
-        return Bound(self.best(program, buffers.batch), self.manifest.programs[program], buffers)
+        entry = self.manifest.programs[program]
+        mask = find_role(entry.inputs, "mask")
+        if mask is not None and buffers.batch == 1 and ONE_ROW in self.forms(program):
+            return Fitting(self, program, mask.name, buffers)
+        return Bound(self.best(program, buffers.batch), entry, buffers)
 
     def run(
         self, program: str, feed: Mapping[str, np.ndarray], form: str = PORTABLE
     ) -> dict[str, np.ndarray]:
         """The outputs of a program for arrays, states among them."""
         entry, session = self.manifest.programs[program], cast(Any, self.get(program, form))
+        mask = find_role(entry.inputs, "mask")
+        if form == ONE_ROW and mask is not None and not hides_later(feed[mask.name]):
+            raise InputError(
+                f"in {mask.name!r} a token sees a later one, which this form of program {program!r} hides; run the "
+                f"form {PORTABLE!r}"
+            )
         names = [tensor.name for tensor in entry.outputs]
         if entry.aliases:
             return dict(zip(names, run_in_place(session, names, feed, entry.aliases), strict=True))
@@ -79,6 +90,37 @@ class Sessions:
     @property
     def _cpu(self) -> bool:
         return self.names == [_CPU]
+
+
+class Fitting:
+    """A program for one row whose states stay in buffers, in the form that fits the mask of each call.
+
+    The fused form hides from a new token those after it, whatever the mask says; see :data:`.ONE_ROW`.
+    """
+
+    def __init__(self, sessions: Sessions, program: str, mask: str, buffers: Buffers) -> None:
+        self.sessions, self.program, self.mask, self.buffers = sessions, program, mask, buffers
+        self.form, self.bound = ONE_ROW, self._open(ONE_ROW)
+
+    def bind(self) -> None:
+        """Bind the buffers as they are now; to be called after they were resized."""
+        self.bound.bind()
+
+    def run(self, feed: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """One call: the states move on, the other outputs are returned (valid until the next call)."""
+        form = ONE_ROW if hides_later(feed[self.mask]) else PORTABLE
+        if form != self.form:
+            self.form, self.bound = form, self._open(form)
+        return self.bound.run(feed)
+
+    def _open(self, form: str) -> Bound:
+        session = self.sessions.get(self.program, form)
+        return Bound(session, self.sessions.manifest.programs[self.program], self.buffers)
+
+
+def hides_later(mask: np.ndarray) -> bool:
+    """Whether in a mask [batch, tokens, tokens] no token sees a later one."""
+    return mask.shape[-1] == 1 or not np.triu(mask, 1).any()
 
 
 def _session(

@@ -53,8 +53,9 @@ class Linear:
 
 
 def find_linears(graph: Graph) -> list[Linear]:
-    """Every linear layer, in execution order."""
-    return [found for node in graph.nodes if (found := _linear(node)) is not None]
+    """Every linear layer whose weight is a parameter, in execution order."""
+    products = (as_linear(node) for node in graph.nodes)
+    return [found for found in products if found is not None and _is_constant(found.weight)]
 
 
 def matches(path: str, only: tuple[str, ...], skip: tuple[str, ...]) -> bool:
@@ -74,7 +75,8 @@ def _is_constant(node: Node) -> bool:
     return node.op == "get_attr"
 
 
-def _linear(node: Node) -> Linear | None:
+def as_linear(node: Node) -> Linear | None:
+    """A product with a matrix as a linear layer whose weight that matrix is, wherever it comes from."""
     if is_call(node, aten.linear):
         return _with_weight(node, 0, 1, transposed=False)
     if is_call(node, aten.addmm):
@@ -86,7 +88,7 @@ def _linear(node: Node) -> Linear | None:
 
 def _with_weight(node: Node, x: int, weight: int, *, transposed: bool) -> Linear | None:
     given, matrix = node.args[x], node.args[weight]
-    if not isinstance(given, Node) or not isinstance(matrix, Node) or not _is_constant(matrix):
+    if not isinstance(given, Node) or not isinstance(matrix, Node):
         return None
     value = matrix.meta.get("val")
     if not isinstance(value, torch.Tensor) or value.ndim != 2 or not value.is_floating_point():

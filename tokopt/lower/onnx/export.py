@@ -11,7 +11,7 @@ import hashlib
 import logging
 import re
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -30,8 +30,9 @@ from tokopt.errors import LoweringError
 from tokopt.ir.assemble import assemble
 from tokopt.ir.export import axis_names, user_inputs
 from tokopt.ir.program import Program
-from tokopt.lower.onnx.fusions import fold_factors, merge_products
+from tokopt.lower.onnx.fusions import MergeProducts, MergeSums
 from tokopt.lower.onnx.real_tokens import assume_real_tokens
+from tokopt.lower.onnx.rule import Outcome, apply_rule
 from tokopt.lower.onnx.weights import pack_weights
 from tokopt.lower.parity.check import check_parity
 
@@ -108,13 +109,15 @@ def lower(
     check: bool = True,
     tolerance: float | None = None,
     original: Program | None = None,
+    report: Callable[[Outcome], None] | None = None,
 ) -> Path:
     """Write ``directory/<name>.onnx`` and its external data; return the path of the ONNX file.
 
     ``weights`` is shared by the programs of a bundle. ``metadata`` goes into the file's properties. ``check``
     compares ONNX Runtime with the exported program, output by output, on the example and on one more size of
     every named axis; ``tolerance`` replaces the largest NMSE that the dtype of an output allows. ``original`` is the
-    program before it was cleaned up, which is then what the result must compute.
+    program before it was cleaned up, which is then what the result must compute. ``report`` is told what every fusion
+    did and left.
 
     Raises LoweringError when an operator has no ONNX form, when the graph does not pass the ONNX checker, and
     when the two disagree.
@@ -130,8 +133,9 @@ def lower(
     _simplify(model)
     expand_rotary_tables(model)
     pack_weights(model)
-    fold_factors(model)
-    merge_products(model)
+    for outcome in (apply_rule(MergeProducts(), model.graph), apply_rule(MergeSums(), model.graph)):
+        if report is not None and outcome.candidates:
+            report(outcome)
     assume_real_tokens(model)
     passes.RemoveUnusedNodesPass()(model)
     # Only now: shape inference inside a body, where inputs have no shape, gets the rank of Max wrong.
