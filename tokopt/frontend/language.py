@@ -195,6 +195,8 @@ def _export(step: _Step, generation: Generation, model: nn.Module) -> tuple[Prog
     example = _example(layers, generation.vocabulary)
     try:
         exported, ranges = export_flat(step, example, inputs, ranges)
+    except CaptureError:
+        raise
     except Exception as error:
         raise CaptureError(explain(error, model, inputs)) from error
     aliases = {f"next_{state.name}": state.name for state in states if state.occupancy is not None}

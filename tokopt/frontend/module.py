@@ -96,6 +96,8 @@ def capture(
         outputs = _output_names(flat, example)
         try:
             exported, bounds = export_flat(flat, example, inputs, bounds)
+        except CaptureError:
+            raise
         except Exception as error:
             raise CaptureError(explain(error, module, inputs)) from error
     blank = tuple(TensorSpec(name, "float32", (), "output") for name in outputs)

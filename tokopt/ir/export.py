@@ -8,8 +8,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import torch
+from torch._ops import OpOverload
 from torch.fx import Graph, GraphModule, Node
 
+from tokopt.errors import CaptureError
 from tokopt.ir.graph import results
 from tokopt.ir.program import AxisRange, Program, TensorSpec
 
@@ -50,6 +52,7 @@ def export_flat(
                 dynamic_shapes=_dynamic_shapes(inputs, ranges),
                 strict=False,
             )
+            exported = _without_mutation(exported, inputs)
         exported.graph.eliminate_dead_code()
         return exported, ranges
     except Exception as error:
@@ -57,6 +60,31 @@ def export_flat(
         if narrowed == ranges:
             raise
     return export_flat(module, example, inputs, narrowed)
+
+
+def _without_mutation(
+    exported: torch.export.ExportedProgram, inputs: Sequence[TensorSpec]
+) -> torch.export.ExportedProgram:
+    """The program with values in place of tensors that change: who reads a node can then rely on what made it.
+
+    Raises CaptureError for a model that changes its inputs or buffers.
+    """
+    if not any(map(_mutates, exported.graph.nodes)):
+        return exported
+    exported = exported.run_decompositions({})
+    signature = exported.graph_signature
+    places = map(signature.user_inputs.index, signature.user_inputs_to_mutate.values())
+    buffers = [name.removeprefix("model.") for name in signature.buffers_to_mutate.values()]
+    if changed := [*buffers, *(inputs[place].name for place in places)]:
+        raise CaptureError(
+            f"the model writes into {', '.join(map(repr, changed))}, which outlives the call; let it make a new "
+            "tensor instead"
+        )
+    return exported
+
+
+def _mutates(node: Node) -> bool:
+    return isinstance(node.target, OpOverload) and node.target._schema.is_mutable
 
 
 def _dynamic_shapes(
