@@ -15,7 +15,7 @@ from torch.nn import functional
 
 import tokopt
 from tokopt.analysis.blocks import find_sites
-from tokopt.errors import CaptureError
+from tokopt.errors import CaptureError, InputError
 from tokopt.ir.bundle import Bundle
 from tokopt.ir.program import AxisRange
 
@@ -147,3 +147,39 @@ class Doubling(nn.Module):
 def test_a_model_that_changes_what_outlives_the_call_is_refused(model: nn.Module, name: str) -> None:
     with pytest.raises(CaptureError, match=f"writes into {name}"):
         tokopt.capture(model, (torch.randn(3, 4),))
+
+
+class First(nn.Module):
+    """The sum of the first eight tokens, which a shorter example makes the sum of all."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x[:, :8].sum(1)
+
+
+def test_a_bundle_refuses_sizes_that_its_graph_was_not_captured_for() -> None:
+    """Only up to the length where a branch on sizes was taken as in the example is the graph the model."""
+    bundle = tokopt.capture(First(), (torch.randn(3, 6, 4),), dynamic={"x": ("batch", "tokens")})
+    for x in (torch.randn(2, 19, 4), torch.randn(2, 5, 3), torch.randn(2, 5)):
+        with pytest.raises(InputError, match=r"'x' has .*, and the program takes"):
+            bundle(x)
+    x = torch.randn(2, 7, 4)
+    torch.testing.assert_close(bundle(x)[0], First()(x))
+
+
+class Overwriting(nn.Module):
+    """A model that keeps what it computed in a buffer, and reads it only after it wrote it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("scale", torch.zeros(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.scale.copy_(x.abs().amax())
+        return x / self.scale
+
+
+def test_a_buffer_that_every_call_overwrites_is_none_at_all() -> None:
+    model, x = Overwriting(), torch.randn(3, 4)
+    program = tokopt.capture(model, (torch.randn(2, 4),)).main
+    torch.testing.assert_close(program(x)[0], x / x.abs().amax())
+    assert not list(program.module.buffers())

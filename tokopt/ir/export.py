@@ -8,11 +8,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import torch
-from torch._ops import OpOverload
 from torch.fx import Graph, GraphModule, Node
+from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 
 from tokopt.errors import CaptureError
-from tokopt.ir.graph import results
+from tokopt.ir.graph import describe, results
+from tokopt.ir.mutation import drop_write_backs, without_mutation
 from tokopt.ir.program import AxisRange, Program, TensorSpec
 
 Ranges = Mapping[str, AxisRange]
@@ -34,12 +35,12 @@ def copied(module: GraphModule) -> GraphModule:
 
 
 def export_flat(
-    module: torch.nn.Module,
+    model: torch.nn.Module,
     example: tuple[torch.Tensor, ...],
     inputs: tuple[TensorSpec, ...],
     ranges: Ranges,
-) -> tuple[torch.export.ExportedProgram, Ranges]:
-    """``torch.export`` of a module that takes positional tensors and returns a tuple of tensors.
+) -> tuple[GraphModule, Ranges]:
+    """The graph of a module that takes positional tensors and returns a tuple of tensors, its parameters as attributes.
 
     Returns the ranges too, narrowed by the bounds that the model itself sets (a table of 512 positions, say).
     """
@@ -47,44 +48,31 @@ def export_flat(
         with warnings.catch_warnings(), torch.no_grad():
             warnings.simplefilter("ignore")
             exported = torch.export.export(
-                module,
+                model,
                 example,
                 dynamic_shapes=_dynamic_shapes(inputs, ranges),
                 strict=False,
             )
-            exported = _without_mutation(exported, inputs)
-        exported.graph.eliminate_dead_code()
-        return exported, ranges
+            _refuse_sizes_from_values(exported)
+            exported = without_mutation(exported, inputs)
+        module = unlifted(exported)
+        drop_write_backs(module)
+        return copied(module), ranges
     except Exception as error:
         narrowed = _suggested_ranges(str(error), ranges)
         if narrowed == ranges:
             raise
-    return export_flat(module, example, inputs, narrowed)
+    return export_flat(model, example, inputs, narrowed)
 
 
-def _without_mutation(
-    exported: torch.export.ExportedProgram, inputs: Sequence[TensorSpec]
-) -> torch.export.ExportedProgram:
-    """The program with values in place of tensors that change: who reads a node can then rely on what made it.
-
-    Raises CaptureError for a model that changes its inputs or buffers.
-    """
-    if not any(map(_mutates, exported.graph.nodes)):
-        return exported
-    exported = exported.run_decompositions({})
-    signature = exported.graph_signature
-    places = map(signature.user_inputs.index, signature.user_inputs_to_mutate.values())
-    buffers = [name.removeprefix("model.") for name in signature.buffers_to_mutate.values()]
-    if changed := [*buffers, *(inputs[place].name for place in places)]:
-        raise CaptureError(
-            f"the model writes into {', '.join(map(repr, changed))}, which outlives the call; let it make a new "
-            "tensor instead"
-        )
-    return exported
-
-
-def _mutates(node: Node) -> bool:
-    return isinstance(node.target, OpOverload) and node.target._schema.is_mutable
+def _refuse_sizes_from_values(exported: torch.export.ExportedProgram) -> None:
+    for node in exported.graph.nodes:
+        value = node.meta.get("val")
+        if isinstance(value, torch.Tensor) and any(map(free_unbacked_symbols, value.shape)):
+            raise CaptureError(
+                f"the model makes a size of the values of its inputs ({describe(node)}), and sizes have to follow from "
+                "sizes; give the values to the model itself, as numbers"
+            )
 
 
 def _dynamic_shapes(
