@@ -18,7 +18,7 @@ from torch.utils import _pytree as pytree
 from tokopt.errors import CaptureError, InputError
 from tokopt.frontend.normalize import normalize
 from tokopt.ir.bundle import Bundle
-from tokopt.ir.export import export_flat, output_specs, unlifted
+from tokopt.ir.export import export_flat, output_specs
 from tokopt.ir.format import Entry, Schedule
 from tokopt.ir.graph import dtype_name
 from tokopt.ir.program import AxisRange, Program, TensorSpec
@@ -95,11 +95,13 @@ def capture(
         bounds = {**used, **{k: v for k, v in (ranges or {}).items() if k in used}}
         outputs = _output_names(flat, example)
         try:
-            exported, bounds = export_flat(flat, example, inputs, bounds)
+            graph, bounds = export_flat(flat, example, inputs, bounds)
+        except CaptureError:
+            raise
         except Exception as error:
             raise CaptureError(explain(error, module, inputs)) from error
     blank = tuple(TensorSpec(name, "float32", (), "output") for name in outputs)
-    program = Program(unlifted(exported), inputs, blank, bounds, example)
+    program = Program(graph, inputs, blank, bounds, example)
     program = normalize(replace(program, outputs=output_specs(program)))
     return Bundle({"forward": program}, Schedule((Entry("forward", "encode"),)), tokenizer=tokenizer)
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from tokopt.errors import InputError
-from tokopt.ir.program import Program, TensorSpec
+from tokopt.ir.program import AxisRange, Program, TensorSpec
 from tokopt.runtime.format.link import Link, Port
 from tokopt.runtime.format.signature import BATCH, find_role, with_role
 from tokopt.runtime.format.state import State, slot_axis
@@ -37,9 +37,13 @@ class Calls:
     def inputs(self, name: str) -> tuple[Tensor, ...]:
         """The inputs of a program.
 
-        Raises InputError for a program that reads what none before it gives.
+        Raises InputError for a program that reads what none before it gives, and for sizes that it does not take.
         """
-        program = self.programs[name]
+        given = self._given(name, self.programs[name])
+        _check_sizes(self.programs[name], given)
+        return given
+
+    def _given(self, name: str, program: Program) -> tuple[Tensor, ...]:
         links = {spec.name: self._linked(name, spec) for spec in with_role(program.inputs, "link")}
         known = {**self.given, **links}
         if self.tokens is not None and find_role(program.inputs, "tokens") is not None:
@@ -72,6 +76,20 @@ class Calls:
         if name not in self._results:
             self._results[name] = self.programs[name](*self.inputs(name))
         return self._results[name]
+
+
+def _check_sizes(program: Program, given: Sequence[Tensor]) -> None:
+    """A graph is right for the sizes that it was captured for, and for others computes something else."""
+    for spec, tensor in zip(program.inputs, given, strict=True):
+        if tensor.ndim != len(spec.axes):
+            raise InputError(f"{spec.name!r} has {tensor.ndim} axes, and the program takes {spec}")
+        for axis, size in zip(spec.axes, tensor.shape, strict=True):
+            bounds = AxisRange(axis, axis) if isinstance(axis, int) else program.ranges[axis]
+            if size < bounds.min or (bounds.max is not None and size > bounds.max):
+                most = "any number" if bounds.max is None else bounds.max
+                raise InputError(
+                    f"{spec.name!r} has the size {size} along {axis!r}, and the program takes {bounds.min} to {most}"
+                )
 
 
 def first_call(

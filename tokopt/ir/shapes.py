@@ -188,6 +188,16 @@ class Shapes:
             ranges = _holding(guard.expr, symbols, ranges)
         return ranges
 
+    def always(self, relation: Any) -> bool:
+        """Whether intervals prove a relation between the named axes for every size in their ranges."""
+        known = {
+            _symbol(size): ValueRanges(bounds.min, int_oo if bounds.max is None else bounds.max)
+            for size, bounds in ((self.axes[axis], self.bounds[axis]) for axis in self.axes)
+        }
+        if relation.free_symbols <= known.keys():
+            return _proved(relation, known)
+        return False
+
     def active(self) -> FakeTensorMode:
         """The mode in which this graph's functions run without data."""
         return self.symbols.activate(self)
