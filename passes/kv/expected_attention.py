@@ -23,6 +23,7 @@ class ExpectedAttention(KVEviction):
     and covariance S, and ``E[exp(s q.k)] = exp(s m.k + s^2 k.S.k / 2)`` with the attention's scale s. The score is
     the softmax of that exponent over the keys, averaged over the queries' heads, plus ``epsilon``, times ``|v|``. The
     ``sinks`` are never evicted and, as published, no part of the softmax: much of the attention is theirs.
+    The paper protects no recent tokens (``recent=0``).
 
     Needs rotary embeddings, and refuses models without.
     """

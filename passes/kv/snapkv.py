@@ -21,7 +21,7 @@ class SnapKV(KVEviction):
 
     ``pooling`` is the average or the maximum: the authors' results on long texts use ``kernel=7 pooling=max``. The
     window itself is kept, so ``recent`` is at least ``window``. As published, tokens are chosen once, after the prompt
-    (``every=0``); with ``every`` the last queries of the text so far choose again.
+    (``every=0``); with ``every`` the last queries of the text so far choose again. The paper has no sinks: ``sinks=0``.
     """
 
     recent: int = 32

@@ -278,11 +278,9 @@ class Step:
 
     def removed(self, tokens: Size) -> Size:
         """Tokens removed where ``tokens`` are unprotected."""
-        return (
-            tokens - self.method.kept(self.removal, tokens)
-            if isinstance(self.removal, Fraction)
-            else self.removal
-        )
+        if isinstance(self.removal, Fraction):
+            return tokens - self.method.kept(self.removal, tokens)
+        return self.removal
 
     def count(self, tokens: int, prefix: int) -> int:
         """Tokens removed from an input of ``tokens``; PassError when the block cannot spare them."""
@@ -467,9 +465,8 @@ def _removals(method: TokenReduction, blocks: Sequence[Block]) -> tuple[int | Fr
     assert isinstance(method.r, int)
     if method.schedule == "constant" or count == 1:
         return (method.r,) * count
-    return tuple(
-        2 * method.r * (count - 1 - i) // (count - 1) for i in range(count)
-    )  # truncated, as published
+    last = count - 1
+    return tuple(2 * method.r * (last - i) // last for i in range(count))
 
 
 def _even(method: TokenReduction, tokens: Size, blocks: int) -> tuple[int, ...]:
