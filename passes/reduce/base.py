@@ -41,9 +41,9 @@ class TokenReduction(Pass):
     Exactly one schedule: ``r`` removes that many tokens in every block (one number, or a list with one per
     block); ``keep`` keeps that fraction of the unprotected tokens in every block; ``target`` removes evenly so
     that this fraction of all tokens is left at the end. ``schedule="decreasing"`` spreads a constant ``r``
-    linearly from ``2r`` in the first block to 0 in the last. ``layers`` chooses blocks by index, all by default.
-    ``prefix`` is the number of leading tokens that are never removed; by default the class and register tokens
-    that the graph itself shows.
+    linearly from ``2r`` in the first block to 0 in the last, rounded down as ToMe does. ``layers`` chooses blocks
+    by index, all by default. ``prefix`` is the number of leading tokens that are never removed; by default the
+    class and register tokens that the graph itself shows.
 
     Rules. A block is reduced only when tokopt can follow the token axis from its input to its attention and
     from there to every output; otherwise the block is refused with the op in the way. Position tables, biases
@@ -60,7 +60,7 @@ class TokenReduction(Pass):
     prefix: int | None = None
 
     merges: ClassVar[bool] = False
-    """Whether removed tokens live on in others, so that later attentions must add ``log(size)``."""
+    """Whether removed tokens live on in others, whose sizes grow."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -70,9 +70,21 @@ class TokenReduction(Pass):
         """Remove ``r`` of the tokens; the first ``prefix`` stay. Plain PyTorch, traced into the graph."""
         raise NotImplementedError
 
+    @property
+    def weighs_attention(self) -> bool:
+        """Whether later attentions must add ``log(size)``; after any merge, by default."""
+        return self.merges
+
+    def kept(self, keep: Fraction, tokens: Size) -> Size:
+        """How many of a block's unprotected tokens are left of ``tokens`` at ``keep``: that share, rounded up.
+
+        In whole numbers, so that it works on symbols too.
+        """
+        return (tokens * keep.numerator + keep.denominator - 1) // keep.denominator
+
     def most(self, tokens: Size, prefix: int, padded: bool) -> Size:
-        """The most tokens that one block can lose."""
-        return tokens - max(prefix, 1)
+        """The most tokens that one block can lose: one stays, to stand for the others."""
+        return tokens - prefix - 1
 
     def objection(self, prefix: int, dynamic: bool) -> str | None:
         """Why the method cannot work with this many protected tokens, or on a dynamic token axis; or None."""
@@ -143,6 +155,33 @@ class TokenReduction(Pass):
                 )
         wanted = {layer % len(blocks) for layer in self.layers}
         return [block for block in blocks if block.index in wanted]
+
+
+@dataclass(frozen=True)
+class TokenMerging(TokenReduction):
+    """Base of the reductions that merge: a block can lose half of its unprotected tokens.
+
+    ``proportional``: later attentions add ``log(size)`` to their logits, so that a token weighs as much as those that
+    it stands for.
+    """
+
+    proportional: bool = True
+
+    merges: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not isinstance(self.proportional, bool):
+            raise PassError(f"{self.name}: proportional={self.proportional!r} must be true or false")
+
+    @property
+    def weighs_attention(self) -> bool:
+        """As ``proportional`` says."""
+        return self.proportional
+
+    def most(self, tokens: Size, prefix: int, padded: bool) -> Size:
+        """Half of the unprotected tokens; one less when some may be padding, so that B never is all of it."""
+        return (tokens - prefix - padded) // 2
 
 
 def _check_options(options: TokenReduction) -> None:
@@ -237,9 +276,15 @@ class Step:
         """Whether nothing would be removed."""
         return self.removal == (1 if isinstance(self.removal, Fraction) else 0)
 
+    def removed(self, tokens: Size) -> Size:
+        """Tokens removed where ``tokens`` are unprotected."""
+        if isinstance(self.removal, Fraction):
+            return tokens - self.method.kept(self.removal, tokens)
+        return self.removal
+
     def count(self, tokens: int, prefix: int) -> int:
         """Tokens removed from an input of ``tokens``; PassError when the block cannot spare them."""
-        r = _dropped(self.removal, tokens - prefix) if isinstance(self.removal, Fraction) else self.removal
+        r = self.removed(tokens - prefix)
         most = max(self.method.most(tokens, prefix, self.padded), 0)
         if r > most:
             raise PassError(
@@ -368,7 +413,8 @@ class Plan:
         found = []
         for step in self.steps:
             prefix, depth = self.prefix(trace, step.method), step.block.index / self.depth
-            found.append(Reduction(step.block, partial(_reduce, step, prefix, depth), step.method.merges))
+            reduce, method = partial(_reduce, step, prefix, depth), step.method
+            found.append(Reduction(step.block, reduce, method.merges, method.weighs_attention))
         return found
 
 
@@ -397,14 +443,8 @@ def _raise_minimum(program: Program, module: GraphModule, plan: Plan, trace: Tok
 
 
 def _reduce(step: Step, prefix: int, depth: float, tokens: Tokens) -> Assignment:
-    count, removal = tokens.stream.shape[1], step.removal
-    r = _dropped(removal, count - prefix) if isinstance(removal, Fraction) else removal
+    r = step.removed(tokens.stream.shape[1] - prefix)
     return step.method.reduce(replace(tokens, depth=depth), r, prefix)
-
-
-def _dropped(keep: Fraction, tokens: Size) -> Size:
-    """``tokens - ceil(keep * tokens)`` in whole numbers, so that it works on symbols too."""
-    return tokens - (tokens * keep.numerator + keep.denominator - 1) // keep.denominator
 
 
 def _removals(method: TokenReduction, blocks: Sequence[Block]) -> tuple[int | Fraction, ...]:
@@ -425,7 +465,8 @@ def _removals(method: TokenReduction, blocks: Sequence[Block]) -> tuple[int | Fr
     assert isinstance(method.r, int)
     if method.schedule == "constant" or count == 1:
         return (method.r,) * count
-    return tuple(int(2 * method.r - 2 * method.r * i / (count - 1) + 0.5) for i in range(count))
+    last = count - 1
+    return tuple(2 * method.r * (last - i) // last for i in range(count))
 
 
 def _even(method: TokenReduction, tokens: Size, blocks: int) -> tuple[int, ...]:
@@ -451,4 +492,4 @@ def pruned(tokens: Tokens, keep: torch.Tensor, drop: torch.Tensor, prefix: int) 
     return Assignment(keep, drop, dest, ops.gather_tokens(tokens.stream, keep, 1), size)
 
 
-__all__ = ["Assignment", "Size", "TokenReduction", "Tokens", "nearest", "pruned"]
+__all__ = ["Assignment", "Size", "TokenMerging", "TokenReduction", "Tokens", "nearest", "pruned"]

@@ -72,7 +72,7 @@ def evaluate(model: ir.Model, feed: dict[str, np.ndarray]) -> list[np.ndarray]:
     ("pipeline", "ops"),
     [
         ("tome{r=3}", {"bipartite_match", "merge_tokens"}),
-        ("pitome{r=3}", {"energy_match", "merge_tokens"}),
+        ("pitome{r=3}", {"energy_bipartite_match", "energy_match", "merge_tokens"}),
         ("evit{keep=0.7}", {"top_tokens", "gather_tokens"}),
         ("divprune{keep=0.7}", {"farthest_point", "gather_tokens"}),
         ("kcenter{keep=0.7}", {"farthest_point", "gather_tokens"}),
