@@ -68,7 +68,7 @@ class Text:
 
 @dataclass(frozen=True)
 class Limits:
-    """What ends a text: ``most`` new tokens, ``context`` tokens with its prompt (None: unbounded), a token of ``eos``."""
+    """What ends a text: ``most`` new tokens, ``context`` with those of its prompt (None: unbounded), one of ``eos``."""
 
     most: int
     context: int | None

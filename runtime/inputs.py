@@ -116,6 +116,8 @@ def as_array(name: str, value: Any, takes: str) -> np.ndarray:
             if not hasattr(value, "detach"):
                 raise
             array = value.numpy(force=True)
+        if np.ma.is_masked(value):
+            raise ValueError("some of it is masked")
         return array.astype(array.dtype.newbyteorder("="), copy=False)
     except Exception as error:  # whatever a foreign __array__ raises
         raise InputError(

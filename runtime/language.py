@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from tokopt.arguments import check_callable, check_integer, check_items, check_kind, check_text
+from tokopt.arguments import LARGEST, check_callable, check_integer, check_items, check_kind, check_text
 from tokopt.errors import InputError
 from tokopt.runtime.chat import Message, choose_template, render_chat
 from tokopt.runtime.encode import encode
@@ -48,8 +48,8 @@ class LanguageModel:
 
     def open(self, batch: int, slots: int, inputs: Mapping[str, Any] | None = None) -> Request:
         """A new request of so many rows, whose cache begins with so many slots; for driving the model oneself."""
-        batch = check_integer("batch", batch, least=1)
-        slots = check_integer("slots", slots, least=0)
+        batch = check_integer("batch", batch, 1, LARGEST)
+        slots = check_integer("slots", slots, 0, LARGEST)
         return self._request(batch, slots, self._feed(batch, inputs))
 
     @property
@@ -200,7 +200,9 @@ class LanguageModel:
             stream = TextStream(self.tokenizer, stops) if self.manifest.tokenizer else None
             texts.append(Text(TokenIds(ids), len(ids), stream))
         feed = self._feed(len(texts), options.inputs)
-        slots = prompt_slots(self.manifest, max(text.prompt for text in texts), most)
+        longest = max(text.prompt for text in texts)
+        slots, size = prompt_slots(self.manifest, longest, most), chunk_size(self.manifest, "prefill")
+        self.sessions.check_reading(len(texts), min(longest, size), slots)
         context = None if self.endless else self.settings.context
         return Generating(
             texts,

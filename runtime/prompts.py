@@ -6,7 +6,7 @@ import numbers
 from collections.abc import Iterable, Sequence
 from typing import Any, cast
 
-from tokopt.arguments import check_items, is_integer, wrong
+from tokopt.arguments import check_items, is_array, is_integer, wrong
 from tokopt.errors import InputError
 from tokopt.runtime.inputs import as_array
 
@@ -34,6 +34,8 @@ def token_ids(name: str, prompt: object, vocabulary: int) -> list[int]:
     Neither 5.0 nor True nor "5" is an id: whoever passes them means something else.
     """
     items = _items(name, prompt, _TAKES)
+    if set(map(type, items)) == {int} and min(items) >= 0 and max(items) < vocabulary:
+        return items
     for place, item in enumerate(items):
         if not is_integer(item):
             raise wrong(f"token {place} of {name}", item, "an integer")
@@ -59,7 +61,7 @@ def stop_strings(stop: str | Iterable[str] | None) -> tuple[str, ...]:
 
 def _items(name: str, value: object, takes: str) -> list[Any]:
     """The items of a sequence or of an array, whose rows are lists; a text and bytes are no sequence here."""
-    if hasattr(value, "__array__"):
+    if is_array(value):
         array = as_array(name, value, takes)
         if array.ndim and array.dtype.kind in "biufUO":
             return cast("list[Any]", array.tolist())

@@ -10,16 +10,20 @@ from __future__ import annotations
 
 import math
 import numbers
-import operator
 import os
 import reprlib
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar, cast
+
+import numpy as np
 
 from tokopt.errors import InputError
 
 T = TypeVar("T")
+
+LARGEST = 2**40
+"""The largest size, as in a manifest."""
 
 _SHOWN = reprlib.Repr()
 _SHOWN.maxstring = _SHOWN.maxother = 60
@@ -31,9 +35,13 @@ def described(value: object) -> str:
     >>> described("0.5")
     "'0.5' (str)"
     """
+    kind = type(value).__name__
     if value is None:
         return "None"
-    return f"{' '.join(_SHOWN.repr(value).split())} ({type(value).__name__})"
+    try:
+        return f"{' '.join(_SHOWN.repr(value).split())} ({kind})"
+    except ValueError:  # an integer of thousands of digits
+        return f"a large {kind}"
 
 
 def wrong(name: str, value: object, takes: str) -> InputError:
@@ -41,22 +49,24 @@ def wrong(name: str, value: object, takes: str) -> InputError:
     return InputError(f"{name} is {described(value)}, it must be {takes}")
 
 
+def is_array(value: object) -> bool:
+    """Whether a value offers itself to NumPy as an array, as tensors of torch do; asked of its class alone."""
+    return hasattr(type(value), "__array__")
+
+
 def is_integer(value: object) -> bool:
-    """Whether a value counts things: an int, or a NumPy integer; a truth value is none."""
-    return isinstance(value, numbers.Integral) and not isinstance(value, bool)
+    """Whether a value counts things: an int, or a NumPy integer; neither a truth value nor a duration is one."""
+    return isinstance(value, numbers.Integral) and not isinstance(value, (bool, np.timedelta64))
 
 
 def check_integer(name: str, value: object, least: int | None = None, most: int | None = None) -> int:
-    """An integer within bounds. Scalars and arrays without axes are read, True and False are 1 and 0."""
-    takes = "an integer" + _bounds(least, most)
-    if getattr(value, "ndim", 0) != 0:  # NumPy and torch take an array of one element for an integer
-        raise wrong(name, value, takes)
-    try:
-        number = operator.index(cast(Any, value))
-    except TypeError as error:
-        raise wrong(name, value, takes) from error
+    """An integer within bounds. Arrays without axes are read, True and False are 1 and 0."""
+    plain = _plain(value)
+    if not isinstance(plain, numbers.Integral):
+        raise wrong(name, value, "an integer" + _bounds(least, most))
+    number = int(plain)
     if (least is not None and number < least) or (most is not None and number > most):
-        raise wrong(name, number, takes)
+        raise wrong(name, number, "an integer" + _bounds(least, most))
     return number
 
 
@@ -65,8 +75,7 @@ def check_number(
 ) -> float:
     """A finite number for which ``holds``, which ``range_`` says in words. Arrays without axes are read."""
     takes = f"a finite number {range_}".rstrip()
-    array = getattr(value, "ndim", None) == 0 and hasattr(value, "item")
-    plain = cast(Any, value).item() if array else value
+    plain = _plain(value)
     if not isinstance(plain, numbers.Real):
         raise wrong(name, value, takes)
     try:
@@ -80,8 +89,8 @@ def check_number(
 
 def check_flag(name: str, value: object) -> bool:
     """True or False; a word such as ``"no"`` would count as true."""
-    if isinstance(value, bool):
-        return value
+    if isinstance(value, (bool, np.bool_)):
+        return bool(value)
     raise wrong(name, value, "True or False")
 
 
@@ -105,8 +114,17 @@ def check_path(name: str, value: object) -> Path:
         text = os.fspath(cast(Any, value))
     except TypeError as error:
         raise wrong(name, value, "a path") from error
-    if not isinstance(text, str) or not text or "\0" in text:
-        raise wrong(name, value, "a path of text without NUL characters")
+    if not isinstance(text, str) or not text:
+        raise wrong(name, value, "a path of text")
+    try:
+        os.lstat(text)
+    except (FileNotFoundError, NotADirectoryError):
+        pass
+    except (OSError, ValueError) as error:  # too long, forbidden, or with characters that no name has
+        reason = getattr(error, "strerror", None) or error
+        raise InputError(
+            f"{name} is {described(value)}, where no file can be looked for ({reason})"
+        ) from error
     return Path(text)
 
 
@@ -124,11 +142,35 @@ def check_callable(name: str, value: object, takes: str) -> Callable[..., Any]:
     raise wrong(name, value, takes)
 
 
+def check_iterable(name: str, value: object, takes: str) -> Iterable[Any]:
+    """What gives items one by one, once or several times; neither a text nor bytes."""
+    alone = isinstance(value, (str, bytes, bytearray)) or (is_array(value) and getattr(value, "ndim", 0) == 0)
+    if alone or not isinstance(value, Iterable):
+        raise wrong(name, value, takes)
+    return cast("Iterable[Any]", value)
+
+
 def check_items(name: str, value: object, takes: str) -> tuple[Any, ...]:
     """The items of a list, a tuple or a set; a text, whose letters are no list, and a mapping are refused."""
-    if isinstance(value, Collection) and not isinstance(value, (str, bytes, bytearray, memoryview, Mapping)):
+    letters = isinstance(value, (str, bytes, bytearray, memoryview))
+    if letters or isinstance(value, Mapping) or not isinstance(value, Collection):
+        raise wrong(name, value, takes)
+    try:
         return tuple(cast("Collection[Any]", value))
-    raise wrong(name, value, takes)
+    except TypeError as error:  # an array without axes calls itself a collection
+        raise wrong(name, value, takes) from error
+
+
+def _plain(value: object) -> object:
+    """The element of an array without axes, as Python's own; every other value as it is."""
+    if isinstance(value, np.timedelta64):  # NumPy counts a duration among the integers
+        return None
+    if not is_array(value) or getattr(value, "ndim", None) != 0:
+        return value
+    try:
+        return cast(Any, value).item()
+    except Exception:  # a tensor without data
+        return value
 
 
 def _bounds(least: int | None, most: int | None) -> str:

@@ -14,7 +14,7 @@ import onnxruntime
 
 from tokopt.arguments import check_integer, check_items, is_integer, wrong
 from tokopt.errors import ArtifactError, InputError, MissingDependencyError
-from tokopt.runtime.buffers import Bound, Buffers, run_in_place
+from tokopt.runtime.buffers import Bound, Buffers, check_reading, run_in_place
 from tokopt.runtime.format.manifest import ONE_ROW, PORTABLE, Manifest, file_path
 from tokopt.runtime.format.signature import find_role
 
@@ -63,6 +63,10 @@ class Sessions:
     def buffers(self, batch: int, slots: int) -> Buffers:
         """The initial states of a language model."""
         return Buffers(self.manifest.states, batch, slots)
+
+    def check_reading(self, batch: int, tokens: int, slots: int) -> None:
+        """Raise InputError when a call that reads so many tokens of every row does not fit into memory."""
+        check_reading(self.manifest.states, batch, tokens, slots)
 
     def bind(self, program: str, buffers: Buffers) -> Bound | Fitting:
         """A program whose states stay in ``buffers``."""
