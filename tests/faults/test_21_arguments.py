@@ -130,6 +130,26 @@ def test_a_batch_is_refused_before_its_memory_is_taken(stage: Stage, monkeypatch
         stage.speaker.generate([[1] * 40] * 2000, max_tokens=1)
 
 
+ONE = np.ones((2, 1), np.int64)
+
+
+@pytest.mark.parametrize(
+    "given",
+    [([[1], [1]], ONE), (ONE, None), (ONE.astype(np.int32), ONE), (ONE[:1], ONE[:1]), (ONE, ONE.repeat(2, 1))]
+    + [(ONE[0], ONE[0]), (ONE[:, :0], ONE[:, :0]), (ONE > 0, ONE), (torch.ones(2, 1).long(), ONE)],
+)
+def test_a_request_driven_by_hand_takes_tokens_of_its_batch(
+    stage: Stage, monkeypatch: pytest.MonkeyPatch, given: tuple[Any, Any]
+) -> None:
+    request = stage.speaker.open(2, 8)
+    monkeypatch.setattr(Sessions, "bind", None)
+    with pytest.raises(InputError, match=r"^(tokens|positions) "):
+        request.step(*given)
+    for prompts in ([], [[1]], [[1], []], [[1], [1], [1]]):
+        with pytest.raises(InputError, match="give 2, none of them empty"):
+            request.prefill(prompts)
+
+
 def test_nothing_is_written_where_an_argument_is_wrong(stage: Stage, tmp_path: Path) -> None:
     with pytest.raises(InputError):
         tokopt.export(stage.bundle, tmp_path / "a.tokopt", tolerance=float("nan"))
