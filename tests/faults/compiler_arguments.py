@@ -154,7 +154,7 @@ BUNDLES = {
     "fidelity(after": Argument(lambda stage, value: fidelity(stage.bundle, value, [X]), NO_BUNDLES),
     "fidelity(samples": Argument(
         lambda stage, value: fidelity(stage.bundle, stage.bundle, value),
-        [None, 5, "text", b"text", [], [X[0]], [(X, X)]],
+        [None, 5, "text", b"text", [], [X[0]], [(X, X)], [5], [None], ["text"]],
         [[X.numpy()], [X]],
     ),
 }

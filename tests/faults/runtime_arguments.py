@@ -86,6 +86,9 @@ IMAGES += [np.frombuffer(X.tobytes(), np.float32).reshape(2, 3)]  # read-only
 IMAGES += [torch.ones(2, 3), torch.ones(2, 3, requires_grad=True), torch.ones(3, 2).T]
 
 
+USER = {"role": "user", "content": "a"}
+
+
 def option(name: str) -> Call:
     """A field of :class:`Sampling`."""
     return lambda stage, value: Sampling(**{name: value})
@@ -182,6 +185,17 @@ SPEAKER = {
         [[], [{"role": "user", "content": "a"}], [{"content": "a"}], ({"role": "user", "content": None},)]
         + [[{"role": "wizard", "content": "a"}], [{"role": "user", "content": [{"type": "text"}]}]],
     ),
+    **{
+        f"chat_prompt({name}": Argument(
+            lambda stage, value, name=name: stage.speaker.chat_prompt([USER], **{name: value}), bad, good
+        )
+        for name, bad, good in (
+            ("template", ["nope", 5, b"default", ["default"], {}], [None, "default"]),
+            ("continued", ["nope", 5, b"content", ["content"], {}], [None, "content"]),
+            ("tools", ["weather", 5, [5], [print], {"a": 1}], [None, [], [{"type": "function"}]]),
+            ("documents", ["text", 5, ["text"]], [None, [{"title": "A"}]]),
+        )
+    },
     "open(batch": Argument(
         lambda stage, value: stage.speaker.open(value, 4), [*NO_COUNTS, 0], [1, 3, np.int64(2)]
     ),
@@ -242,6 +256,15 @@ FACTS = {
     "Generation(chat_template": Argument(
         lambda stage, value: Generation(8, 8, chat_template=value), [5, b"a", ["a"]], [None, "a"]
     ),
+}
+
+FACTS |= {
+    f"Generation({name}": Argument(
+        lambda stage, value, name=name: Generation(8, 8, **{name: value}),
+        [5, "a", ["a"], {"a": 5}, {5: "a"}, {"a": None}],
+        [{}, {"default": "a"}],
+    )
+    for name in ("chat_templates", "special_tokens")
 }
 
 RUNTIME = SAMPLING | PROMPT | SPEAKER | ENCODER | LOADING | FACTS
