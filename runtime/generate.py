@@ -98,9 +98,10 @@ class Draw:
             return [row[:count].tolist() for row, count in zip(emission.tokens, emission.count, strict=True)]
         logits = emission.logits[:, -1]
         live = np.array([not text.finish for text in texts])
-        if _unusable(logits, live) is not None:
+        if (row := _unusable(logits, live)) is not None:
+            found = "NaN" if np.isnan(logits[row]).any() else "infinity"
             raise TokoptError(
-                f"the model gave NaN or infinity at step {self.step}; its weights or its input are damaged"
+                f"the model gave {found} at step {self.step}; its weights or its input are damaged"
             )
         histories = [text.history for text in texts]
         for place, process in enumerate(self.own):
