@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import TypeVar
+from typing import TypeVar, cast
 
 import numpy as np
 
@@ -124,9 +124,10 @@ class Draw:
         )
         shape = logits.shape
         try:
-            made: object = process(histories, logits)
+            made = cast(object, process(histories, logits))
         except Exception as error:  # a caller's own code
-            raise InputError(f"{name} raised {type(error).__name__}: {error}") from error
+            line = " ".join(str(error).split())[:300]
+            raise InputError(f"{name} raised {type(error).__name__}: {line}") from error
         if not isinstance(made, np.ndarray) or made.dtype.kind not in "fiu":
             raise InputError(f"{name} returned {described(made)}; return an array of numbers")
         if made.shape != shape:

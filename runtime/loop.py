@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
+from numpy.typing import NDArray
 
 from tokopt.arguments import wrong
 from tokopt.errors import InputError, TokoptError
@@ -263,9 +264,10 @@ class Request:
     def _check_tokens(self, tokens: object, positions: object) -> None:
         shapes: list[tuple[int, ...]] = []
         for name, array in (("tokens", tokens), ("positions", positions)):
-            if not (isinstance(array, np.ndarray) and array.dtype == np.int64 and array.ndim == 2):
-                raise wrong(name, array, "an int64 array [batch, tokens]")
-            shapes.append(array.shape)
+            found = cast("NDArray[np.int64]", array)
+            if not (isinstance(array, np.ndarray) and found.dtype == np.int64 and found.ndim == 2):
+                raise wrong(name, cast(object, array), "an int64 array [batch, tokens]")
+            shapes.append(found.shape)
         if shapes[0] != shapes[1] or shapes[0][0] != self.batch or not shapes[0][1]:
             raise InputError(
                 f"tokens has shape {list(shapes[0])} and positions {list(shapes[1])}; give [{self.batch}, tokens] "

@@ -67,4 +67,4 @@ def _items(name: str, value: object, takes: str) -> list[Any]:
             return cast("list[Any]", array.tolist())
     elif isinstance(value, Sequence) and not isinstance(value, (str, bytes, bytearray, memoryview)):
         return list(cast("Sequence[Any]", value))
-    raise wrong(name, value, takes)
+    raise wrong(name, cast(object, value), takes)

@@ -70,10 +70,12 @@ class RepetitionPenalty:
         logits, most = np.array(logits), np.finfo(np.float32).max
         for row, ids in zip(logits, history, strict=True):
             seen = ids.distinct if isinstance(ids, TokenIds) else np.unique(np.asarray(ids, np.int64))
-            value = row[seen].astype(np.float64)
+            value: NDArray[np.float64] = row[seen].astype(np.float64)
             with np.errstate(over="ignore"):
-                changed = np.where(value > 0, value / self.penalty, value * self.penalty)
-            row[seen] = np.where(np.isfinite(value), changed.clip(-most, most), value)
+                changed = np.clip(
+                    np.where(value > 0, value / self.penalty, value * self.penalty), -most, most
+                )
+            row[seen] = np.where(np.isfinite(value), changed, value)
         return logits
 
 

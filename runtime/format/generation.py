@@ -41,6 +41,7 @@ class Generation:
         if self.special_tokens is not None:
             named.append(("special_tokens", self.special_tokens))
         for field_name, texts in named:
-            for name, text in check_kind(field_name, texts, Mapping, "a mapping from names to texts").items():
+            check_kind(field_name, texts, Mapping, "a mapping from names to texts")
+            for name, text in texts.items():
                 check_text(f"a name in {field_name}", name)
                 check_text(f"{field_name}[{name!r}]", text)
