@@ -124,12 +124,15 @@ class Draw:
         )
         shape = logits.shape
         try:
-            made = cast(object, process(histories, logits))
+            returned = cast(object, process(histories, logits))
         except Exception as error:  # a caller's own code
             line = " ".join(str(error).split())[:300]
             raise InputError(f"{name} raised {type(error).__name__}: {line}") from error
-        if not isinstance(made, np.ndarray) or made.dtype.kind not in "fiu":
-            raise InputError(f"{name} returned {described(made)}; return an array of numbers")
+        made = cast(Logits, returned)
+        if not isinstance(returned, np.ndarray) or made.dtype.kind not in "fiu":
+            raise InputError(
+                f"{name} returned {described(cast(object, returned))}; return an array of numbers"
+            )
         if made.shape != shape:
             raise InputError(
                 f"{name} returned logits of shape {list(made.shape)}; return those that it is given, {list(shape)}"

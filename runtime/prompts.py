@@ -4,13 +4,22 @@ from __future__ import annotations
 
 import numbers
 from collections.abc import Iterable, Sequence
-from typing import Any, cast
+from typing import Any, Protocol, cast
+
+import numpy as np
 
 from tokopt.arguments import check_items, is_array, is_integer, wrong
 from tokopt.errors import InputError
 from tokopt.runtime.inputs import as_array
 
-Prompt = str | Sequence[int]
+
+class ArrayLike(Protocol):
+    """What offers itself to NumPy as an array, as tensors of torch do."""
+
+    def __array__(self) -> np.ndarray: ...
+
+
+Prompt = str | Sequence[int] | ArrayLike
 """Text, or token ids: a list of integers, or an array of them (a tensor of torch, too)."""
 
 _TAKES = "text, or a list of token ids"

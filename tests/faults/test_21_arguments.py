@@ -21,7 +21,7 @@ from tests.runtime.artifacts import doubling
 from tests.runtime.toys import save, speaking
 from tokopt.arguments import check_items, check_number, described
 from tokopt.errors import InputError, TokoptError
-from tokopt.runtime import Stream, buffers, load
+from tokopt.runtime import Sampling, Stream, buffers, load
 from tokopt.runtime.engines.onnxruntime import Sessions
 
 TEMPLATE = "{% for message in messages %}{{ message.content }}{% endfor %}"
@@ -92,9 +92,9 @@ def test_good_values_are_taken(stage: Stage, name: str) -> None:
 
 
 def test_numbers_become_pythons_own() -> None:
-    made = tokopt.runtime.Sampling(np.float32(0.5), np.int64(3), seed=True)  # type: ignore[arg-type]
+    made = Sampling(np.float32(0.5), np.int64(3), seed=True)  # type: ignore[arg-type]
     assert [type(value) for value in (made.temperature, made.top_k, made.seed)] == [float, int, int]
-    assert made == tokopt.runtime.Sampling(0.5, 3, seed=1)
+    assert made == Sampling(0.5, 3, seed=1)
 
 
 def test_a_tensor_is_what_an_array_is(stage: Stage) -> None:

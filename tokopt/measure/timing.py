@@ -96,7 +96,8 @@ def open_runner(path: str | Path, threads: int | None = None, backend: Backend =
         raise InputError(
             f"{folder} is of target torch; export it for {backend} with: tokopt export {folder} -o DIR"
         )
-    if check_threads(threads) is not None:
+    threads = check_threads(threads)
+    if threads is not None:
         import torch
 
         torch.set_num_threads(threads)
