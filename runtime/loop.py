@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
+from numpy.typing import NDArray
 
+from tokopt.arguments import wrong
 from tokopt.errors import InputError, TokoptError
 from tokopt.runtime.buffers import BLOCK, capacity
 from tokopt.runtime.encode import Encoded, carry, needed_slots
@@ -118,6 +120,8 @@ class Request:
         ``limit`` [batch] is the most tokens that a row may commit, for a program that draws them. Raises InputError for
         a prompt that is longer than the program can read at once, where it must.
         """
+        if len(prompts) != self.batch or not all(len(ids) for ids in prompts):
+            raise InputError(f"there are {len(prompts)} prompts; give {self.batch}, none of them empty")
         entry = self.entry("prefill")
         tokens, positions = self._padded(entry, prompts)
         total, start = tokens.shape[1], 0
@@ -233,7 +237,8 @@ class Request:
         limit: np.ndarray | None = None,
         mask: np.ndarray | None = None,
     ) -> Emission:
-        """One call of an entry, which no trigger counts."""
+        """One call of an entry, which no trigger counts; raises InputError for tokens that are not of the batch."""
+        self._check_tokens(tokens, positions)
         roles = self._roles[entry.program]
         feed = self._feed(entry, tokens, positions, rows, limit)
         if mask is not None:
@@ -255,6 +260,19 @@ class Request:
         assert emission.count is not None
         self._occupy(int(emission.count.max()) + (tokens.shape[1] if entry.role == "prefill" else 0))
         return emission
+
+    def _check_tokens(self, tokens: object, positions: object) -> None:
+        shapes: list[tuple[int, ...]] = []
+        for name, array in (("tokens", tokens), ("positions", positions)):
+            found = cast("NDArray[np.int64]", array)
+            if not (isinstance(array, np.ndarray) and found.dtype == np.int64 and found.ndim == 2):
+                raise wrong(name, cast(object, array), "an int64 array [batch, tokens]")
+            shapes.append(found.shape)
+        if shapes[0] != shapes[1] or shapes[0][0] != self.batch or not shapes[0][1]:
+            raise InputError(
+                f"tokens has shape {list(shapes[0])} and positions {list(shapes[1])}; give [{self.batch}, tokens] "
+                "for both"
+            )
 
     def _feed(
         self,

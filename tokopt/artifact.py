@@ -17,8 +17,9 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tokopt.arguments import check_callable, check_flag, check_kind, check_number, check_path, described
 from tokopt.errors import ArtifactError, InputError, TokoptError
-from tokopt.ir.bundle import AppliedPass, Bundle
+from tokopt.ir.bundle import AppliedPass, Bundle, check_bundle
 from tokopt.ir.program import Program
 from tokopt.runtime.engines.onnxruntime import Sessions
 from tokopt.runtime.format.manifest import (
@@ -79,14 +80,23 @@ def export(
     ``path`` is taken or its parent is missing, MissingDependencyError without the TensorRT that an engine takes, and
     InputError for engine options that do not fit. Nothing is left behind when it fails.
     """
-    if target not in TARGETS:
-        raise ArtifactError(f"there is no target {target!r}; choose among {', '.join(TARGETS)}")
+    check_bundle("bundle", bundle)
+    path = check_path("path", path)
+    if not isinstance(target, str) or target not in TARGETS:
+        raise ArtifactError(f"there is no target {described(target)}; choose among {', '.join(TARGETS)}")
+    check_flag("overwrite", overwrite)
+    check_flag("check", check)
+    if tolerance is not None:
+        tolerance = check_number("tolerance", tolerance, lambda x: x >= 0, "of at least 0")
+    if progress is not None:
+        check_callable("progress", progress, "a function of a line of text")
+    if engine is not None:
+        _check_engine(engine)
     if engine is not None and target != "tensorrt":
         raise InputError(
             f"engine options mean nothing to the target {target!r}; leave them out, or export to tensorrt"
         )
     say = progress or (lambda line: None)
-    path = Path(path)
     check_place(path, overwrite)
     cleaned = bundle if target == "torch" else _clean_up(bundle, say)
     builder = _engine_builder(cleaned, engine) if target == "tensorrt" else None
@@ -123,7 +133,7 @@ def open_bundle(path: str | Path) -> Bundle:
     Every file's SHA-256 is checked first. Raises ArtifactError when the artifact is damaged, foreign, newer,
     or was exported for another target.
     """
-    path = Path(path)
+    path = check_path("path", path)
     if path.is_file() and path.suffix == ".pt2":
         from tokopt.frontend.module import capture
 
@@ -183,7 +193,7 @@ def verify(path: str | Path) -> VerifyReport:
     An ONNX artifact is run by the runtime, without torch; a torch artifact by torch. Raises ArtifactError
     when there is no readable manifest; everything found after that is in the report.
     """
-    path = Path(path)
+    path = check_path("path", path)
     manifest = read_manifest(path)
     faults = [
         fault
@@ -267,6 +277,12 @@ def _rename(folder: Path, path: Path, aside: Path) -> None:
             f"the artifact cannot be moved to {path} ({error}); choose another path"
         ) from error
     shutil.rmtree(aside, ignore_errors=True)
+
+
+def _check_engine(engine: object) -> None:
+    from tokopt.lower.tensorrt.engine import EngineOptions
+
+    check_kind("engine", engine, EngineOptions, "an EngineOptions, as in EngineOptions(arch='sm_86')")
 
 
 def _engine_builder(bundle: Bundle, options: EngineOptions | None) -> EngineBuilder:

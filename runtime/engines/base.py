@@ -39,6 +39,10 @@ class Stateful(Programs, Protocol):
         """The initial states, a :class:`.Buffers`."""
         ...
 
+    def check_reading(self, batch: int, tokens: int, slots: int) -> None:
+        """Raise InputError when a call that reads so many tokens of every row does not fit into memory."""
+        ...
+
     def bind(self, program: str, buffers: Any) -> Any:
         """A program whose states stay in ``buffers``."""
         ...

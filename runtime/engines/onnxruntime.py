@@ -12,8 +12,9 @@ from typing import Any, cast
 import numpy as np
 import onnxruntime
 
+from tokopt.arguments import check_integer, check_items, is_integer, wrong
 from tokopt.errors import ArtifactError, InputError, MissingDependencyError
-from tokopt.runtime.buffers import Bound, Buffers, run_in_place
+from tokopt.runtime.buffers import Bound, Buffers, check_reading, run_in_place
 from tokopt.runtime.format.manifest import ONE_ROW, PORTABLE, Manifest, file_path
 from tokopt.runtime.format.signature import find_role
 
@@ -62,6 +63,10 @@ class Sessions:
     def buffers(self, batch: int, slots: int) -> Buffers:
         """The initial states of a language model."""
         return Buffers(self.manifest.states, batch, slots)
+
+    def check_reading(self, batch: int, tokens: int, slots: int) -> None:
+        """Raise InputError when a call that reads so many tokens of every row does not fit into memory."""
+        check_reading(self.manifest.states, batch, tokens, slots)
 
     def bind(self, program: str, buffers: Buffers) -> Bound | Fitting:
         """A program whose states stay in ``buffers``."""
@@ -144,19 +149,39 @@ def _session(
     return session
 
 
+MOST_THREADS = 1024
+"""Each thread of an engine is started at once; what is beyond any machine's cores is a mistake."""
+
+
 def check_threads(threads: object) -> int | None:
     """The number of threads, proved to be one; raises InputError."""
-    if threads is not None and (isinstance(threads, bool) or not isinstance(threads, int) or threads < 1):
-        raise InputError(f"threads is {threads!r}, it must be a positive integer, or None for all cores")
-    return threads
+    if threads is None:
+        return None
+    if not is_integer(threads):
+        raise wrong("threads", threads, f"an integer from 1 to {MOST_THREADS}, or None for all cores")
+    return check_integer("threads", threads, 1, MOST_THREADS)
+
+
+def named_options(name: str, value: object, takes: str) -> tuple[str, dict[str, object]]:
+    """A name, or a pair of a name and its options: how a backend or a provider is said; raises InputError."""
+    if isinstance(value, str):
+        return value, {}
+    if isinstance(value, (tuple, list)):
+        pair = tuple(cast("Sequence[object]", value))
+        if len(pair) == 2 and isinstance(pair[0], str) and isinstance(pair[1], Mapping):
+            options = cast("Mapping[object, object]", pair[1])
+            if all(isinstance(key, str) for key in options):
+                return pair[0], dict(cast("Mapping[str, object]", options))
+    raise wrong(name, value, takes)
 
 
 def _providers(providers: Sequence[Provider] | None) -> tuple[list[str], list[dict[str, object]]]:
     """Names and options, each name proved to be available."""
-    chosen = [_CPU] if providers is None else [providers] if isinstance(providers, str) else list(providers)
-    pairs: list[tuple[str, dict[str, object]]] = [
-        (item, {}) if isinstance(item, str) else (item[0], dict(item[1])) for item in chosen
-    ]
+    takes = "a list of names of execution providers, or of pairs of a name and a mapping of its options"
+    chosen = [_CPU] if providers is None else [providers]
+    if providers is not None and not isinstance(providers, str):
+        chosen = check_items("providers", providers, takes)
+    pairs = [named_options("an item of providers", item, takes) for item in chosen]
     available = onnxruntime.get_available_providers()
     if not pairs:
         raise InputError(f"providers is empty; choose among {', '.join(available)}")
@@ -172,4 +197,7 @@ def _providers(providers: Sequence[Provider] | None) -> tuple[list[str], list[di
             f"{name!r} is no execution provider of ONNX Runtime; there are {', '.join(available)}, and more "
             "with tokopt[gpu]"
         )
+    for name, options in pairs:
+        if name == _CPU and options:
+            raise InputError(f"{_CPU} takes no options, and ignores {', '.join(options)}; leave them out")
     return [name for name, _ in pairs], [options for _, options in pairs]

@@ -125,6 +125,9 @@ class Engines:
         """The initial states of a language model."""
         return DeviceBuffers(self.manifest.states, batch, slots, shared_ranges(self.manifest))
 
+    def check_reading(self, batch: int, tokens: int, slots: int) -> None:
+        """Nothing is to be refused: an engine has all the memory that its calls take."""
+
     def bind(self, program: str, buffers: DeviceBuffers) -> BoundEngine:
         """A program whose states stay in ``buffers``."""
         return BoundEngine(self.get(program), buffers)

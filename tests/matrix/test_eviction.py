@@ -371,8 +371,7 @@ def test_budgets_by_layer() -> None:
 
 def test_memory_is_what_the_budget_says() -> None:
     """Bytes allocated: the budget and the tokens until the next eviction, in every state with slots."""
-    got = artifact("llama", spelled("h2o"))
-    got.generate(prompt(100), max_tokens=50)
+    got = artifact("llama", spelled("h2o")).generate(prompt(100), max_tokens=50)
     slots = BUDGET + EVERY
     assert got.statistics.cache_slots == slots
     per_slot = 2 * (2 * 2 * 16 * 4 + 2 * 4) + 8  # two layers of keys, values and masses; positions

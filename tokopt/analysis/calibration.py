@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Interpreter, Node
 
+from tokopt.arguments import check_items
 from tokopt.errors import InputError
 from tokopt.ir.bundle import Bundle
 from tokopt.ir.graph import sizes
@@ -96,7 +97,8 @@ def caller_tensors(bundle: Bundle, sample: Sample) -> dict[str, Tensor]:
         given = dict(sample)
     else:
         alone = isinstance(sample, (Tensor, np.ndarray)) or (bundle.schedule.generates and len(specs) == 1)
-        parts: Sequence[Array] = [sample] if alone else sample  # type: ignore[list-item,assignment]
+        takes = "tensors by name, in their order, or one alone"
+        parts = [sample] if alone else check_items("a calibration sample", sample, takes)
         if len(parts) != len(specs):
             raise InputError(f"a calibration sample has {len(parts)} tensors, the model takes {names}")
         given = dict(zip(specs, parts, strict=True))

@@ -32,7 +32,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from tokopt.arguments import check_kind, check_path
 from tokopt.errors import CaptureError, MissingDependencyError
+from tokopt.frontend.arguments import check_module, check_tokenizer
 from tokopt.frontend.module import evaluation, explain
 from tokopt.frontend.normalize import normalize
 from tokopt.frontend.replay import check_replay, readings
@@ -91,9 +93,13 @@ def capture_lm(
     know, or when ``step`` does not reproduce the model's own logits; ArtifactError when the tokenizer does not
     match.
     """
+    check_tokenizer(tokenizer)
+    if generation is not None:
+        check_kind("generation", generation, Generation, "a Generation, as in Generation(1024, 32000)")
     if isinstance(model, (str, Path)):
-        loaded, texts, generation = _from_folder(Path(model), tokenizer, generation)
+        loaded, texts, generation = _from_folder(check_path("model", model), tokenizer, generation)
         return capture_lm(loaded, tokenizer=texts.tokenizer, generation=generation)
+    check_module("model", model, "a module, or the folder of a Hugging Face model")
     hugging_face = hasattr(model, "get_decoder") and hasattr(model, "config")
     if hugging_face:
         check_supported(model)

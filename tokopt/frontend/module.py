@@ -15,7 +15,9 @@ from typing import Any
 import torch
 from torch.utils import _pytree as pytree
 
+from tokopt.arguments import check_path
 from tokopt.errors import CaptureError, InputError
+from tokopt.frontend.arguments import check_axes, check_example, check_tokenizer
 from tokopt.frontend.normalize import normalize
 from tokopt.ir.bundle import Bundle
 from tokopt.ir.export import export_flat, output_specs
@@ -75,6 +77,11 @@ def capture(
     ``scaled_dot_product_attention``. Raises CaptureError when ``torch.export`` cannot trace the model or an
     axis cannot be dynamic, and InputError when the example does not fit ``dynamic``.
     """
+    check_example(args, kwargs)
+    check_axes(dynamic, ranges)
+    check_tokenizer(tokenizer)
+    if isinstance(model, (str, Path)):
+        model = check_path("model", model)
     module, args, kwargs, own = _as_module(model, args, dict(kwargs or {}))
     with evaluation(module):
         leaves, spec = pytree.tree_flatten((args, kwargs))
@@ -92,7 +99,13 @@ def capture(
             for name, t, ax in zip(names, example, axes, strict=True)
         )
         used = {axis: AxisRange() for spec in inputs for axis in spec.axes if isinstance(axis, str)}
-        bounds = {**used, **{k: v for k, v in (ranges or {}).items() if k in used}}
+        for axis in ranges or {}:
+            if axis not in used:
+                known = ", ".join(used) or "none"
+                raise InputError(
+                    f"ranges names the axis {axis!r}, which is not dynamic; those that are: {known}"
+                )
+        bounds = {**used, **(ranges or {})}
         outputs = _output_names(flat, example)
         try:
             graph, bounds = export_flat(flat, example, inputs, bounds)

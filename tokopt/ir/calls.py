@@ -9,11 +9,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import takewhile
+from typing import cast
 
 import torch
 from torch import Tensor
 
+from tokopt.arguments import check_kind
 from tokopt.errors import InputError
+from tokopt.ir.graph import dtype_name
 from tokopt.ir.program import AxisRange, Program, TensorSpec
 from tokopt.runtime.format.link import Link, Port
 from tokopt.runtime.format.signature import BATCH, find_role, with_role
@@ -90,6 +93,26 @@ def _check_sizes(program: Program, given: Sequence[Tensor]) -> None:
                 raise InputError(
                     f"{spec.name!r} has the size {size} along {axis!r}, and the program takes {bounds.min} to {most}"
                 )
+
+
+def check_tensors(tensors: Sequence[object], specs: Sequence[TensorSpec]) -> tuple[Tensor, ...]:
+    """The tensors of a call, one for each of ``specs``; raises InputError for a wrong number, kind, dtype or shape."""
+    if len(tensors) != len(specs):
+        names = ", ".join(spec.name for spec in specs)
+        raise InputError(f"{len(tensors)} tensors were given, the model takes {len(specs)}: {names}")
+    for spec, tensor in zip(specs, tensors, strict=True):
+        found = check_kind(f"input {spec.name!r}", tensor, Tensor, f"a tensor, {spec}")
+        shape = list(found.shape)
+        if dtype_name(found.dtype) != spec.dtype:
+            raise InputError(
+                f"input {spec.name!r} is {dtype_name(found.dtype)}, the model takes {spec}; convert it"
+            )
+        if len(shape) != len(spec.axes) or any(
+            size < 1 or (isinstance(axis, int) and axis != size)
+            for axis, size in zip(spec.axes, shape, strict=True)
+        ):
+            raise InputError(f"input {spec.name!r} has shape {shape}, the model takes {spec}")
+    return cast("tuple[Tensor, ...]", tuple(tensors))
 
 
 def first_call(

@@ -14,10 +14,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from tokopt.arguments import LARGEST, check_integer, check_path
 from tokopt.errors import ArtifactError, InputError, MissingDependencyError, TokoptError
 from tokopt.ir.format import BATCH
 from tokopt.runtime import LanguageModel, load
-from tokopt.runtime.engines.onnxruntime import Backend
+from tokopt.runtime.buffers import available_memory
+from tokopt.runtime.engines.onnxruntime import Backend, check_threads
 from tokopt.runtime.format.manifest import PORTABLE, Manifest, read_manifest
 from tokopt.runtime.inputs import Interface
 from tokopt.runtime.loop import Emission
@@ -51,13 +53,27 @@ class Runner:
             stored |= {name: array for name, array in found.items() if name in axes and name not in stored}
         if batch is None:
             return stored
-        if batch < 1 or not any(BATCH in a for a in axes.values()):
-            raise InputError(f"{self.folder} cannot run a batch of {batch}; leave --batch out")
+        batch = self._checked(batch, stored)
         for name, array in stored.items():
             if BATCH in axes[name]:
                 axis = axes[name].index(BATCH)
                 stored[name] = np.take(array, np.arange(batch) % array.shape[axis], axis)
         return stored
+
+    def _checked(self, batch: object, stored: Feed) -> int:
+        """A batch that the artifact takes and that fits into memory; raises InputError."""
+        count, bounds = check_integer("batch", batch, 1, LARGEST), self.program.ranges.get(BATCH)
+        if bounds is None or (bounds.max is not None and count > bounds.max):
+            raise InputError(f"{self.folder} cannot run a batch of {count}; leave --batch out")
+        places = {t.name: t.axes.index(BATCH) for t in self.program.inputs if BATCH in t.axes}
+        wanted = sum(count * stored[n].nbytes // stored[n].shape[axis] for n, axis in places.items())
+        free = available_memory()
+        if free is not None and wanted > free:
+            raise InputError(
+                f"inputs of a batch of {count} take {wanted / 2**30:.1f} GiB and {free / 2**30:.1f} GiB of memory are "
+                "free; give a smaller one"
+            )
+        return count
 
 
 def open_runner(path: str | Path, threads: int | None = None, backend: Backend = "onnxruntime") -> Runner:
@@ -67,7 +83,7 @@ def open_runner(path: str | Path, threads: int | None = None, backend: Backend =
     on a GPU with the CUDA kernels of the token ops. Raises ArtifactError, InputError for a backend that cannot execute
     it, and MissingDependencyError where there is no GPU.
     """
-    folder = Path(path)
+    folder = check_path("path", path)
     manifest = read_manifest(folder)
     if manifest.schedule.generates:
         raise ArtifactError(f"{folder} is a language model; use it with: tokopt generate {folder} PROMPT")
@@ -80,6 +96,7 @@ def open_runner(path: str | Path, threads: int | None = None, backend: Backend =
         raise InputError(
             f"{folder} is of target torch; export it for {backend} with: tokopt export {folder} -o DIR"
         )
+    threads = check_threads(threads)
     if threads is not None:
         import torch
 

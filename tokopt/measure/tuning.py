@@ -22,12 +22,22 @@ from typing import Any
 
 import numpy as np
 
+from tokopt.arguments import (
+    check_callable,
+    check_integer,
+    check_items,
+    check_kind,
+    check_number,
+    check_path,
+    check_text,
+)
 from tokopt.artifact import export
 from tokopt.errors import InputError, TokoptError
-from tokopt.ir.bundle import Bundle
+from tokopt.ir.bundle import Bundle, check_bundle
 from tokopt.measure.judge import FEATURES, OWN, PREDICTIONS, Floor, Sample, judge
 from tokopt.measure.timing import interleaved_times, open_runner
 from tokopt.pipeline.manager import optimize, parse
+from tokopt.runtime.engines.onnxruntime import check_threads
 
 Space = tuple[tuple[str, ...], ...]
 """Kinds of methods, and the candidates of each; at most one of each kind is in a pipeline."""
@@ -122,6 +132,13 @@ class Machine:
     prompt: int = 256
     batch: int | None = None
 
+    def __post_init__(self) -> None:
+        """Raise InputError for numbers that mean nothing."""
+        check_threads(self.threads)
+        check_integer("prompt", self.prompt, least=1)
+        if self.batch is not None:
+            check_integer("batch", self.batch, least=1)
+
 
 def tune(
     bundle: Bundle,
@@ -149,24 +166,36 @@ def tune(
     Raises InputError for fewer than two samples, a bad floor or candidate, a batch that the model cannot run, and a
     folder of another search.
     """
+    check_bundle("bundle", bundle)
+    folder = check_path("folder", folder)
+    samples = check_items("samples", samples, "a list of inputs")
+    candidates = [
+        check_items("an item of candidates", kind, "a list of pipelines of one kind")
+        for kind in check_items("candidates", candidates, "a list of lists of pipelines")
+    ]
+    minutes = check_number("minutes", minutes, lambda x: x >= 0, "of at least 0")
+    machine = Machine() if machine is None else check_kind("machine", machine, Machine, "a Machine, or None")
+    if metric is not None:
+        check_callable("metric", metric, "a function of the folder of an artifact")
+    if progress is not None:
+        check_callable("progress", progress, "a function of a line of text")
     if len(samples) < 2:
         raise InputError(
             "tuning needs at least two samples, one to calibrate with and one to judge by; give more"
         )
-    machine = machine or Machine()
     generates = bundle.schedule.generates
     if generates and machine.batch not in (None, 1):
         raise InputError("tuning times a language model one text at a time; leave the batch out")
     measures = PREDICTIONS if generates else FEATURES
     usual = "KL<=0.05" if generates else "cosine>=0.99"
-    wanted = Floor.parse(floor or usual, (*measures, *([OWN] if metric else [])))
+    wanted = Floor.parse(check_text("floor", floor) or usual, (*measures, *([OWN] if metric else [])))
     # One spelling of each; a misspelt candidate is refused before anything runs.
     kinds = [
         [str(parse(text)) for text in kind]
         for kind in candidates or (TEXT_SPACE if generates else FEATURE_SPACE)
     ]
     say = progress or (lambda line: None)
-    search = _Search(bundle, samples, Path(folder), machine, metric, say)
+    search = _Search(bundle, samples, folder, machine, metric, say)
     end = time.monotonic() + 60 * minutes
     untried: list[str] = []
     for text in _candidates(kinds, search.trials, wanted):

@@ -11,6 +11,7 @@ from typing import Any, ClassVar, Literal, Union, get_args, get_origin, get_type
 
 from tokopt.analysis.calibration import Sample
 from tokopt.analysis.cost import Cost
+from tokopt.arguments import check_callable, check_flag, check_items, check_iterable, check_path
 from tokopt.errors import PassError
 from tokopt.ir.bundle import Bundle, Semantics
 from tokopt.ir.graph import is_group
@@ -47,7 +48,16 @@ class Context:
     calibration: Iterable[Sample] | None = None
 
     def __post_init__(self) -> None:
-        """Keep what can be iterated only once."""
+        """Keep what can be iterated only once; raise InputError for a field of another type."""
+        check_flag("strict", self.strict)
+        observers = check_items("observers", self.observers, "a tuple of functions")
+        for observer in observers:
+            check_callable("an observer", observer, "a function of (record, before, after)")
+        object.__setattr__(self, "observers", observers)
+        if self.reproducers is not None:
+            object.__setattr__(self, "reproducers", check_path("reproducers", self.reproducers))
+        if self.calibration is not None:
+            check_iterable("calibration", self.calibration, "a list of inputs, or what gives them one by one")
         if isinstance(self.calibration, Iterator):
             object.__setattr__(self, "calibration", list(self.calibration))
 
