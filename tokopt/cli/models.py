@@ -14,7 +14,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tokopt.errors import CaptureError, InputError, MissingDependencyError
+from tokopt.errors import CaptureError, InputError
+from tokopt.extras import missing
 from tokopt.runtime.format.manifest import MANIFEST, Manifest, read_manifest
 
 if TYPE_CHECKING:
@@ -59,7 +60,7 @@ def read_bundle(name: str, options: ExampleOptions | None = None) -> Bundle:
     if path.suffix == ".pt2" and path.is_file():
         return tokopt.capture(path)
     if (path / "config.json").is_file() and options.model_class is None and _is_language_model(path):
-        require("transformers", "hf")
+        require("transformers")
         return tokopt.capture_lm(path)
     if (path / "config.json").is_file():
         found = _hugging_face(path, options)
@@ -93,12 +94,10 @@ def _is_language_model(folder: Path) -> bool:
     return any(name.endswith(("ForCausalLM", "LMHeadModel")) for name in names)
 
 
-def require(package: str, extra: str) -> None:
-    """Raise MissingDependencyError, naming the extra, when a package is not installed."""
+def require(package: str) -> None:
+    """Raise MissingDependencyError, naming the extra, when an optional package is not installed."""
     if find_spec(package) is None:
-        raise MissingDependencyError(
-            f"{package} is not installed; install it with: pip install 'tokopt[{extra}]'"
-        )
+        raise missing(package)
 
 
 def imported(name: str) -> Any:
@@ -149,7 +148,7 @@ def _random(shapes: tuple[tuple[int, ...], ...]) -> tuple[Any, ...]:
 
 
 def _hugging_face(folder: Path, options: ExampleOptions) -> _Model:
-    require("transformers", "hf")
+    require("transformers")
     import transformers
 
     cls = getattr(transformers, options.model_class or "AutoModel", None)

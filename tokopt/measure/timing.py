@@ -47,7 +47,7 @@ class Runner:
         axes = {tensor.name: tensor.axes for tensor in self.program.inputs}
         stored: Feed = {}
         for entry in self.manifest.schedule.of_role("encode"):
-            found = read_selftest(self.folder, self.manifest, entry.program)[0]
+            found = read_selftest(self.folder, self.manifest, entry.program).inputs
             stored |= {name: array for name, array in found.items() if name in axes and name not in stored}
         if batch is None:
             return stored
