@@ -25,6 +25,7 @@ from tokopt.runtime.format.manifest import (
     ENGINE,
     MANIFEST,
     ONE_ROW,
+    OUTLINE,
     PORTABLE,
     SELFTEST,
     EngineEntry,
@@ -38,12 +39,8 @@ from tokopt.runtime.format.manifest import (
     read_manifest,
 )
 from tokopt.runtime.numerics import SELFTEST_LIMITS, OutputCheck, check_output
-<<<<<<< HEAD
-from tokopt.runtime.selftest import run_selftests
-from tokopt.runtime.text import read_tokenizer
-=======
 from tokopt.runtime.selftest import FormChecks, TaskCheck, check_forms, read_selftest
->>>>>>> 9b9297b (verify: artifacts are held to float32 arithmetic and to their task, with limits measured at export)
+from tokopt.runtime.text import read_tokenizer
 
 if TYPE_CHECKING:
     import torch
@@ -76,8 +73,9 @@ def export(
     :data:`CLEANUP`, which stand in the artifact's history where they changed something. ``check`` compares the
     result with the program in ``bundle`` first, with ``tolerance`` in place of the largest NMSE that a dtype
     allows, and runs the self-test that :func:`verify` will run. ``target="tensorrt"`` builds an engine beside each of
-    these ONNX files, as ``engine`` says. ``target="torch"`` keeps the programs as they are, as ``.pt2`` files for :func:`open_bundle`. ``overwrite``
-    replaces an artifact that is already there. ``progress`` is called with a line per step.
+    these ONNX files, as ``engine`` says. ``target="torch"`` keeps the programs as they are, as ``.pt2`` files for
+    :func:`open_bundle`, and beside them what ``tokopt inspect`` shows. ``overwrite`` replaces an
+    artifact that is already there. ``progress`` is called with a line per step.
 
     Raises LoweringError when a program cannot be lowered or does not compute the same, ArtifactError when
     ``path`` is taken or its parent is missing, MissingDependencyError without the TensorRT that an engine takes, and
@@ -89,6 +87,7 @@ def export(
         raise InputError(
             f"engine options mean nothing to the target {target!r}; leave them out, or export to tensorrt"
         )
+    from tokopt.analysis.outline import outline
     from tokopt.lower.selftest import write_examples, write_selftest
 
     say = progress or (lambda line: None)
@@ -118,6 +117,8 @@ def export(
         else:
             say("running the self-test")
             write_selftest(bundle, folder, _manifest(cleaned, files, engines, {}), tolerance=tolerance)
+        if target == "torch":
+            (folder / OUTLINE).write_text(outline(bundle).to_json(), encoding="utf-8")
         if bundle.tokenizer is not None:
             (folder / _TOKENIZER).write_text(bundle.tokenizer, encoding="utf-8")
         entries = {item.name: describe_file(item) for item in sorted(folder.iterdir())}

@@ -108,7 +108,9 @@ def spoil_one_scale(folder: Path) -> None:
             rehash(folder, path.name)
             continue
         place = {entry.key: entry.value for entry in scales[1].external_data}
-        whole = np.memmap(folder / place["location"], np.float32, "r+", int(place["offset"]), tuple(scales[1].dims))
+        whole = np.memmap(
+            folder / place["location"], np.float32, "r+", int(place["offset"]), tuple(scales[1].dims)
+        )
         if path.name.count(".") == 1:  # forms share their weights
             whole[..., 3] *= 1.5
             whole.flush()
@@ -168,7 +170,10 @@ def test_a_language_model_is_tested_on_text_that_it_would_write() -> None:
     model = load(language(), threads=1)
     test = read_selftest(language(), read_manifest(language()), "step")
     tokens, logits = test.inputs["tokens"], test.outputs["logits"]
-    assert tokens.shape == (2, 4) and test.inputs["positions"].tolist() == [[15, 16, 17, 18], [16, 17, 18, 19]]
+    assert tokens.shape == (2, 4) and test.inputs["positions"].tolist() == [
+        [15, 16, 17, 18],
+        [16, 17, 18, 19],
+    ]
     cached = test.inputs["slots"][1, 0, :, 0]
     assert cached[:16].tolist() == list(range(16)) and (cached[16:] == -1).all()
     drawn = model.generate([1], max_tokens=39, sampling=None)

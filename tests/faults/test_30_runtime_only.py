@@ -109,7 +109,10 @@ def test_text_needs_its_own_extra_or_a_tokenizer(folder: Path) -> None:
 def test_python_names_the_extra_too(folder: Path) -> None:
     said = output(folder)[2].splitlines()[1:]
     assert [line.split()[0] for line in said] == ["capture", "optimize", "capture_lm", "tune"]
-    assert all(line.endswith("torch is not installed; install it with: pip install 'tokopt[compile]'") for line in said)
+    assert all(
+        line.endswith("torch is not installed; install it with: pip install 'tokopt[compile]'")
+        for line in said
+    )
 
 
 def test_every_verb_is_tried() -> None:

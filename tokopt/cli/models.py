@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from tokopt.errors import CaptureError, InputError
 from tokopt.extras import missing
+from tokopt.progress import without_bars
 from tokopt.runtime.format.manifest import MANIFEST, Manifest, read_manifest
 
 if TYPE_CHECKING:
@@ -157,7 +158,8 @@ def _hugging_face(folder: Path, options: ExampleOptions) -> _Model:
             f"transformers has no class {options.model_class!r}; name one such as CLIPVisionModel"
         )
     try:
-        model = cls.from_pretrained(folder, local_files_only=True)
+        with without_bars():
+            model = cls.from_pretrained(folder, local_files_only=True)
     except Exception as error:
         raise CaptureError(
             f"{folder} cannot be loaded by transformers: {' '.join(str(error).split())}"

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from tokopt.cli.screen import Screen, si
 
 if TYPE_CHECKING:
+    from tokopt.ir.bundle import Bundle
     from tokopt.ir.program import TensorSpec
+    from tokopt.pipeline.base import Observer, PassRecord
     from tokopt.pipeline.manager import Report
     from tokopt.runtime.format.manifest import Tensor
 
@@ -22,6 +24,15 @@ def spell(specs: Sequence[TensorSpec | Tensor]) -> str:
 def tensor_data(specs: Sequence[TensorSpec | Tensor]) -> list[dict[str, Any]]:
     """Inputs or outputs as ``--json`` gives them."""
     return [dataclasses.asdict(spec) for spec in specs]
+
+
+def telling(say: Callable[[str], None]) -> Observer:
+    """An observer that says of every pass what it changed and how long it took."""
+
+    def tell(record: PassRecord, before: Bundle, after: Bundle) -> None:
+        say(f"{record.text}: {record.matches} sites in {record.seconds:.1f} s")
+
+    return tell
 
 
 def show_report(report: Report, screen: Screen) -> None:

@@ -132,7 +132,7 @@ def _limits(name: str, test: SelfTest, forms: Sequence[FormChecks]) -> dict[str,
 
 
 def _spread(nmse: float) -> float:
-    """The NMSE that other machines may have: their sums have another order; where that changed choices, it may again."""
+    """The NMSE that other machines may have: of sums in another order, or, where that changed choices, of others."""
     return max(min(ROUNDINGS * nmse, CHOICES), SPREAD * nmse)
 
 
