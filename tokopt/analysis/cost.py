@@ -55,6 +55,12 @@ def bundle_cost(bundle: Bundle) -> Cost:
     )
 
 
+_VIEWS = (
+    *(aten.view, aten.reshape, aten.flatten, aten.unflatten, aten.squeeze, aten.unsqueeze),
+    *(aten.transpose, aten.t, aten.permute, aten.expand, aten.slice, aten.dropout),
+)
+"""What moves nothing (dropout, in a model that infers)."""
+
 SizesOf = Callable[[Node], tuple[int, ...]]
 """The shape of a node's value."""
 
@@ -77,9 +83,7 @@ def node_flops(node: Node, sizes: SizesOf = sizes) -> int:
 
 def node_bytes(node: Node, sizes: SizesOf = sizes) -> int:
     """Bytes of the node's tensor operands and result; views move nothing, and of a table only what is taken is read."""
-    if is_call(
-        node, aten.view, aten.reshape, aten.transpose, aten.permute, aten.unsqueeze, aten.expand, aten.slice
-    ):
+    if is_call(node, *_VIEWS):
         return 0
     read = [n for n in node.all_input_nodes if is_tensor(n)]
     if is_call(node, aten.embedding, aten.index, aten.index_select, aten.gather):

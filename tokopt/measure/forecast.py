@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from tokopt.ir.bundle import Bundle
-from tokopt.ir.calls import first_call
+from tokopt.ir.calls import first_call, initial
 from tokopt.ir.format import BATCH, State, find_role, slot_axis
 from tokopt.ir.program import Program
 from tokopt.measure.machine import Machine
@@ -89,7 +89,7 @@ def _reading(bundle: Bundle, rooflines: Mapping[str, Roofline], machine: Machine
 def occupied(bundle: Bundle, prompt: int) -> dict[str, int]:
     """The occupied slots after a prompt of so many tokens, by slot axis: what triggers leave of it.
 
-    The prompt is read and its cache compacted with random tokens, which is how many slots are kept does not depend on.
+    The prompt is random tokens, read and compacted: how many slots stay does not depend on what they hold.
     """
     axes = {axis: state for state in bundle.states if (axis := slot_axis(state.axes)) is not None}
     compactions = [t.program for t in bundle.schedule.triggers if t.after == "prefill"]
@@ -98,8 +98,8 @@ def occupied(bundle: Bundle, prompt: int) -> dict[str, int]:
         return dict.fromkeys(axes, prompt)
     vocabulary, generator = bundle.generation.vocabulary, torch.Generator().manual_seed(0)
     tokens = torch.randint(vocabulary, (1, prompt), generator=generator)
-    inputs = first_call(bundle.main, tokens, bundle.states)
-    states = _next_states(bundle.main, inputs)
+    states = {state.name: initial(state, 1, prompt) for state in bundle.states}
+    states |= _next_states(bundle.main, first_call(bundle.main, tokens, bundle.states))
     for name in compactions:
         program = bundle.programs[name]
         given = tuple(

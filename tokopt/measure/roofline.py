@@ -19,7 +19,6 @@ from torch.fx import GraphModule, Node
 
 from tokopt.analysis.constants import evaluate
 from tokopt.analysis.cost import SizesOf, node_bytes, node_flops
-from tokopt.analysis.linears import Linear, find_linears
 from tokopt.ir.graph import aten, is_call, is_tensor, operand_at, sizes
 from tokopt.ir.program import Program
 from tokopt.ir.shapes import sizes_at, with_shapes
@@ -38,12 +37,18 @@ def predict_seconds(program: Program, machine: Machine) -> float:
 
 @dataclass(frozen=True)
 class _Product:
-    """A product with a parameter: what engines compute, and the bytes of the weight as it is stored."""
+    """A product of ``given`` with a parameter: what engines compute, and the bytes of the weight as it is stored.
 
-    linear: Linear
+    ``weight`` is the parameter's node, or the one that expands it from ``codes``.
+    """
+
+    node: Node
+    given: Node
+    weight: Node
     kind: Kind
-    weights: int
+    numbers: int
     stored: int
+    codes: Tensor | None = None
 
 
 class Roofline:
@@ -55,12 +60,15 @@ class Roofline:
         self.fused: set[Node] = set()
         self.weight_bytes = sum(t.numel() * t.element_size() for t in self.module.state_dict().values())
         halved: set[int] = set()
-        for linear in find_linears(self.module.graph):
-            product, codes = _product(self.module, linear)
-            self.products[linear.node] = product
-            if product.kind != "float":
-                self.fused |= {linear.weight, _expanded(linear)}
-            if codes is not None and product.kind == "4 bits" and id(codes) not in halved:
+        for node in self.module.graph.nodes:
+            if (product := _product(self.module, node)) is None:
+                continue
+            self.products[node] = product
+            codes = product.codes
+            if codes is None:
+                continue
+            self.fused |= {product.weight, *(user for user in product.weight.users if is_call(user, aten.t))}
+            if product.kind == "4 bits" and id(codes) not in halved:
                 halved.add(id(codes))
                 self.weight_bytes -= codes.numel() // 2
 
@@ -82,29 +90,42 @@ class Roofline:
         return total
 
 
-def _expanded(linear: Linear) -> Node:
-    """What a linear's weight is before it is transposed."""
-    return operand_at(linear.weight, 0) if is_call(linear.weight, aten.t) else linear.weight
+def _operands(node: Node) -> tuple[object, object] | None:
+    """The activation and the weight of a product, if the node is one."""
+    if is_call(node, aten.linear, aten.mm, aten.matmul):
+        return node.args[0], node.args[1]
+    return (node.args[1], node.args[2]) if is_call(node, aten.addmm) else None
 
 
-def _product(module: GraphModule, linear: Linear) -> tuple[_Product, Tensor | None]:
-    """How engines compute a linear, and its codes; those that are not read at once stay products in float."""
-    weight = _expanded(linear)
-    count = math.prod(sizes(linear.weight))
-    if not is_call(weight, ops.dequantize_weight.default):
-        return _Product(linear, "float", count, count * weight.meta["val"].element_size()), None
+def _product(module: GraphModule, node: Node) -> _Product | None:
+    """How engines compute a product with a parameter; None for other nodes.
+
+    What is done to expanded codes before they are multiplied (other than a transpose) makes it one in float.
+    """
+    operands = _operands(node)
+    if operands is None or not isinstance(operands[0], Node) or not isinstance(operands[1], Node):
+        return None
+    given, weight = operands
+    if is_call(weight, aten.t, aten.transpose):
+        weight = operand_at(weight, 0)
+    numbers = math.prod(sizes(weight))
+    if weight.op == "get_attr":
+        return _Product(node, given, weight, "float", numbers, numbers * weight.meta["val"].element_size())
+    if not is_call(weight, ops.dequantize_weight):
+        return None
     codes, scale, zero = (evaluate(module, operand_at(weight, place), {}) for place in range(3))
     four = int(codes.max()) < 16 and int(zero.max()) < 16
+    stored = numbers // (2 if four else 1) + 4 * scale.numel()
     kind: Kind = "4 bits" if four else "8 bits"
-    if weight.args[3] == codes.shape[1] and is_call(linear.input, ops.fake_quantize.default):
+    if weight.args[3] == codes.shape[1] and is_call(given, ops.fake_quantize):
         kind = "bytes"
-    return _Product(linear, kind, count, count // (2 if four else 1) + 4 * scale.numel()), codes
+    return _Product(node, given, weight, kind, numbers, stored, codes)
 
 
 def _product_seconds(product: _Product, machine: Machine, shape: SizesOf) -> float:
-    given, made = shape(product.linear.input), shape(product.linear.node)
+    given, made = shape(product.given), shape(product.node)
     moved = product.stored + 4 * (math.prod(given) + math.prod(made))
-    work = machine.product(product.kind, math.prod(given[:-1]), product.weights)
+    work = machine.product(product.kind, math.prod(given[:-1]), product.numbers)
     return max(work, moved / machine.bytes) + _LAUNCH
 
 
