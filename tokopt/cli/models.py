@@ -14,8 +14,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tokopt.errors import CaptureError, InputError
-from tokopt.extras import missing
+from tokopt.errors import CaptureError, InputError, TokoptError
+from tokopt.extras import explained, missing
 from tokopt.progress import without_bars
 from tokopt.runtime.format.manifest import MANIFEST, Manifest, read_manifest
 
@@ -110,10 +110,16 @@ def imported(name: str) -> Any:
         for part in attribute.split("."):
             target = getattr(target, part)
     except Exception as error:
-        raise CaptureError(f"{name}: {type(error).__name__}: {error}; see it with --traceback") from error
+        raise _failure(name, error) from error
     finally:
         sys.path.remove("")
     return target
+
+
+def _failure(name: str, error: Exception) -> TokoptError:
+    """What is raised where the user's own code fails: the extra to install where it misses one of ours."""
+    found = explained(error) if isinstance(error, ModuleNotFoundError) else None
+    return found or CaptureError(f"{name}: {type(error).__name__}: {error}; see it with --traceback")
 
 
 def _from_factory(name: str, options: ExampleOptions) -> _Model:
@@ -122,7 +128,7 @@ def _from_factory(name: str, options: ExampleOptions) -> _Model:
     try:
         made = factory()
     except Exception as error:
-        raise CaptureError(f"{name}: {type(error).__name__}: {error}; see it with --traceback") from error
+        raise _failure(name, error) from error
     parts = list(made) if isinstance(made, tuple) else [made]
     if not 1 <= len(parts) <= 3:
         raise CaptureError(
