@@ -122,12 +122,11 @@ def _limits(name: str, test: SelfTest, forms: Sequence[FormChecks]) -> dict[str,
         limit = max(test.limits[check.name], _spread(check.nmse))
         stored[key] = max(stored.get(key, 0.0), min(limit, LOOSEST))
     for check in (check for form in forms for check in form.task):
-        loosest = TASK_LOOSEST[check.measure]
-        if not check.value <= loosest:
-            raise _too_far(name, check.name, f"{check.measure} {check.value:.2g}", loosest)
-        key = f"{name}/task/{check.name}"
-        limit = max(TASK_USUAL[check.measure], SPREAD * check.value)
-        stored[key] = max(stored.get(key, 0.0), min(limit, loosest))
+        most = TASK_LOOSEST[check.measure] / SPREAD
+        if not check.value <= most:
+            raise _too_far(name, check.name, f"{check.measure} {check.value:.2g}", most)
+        key = f"{name}/{check.measure}/{check.name}"
+        stored[key] = max(stored.get(key, 0.0), TASK_USUAL[check.measure], SPREAD * check.value)
     return {key: torch.tensor(limit, dtype=torch.float64) for key, limit in stored.items()}
 
 
