@@ -186,12 +186,22 @@ def _hugging_face(folder: Path, options: ExampleOptions) -> _Model:
 
 
 def _image_example(folder: Path, config: Any, options: ExampleOptions) -> Any:
-    """Random pixels [2, channels, height, width] of the size that the image processor makes."""
+    """Images [2, channels, height, width] of the size that the image processor makes.
+
+    They are smooth with a little noise, as photographs are: patches of noise alone are all alike, and what chooses
+    among them chooses at random.
+    """
+    import torch
+    from torch.nn.functional import interpolate
+
     size = options.image_size or _processor_size(folder) or getattr(config, "image_size", None)
     if size is None:
         raise InputError(f"{folder} does not say its image size; give --image-size")
     height, width = (size, size) if isinstance(size, int) else size
-    return _random(((2, getattr(config, "num_channels", 3), height, width),))[0]
+    channels, generator = getattr(config, "num_channels", 3), torch.Generator().manual_seed(0)
+    coarse = torch.randn(2, channels, 6, 6, generator=generator)
+    noise = torch.randn(2, channels, height, width, generator=generator)
+    return interpolate(coarse, (height, width), mode="bicubic") + 0.1 * noise
 
 
 def _processor_size(folder: Path) -> tuple[int, int] | None:

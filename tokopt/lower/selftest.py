@@ -176,10 +176,12 @@ def _holds(bounds: AxisRange, sizes: Sequence[int]) -> bool:
 
 def _own_text(folder: Path, manifest: Manifest) -> Tensor:
     """Tokens [rows, tokens] that the artifact draws itself: text as the model has seen it."""
-    assert manifest.generation is not None
-    bare = replace(manifest, generation=replace(manifest.generation, eos=()), tokenizer=None)
+    settings = manifest.generation
+    assert settings is not None
+    bare = replace(manifest, generation=replace(settings, eos=()), tokenizer=None)
     model = LanguageModel(folder, bare, Sessions(folder, bare))
-    first, count = manifest.generation.bos or 0, ROWS * (READ + NEW)
+    known = settings.bos is not None and settings.bos < settings.vocabulary  # small models keep a large one's
+    first, count = (settings.bos if known else 0) or 0, ROWS * (READ + NEW)
     drawn = model.generate([first], max_tokens=count - 1, sampling=Sampling(1.0, seed=0))
     return torch.tensor([first, *drawn.tokens]).view(ROWS, -1)
 
