@@ -37,6 +37,7 @@ def test_inspect_reads_no_weights_and_starts_nothing_slow(
     out, err = capsys.readouterr()
     (row,) = (line for line in out.splitlines() if "self_attn" in line)
     assert "layers.*.self_attn (2 of them)" in row and err == ""
+    assert "rows: int64[rows], 6 states -> logits: float32[batch, rows, 97], 6 states" in out.splitlines()[0]
     found = answer(capsys, "inspect", model)
     assert len(found["blocks"]) == 2 and found["cost"]["parameters"] > 0
 

@@ -17,8 +17,10 @@ if TYPE_CHECKING:
 
 
 def spell(specs: Sequence[TensorSpec | Tensor]) -> str:
-    """Inputs or outputs in one line: ``images: float32[batch, 3, 224, 224]``."""
-    return ", ".join(f"{s.name}: {s.dtype}[{', '.join(map(str, s.axes))}]" for s in specs)
+    """Inputs or outputs in one line, ``images: float32[batch, 3, 224, 224]``; states are counted."""
+    named = [f"{s.name}: {s.dtype}[{', '.join(map(str, s.axes))}]" for s in specs if s.state is None]
+    states = sum(s.state is not None for s in specs)
+    return ", ".join([*named, *([f"{states} states"] if states else [])])
 
 
 def tensor_data(specs: Sequence[TensorSpec | Tensor]) -> list[dict[str, Any]]:
