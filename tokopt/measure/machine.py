@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 import ml_dtypes
 import numpy as np
@@ -58,7 +58,9 @@ def measure_machine() -> Machine:
     copy, *products = _shortest(works)
     each = [seconds / (INPUTS * OUTPUTS) for seconds in products]
     count = len(ROWS)
-    found = {kind: tuple(each[i * count : (i + 1) * count]) for i, kind in enumerate(KINDS)}
+    found: dict[Kind, tuple[float, ...]] = {
+        kind: tuple(each[i * count : (i + 1) * count]) for i, kind in enumerate(KINDS)
+    }
     return Machine(2 * large.nbytes / copy, found)
 
 
@@ -97,7 +99,7 @@ def _model(kind: Kind) -> bytes:
         dtype = ml_dtypes.uint4 if kind == "4 bits" else np.uint8
         zeros = np.full(scales.shape, 8 if kind == "4 bits" else 128)
         held = {"codes": codes.astype(dtype), "scales": scales, "zeros": zeros.astype(dtype)}
-        place = {"axis": 0, "block_size": GROUP} if blocks else {"axis": 1}
+        place: dict[str, Any] = {"axis": 0, "block_size": GROUP} if blocks else {"axis": 1}
         nodes.insert(0, helper.make_node("DequantizeLinear", list(held), ["weight"], **place))
     if kind == "bytes":
         held |= {"step": np.array(0.05, np.float32), "middle": np.array(0, np.int8)}

@@ -102,10 +102,9 @@ def _product(module: GraphModule, node: Node) -> _Product | None:
 
     What is done to expanded codes before they are multiplied (other than a transpose) makes it one in float.
     """
-    operands = _operands(node)
-    if operands is None or not isinstance(operands[0], Node) or not isinstance(operands[1], Node):
+    given, weight = _operands(node) or (None, None)
+    if not isinstance(given, Node) or not isinstance(weight, Node):
         return None
-    given, weight = operands
     if is_call(weight, aten.t, aten.transpose):
         weight = operand_at(weight, 0)
     numbers = math.prod(sizes(weight))
