@@ -24,7 +24,7 @@ from tokopt.runtime.format.manifest import PORTABLE, Manifest, file_fault, read_
 from tokopt.runtime.inputs import Interface, count_rows
 from tokopt.runtime.language import LanguageModel
 from tokopt.runtime.numerics import OutputCheck
-from tokopt.runtime.selftest import run_selftests
+from tokopt.runtime.selftest import TaskCheck, run_selftests
 
 
 def load(
@@ -156,9 +156,9 @@ class Model:
             found = encode(self.manifest, self.sessions, feed, 1 if batch is None else batch).outputs
         return ((name, found[name]) for name in names)
 
-    def selftest(self) -> tuple[OutputCheck, ...]:
+    def selftest(self) -> tuple[OutputCheck | TaskCheck, ...]:
         """Run the inputs stored in the artifact and compare every output with the one stored."""
-        checks = run_selftests(self.path, self.manifest, self.sessions)
+        checks = run_selftests(self.path, self.manifest, lambda: self.sessions)
         return tuple(check for found in checks.values() for check in found)
 
     def __repr__(self) -> str:

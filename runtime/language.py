@@ -22,7 +22,7 @@ from tokopt.runtime.loop import Request, chunk_size, prompt_slots
 from tokopt.runtime.numerics import OutputCheck
 from tokopt.runtime.prompts import Prompt, each_prompt, stop_strings, token_ids
 from tokopt.runtime.sampling import LogitsProcessor, Sampling, TokenIds, log_probabilities
-from tokopt.runtime.selftest import run_selftests
+from tokopt.runtime.selftest import TaskCheck, run_selftests
 from tokopt.runtime.text import TextStream, Tokenizer, read_tokenizer
 
 
@@ -171,12 +171,12 @@ class LanguageModel:
             found.append(log_probabilities(logits[0, : len(following)], following))
         return np.concatenate(found)
 
-    def selftest(self) -> dict[str, tuple[OutputCheck, ...]]:
+    def selftest(self) -> dict[str, tuple[OutputCheck | TaskCheck, ...]]:
         """Run every form of every program on the inputs stored in the artifact; its outputs compared with those stored.
 
         The key is the program's name, for the form of a batch of one with that form's name: ``step.onnxruntime``.
         """
-        return run_selftests(self.path, self.manifest, self.sessions)
+        return run_selftests(self.path, self.manifest, lambda: self.sessions)
 
     def __repr__(self) -> str:
         layers = {state.layer for state in self.manifest.states if state.layer is not None}

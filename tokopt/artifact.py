@@ -12,7 +12,7 @@ import secrets
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,6 +26,7 @@ from tokopt.runtime.format.manifest import (
     ENGINE,
     MANIFEST,
     ONE_ROW,
+    OUTLINE,
     PORTABLE,
     SELFTEST,
     EngineEntry,
@@ -39,7 +40,7 @@ from tokopt.runtime.format.manifest import (
     read_manifest,
 )
 from tokopt.runtime.numerics import SELFTEST_LIMITS, OutputCheck, check_output
-from tokopt.runtime.selftest import run_selftests
+from tokopt.runtime.selftest import FormChecks, TaskCheck, check_forms, read_selftest
 from tokopt.runtime.text import read_tokenizer
 
 if TYPE_CHECKING:
@@ -72,9 +73,10 @@ def export(
     ``target="onnx"`` lowers every program to ONNX for :func:`tokopt.runtime.load`, after the passes of
     :data:`CLEANUP`, which stand in the artifact's history where they changed something. ``check`` compares the
     result with the program in ``bundle`` first, with ``tolerance`` in place of the largest NMSE that a dtype
-    allows. ``target="tensorrt"`` builds an engine beside each of these ONNX files, as ``engine`` says.
-    ``target="torch"`` keeps the programs as they are, as ``.pt2`` files for :func:`open_bundle`. ``overwrite``
-    replaces an artifact that is already there. ``progress`` is called with a line per step.
+    allows, and runs the self-test that :func:`verify` will run. ``target="tensorrt"`` builds an engine beside each of
+    these ONNX files, as ``engine`` says. ``target="torch"`` keeps the programs as they are, as ``.pt2`` files for
+    :func:`open_bundle`, and beside them what ``tokopt inspect`` shows. ``overwrite`` replaces an
+    artifact that is already there. ``progress`` is called with a line per step.
 
     Raises LoweringError when a program cannot be lowered or does not compute the same, ArtifactError when
     ``path`` is taken or its parent is missing, MissingDependencyError without the TensorRT that an engine takes, and
@@ -96,6 +98,9 @@ def export(
         raise InputError(
             f"engine options mean nothing to the target {target!r}; leave them out, or export to tensorrt"
         )
+    from tokopt.analysis.outline import outline
+    from tokopt.lower.selftest import write_examples, write_selftest
+
     say = progress or (lambda line: None)
     check_place(path, overwrite)
     cleaned = bundle if target == "torch" else _clean_up(bundle, say)
@@ -115,8 +120,15 @@ def export(
                 forms[ENGINE] = made.name
             for reason in builder.without_plugin:
                 say(f"no plugin for {reason}")
-        say("writing the self-test")
-        _write_selftest(bundle, folder)  # of the programs before their cleanup, which changes no output
+        # Of the programs before their cleanup, which changes no output.
+        if target == "torch" or not check:
+            say("writing the self-test")
+            write_examples(bundle, folder)
+        else:
+            say("running the self-test")
+            write_selftest(bundle, folder, _manifest(cleaned, files, engines, {}), tolerance=tolerance)
+        if target == "torch":
+            (folder / OUTLINE).write_text(outline(bundle).to_json(), encoding="utf-8")
         if bundle.tokenizer is not None:
             (folder / _TOKENIZER).write_text(bundle.tokenizer, encoding="utf-8")
         entries = {item.name: describe_file(item) for item in sorted(folder.iterdir())}
@@ -164,7 +176,11 @@ def open_bundle(path: str | Path) -> Bundle:
 
 @dataclass(frozen=True)
 class VerifyReport:
-    """What :func:`verify` found: faults of files, and the self-test's NMSE per output of every program."""
+    """What :func:`verify` found: faults of files, and what the self-test of every form of a program found.
+
+    ``outputs`` are its outputs in float32 arithmetic, ``task`` what callers see as this machine computes it, which is
+    empty where the two agree (see :mod:`tokopt.runtime.selftest`).
+    """
 
     path: str
     pipeline: str
@@ -172,19 +188,23 @@ class VerifyReport:
     files: int
     faults: tuple[str, ...]
     outputs: Mapping[str, tuple[OutputCheck, ...]]
+    task: Mapping[str, tuple[TaskCheck, ...]] = field(default_factory=dict[str, tuple[TaskCheck, ...]])
 
     @property
     def ok(self) -> bool:
-        """No fault, and every output as close as its dtype allows."""
-        return not self.faults and all(check.ok for checks in self.outputs.values() for check in checks)
+        """No fault, and every output as close as it was when it was exported."""
+        checks = (check for side in (self.outputs, self.task) for found in side.values() for check in found)
+        return not self.faults and all(check.ok for check in checks)
 
     def as_dict(self) -> dict[str, Any]:
         """A JSON-ready form."""
-        checks = {
-            name: [{**asdict(check), "ok": check.ok} for check in found]
-            for name, found in self.outputs.items()
+        sides = {
+            key: {
+                name: [{**asdict(check), "ok": check.ok} for check in found] for name, found in side.items()
+            }
+            for key, side in (("outputs", self.outputs), ("task", self.task))
         }
-        return {**asdict(self), "outputs": checks, "ok": self.ok}
+        return {**asdict(self), **sides, "ok": self.ok}
 
 
 def verify(path: str | Path) -> VerifyReport:
@@ -200,22 +220,29 @@ def verify(path: str | Path) -> VerifyReport:
         for name, entry in manifest.files.items()
         if (fault := file_fault(path, name, entry)) is not None
     ]
-    outputs: dict[str, tuple[OutputCheck, ...]] = {}
+    found: dict[str, FormChecks] = {}
     if not faults:
         try:
-            outputs = _selftest(path, manifest)
+            found = _selftest(path, manifest)
         except TokoptError as error:
             faults = [str(error)]
     return VerifyReport(
-        str(path), manifest.pipeline, manifest.semantics, len(manifest.files), tuple(faults), outputs
+        str(path),
+        manifest.pipeline,
+        manifest.semantics,
+        len(manifest.files),
+        tuple(faults),
+        {key: checks.outputs for key, checks in found.items()},
+        {key: checks.task for key, checks in found.items() if checks.task},
     )
 
 
-def _selftest(path: Path, manifest: Manifest) -> dict[str, tuple[OutputCheck, ...]]:
+def _selftest(path: Path, manifest: Manifest) -> dict[str, FormChecks]:
     if all(PORTABLE in entry.files for entry in manifest.programs.values()):
-        return run_selftests(path, manifest, Sessions(path, manifest, None, None))
+        tests = {name: read_selftest(path, manifest, name) for name in manifest.programs}
+        return check_forms(manifest, tests, lambda: Sessions(path, manifest))
     bundle = open_bundle(path)
-    return {name: _selftest_torch(path, manifest, name, p) for name, p in bundle.programs.items()}
+    return {name: FormChecks(_selftest_torch(path, manifest, name, p)) for name, p in bundle.programs.items()}
 
 
 def _selftest_torch(path: Path, manifest: Manifest, name: str, program: Program) -> tuple[OutputCheck, ...]:
@@ -361,22 +388,6 @@ def _lower_programs(
         )
         files[name] = {PORTABLE: path.name} | ({ONE_ROW: fused.name} if fused else {})
     return files
-
-
-def _write_selftest(bundle: Bundle, folder: Path) -> None:
-    """The example inputs of every program and what the exported program makes of them."""
-    from safetensors.torch import save
-
-    tensors: dict[str, torch.Tensor] = {}
-    for name, program in bundle.programs.items():
-        sides = (
-            ("inputs", program.inputs, program.example),
-            ("outputs", program.outputs, program(*program.example)),
-        )
-        for side, specs, values in sides:
-            for spec, value in zip(specs, values, strict=True):
-                tensors[f"{name}/{side}/{spec.name}"] = value.detach().clone().contiguous()
-    (folder / SELFTEST).write_bytes(save(tensors))
 
 
 def _read_tensors(path: Path, manifest: Manifest, program: str, side: str) -> tuple[torch.Tensor, ...]:

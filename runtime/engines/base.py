@@ -31,6 +31,10 @@ class Programs(Protocol):
         """The outputs of a program for arrays, states among them."""
         ...
 
+    def in_float(self) -> Programs | None:
+        """The same programs with quantized weights multiplied in float32; None where the engine cannot do that."""
+        ...
+
 
 class Stateful(Programs, Protocol):
     """Programs whose states stay in the engine's memory between calls."""

@@ -29,6 +29,9 @@ BACKENDS = ("onnxruntime", "openvino", "tensorrt")
 ACTIVATIONS = ("session.qdq_matmulnbits_accuracy_level", "4")
 """Products with weights in 4 or 8 bits round what they read to 8 bits per block, which is fast."""
 
+IN_FLOAT = (("session.qdq_matmulnbits_accuracy_level", "1"), ("session.disable_quant_qdq", "1"))
+"""Weights are expanded and multiplied in float32, which gives the same on every processor up to float32 rounding."""
+
 _CPU = "CPUExecutionProvider"
 
 
@@ -36,11 +39,22 @@ class Sessions:
     """The ONNX Runtime sessions of an artifact: one per program and form, opened when first asked for."""
 
     def __init__(
-        self, folder: Path, manifest: Manifest, providers: Sequence[Provider] | None, threads: int | None
+        self,
+        folder: Path,
+        manifest: Manifest,
+        providers: Sequence[Provider] | None = None,
+        threads: int | None = None,
+        *,
+        settings: Sequence[tuple[str, str]] = (ACTIVATIONS,),
     ) -> None:
         self.folder, self.manifest, self.threads = folder, manifest, check_threads(threads)
+        self.providers, self.settings = providers, settings
         self.names, self.options = _providers(providers)
         self._open: dict[tuple[str, str], onnxruntime.InferenceSession] = {}
+
+    def in_float(self) -> Sessions:
+        """The same programs in :data:`IN_FLOAT` arithmetic, none of them open."""
+        return Sessions(self.folder, self.manifest, self.providers, self.threads, settings=IN_FLOAT)
 
     def forms(self, program: str) -> tuple[str, ...]:
         """The forms of a program that this machine's provider executes."""
@@ -57,7 +71,7 @@ class Sessions:
         """The session of one form; raises ArtifactError when ONNX Runtime cannot load it."""
         if (program, form) not in self._open:
             path = file_path(self.folder, self.manifest.programs[program].files[form])
-            self._open[program, form] = _session(path, self.names, self.options, self.threads)
+            self._open[program, form] = _session(path, self)
         return self._open[program, form]
 
     def buffers(self, batch: int, slots: int) -> Buffers:
@@ -128,14 +142,14 @@ def hides_later(mask: np.ndarray) -> bool:
     return mask.shape[-1] == 1 or not np.triu(mask, 1).any()
 
 
-def _session(
-    path: Path, names: list[str], options: list[dict[str, object]], threads: int | None
-) -> onnxruntime.InferenceSession:
+def _session(path: Path, opener: Sessions) -> onnxruntime.InferenceSession:
+    names, options = opener.names, opener.options
     settings = onnxruntime.SessionOptions()
     settings.log_severity_level = 3  # errors only: what matters is raised
-    settings.add_session_config_entry(*ACTIVATIONS)
-    if threads is not None:
-        settings.intra_op_num_threads = threads
+    for entry in opener.settings:
+        settings.add_session_config_entry(*entry)
+    if opener.threads is not None:
+        settings.intra_op_num_threads = opener.threads
     try:
         session = onnxruntime.InferenceSession(path, settings, providers=names, provider_options=options)
     except Exception as error:  # ONNX Runtime raises several unrelated classes

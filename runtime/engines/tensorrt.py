@@ -143,6 +143,9 @@ class Engines:
             for tensor in engine.entry.outputs
         }
 
+    def in_float(self) -> None:
+        """None: an engine computes as it was built."""
+
 
 def shared_ranges(manifest: Manifest) -> dict[str, Range]:
     """The sizes that all programs take of the axes that states have: the batch and the slot axes."""

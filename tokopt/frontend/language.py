@@ -47,6 +47,7 @@ from tokopt.ir.format import Entry, Generation, Occupancy, Schedule, State
 from tokopt.ir.graph import dtype_name
 from tokopt.ir.program import AxisRange, Program, TensorSpec
 from tokopt.kernels import ops
+from tokopt.progress import without_bars
 from tokopt.runtime.text import Tokenizer
 
 Result = TypeVar("Result")
@@ -405,7 +406,8 @@ def _from_folder(
         ) from error
     texts = read_texts(folder, tokenizer)
     try:
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
+        with without_bars():
+            model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
     except Exception as error:  # transformers raises several unrelated classes
         line = " ".join(str(error).split())
         raise CaptureError(f"transformers cannot load {folder}: {type(error).__name__}: {line}") from error

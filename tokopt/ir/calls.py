@@ -127,10 +127,25 @@ def first_call(
     by name.
     """
     batch, count = tokens.shape
-    known = {state.name: state for state in states}
+    empty = {state.name: initial(state, batch, count) for state in states}
+    return call_inputs(program, tokens, torch.arange(count).repeat(batch, 1), empty, linked)
+
+
+def call_inputs(
+    program: Program,
+    tokens: Tensor,
+    positions: Tensor,
+    states: Mapping[str, Tensor],
+    linked: Mapping[str, Tensor] | None = None,
+) -> tuple[Tensor, ...]:
+    """The inputs of a program that reads ``tokens`` at ``positions`` (both [batch, tokens]) after what ``states`` hold.
+
+    Every new token sees those before it, and logits are asked for all. ``linked`` are the values of links by name.
+    """
+    batch, count = tokens.shape
     values = {
         "tokens": tokens,
-        "positions": torch.arange(count).repeat(batch, 1),
+        "positions": positions,
         "mask": torch.ones(count, count, dtype=torch.bool).tril().repeat(batch, 1, 1),
         "rows": torch.arange(count),
         "limit": torch.full((batch,), count),
@@ -138,7 +153,7 @@ def first_call(
 
     def value(spec: TensorSpec) -> Tensor:
         if spec.state is not None:
-            return initial(known[spec.state], batch, count)
+            return states[spec.state]
         return values[spec.role] if spec.role in values else (linked or {})[spec.name]
 
     return tuple(map(value, program.inputs))

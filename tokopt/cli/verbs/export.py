@@ -80,7 +80,12 @@ def run(args: Namespace, screen: Screen) -> int:
             f"--{next(iter(serving)).replace('_', '-')} belongs to --target triton; leave it out"
         )
     steps: list[str] = []
-    with screen.step(f"Exporting {args.artifact} to {args.target}"):
+    with screen.step(f"Exporting {args.artifact} to {args.target}") as say:
+
+        def note_step(line: str) -> None:
+            steps.append(line)
+            say(line)
+
         if args.target == "triton":
             path = _write_triton(args, serving, engine)
             note = f"for tritonserver --model-repository={path.absolute().parent}"
@@ -88,9 +93,7 @@ def run(args: Namespace, screen: Screen) -> int:
             import tokopt
 
             bundle = read_bundle(args.artifact)
-            path = tokopt.export(
-                bundle, args.output, target=args.target, engine=engine, progress=steps.append
-            )
+            path = tokopt.export(bundle, args.output, target=args.target, engine=engine, progress=note_step)
             note = "checked against the captured program"
     size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
     for step in steps:

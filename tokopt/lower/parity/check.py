@@ -48,7 +48,7 @@ def check_parity(
     LoweringError naming the output, its NMSE and the sizes.
     """
     session = _session(path, name)
-    tolerance = _coarsest(program) if tolerance is None else tolerance
+    tolerance = coarsest(program) if tolerance is None else tolerance
     exported = program.module
     for sizes, inputs in resized_examples(program):
         try:
@@ -83,7 +83,7 @@ def check_rewritten(program: Program, portable: Path, rewritten: Path, limit: fl
     """
     where = f"program {portable.stem!r}"
     if limit is None:
-        limit = SELFTEST_LIMITS["approximate"] if selects(program) else _coarsest(program)
+        limit = SELFTEST_LIMITS["approximate"] if selects(program) else coarsest(program)
     # Unfused, since TensorRT's bytes are signed, whose products saturate on processors without VNNI.
     sessions = _session(portable, portable.stem), _session(rewritten, portable.stem, {_UNFUSED: "1"})
     wanted, actual = (_run(session, program, program.example, where) for session in sessions)
@@ -96,7 +96,7 @@ def check_rewritten(program: Program, portable: Path, rewritten: Path, limit: fl
             )
 
 
-def _coarsest(program: Program) -> float | None:
+def coarsest(program: Program) -> float | None:
     """The limit of the half-precision dtype that a program computes in; None where it has none."""
     values = [node.meta.get("val") for node in program.module.graph.nodes]
     found = {dtype_name(value.dtype) for value in values if isinstance(value, torch.Tensor)}
