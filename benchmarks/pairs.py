@@ -56,8 +56,8 @@ def table(keys: list[Tensor]) -> str:
         for r in CUTS:
             margin = MARGIN * (1 - block / len(keys))
             cells.append(likeness(metric, ops.bipartite_match(metric, size, r, 1)))
-            for match in (ops.energy_bipartite_match, ops.energy_match):
-                cells.append(likeness(metric, match(metric, size, r, 1, margin)))
+            matches = (ops.energy_bipartite_match, ops.energy_match)
+            cells.extend(likeness(metric, match(metric, size, r, 1, margin)) for match in matches)
         lines.append(f"| {block} | " + " | ".join(f"{cell:.3f}" for cell in cells) + " |")
     return "\n".join(lines) + "\n"
 
