@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Container
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
@@ -9,17 +10,16 @@ import torch
 from torch import Tensor
 from torch.fx import Graph, GraphModule, Node
 
-from tokopt.analysis.constants import evaluate
-from tokopt.ir.graph import aten, is_call, module_path
-from tokopt.kernels import ops
+from tokopt.analysis.constants import constant_nodes, evaluate
+from tokopt.ir.graph import aten, is_call, module_path, operand_at
 
 
 @dataclass(frozen=True)
 class Linear:
     """``x @ W.T`` with ``W`` [out, in].
 
-    ``place`` is the position of the weight among the node's arguments; ``transposed`` says that the parameter is
-    stored as [in, out] (``addmm``, ``matmul``).
+    ``place`` is the position of the weight among the node's arguments; ``transposed`` says that it is [in, out]
+    (``addmm``, ``matmul``).
     """
 
     node: Node
@@ -29,7 +29,7 @@ class Linear:
 
     @property
     def weight(self) -> Node:
-        """The parameter's node, as it is now."""
+        """The weight's node, as it is now."""
         weight = self.node.args[self.place]
         assert isinstance(weight, Node)
         return weight
@@ -53,8 +53,9 @@ class Linear:
 
 
 def find_linears(graph: Graph) -> list[Linear]:
-    """Every linear layer, in execution order."""
-    return [found for node in graph.nodes if (found := _linear(node)) is not None]
+    """Every linear layer, in execution order: its weight is a parameter, or is computed from parameters alone."""
+    constants = constant_nodes(graph)
+    return [found for node in graph.nodes if (found := _linear(node, constants)) is not None]
 
 
 def matches(path: str, only: tuple[str, ...], skip: tuple[str, ...]) -> bool:
@@ -67,28 +68,16 @@ def matches(path: str, only: tuple[str, ...], skip: tuple[str, ...]) -> bool:
     return chosen and not any(fnmatchcase(path, pattern) for pattern in skip)
 
 
-def _is_constant(node: Node) -> bool:
-    """Whether a node is a parameter, or a part of one."""
-    while not is_call(node, ops.dequantize_weight) and len(node.all_input_nodes) == 1:
-        node = node.all_input_nodes[0]
-    return node.op == "get_attr"
-
-
-def _linear(node: Node) -> Linear | None:
+def _linear(node: Node, constants: Container[Node]) -> Linear | None:
     if is_call(node, aten.linear):
-        return _with_weight(node, 0, 1, transposed=False)
-    if is_call(node, aten.addmm):
-        return _with_weight(node, 1, 2, transposed=True)
-    if is_call(node, aten.mm, aten.matmul):
-        return _with_weight(node, 0, 1, transposed=True)
-    return None
-
-
-def _with_weight(node: Node, x: int, weight: int, *, transposed: bool) -> Linear | None:
-    given, matrix = node.args[x], node.args[weight]
-    if not isinstance(given, Node) or not isinstance(matrix, Node) or not _is_constant(matrix):
+        found = Linear(node, operand_at(node, 0), 1, transposed=False)
+    elif is_call(node, aten.addmm):
+        found = Linear(node, operand_at(node, 1), 2, transposed=True)
+    elif is_call(node, aten.mm, aten.matmul):
+        found = Linear(node, operand_at(node, 0), 1, transposed=True)
+    else:
         return None
-    value = matrix.meta.get("val")
+    value = found.weight.meta.get("val")
     if not isinstance(value, torch.Tensor) or value.ndim != 2 or not value.is_floating_point():
         return None
-    return Linear(node, given, weight, transposed)
+    return found if found.weight in constants and found.input not in constants else None

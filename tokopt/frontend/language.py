@@ -33,6 +33,7 @@ from torch import Tensor, nn
 from tokopt.errors import CaptureError, MissingDependencyError
 from tokopt.frontend.module import evaluation, explain
 from tokopt.frontend.normalize import normalize
+from tokopt.frontend.purity import check_captured, refuse_random
 from tokopt.frontend.texts import Texts, read_texts, without_padding
 from tokopt.ir.bundle import Bundle
 from tokopt.ir.calls import first_call
@@ -174,6 +175,11 @@ def _export(step: _Step, generation: Generation, model: nn.Module) -> tuple[Prog
         raise CaptureError(
             f"{type(model).__name__} fails on {TOKENS} tokens: {type(error).__name__}: {error}"
         ) from error
+    if layers[0][0].dtype == torch.bfloat16:
+        raise CaptureError(
+            f"{type(model).__name__} computes in bfloat16, which numpy cannot hold; capture it in float32 "
+            "(model.float(), or dtype=torch.float32 when it is loaded) and make it small by a pass"
+        )
     states = _states(layers)
     inputs = (
         TensorSpec("tokens", "int64", ("batch", "tokens"), "tokens"),
@@ -199,7 +205,11 @@ def _export(step: _Step, generation: Generation, model: nn.Module) -> tuple[Prog
         raise CaptureError(explain(error, model, inputs)) from error
     aliases = {f"next_{state.name}": state.name for state in states if state.occupancy is not None}
     program = Program(unlifted(exported), inputs, outputs, ranges, example, aliases)
-    return normalize(replace(program, outputs=output_specs(program))), states
+    refuse_random(program.module, type(model).__name__)
+    program = replace(program, outputs=output_specs(program))
+    with torch.no_grad():
+        check_captured(program, step(*example), type(model).__name__)
+    return normalize(program), states
 
 
 def _states(layers: Sequence[tuple[Tensor, Tensor]]) -> tuple[State, ...]:

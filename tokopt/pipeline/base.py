@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import UnionType
@@ -47,9 +47,12 @@ class Context:
     calibration: Iterable[Sample] | None = None
 
     def __post_init__(self) -> None:
-        """Keep what can be iterated only once."""
-        if isinstance(self.calibration, Iterator):
-            object.__setattr__(self, "calibration", list(self.calibration))
+        """Keep what can be iterated only once; tensors by name are one sample."""
+        given = self.calibration
+        if isinstance(given, Mapping):
+            object.__setattr__(self, "calibration", [given])
+        elif isinstance(given, Iterator):
+            object.__setattr__(self, "calibration", list(given))
 
     def samples(self, name: str) -> Iterable[Sample]:
         """The calibration inputs, for the pass of this name, which cannot do without; raises PassError."""
