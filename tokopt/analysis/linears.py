@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Container
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
@@ -9,17 +10,16 @@ import torch
 from torch import Tensor
 from torch.fx import Graph, GraphModule, Node
 
-from tokopt.analysis.constants import evaluate
-from tokopt.ir.graph import aten, is_call, module_path
-from tokopt.kernels import ops
+from tokopt.analysis.constants import constant_nodes, evaluate
+from tokopt.ir.graph import aten, is_call, module_path, operand_at
 
 
 @dataclass(frozen=True)
 class Linear:
     """``x @ W.T`` with ``W`` [out, in].
 
-    ``place`` is the position of the weight among the node's arguments; ``transposed`` says that the parameter is
-    stored as [in, out] (``addmm``, ``matmul``).
+    ``place`` is the position of the weight among the node's arguments; ``transposed`` says that it is [in, out]
+    (``addmm``, ``matmul``).
     """
 
     node: Node
@@ -29,7 +29,7 @@ class Linear:
 
     @property
     def weight(self) -> Node:
-        """The parameter's node, as it is now."""
+        """The weight's node, as it is now."""
         weight = self.node.args[self.place]
         assert isinstance(weight, Node)
         return weight
@@ -53,9 +53,10 @@ class Linear:
 
 
 def find_linears(graph: Graph) -> list[Linear]:
-    """Every linear layer whose weight is a parameter, in execution order."""
+    """Every linear layer, in execution order: its weight is a parameter, or is computed from parameters alone."""
+    constants = constant_nodes(graph)
     products = (as_linear(node) for node in graph.nodes)
-    return [found for found in products if found is not None and _is_constant(found.weight)]
+    return [x for x in products if x is not None and x.weight in constants and x.input not in constants]
 
 
 def matches(path: str, only: tuple[str, ...], skip: tuple[str, ...]) -> bool:
@@ -66,13 +67,6 @@ def matches(path: str, only: tuple[str, ...], skip: tuple[str, ...]) -> bool:
     """
     chosen = not only or any(fnmatchcase(path, pattern) for pattern in only)
     return chosen and not any(fnmatchcase(path, pattern) for pattern in skip)
-
-
-def _is_constant(node: Node) -> bool:
-    """Whether a node is a parameter, or a part of one."""
-    while not is_call(node, ops.dequantize_weight) and len(node.all_input_nodes) == 1:
-        node = node.all_input_nodes[0]
-    return node.op == "get_attr"
 
 
 def as_linear(node: Node) -> Linear | None:

@@ -37,6 +37,7 @@ from tokopt.errors import CaptureError, MissingDependencyError
 from tokopt.frontend.arguments import check_module, check_tokenizer
 from tokopt.frontend.module import evaluation, explain
 from tokopt.frontend.normalize import normalize
+from tokopt.frontend.purity import check_captured, refuse_random
 from tokopt.frontend.replay import check_replay, readings
 from tokopt.frontend.rope import fixed_frequencies, longest_fixed
 from tokopt.frontend.supported import check_supported
@@ -215,6 +216,11 @@ def _tried(model: nn.Module, run: Callable[[], Result]) -> Result:
 
 def _export(step: _Step, generation: Generation, model: nn.Module) -> tuple[Program, tuple[State, ...]]:
     layers = _tried(model, step.layers)
+    if layers[0][0].dtype == torch.bfloat16:
+        raise CaptureError(
+            f"{type(model).__name__} computes in bfloat16, which numpy cannot hold; capture it in float32 "
+            "(model.float(), or dtype=torch.float32 when it is loaded) and make it small by a pass"
+        )
     states = _states(layers)
     inputs = (
         TensorSpec("tokens", "int64", ("batch", "tokens"), "tokens"),
@@ -242,7 +248,11 @@ def _export(step: _Step, generation: Generation, model: nn.Module) -> tuple[Prog
         raise CaptureError(explain(error, model, inputs)) from error
     aliases = {f"next_{state.name}": state.name for state in states if state.occupancy is not None}
     program = Program(graph, inputs, outputs, ranges, example, aliases)
-    return normalize(replace(program, outputs=output_specs(program))), states
+    refuse_random(program.module, type(model).__name__)
+    program = replace(program, outputs=output_specs(program))
+    with torch.no_grad():
+        check_captured(program, step(*example), type(model).__name__)
+    return normalize(program), states
 
 
 def _states(layers: Sequence[tuple[Tensor, Tensor]]) -> tuple[State, ...]:

@@ -140,8 +140,20 @@ class Bundle:
         from tokopt.ir.calls import Calls
 
         programs = {name: self.programs[name] for name in self.entries}
-        tokens = with_role(self.inputs.values(), "tokens")
-        return Calls(programs, self.links, self.states, given, given[tokens[0].name] if tokens else None)
+        spec = find_role(self.inputs.values(), "tokens")
+        tokens = None if spec is None else self._tokens(given[spec.name])
+        return Calls(programs, self.links, self.states, given, tokens)
+
+    def _tokens(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Token ids [batch, tokens]; raises InputError for anything else."""
+        vocabulary = 0 if self.generation is None else self.generation.vocabulary
+        whole = not (tokens.is_floating_point() or tokens.is_complex())
+        ids = whole and tokens.ndim == 2 and tokens.numel()
+        if not ids or not 0 <= int(tokens.min()) <= int(tokens.max()) < vocabulary:
+            raise InputError(
+                f"tokens of shape {list(tokens.shape)} are no text; give ids [batch, tokens] below {vocabulary}"
+            )
+        return tokens
 
     def outputs(self, given: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """What a caller gets, by name: logits [batch, tokens, vocabulary] after empty caches, or encoders' outputs.

@@ -14,6 +14,9 @@ aten = torch.ops.aten
 
 SDPA = aten.scaled_dot_product_attention.default
 
+HIDDEN = -1e4
+"""Additive masks at or below this hide a key."""
+
 
 def is_call(node: object, *targets: object) -> TypeGuard[Node]:
     """Whether ``node`` calls one of ``targets`` (OpOverload, or OpOverloadPacket for all its overloads)."""
@@ -142,6 +145,11 @@ def innermost(paths: Iterable[str]) -> str:
     """
     shown = [re.sub(r"@\d+$", "", re.sub(r"^(model)(\.|$)", "", path)) for path in paths]
     return next((path for path in reversed(shown) if path), "")
+
+
+def parameter_path(node: Node) -> str:
+    """The dotted path, in the user's model, of the parameter that a ``get_attr`` node reads."""
+    return re.sub(r"^model\.", "", str(node.target))
 
 
 def source_line(node: Node) -> str:

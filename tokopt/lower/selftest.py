@@ -19,7 +19,7 @@ from tokopt.errors import LoweringError
 from tokopt.ir.bundle import Bundle
 from tokopt.ir.calls import call_inputs, initial
 from tokopt.ir.program import AxisRange, Program, TensorSpec
-from tokopt.lower.parity.check import coarsest
+from tokopt.lower.parity.precision import half_precision_limit
 from tokopt.lower.parity.precision import ROUNDINGS
 from tokopt.lower.parity.selections import selects
 from tokopt.runtime import LanguageModel, Sampling
@@ -106,7 +106,7 @@ def _arrays(specs: Sequence[TensorSpec], values: Iterable[Tensor]) -> dict[str, 
 
 def _usual_limits(program: Program, tolerance: float | None) -> dict[str, float]:
     """The NMSE that every output may have, whatever is measured here."""
-    known = coarsest(program) if tolerance is None else tolerance
+    known = half_precision_limit(program) if tolerance is None else tolerance
     if known is None and selects(program):
         known = CHOICES
     return {spec.name: LIMITS.get(spec.dtype, 0.0) if known is None else known for spec in program.outputs}

@@ -21,7 +21,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from torch import Tensor
 
+from tokopt.analysis.calibration import Sample, caller_tensors
 from tokopt.arguments import (
     check_callable,
     check_integer,
@@ -34,7 +36,7 @@ from tokopt.arguments import (
 from tokopt.artifact import export
 from tokopt.errors import InputError, TokoptError
 from tokopt.ir.bundle import Bundle, check_bundle
-from tokopt.measure.judge import FEATURES, OWN, PREDICTIONS, Floor, Sample, judge
+from tokopt.measure.judge import FEATURES, OWN, PREDICTIONS, Floor, judge
 from tokopt.measure.timing import interleaved_times, open_runner
 from tokopt.pipeline.manager import optimize, parse
 from tokopt.runtime.engines.onnxruntime import check_threads
@@ -243,10 +245,11 @@ class _Search:
     ) -> None:
         self.bundle, self.folder, self.machine, self.say = bundle, folder, machine, say
         self.metric = metric
-        self.calibration, self.judged = list(samples[::2]), list(samples[1::2])
+        named = [caller_tensors(bundle, sample) for sample in samples]
+        self.calibration, self.judged = named[::2], named[1::2]
         folder.mkdir(parents=True, exist_ok=True)
         self.baseline, self.best = folder / "original.tokopt", ""
-        self.key = self._key(samples)
+        self.key = self._key(named)
         self.trials = self._read()
         if not (folder / "trials.json").exists() or not self.baseline.exists():
             say("exporting the model as it is")
@@ -318,7 +321,7 @@ class _Search:
         else:
             _draw(found, self.folder / "pareto.png")
 
-    def _key(self, samples: Sequence[Sample]) -> str:
+    def _key(self, samples: Sequence[Mapping[str, Tensor]]) -> str:
         """What the measurements depend on: the model, how it is timed and judged, and the samples."""
         module = self.bundle.main.module
         own = getattr(self.metric, "__qualname__", "")
@@ -326,8 +329,8 @@ class _Search:
         for tensor in module.state_dict().values():
             digest.update(np.ascontiguousarray(tensor.detach().float().numpy()).data)
         for sample in samples:
-            for part in sample if isinstance(sample, (list, tuple)) else [sample]:
-                digest.update(np.ascontiguousarray(part).tobytes())
+            for name, tensor in sample.items():
+                digest.update(name.encode() + np.ascontiguousarray(tensor).tobytes())
         return digest.hexdigest()
 
     def _read(self) -> dict[str, Trial]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import UnionType
@@ -48,7 +48,7 @@ class Context:
     calibration: Iterable[Sample] | None = None
 
     def __post_init__(self) -> None:
-        """Keep what can be iterated only once; raise InputError for a field of another type."""
+        """Keep what can be iterated only once; tensors by name are one sample. Raises InputError for other types."""
         check_flag("strict", self.strict)
         observers = check_items("observers", self.observers, "a tuple of functions")
         for observer in observers:
@@ -58,7 +58,9 @@ class Context:
             object.__setattr__(self, "reproducers", check_path("reproducers", self.reproducers))
         if self.calibration is not None:
             check_iterable("calibration", self.calibration, "a list of inputs, or what gives them one by one")
-        if isinstance(self.calibration, Iterator):
+        if isinstance(self.calibration, Mapping):
+            object.__setattr__(self, "calibration", [self.calibration])
+        elif isinstance(self.calibration, Iterator):
             object.__setattr__(self, "calibration", list(self.calibration))
 
     def samples(self, name: str) -> Iterable[Sample]:

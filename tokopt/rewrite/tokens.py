@@ -32,6 +32,7 @@ from tokopt.analysis.token_axis import (
 )
 from tokopt.errors import PassRefused
 from tokopt.ir.graph import (
+    HIDDEN,
     ancestors,
     argument,
     aten,
@@ -44,8 +45,6 @@ from tokopt.ir.graph import (
 from tokopt.ir.shapes import Shapes
 from tokopt.kernels import ops
 from tokopt.rewrite.edit import call
-
-_HIDDEN = -1e4  # additive masks at or below this hide a key
 
 
 @dataclass(frozen=True)
@@ -392,7 +391,7 @@ def _initial_size(stream: Tensor, mask: Tensor | None, flipped: bool, folded: in
     batch, tokens = (stream.shape[1], stream.shape[0]) if flipped else stream.shape[:2]
     if mask is None:
         return torch.ones(batch, tokens, device=stream.device)
-    seen = (mask if mask.dtype == torch.bool else mask > _HIDDEN).any(dim=-2)
+    seen = (mask if mask.dtype == torch.bool else mask > HIDDEN).any(dim=-2)
     while seen.dim() > 2:
         seen = seen.any(dim=1)
     if folded > 1:
