@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Container
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
@@ -11,7 +10,7 @@ from torch import Tensor
 from torch.fx import Graph, GraphModule, Node
 
 from tokopt.analysis.constants import constant_nodes, evaluate
-from tokopt.ir.graph import aten, is_call, module_path, operand_at
+from tokopt.ir.graph import aten, is_call, module_path
 
 
 @dataclass(frozen=True)

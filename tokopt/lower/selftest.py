@@ -19,8 +19,7 @@ from tokopt.errors import LoweringError
 from tokopt.ir.bundle import Bundle
 from tokopt.ir.calls import call_inputs, initial
 from tokopt.ir.program import AxisRange, Program, TensorSpec
-from tokopt.lower.parity.precision import half_precision_limit
-from tokopt.lower.parity.precision import ROUNDINGS
+from tokopt.lower.parity.precision import ROUNDINGS, half_precision_limit
 from tokopt.lower.parity.selections import selects
 from tokopt.runtime import LanguageModel, Sampling
 from tokopt.runtime.engines.onnxruntime import Sessions
