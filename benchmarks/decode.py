@@ -140,7 +140,8 @@ def step_call(engine: Engine) -> Callable[[], object]:
 
 def generate_call(engine: Engine) -> Callable[[], object]:
     """The same through the whole loop: sampling, stop tokens, statistics."""
-    from tokopt.runtime import Sampling, loop
+    from tokopt.runtime import loop
+    from tokopt.runtime.language import Options
 
     model = _load(engine)
     session, _ = _prefilled(engine)
@@ -157,15 +158,13 @@ def generate_call(engine: Engine) -> Callable[[], object]:
         def prefill(self, prompts: object, limit: object = None) -> loop.Emission:
             return loop.Emission(last)
 
-    model.open = lambda *arguments: Prefilled()
+    model._request = lambda *arguments: Prefilled()
     ids = _prompt(engine)[0].tolist()
 
     def call() -> None:
-        rows = model._rows([ids], ())
-        for row in rows:
-            row.stream = None
-        for _ in model._steps(rows, TOKENS + 1, Sampling(), (), None):
-            pass
+        generating = model._generating([ids], (), Options(max_tokens=TOKENS + 1))
+        generating.texts[0].stream = None
+        generating.run()
 
     return call
 

@@ -2,8 +2,8 @@
 
 ``python -m benchmarks.pairs`` feeds the keys of the unmerged DINOv2-S/14 at 224 px on the photographs to the
 matchings of ToMe and PiToMe and writes the mean cosine of the pairs to ``benchmarks/results/pairs.md``. It says why
-PiToMe needs large cuts: of ``2r`` tokens it merges every second one into one of the others, however few they are,
-while ToMe takes the best ``r`` pairs of all.
+Algorithm 1 of PiToMe needs large cuts: of ``2r`` tokens it merges every second one into one of the others, however few
+they are, while the two bipartite matchings take the best ``r`` pairs of all.
 """
 
 from __future__ import annotations
@@ -46,9 +46,9 @@ def likeness(keys: Tensor, match: tuple[Tensor, Tensor, Tensor]) -> float:
 
 
 def table(keys: list[Tensor]) -> str:
-    """One line per block: all pairs, then ToMe's and PiToMe's at each cut."""
-    lines = ["| block | any two tokens |" + "".join(f" tome r={r} | pitome r={r} |" for r in CUTS)]
-    lines.append("|---|---|" + "---|---|" * len(CUTS))
+    """One line per block: all pairs, then those of ToMe and of PiToMe's two matchings at each cut."""
+    names = [f"{name}, r={r}" for r in CUTS for name in ("tome", "pitome, bipartite", "pitome, algorithm1")]
+    lines = ["| block | any two tokens | " + " | ".join(names) + " |", "|---|---|" + "---|" * len(names)]
     for block, metric in enumerate(keys):
         size = torch.ones(metric.shape[:2])
         direction = unit(metric[:, 1:])
@@ -56,7 +56,8 @@ def table(keys: list[Tensor]) -> str:
         for r in CUTS:
             margin = MARGIN * (1 - block / len(keys))
             cells.append(likeness(metric, ops.bipartite_match(metric, size, r, 1)))
-            cells.append(likeness(metric, ops.energy_match(metric, size, r, 1, margin)))
+            matches = (ops.energy_bipartite_match, ops.energy_match)
+            cells.extend(likeness(metric, match(metric, size, r, 1, margin)) for match in matches)
         lines.append(f"| {block} | " + " | ".join(f"{cell:.3f}" for cell in cells) + " |")
     return "\n".join(lines) + "\n"
 

@@ -41,6 +41,9 @@ UNMERGED = ""
 TOGETHER = 5
 """Engines that are timed in one set of processes beside the control."""
 
+STEPS = ("build", "cosine", "classify", "time", "overhead")
+"""What is done, in this order; only the first is always done."""
+
 METHODS = ("tome", "pitome", "evit", "evit{fuse=false}", "divprune", "kcenter", "random")
 
 
@@ -83,16 +86,33 @@ def decreasing(methods: Sequence[str], counts: Sequence[int]) -> tuple[str, ...]
     return tuple(with_options(method, f"r={r} schedule=decreasing") for r in counts for method in methods)
 
 
+def share(methods: Sequence[str], fractions: Sequence[float]) -> tuple[str, ...]:
+    """Each method keeping the same fraction of the tokens in all blocks, PiToMe's schedule."""
+    return tuple(with_options(method, f"keep={keep}") for keep in fractions for method in methods)
+
+
 def three_blocks(methods: Sequence[str], fractions: Sequence[float]) -> tuple[str, ...]:
     """Each method keeping a fraction of the tokens in blocks 3, 6 and 9, EViT's schedule."""
     return tuple(with_options(m, f"keep={keep} layers=[3,6,9]") for keep in fractions for m in methods)
 
 
 MERGING = ("tome", "pitome", "random")
+VARIANTS = (
+    "tome{proportional=false}",
+    "pitome{proportional=false}",
+    "pitome{matching=bipartite}",
+    "pitome{matching=algorithm1}",
+)
+"""What the papers of the merging methods have as well."""
+
 FULL = (
     Scale(
         224,
-        every_block(MERGING, (8, 12, 16)) + decreasing(MERGING, (12,)) + three_blocks(METHODS, (0.7, 0.5)),
+        every_block(MERGING, (8, 12, 16))
+        + every_block(VARIANTS, (16,))
+        + share((*MERGING, *VARIANTS), (0.9125,))
+        + decreasing(MERGING, (12,))
+        + three_blocks(METHODS, (0.7, 0.5)),
         (1, 8),
         2000,
         1000,
@@ -100,7 +120,10 @@ FULL = (
     ),
     Scale(
         518,
-        every_block(MERGING, (64, 80)) + decreasing(MERGING, (80, 96)) + three_blocks(METHODS, (0.5,)),
+        every_block(MERGING, (64, 80))
+        + share((*MERGING, *VARIANTS), (0.9125,))
+        + decreasing(MERGING, (80, 96))
+        + three_blocks(METHODS, (0.5,)),
         (1, 8),
         2000,
         1000,
@@ -212,12 +235,16 @@ class Benchmark:
             self.say(f"not measured: {error}")
             return None
 
-    def quality(self) -> None:
+    def cosine(self) -> None:
+        """How close the features of photographs are to those of the unmerged model."""
         for scale in self.scales:
             for pipeline in self.usable(scale):
                 self.progress.once(
                     f"cosine {scale.size} {pipeline}", lambda s=scale, p=pipeline: self.measure_cosine(s, p)
                 )
+
+    def classify(self) -> None:
+        """How well a classifier does on the features."""
         for scale in self.scales:
             for pipeline in self.usable(scale):
                 if pipeline in (UNMERGED, *(scale.classified or scale.pipelines)):
@@ -377,7 +404,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.vision", description=__doc__)
     parser.add_argument("--quick", action="store_true", help="a smoke run: few images, few rounds, 224 only")
     parser.add_argument("--sizes", type=int, nargs="+", help="measure only these image sizes")
-    parser.add_argument("--only", choices=("build", "time", "overhead", "quality"), nargs="+")
+    parser.add_argument("--only", choices=STEPS, nargs="+")
     parser.add_argument("--batches", type=int, nargs="+", help="time only these batch sizes")
     parser.add_argument("--match", nargs="+", help="measure only pipelines that contain one of these texts")
     parser.add_argument("--train", type=int, help="Fashion-MNIST images that the classifier learns from")
@@ -393,7 +420,7 @@ def main() -> int:
         if options.sizes is None or scale.size in options.sizes
     ]
     benchmark = Benchmark(scales, options.rounds or (3 if options.quick else 10), options.threads, console)
-    for step in ("build", "quality", "time", "overhead"):
+    for step in STEPS:
         if step == "build" or options.only is None or step in options.only:
             getattr(benchmark, step)()
     report = benchmark.report()

@@ -44,9 +44,10 @@ def main() -> None:
     model = load(path)
     prompt = model.chat_prompt([{"role": "user", "content": args.question}])
     sampling = Sampling(temperature=args.temperature, seed=0)
-    for piece in model.stream(prompt, max_tokens=args.max_tokens, sampling=sampling):
+    stream = model.stream(prompt, max_tokens=args.max_tokens, sampling=sampling)
+    for piece in stream:
         print(piece, end="", flush=True)
-    done = model.statistics
+    done = stream.generated.statistics
     print(
         f"\n\n{done.prompt_tokens} prompt tokens in {1e3 * done.prefill_seconds:.0f} ms, "
         f"{done.new_tokens} new ones at {done.tokens_per_second:.1f} tokens/s, "

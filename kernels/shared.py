@@ -2,6 +2,7 @@
 
 import torch
 from torch import Tensor
+from torch.nn.functional import elu
 
 from tokopt.errors import InputError
 
@@ -53,6 +54,16 @@ def unit(x: Tensor) -> Tensor:
     """``x`` [..., D] in float32 with every row scaled to length 1; zero rows stay zero."""
     x = x.float()
     return x / torch.linalg.vector_norm(x, dim=-1, keepdim=True).clamp_min(TINY)
+
+
+def energies(vector: Tensor, real: Tensor, margin: float) -> Tensor:
+    """PiToMe's energies [B, N] of unit vectors [B, N, D]: ``mean_j ELU(cos_ij - margin)`` over the ``real`` ones.
+
+    Those that are not real get +inf.
+    """
+    weight = real / real.sum(dim=-1, keepdim=True).clamp_min(1)
+    energy = (elu(vector @ vector.mT - margin) @ weight[:, :, None])[:, :, 0]
+    return energy.masked_fill(~real, torch.inf)
 
 
 def rows(x: Tensor, index: Tensor) -> Tensor:

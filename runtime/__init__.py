@@ -14,12 +14,13 @@ if TYPE_CHECKING:
     from tokopt.runtime.encoder import Model, Outputs, load
     from tokopt.runtime.format.generation import Generation
     from tokopt.runtime.format.manifest import Manifest
-    from tokopt.runtime.language import Generated, LanguageModel, Statistics
+    from tokopt.runtime.generate import Generated, Statistics, Stream
+    from tokopt.runtime.language import LanguageModel
     from tokopt.runtime.sampling import LogitsProcessor, Sampling
 
 _HOME = {
     "ArtifactError": "tokopt.errors",
-    "Generated": "tokopt.runtime.language",
+    "Generated": "tokopt.runtime.generate",
     "Generation": "tokopt.runtime.format.generation",
     "InputError": "tokopt.errors",
     "LanguageModel": "tokopt.runtime.language",
@@ -28,7 +29,8 @@ _HOME = {
     "Model": "tokopt.runtime.encoder",
     "Outputs": "tokopt.runtime.encoder",
     "Sampling": "tokopt.runtime.sampling",
-    "Statistics": "tokopt.runtime.language",
+    "Statistics": "tokopt.runtime.generate",
+    "Stream": "tokopt.runtime.generate",
     "load": "tokopt.runtime.encoder",
 }
 
@@ -44,6 +46,7 @@ __all__ = [
     "Outputs",
     "Sampling",
     "Statistics",
+    "Stream",
     "load",
 ]
 

@@ -142,10 +142,27 @@ class Buffers:
             )
 
     def _free_bytes(self) -> int | None:
-        return _available_memory()
+        return available_memory()
 
     def _value(self, array: np.ndarray) -> Any:
         return onnxruntime.OrtValue.ortvalue_from_numpy(array, self.device)
+
+
+def check_reading(states: Sequence[State], batch: int, tokens: int, slots: int) -> None:
+    """Refuse to read so many tokens of every row in one call when their attention does not fit into memory.
+
+    For each pair of a token and a slot the portable form holds at least a mask, twice in bytes and once in floats, and
+    for every head a score before and after softmax. A single row is read by a fused kernel, which holds less. Raises
+    InputError.
+    """
+    keys = [state.axes[1] for state in states if state.kind == "key"]
+    heads = max((axis for axis in keys if isinstance(axis, int)), default=0)
+    wanted, free = batch * tokens * slots * (6 + 8 * heads), available_memory()
+    if batch > 1 and free is not None and wanted > free:
+        raise InputError(
+            f"attention of {tokens} tokens to {slots} slots for a batch of {batch} takes {wanted / 2**30:.1f} GiB and "
+            f"{free / 2**30:.1f} GiB of memory are free; use a smaller batch"
+        )
 
 
 class Bound:
@@ -284,7 +301,7 @@ def run_checked(run: Callable[..., Any], *arguments: object) -> Any:
         raise TokoptError(f"ONNX Runtime failed on inputs that fit: {reason}") from error
 
 
-def _available_memory() -> int | None:
+def available_memory() -> int | None:
     """Bytes that can be allocated without swapping, where the system tells."""
     try:
         with open("/proc/meminfo", encoding="ascii") as lines:

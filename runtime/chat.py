@@ -90,8 +90,6 @@ def _conversation(messages: Sequence[Message]) -> list[dict[str, Any]]:
         raise InputError(
             "a conversation is a list of messages, for example [{'role': 'user', 'content': 'Hi'}]"
         )
-    if not plain:
-        raise InputError("the conversation is empty; give at least one message")
     found: list[dict[str, Any]] = []
     for message in cast(list[dict[str, Any]], plain):
         message = {key: value for key, value in message.items() if value is not None}
@@ -135,6 +133,8 @@ def _plain(value: Any) -> Any:
 
 def _mark_end(conversation: list[dict[str, Any]], name: str) -> str:
     """Write :data:`_TAG` behind the part of the last message that is to be continued, and return that part."""
+    if not conversation:
+        raise InputError("the conversation is empty, so there is nothing to continue; give a message")
     last = conversation[-1]
     value = last.get(name)
     names = [name]

@@ -8,16 +8,24 @@ from typing import Any
 
 import numpy as np
 
+from tokopt.arguments import check_choice, check_flag, check_path
 from tokopt.errors import ArtifactError, InputError, TokoptError
 from tokopt.runtime.encode import encode
 from tokopt.runtime.engines.base import Programs
-from tokopt.runtime.engines.onnxruntime import BACKENDS, Backend, Provider, Sessions, check_threads
+from tokopt.runtime.engines.onnxruntime import (
+    BACKENDS,
+    Backend,
+    Provider,
+    Sessions,
+    check_threads,
+    named_options,
+)
 from tokopt.runtime.format.check_files import check_files
 from tokopt.runtime.format.manifest import PORTABLE, Manifest, read_manifest
 from tokopt.runtime.inputs import Interface, count_rows
 from tokopt.runtime.language import LanguageModel
 from tokopt.runtime.numerics import OutputCheck
-from tokopt.runtime.selftest import run_selftests
+from tokopt.runtime.selftest import TaskCheck, run_selftests
 
 
 def load(
@@ -44,20 +52,25 @@ def load(
     InputError for an unknown provider or thread count, MissingDependencyError for a provider that is not
     installed.
     """
-    folder = Path(path)
+    folder, verify = check_path("path", path), check_flag("verify", verify)
+    name, options = named_options("backend", backend, f"one of {', '.join(BACKENDS)}")
+    check_choice("backend", name, BACKENDS)
+    if options and name != "openvino":
+        raise InputError(f"the backend {name} takes no options; leave them out")
+    threads = check_threads(threads)
     manifest = read_manifest(folder)
-    for name, entry in manifest.programs.items():
+    for program, entry in manifest.programs.items():
         if PORTABLE not in entry.files:
             raise ArtifactError(
-                f"{folder} holds no ONNX form of program {name!r}, only {', '.join(entry.files)}; open it with "
+                f"{folder} holds no ONNX form of program {program!r}, only {', '.join(entry.files)}; open it with "
                 "tokopt.open_bundle, or export the bundle with target='onnx'"
             )
     if verify:
         check_files(folder, manifest)
-    if backend == "tensorrt":
+    if name == "tensorrt":
         return _load_engines(folder, manifest, providers, threads)
-    if backend != "onnxruntime":
-        return _other_backend(folder, manifest, backend, providers, threads)
+    if name == "openvino":
+        return _load_openvino(folder, manifest, options, providers, threads)
     sessions = Sessions(folder, manifest, providers, threads)
     if manifest.schedule.generates:
         return LanguageModel(folder, manifest, sessions)
@@ -78,16 +91,13 @@ def _load_engines(
     return Model(folder, manifest, engines)
 
 
-def _other_backend(
+def _load_openvino(
     folder: Path,
     manifest: Manifest,
-    backend: Backend,
+    options: Mapping[str, object],
     providers: Sequence[Provider] | None,
     threads: int | None,
 ) -> Model:
-    name, options = (backend, dict[str, object]()) if isinstance(backend, str) else backend
-    if name != "openvino":
-        raise InputError(f"there is no backend {name!r}; choose among {', '.join(BACKENDS)}")
     if providers is not None:
         raise InputError("providers belong to the backend onnxruntime; leave them out")
     if manifest.states or manifest.schedule.generates:
@@ -97,7 +107,7 @@ def _other_backend(
         )
     from tokopt.runtime.engines.openvino import OpenVINOSessions
 
-    return Model(folder, manifest, OpenVINOSessions(folder, manifest, options, check_threads(threads)))
+    return Model(folder, manifest, OpenVINOSessions(folder, manifest, options, threads))
 
 
 class Model:
@@ -146,9 +156,9 @@ class Model:
             found = encode(self.manifest, self.sessions, feed, 1 if batch is None else batch).outputs
         return ((name, found[name]) for name in names)
 
-    def selftest(self) -> tuple[OutputCheck, ...]:
+    def selftest(self) -> tuple[OutputCheck | TaskCheck, ...]:
         """Run the inputs stored in the artifact and compare every output with the one stored."""
-        checks = run_selftests(self.path, self.manifest, self.sessions)
+        checks = run_selftests(self.path, self.manifest, lambda: self.sessions)
         return tuple(check for found in checks.values() for check in found)
 
     def __repr__(self) -> str:

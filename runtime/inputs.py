@@ -103,13 +103,31 @@ def _check_axis(name: str, axis: str, size: int, bounds: Range, seen: dict[str, 
         )
 
 
-def _as_array(value: Any, tensor: Tensor) -> np.ndarray:
+def as_array(name: str, value: Any, takes: str) -> np.ndarray:
+    """``value`` as an array of this machine's byte order; raises InputError for what numpy cannot read.
+
+    Tensors of torch are read as they are, detached and from any device, without torch: they offer themselves to numpy,
+    and by ``numpy(force=True)`` where that would drop a gradient.
+    """
     try:
-        return np.ascontiguousarray(value) if np.ndim(value) else np.asarray(value)
+        try:
+            array = np.asarray(value)
+        except (RuntimeError, TypeError):
+            if not hasattr(value, "detach"):
+                raise
+            array = value.numpy(force=True)
+        if np.ma.is_masked(value):
+            raise ValueError("some of it is masked")
+        return array.astype(array.dtype.newbyteorder("="), copy=False)
     except Exception as error:  # whatever a foreign __array__ raises
         raise InputError(
-            f"input {tensor.name!r} is a {type(value).__name__} that numpy cannot read; give {tensor}"
+            f"{name} is a {type(value).__name__} that numpy cannot read; give {takes}"
         ) from error
+
+
+def _as_array(value: Any, tensor: Tensor) -> np.ndarray:
+    array = as_array(f"input {tensor.name!r}", value, str(tensor))
+    return np.ascontiguousarray(array) if array.ndim else array
 
 
 def _check_shape(tensor: Tensor, shape: tuple[int, ...]) -> None:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
+from numpy.typing import NDArray
 
+from tokopt.arguments import wrong
 from tokopt.errors import InputError, TokoptError
 from tokopt.runtime.buffers import BLOCK, capacity
 from tokopt.runtime.encode import Encoded, carry, needed_slots
@@ -118,6 +120,8 @@ class Request:
         ``limit`` [batch] is the most tokens that a row may commit, for a program that draws them. Raises InputError for
         a prompt that is longer than the program can read at once, where it must.
         """
+        if len(prompts) != self.batch or not all(len(ids) for ids in prompts):
+            raise InputError(f"there are {len(prompts)} prompts; give {self.batch}, none of them empty")
         entry = self.entry("prefill")
         tokens, positions = self._padded(entry, prompts)
         total, start = tokens.shape[1], 0
@@ -150,14 +154,16 @@ class Request:
         rows: np.ndarray = LAST,
         limit: np.ndarray | None = None,
         role: str = "decode",
+        mask: np.ndarray | None = None,
     ) -> Emission:
         """What follows new tokens [batch, n]; triggers run when it is time.
 
         ``limit`` [batch] is the most tokens that a row may commit, for a program that draws them. ``role`` tells the
-        entry that reads them.
+        entry that reads them. ``mask`` [batch, n, n] bool says which new token (row) sees which (column), by default
+        itself and those before it. Raises InputError for a mask of another shape, or that the program cannot take.
         """
         most = None if limit is None else self.allowed(limit)
-        emission = self.emit(self.entry(role), tokens, positions, rows, most)
+        emission = self.emit(self.entry(role), tokens, positions, rows, most, mask)
         if self._counting:
             read = emission.count if emission.count is not None else np.full(self.batch, tokens.shape[1])
             self._count([True] * len(self._counting), read)
@@ -229,10 +235,14 @@ class Request:
         positions: np.ndarray,
         rows: np.ndarray = LAST,
         limit: np.ndarray | None = None,
+        mask: np.ndarray | None = None,
     ) -> Emission:
-        """One call of an entry, which no trigger counts."""
+        """One call of an entry, which no trigger counts; raises InputError for tokens that are not of the batch."""
+        self._check_tokens(tokens, positions)
         roles = self._roles[entry.program]
         feed = self._feed(entry, tokens, positions, rows, limit)
+        if mask is not None:
+            feed[self._mask_input(entry)] = self._checked_mask(mask, tokens.shape[1])
         results = self._call(entry, feed)
         if roles.carried:
             carry(
@@ -250,6 +260,19 @@ class Request:
         assert emission.count is not None
         self._occupy(int(emission.count.max()) + (tokens.shape[1] if entry.role == "prefill" else 0))
         return emission
+
+    def _check_tokens(self, tokens: object, positions: object) -> None:
+        shapes: list[tuple[int, ...]] = []
+        for name, array in (("tokens", tokens), ("positions", positions)):
+            found = cast("NDArray[np.int64]", array)
+            if not (isinstance(array, np.ndarray) and found.dtype == np.int64 and found.ndim == 2):
+                raise wrong(name, cast(object, array), "an int64 array [batch, tokens]")
+            shapes.append(found.shape)
+        if shapes[0] != shapes[1] or shapes[0][0] != self.batch or not shapes[0][1]:
+            raise InputError(
+                f"tokens has shape {list(shapes[0])} and positions {list(shapes[1])}; give [{self.batch}, tokens] "
+                "for both"
+            )
 
     def _feed(
         self,
@@ -273,6 +296,21 @@ class Request:
             values["mask"] = np.ascontiguousarray(np.broadcast_to(causal, (self.batch, count, count)))
         feed = {name: values[role] for role, name in roles.given.items()}
         return feed | {name: self.links[Port(entry.program, name)] for name in roles.linked}
+
+    def _mask_input(self, entry: Entry) -> str:
+        roles = self._roles[entry.program]
+        if "mask" not in roles.given:
+            raise InputError(f"program {entry.program!r} takes no mask; leave it out")
+        return roles.given["mask"]
+
+    def _checked_mask(self, mask: object, count: int) -> np.ndarray:
+        wanted = (self.batch, count, count)
+        if not isinstance(mask, np.ndarray) or mask.dtype != bool or mask.shape != wanted:
+            found = f"{mask.dtype}{list(mask.shape)}" if isinstance(mask, np.ndarray) else type(mask).__name__
+            raise InputError(
+                f"mask is {found}, it must be a numpy array bool{list(wanted)} [batch, tokens, tokens]"
+            )
+        return np.ascontiguousarray(mask)
 
     def _call(self, entry: Entry, feed: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         """One call of a program, with the free slots that it needs."""

@@ -11,7 +11,7 @@ LIMITS = {"float64": 1e-20, "float32": 1e-9, "float16": 1e-4, "bfloat16": 1e-3}
 """Largest NMSE per dtype. Summation order alone gives 1e-12 in float32 over 12 layers; another GELU, 1e-8."""
 
 SELFTEST_LIMITS: Mapping[str, float | None] = {"exact": None, "lossless": None, "approximate": 2e-3}
-"""Largest NMSE of a self-test by semantics class; None is the limit of the dtype.
+"""Largest NMSE of a self-test that stores no limits of its own, by semantics class; None is the limit of the dtype.
 
 A program that chooses tokens may, with another machine's rounding, choose another of two nearly equal ones: its
 self-test is there to find damage and wrong kernels. Near ties alone gave up to 8e-4 (DINOv2-S of 1370 tokens).
@@ -69,6 +69,21 @@ def log_softmax(logits: np.ndarray) -> np.ndarray:
     x = logits.astype(np.float64)
     x -= x.max(-1, keepdims=True)
     return x - np.log(np.exp(x).sum(-1, keepdims=True))
+
+
+def divergences(expected: np.ndarray, actual: np.ndarray) -> np.ndarray:
+    """The KL divergence, in nats, of every prediction of ``actual`` [..., vocabulary] from that of ``expected``.
+
+    Both are logits; the result is [...] float64.
+    """
+    old, new = log_softmax(expected), log_softmax(actual)
+    chance = np.exp(old)
+    return (chance * np.subtract(old, new, where=chance > 0, out=np.zeros_like(old))).sum(-1)
+
+
+def agreement(expected: np.ndarray, actual: np.ndarray) -> float:
+    """The share of predictions [..., vocabulary] whose likeliest entry is the same."""
+    return float((expected.argmax(-1) == actual.argmax(-1)).mean())
 
 
 def check_output(

@@ -6,17 +6,17 @@ usual chain, in the order that Hugging Face's ``generate`` uses; a processor of 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from tokopt.errors import InputError
+from tokopt.arguments import check_integer, check_number
 from tokopt.runtime.numerics import log_softmax
 
-Logits = NDArray[np.float32]
+Logits = NDArray[np.floating]
 """[batch, vocabulary]."""
 
 History = Sequence[Sequence[int]]
@@ -34,30 +34,60 @@ class LogitsProcessor(Protocol):
         ...
 
 
+class TokenIds(list[int]):
+    """The token ids of one text, to which further ones may be appended."""
+
+    def __init__(self, ids: Iterable[int]) -> None:
+        super().__init__(ids)
+        self._seen: set[int] = set()
+        self._found = np.empty(16, np.int64)
+        self._read = 0
+
+    @property
+    def distinct(self) -> NDArray[np.int64]:
+        """The ids that occur, each once; only those appended since the last time are looked at."""
+        for place in range(self._read, len(self)):
+            token = self[place]
+            if token not in self._seen:
+                if len(self._seen) == len(self._found):
+                    self._found = np.concatenate([self._found, self._found])
+                self._found[len(self._seen)] = token
+                self._seen.add(token)
+        self._read = len(self)
+        return self._found[: len(self._seen)]
+
+
 @dataclass(frozen=True)
 class RepetitionPenalty:
     """Divide the positive logits of tokens in the history by ``penalty``, multiply the negative ones.
 
-    CTRL (arXiv 1909.05858); 1 changes nothing.
+    CTRL (arXiv 1909.05858); 1 changes nothing. What would be beyond the largest float32 stays at it.
     """
 
     penalty: float
 
     def __call__(self, history: History, logits: Logits) -> Logits:
+        logits, most = np.array(logits), np.finfo(np.float32).max
         for row, ids in zip(logits, history, strict=True):
-            seen = np.unique(np.asarray(ids, np.int64))
-            row[seen] = np.where(row[seen] > 0, row[seen] / self.penalty, row[seen] * self.penalty)
+            seen = ids.distinct if isinstance(ids, TokenIds) else np.unique(np.asarray(ids, np.int64))
+            value: NDArray[np.float64] = row[seen].astype(np.float64)
+            with np.errstate(over="ignore"):
+                changed = np.clip(
+                    np.where(value > 0, value / self.penalty, value * self.penalty), -most, most
+                )
+            row[seen] = np.where(np.isfinite(value), changed, value)
         return logits
 
 
 @dataclass(frozen=True)
 class Temperature:
-    """Divide the logits by ``temperature``."""
+    """Divide the logits by ``temperature``; the largest of each row becomes 0, so that none overflows."""
 
     temperature: float
 
     def __call__(self, history: History, logits: Logits) -> Logits:
-        return logits / np.float32(self.temperature)
+        with np.errstate(over="ignore"):
+            return (logits.astype(np.float64) - logits.max(axis=-1, keepdims=True)) / self.temperature
 
 
 @dataclass(frozen=True)
@@ -144,7 +174,7 @@ class Sampling:
     ``min_p`` (0), ``typical_p`` (1) and ``top_h`` (0). ``repetition_penalty`` (1) applies to both. ``seed``
     makes the draws repeatable: row i of a batch draws from its own stream, whatever the other rows are.
 
-    Raises InputError for a value out of range.
+    Numbers are kept as Python's own. Raises InputError for a value that is none, or out of range.
     """
 
     temperature: float = 0.0
@@ -157,17 +187,20 @@ class Sampling:
     seed: int | None = None
 
     def __post_init__(self) -> None:
-        for name, holds, range_ in (
-            ("temperature", self.temperature >= 0, "at least 0"),
-            ("top_k", self.top_k >= 0, "at least 0"),
-            ("top_p", 0 < self.top_p <= 1, "above 0 and at most 1"),
-            ("min_p", 0 <= self.min_p <= 1, "from 0 to 1"),
-            ("typical_p", 0 < self.typical_p <= 1, "above 0 and at most 1"),
-            ("top_h", 0 <= self.top_h <= 1, "from 0 to 1"),
-            ("repetition_penalty", self.repetition_penalty > 0, "above 0"),
-        ):
-            if not holds:
-                raise InputError(f"{name} is {getattr(self, name)}, it must be {range_}")
+        def keep(name: str, value: object) -> None:
+            object.__setattr__(self, name, value)
+
+        for name in ("top_p", "typical_p"):
+            value = getattr(self, name)
+            keep(name, check_number(name, value, lambda x: 0 < x <= 1, "above 0 and at most 1"))
+        for name in ("min_p", "top_h"):
+            keep(name, check_number(name, getattr(self, name), lambda x: 0 <= x <= 1, "from 0 to 1"))
+        keep("temperature", check_number("temperature", self.temperature, lambda x: x >= 0, "of at least 0"))
+        penalty = check_number("repetition_penalty", self.repetition_penalty, lambda x: x > 0, "above 0")
+        keep("repetition_penalty", penalty)
+        keep("top_k", check_integer("top_k", self.top_k, least=0))
+        if self.seed is not None:
+            keep("seed", check_integer("seed", self.seed, least=0))
 
     def processors(self) -> Iterator[LogitsProcessor]:
         """The processors that do something, in order."""

@@ -12,6 +12,9 @@ from typing import Any, cast
 
 from tokopt.errors import ArtifactError, InputError, MissingDependencyError
 
+MOST_HELD = 16
+"""Tokens that are held back at most: no character takes as many, so bytes that go on longer are no text."""
+
 LARGEST_GROWTH = 1024
 """How much longer a tokenizer may make a text by what it replaces; real ones do so a few times at most."""
 
@@ -94,14 +97,15 @@ class TextStream:
     def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = ()) -> None:
         self.tokenizer, self.stop = tokenizer, [text for text in stop if text]
         self.ids: list[int] = []
-        self.shown, self.stopped = "", False
+        self.stopped = False
+        self._shown: list[str] = []
         self._pending = ""
         self._prefix = self._read = 0
 
     @property
     def text(self) -> str:
         """Everything shown so far."""
-        return self.shown
+        return "".join(self._shown)
 
     def add(self, token: int) -> str:
         """The text that ``token`` makes ready, possibly empty."""
@@ -114,9 +118,10 @@ class TextStream:
         """What was held back, now that no token follows."""
         if self.stopped:
             return ""
-        piece = self._show(self._decoded(final=True)) + self._pending
-        self.shown, self._pending = self.shown + self._pending, ""
-        return piece
+        piece, rest = self._show(self._decoded(final=True)), self._pending
+        self._shown.append(rest)
+        self._pending = ""
+        return piece + rest
 
     def _decoded(self, final: bool) -> str:
         """The text of the tokens after those read already, unless it ends inside a character.
@@ -126,7 +131,8 @@ class TextStream:
         """
         before = self.tokenizer.decode(self.ids[self._prefix : self._read])
         after = self.tokenizer.decode(self.ids[self._prefix :])
-        if not final and after.endswith("\N{REPLACEMENT CHARACTER}"):
+        whole = final or not after.endswith("\N{REPLACEMENT CHARACTER}")
+        if not whole and len(self.ids) - self._read < MOST_HELD:
             return ""
         self._prefix, self._read = self._read, len(self.ids)
         return after[len(before) :]
@@ -138,7 +144,7 @@ class TextStream:
                 pending, self.stopped = pending[:at], True
         held = 0 if self.stopped else max((_overlap(pending, stop) for stop in self.stop), default=0)
         ready, self._pending = pending[: len(pending) - held], pending[len(pending) - held :]
-        self.shown += ready
+        self._shown.append(ready)
         return ready
 
 

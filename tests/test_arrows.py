@@ -17,14 +17,24 @@ FOLDERS = ("tokopt", "passes", "runtime", "kernels")
 
 ALLOWED = {
     "tokopt.errors": (),
+    "tokopt.arguments": ("errors",),
     "tokopt.progress": (),
-    "tokopt.runtime": ("errors",),
-    "tokopt.kernels": ("errors",),
-    "tokopt.ir": ("errors", "runtime.format"),
-    "tokopt.analysis": ("errors", "progress", "ir", "kernels"),
-    "tokopt.rewrite": ("errors", "ir", "kernels", "analysis"),
-    "tokopt.pipeline": ("errors", "ir", "analysis", "runtime.numerics", "artifact", "place", "passes"),
-    "tokopt.passes": ("errors", "ir", "kernels", "analysis", "rewrite", "pipeline"),
+    "tokopt.runtime": ("errors", "arguments"),
+    "tokopt.kernels": ("errors", "arguments"),
+    "tokopt.ir": ("errors", "arguments", "runtime.format"),
+    "tokopt.analysis": ("errors", "arguments", "progress", "ir", "kernels"),
+    "tokopt.rewrite": ("errors", "arguments", "ir", "kernels", "analysis"),
+    "tokopt.pipeline": (
+        "errors",
+        "arguments",
+        "ir",
+        "analysis",
+        "runtime.numerics",
+        "artifact",
+        "place",
+        "passes",
+    ),
+    "tokopt.passes": ("errors", "arguments", "ir", "kernels", "analysis", "rewrite", "pipeline"),
 }
 """Package -> what of tokopt its modules may import beside itself, for type checkers too; the rest may import all.
 

@@ -198,7 +198,7 @@ def test_only_artifacts_are_overwritten(tmp_path: Path) -> None:
 def test_overwrite_replaces_the_whole_artifact(copy: Path) -> None:
     tokopt.export(vision(), copy, target="torch", overwrite=True)
     files = {p.name for p in copy.iterdir()}
-    assert files == {"manifest.json", "forward.pt2", "selftest.safetensors"}
+    assert files == {"manifest.json", "forward.pt2", "selftest.safetensors", "outline.json"}
     assert os.listdir(copy.parent) == [copy.name]
 
 

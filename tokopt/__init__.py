@@ -78,7 +78,12 @@ __all__ = [
 
 def __getattr__(name: str) -> object:
     if name in _HOME:
-        return getattr(import_module(_HOME[name]), name)
+        try:
+            return getattr(import_module(_HOME[name]), name)
+        except ModuleNotFoundError as error:
+            from tokopt.extras import explained
+
+            raise explained(error) or error from error
     raise AttributeError(f"module 'tokopt' has no attribute {name!r}")
 
 

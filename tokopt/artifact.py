@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import io
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, cast
 
+from tokopt.arguments import check_callable, check_flag, check_kind, check_number, check_path, described
 from tokopt.errors import ArtifactError, InputError, TokoptError
-from tokopt.ir.bundle import AppliedPass, Bundle
+from tokopt.ir.bundle import AppliedPass, Bundle, check_bundle
 from tokopt.ir.program import Program
 from tokopt.place import check_place, replacing
 from tokopt.runtime.engines.onnxruntime import Sessions
@@ -24,6 +25,7 @@ from tokopt.runtime.format.manifest import (
     ENGINE,
     MANIFEST,
     ONE_ROW,
+    OUTLINE,
     PORTABLE,
     SELFTEST,
     EngineEntry,
@@ -36,17 +38,18 @@ from tokopt.runtime.format.manifest import (
     read_manifest,
 )
 from tokopt.runtime.numerics import OutputCheck
-from tokopt.runtime.selftest import run_selftests
+from tokopt.runtime.selftest import FormChecks, TaskCheck, check_forms, read_selftest
 from tokopt.runtime.text import read_tokenizer
 
 if TYPE_CHECKING:
     import torch
 
+    from tokopt.lower.onnx.rule import Outcome
     from tokopt.lower.tensorrt.engine import EngineBuilder, EngineOptions
 
 TARGETS = ("onnx", "torch", "tensorrt")
 
-CLEANUP = ("drop_unread",)
+CLEANUP = ("drop_unread", "fold_scales")
 """The passes that run before every lowering: exact, and nobody has to ask for them."""
 
 _TOKENIZER = "tokenizer.json"
@@ -68,9 +71,10 @@ def export(
     ``target="onnx"`` lowers every program to ONNX for :func:`tokopt.runtime.load`, after the passes of
     :data:`CLEANUP`, which stand in the artifact's history where they changed something. ``check`` compares the
     result with the program in ``bundle`` first, with ``tolerance`` in place of the largest NMSE that a dtype
-    allows. ``target="tensorrt"`` builds an engine beside each of these ONNX files, as ``engine`` says.
-    ``target="torch"`` keeps the programs as they are, as ``.pt2`` files for :func:`open_bundle`. ``overwrite``
-    replaces an artifact that is already there. ``progress`` is called with a line per step.
+    allows, and runs the self-test that :func:`verify` will run. ``target="tensorrt"`` builds an engine beside each of
+    these ONNX files, as ``engine`` says. ``target="torch"`` keeps the programs as they are, as ``.pt2`` files for
+    :func:`open_bundle`, and beside them what ``tokopt inspect`` shows. ``overwrite`` replaces an
+    artifact that is already there. ``progress`` is called with a line per step.
 
     Raises LoweringError when a program cannot be lowered or does not compute the same, ArtifactError when
     ``path`` is taken (at the start, or meanwhile), its parent is missing, or it cannot be written,
@@ -78,14 +82,26 @@ def export(
     Nothing is left behind when it fails, and what was there stays; a process that is killed leaves the old artifact or
     the new one, and beside it what the next export to the same place removes.
     """
-    if target not in TARGETS:
-        raise ArtifactError(f"there is no target {target!r}; choose among {', '.join(TARGETS)}")
+    check_bundle("bundle", bundle)
+    path = check_path("path", path)
+    if not isinstance(target, str) or target not in TARGETS:
+        raise ArtifactError(f"there is no target {described(target)}; choose among {', '.join(TARGETS)}")
+    check_flag("overwrite", overwrite)
+    check_flag("check", check)
+    if tolerance is not None:
+        tolerance = check_number("tolerance", tolerance, lambda x: x >= 0, "of at least 0")
+    if progress is not None:
+        check_callable("progress", progress, "a function of a line of text")
+    if engine is not None:
+        _check_engine(engine)
     if engine is not None and target != "tensorrt":
         raise InputError(
             f"engine options mean nothing to the target {target!r}; leave them out, or export to tensorrt"
         )
+    from tokopt.analysis.outline import outline
+    from tokopt.lower.selftest import write_examples, write_selftest
+
     say = progress or (lambda line: None)
-    path = Path(path)
     check_place(path, overwrite)
     cleaned = bundle if target == "torch" else _clean_up(bundle, say)
     builder = _engine_builder(cleaned, engine) if target == "tensorrt" else None
@@ -104,8 +120,18 @@ def export(
                 forms[ENGINE] = made.name
             for reason in builder.without_plugin:
                 say(f"no plugin for {reason}")
-        say("writing the self-test")
-        _write_selftest(bundle, folder)  # of the programs before their cleanup, which changes no output
+        # Of the programs before their cleanup, which changes no output.
+        if target == "torch" or not check:
+            say("writing the self-test")
+            write_examples(bundle, folder)
+        else:
+            say("running the self-test")
+            written = {
+                item.name: FileEntry("", 0) for item in folder.iterdir()
+            }  # they are hashed once, below
+            write_selftest(bundle, folder, _manifest(cleaned, files, engines, written), tolerance=tolerance)
+        if target == "torch":
+            (folder / OUTLINE).write_text(outline(bundle).to_json(), encoding="utf-8")
         if bundle.tokenizer is not None:
             (folder / _TOKENIZER).write_text(bundle.tokenizer, encoding="utf-8")
         entries = {item.name: describe_file(item) for item in sorted(folder.iterdir())}
@@ -122,7 +148,7 @@ def open_bundle(path: str | Path) -> Bundle:
     Every file's SHA-256 is checked first. Raises ArtifactError when the artifact is damaged, foreign, newer,
     or was exported for another target.
     """
-    path = Path(path)
+    path = check_path("path", path)
     if path.is_file() and path.suffix == ".pt2":
         from tokopt.frontend.module import capture
 
@@ -151,7 +177,11 @@ def open_bundle(path: str | Path) -> Bundle:
 
 @dataclass(frozen=True)
 class VerifyReport:
-    """What :func:`verify` found: faults of files, and the self-test's NMSE per output of every program that it ran."""
+    """What :func:`verify` found: faults of files, and what the self-test of every form of an ONNX program found.
+
+    ``outputs`` are its outputs in float32 arithmetic, ``task`` what callers see as this machine computes it, which is
+    empty where the two agree (see :mod:`tokopt.runtime.selftest`).
+    """
 
     path: str
     pipeline: str
@@ -159,19 +189,23 @@ class VerifyReport:
     files: int
     faults: tuple[str, ...]
     outputs: Mapping[str, tuple[OutputCheck, ...]]
+    task: Mapping[str, tuple[TaskCheck, ...]] = field(default_factory=dict[str, tuple[TaskCheck, ...]])
 
     @property
     def ok(self) -> bool:
-        """No fault, and every output as close as its dtype allows."""
-        return not self.faults and all(check.ok for checks in self.outputs.values() for check in checks)
+        """No fault, and every output as close as it was when it was exported."""
+        checks = (check for side in (self.outputs, self.task) for found in side.values() for check in found)
+        return not self.faults and all(check.ok for check in checks)
 
     def as_dict(self) -> dict[str, Any]:
         """A JSON-ready form."""
-        checks = {
-            name: [{**asdict(check), "ok": check.ok} for check in found]
-            for name, found in self.outputs.items()
+        sides = {
+            key: {
+                name: [{**asdict(check), "ok": check.ok} for check in found] for name, found in side.items()
+            }
+            for key, side in (("outputs", self.outputs), ("task", self.task))
         }
-        return {**asdict(self), "outputs": checks, "ok": self.ok}
+        return {**asdict(self), **sides, "ok": self.ok}
 
 
 def verify(path: str | Path) -> VerifyReport:
@@ -180,18 +214,31 @@ def verify(path: str | Path) -> VerifyReport:
     Of a torch artifact the files are checked and nothing is opened: a ``.pt2`` file is for those who trust it. Raises
     ArtifactError when there is no readable manifest; everything found after that is in the report.
     """
-    path = Path(path)
+    path = check_path("path", path)
     manifest = read_manifest(path)
     faults = list(find_faults(path, manifest))
-    outputs: dict[str, tuple[OutputCheck, ...]] = {}
+    found: dict[str, FormChecks] = {}
     if not faults and all(PORTABLE in entry.files for entry in manifest.programs.values()):
         try:
-            outputs = run_selftests(path, manifest, Sessions(path, manifest, None, None))
+            tests = {name: read_selftest(path, manifest, name) for name in manifest.programs}
+            found = check_forms(manifest, tests, lambda: Sessions(path, manifest))
         except TokoptError as error:
             faults = [str(error)]
     return VerifyReport(
-        str(path), manifest.pipeline, manifest.semantics, len(manifest.files), tuple(faults), outputs
+        str(path),
+        manifest.pipeline,
+        manifest.semantics,
+        len(manifest.files),
+        tuple(faults),
+        {key: checks.outputs for key, checks in found.items()},
+        {key: checks.task for key, checks in found.items() if checks.task},
     )
+
+
+def _check_engine(engine: object) -> None:
+    from tokopt.lower.tensorrt.engine import EngineOptions
+
+    check_kind("engine", engine, EngineOptions, "an EngineOptions, as in EngineOptions(arch='sm_86')")
 
 
 def _engine_builder(bundle: Bundle, options: EngineOptions | None) -> EngineBuilder:
@@ -202,15 +249,14 @@ def _engine_builder(bundle: Bundle, options: EngineOptions | None) -> EngineBuil
 
 def _clean_up(bundle: Bundle, say: Callable[[str], None]) -> Bundle:
     """The bundle after the passes of :data:`CLEANUP`, each in its history only if it changed something."""
-    from tokopt.pipeline.manager import optimize
+    from tokopt.pipeline.manager import parse
 
     for text in CLEANUP:
-        cleaned = optimize(bundle, text)
-        step = cleaned.history[-1]
-        if step.matches:
-            bundle = cleaned
-            for note in step.notes:
-                say(f"{step.text}: {note}")
+        cleaned, done = parse(text).run(bundle)
+        record = done.records[-1]
+        for line in (*(record.notes if record.matches else ()), *record.refusals):
+            say(f"{text}: {line}")
+        bundle = cleaned if record.matches else bundle
     return bundle
 
 
@@ -279,6 +325,10 @@ def _lower_programs(
     weights = WeightFile(folder)
     for name, program in bundle.programs.items():
         say(f"lowering {name} to ONNX" + (" and comparing" if check else ""))
+
+        def report(outcome: Outcome, name: str = name) -> None:
+            say(f"{name}: {outcome}")
+
         path = lower(
             program,
             folder,
@@ -288,28 +338,18 @@ def _lower_programs(
             check=check,
             tolerance=tolerance,
             original=originals.programs[name],
+            report=report,
         )
         fused = lower_for_cpu(
-            program, path, check=check, tolerance=tolerance, original=originals.programs[name]
+            program,
+            path,
+            check=check,
+            tolerance=tolerance,
+            original=originals.programs[name],
+            report=report,
         )
         files[name] = {PORTABLE: path.name} | ({ONE_ROW: fused.name} if fused else {})
     return files
-
-
-def _write_selftest(bundle: Bundle, folder: Path) -> None:
-    """The example inputs of every program and what the exported program makes of them."""
-    from safetensors.torch import save
-
-    tensors: dict[str, torch.Tensor] = {}
-    for name, program in bundle.programs.items():
-        sides = (
-            ("inputs", program.inputs, program.example),
-            ("outputs", program.outputs, program(*program.example)),
-        )
-        for side, specs, values in sides:
-            for spec, value in zip(specs, values, strict=True):
-                tensors[f"{name}/{side}/{spec.name}"] = value.detach().clone().contiguous()
-    (folder / SELFTEST).write_bytes(save(tensors))
 
 
 def _read_tensors(path: Path, manifest: Manifest, program: str, side: str) -> tuple[torch.Tensor, ...]:

@@ -1,10 +1,10 @@
-"""Progress of long work: on stderr, and only where that is a terminal."""
+"""Progress of long work on stderr: drawn on a terminal, a line per stage elsewhere."""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from functools import cache
 from importlib.util import find_spec
 from typing import TypeVar
@@ -25,16 +25,38 @@ def _console():
     return Console(stderr=True)
 
 
-def spinner(text: str) -> AbstractContextManager[object]:
-    """Says that something slow is under way, and for how long it has been."""
+@contextmanager
+def stages(text: str) -> Iterator[Callable[[str], None]]:
+    """Say that something slow is under way, and what of it is: beside a clock on a terminal, elsewhere a line each."""
     if not shown():
-        return nullcontext()
+
+        def say(line: str) -> None:
+            print(f"tokopt: {line}", file=sys.stderr, flush=True)
+
+        say(text)
+        yield say
+        return
     from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-    columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
-    progress = Progress(*columns, console=_console(), transient=True)
-    progress.add_task(text, total=None)
-    return progress
+    columns = (SpinnerColumn(), TextColumn("{task.description}", markup=False), TimeElapsedColumn())
+    with Progress(*columns, console=_console(), transient=True) as progress:
+        task = progress.add_task(text, total=None)
+        yield lambda line: progress.update(task, description=line)
+
+
+@contextmanager
+def without_bars() -> Iterator[None]:
+    """Have transformers draw no progress bars where nobody would see them move."""
+    from transformers.utils import logging
+
+    if sys.stderr.isatty() or not logging.is_progress_bar_enabled():
+        yield
+        return
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.enable_progress_bar()
 
 
 def track(items: Iterable[Item], text: str) -> Iterable[Item]:

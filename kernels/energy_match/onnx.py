@@ -1,7 +1,28 @@
 """The ONNX form of tokopt::energy_match."""
 
-from tokopt.kernels.opset import FLOAT, INFINITY, INT64, LAST, TOKOPT, TensorType, node, op, script
+from tokopt.kernels.opset import BOOL, FLOAT, INFINITY, INT64, LAST, TOKOPT, TensorType, node, op, script
 from tokopt.kernels.shared import MISMATCH, TINY
+
+
+@script(TOKOPT, default_opset=op)
+def energies(unit: FLOAT, real: BOOL, margin: float) -> FLOAT:
+    """Of unit vectors [batch, tokens, channels], over those that are real; the others get infinity."""
+    one = op.Cast(real, to=FLOAT.dtype)
+    weight = one / op.Max(op.ReduceSum(one, [-1], keepdims=1), 1.0)
+    near = op.Elu(op.MatMul(unit, op.Transpose(unit, perm=[0, 2, 1])) - margin)
+    return op.Where(real, op.Squeeze(op.MatMul(near, op.Unsqueeze(weight, [2])), [2]), INFINITY)
+
+
+@script(TOKOPT, default_opset=op)
+def energy_order(metric: TensorType, size: FLOAT, prefix: int, margin: float) -> tuple[FLOAT, BOOL, INT64]:
+    """The unit vectors of the unprotected tokens, which of them are real, and their order by energy, highest first."""
+    start = op.Reshape(op.Constant(value_int=prefix), [1])
+    x = op.Cast(op.Slice(metric, start, LAST, [1]), to=FLOAT.dtype)
+    unit = x / op.Max(op.ReduceL2(x, [-1], keepdims=1), TINY)
+    real = op.Greater(op.Slice(size, start, LAST, [1]), 0.0)
+    energy = energies(unit, real, margin=margin)
+    _, order = op.TopK(energy, op.Shape(energy, start=1, end=2), axis=-1, largest=1, sorted=1)
+    return unit, real, order
 
 
 @script(TOKOPT, default_opset=op)
@@ -9,16 +30,10 @@ def energy_match(
     metric: TensorType, size: FLOAT, r: INT64, prefix: int, margin: float
 ) -> tuple[INT64, INT64, INT64]:
     """See :func:`tokopt.kernels.energy_match.reference.energy_match`."""
+    unit, real, order = energy_order(metric, size, prefix=prefix, margin=margin)
     start = op.Reshape(op.Constant(value_int=prefix), [1])
-    x = op.Cast(op.Slice(metric, start, LAST, [1]), to=FLOAT.dtype)
-    unit = x / op.Max(op.ReduceL2(x, [-1], keepdims=1), TINY)
-    real = op.Greater(op.Slice(size, start, LAST, [1]), 0.0)
     one = op.Cast(real, to=FLOAT.dtype)
-    weight = one / op.Max(op.ReduceSum(one, [-1], keepdims=1), 1.0)
-    near = op.Elu(op.MatMul(unit, op.Transpose(unit, perm=[0, 2, 1])) - margin)
-    energy = op.Squeeze(op.MatMul(near, op.Unsqueeze(weight, [2])), [2])
-    count = op.Shape(energy, start=1, end=2)
-    _, order = op.TopK(op.Where(real, energy, INFINITY), count, axis=-1, largest=1, sorted=1)
+    count = op.Shape(order, start=1, end=2)
     removed = op.Reshape(r, [1])
     cut = removed * 2
     a = op.Slice(order, [0], cut, [1], [2])
@@ -39,5 +54,5 @@ def energy_match(
     return keep, drop, dest
 
 
-FUNCTIONS = (energy_match,)
+FUNCTIONS = (energies, energy_order, energy_match)
 translation = node(energy_match)

@@ -1,16 +1,15 @@
-"""Energy-ranked matching of tokens, the selection step of PiToMe."""
+"""Matching of the tokens of highest energy, the selection step of PiToMe's Algorithm 1."""
 
 import torch
 from torch import Tensor
-from torch.nn.functional import elu
 
-from tokopt.kernels.shared import MISMATCH, check_pair, check_removal, leading, ranked, rows, unit
+from tokopt.kernels.shared import MISMATCH, check_pair, check_removal, energies, leading, ranked, rows, unit
 
 
 def energy_match(
     metric: Tensor, size: Tensor, r: int, prefix: int, margin: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Choose ``r`` tokens of the densest regions to merge (PiToMe, arXiv 2405.16148).
+    """Choose ``r`` tokens of the densest regions to merge (PiToMe, arXiv 2405.16148, Algorithm 1).
 
     With s the cosine among unprotected tokens, token i has the energy ``E_i = mean_j ELU(s_ij - margin)``,
     ``ELU(x) = x if x > 0 else exp(x) - 1``. The ``2 r`` tokens of highest energy are mergeable: by rank,
@@ -38,9 +37,7 @@ def energy_match(
     """
     check(metric, size, r, prefix)
     vector, real = unit(metric[:, prefix:]), size[:, prefix:] > 0
-    weight = real / real.sum(dim=-1, keepdim=True).clamp_min(1)
-    energy = (elu(vector @ vector.mT - margin) @ weight[:, :, None])[:, :, 0]
-    order = ranked(energy.masked_fill(~real, torch.inf))
+    order = ranked(energies(vector, real, margin))
     a, b, rest = order[:, 0 : 2 * r : 2], order[:, 1 : 2 * r : 2], order[:, 2 * r :].sort(dim=-1).values
     keep = torch.cat([leading(metric, prefix), prefix + rest, prefix + b], dim=1)
     if r == 0:

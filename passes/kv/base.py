@@ -41,6 +41,9 @@ from tokopt.rewrite.edit import open_graph
 FAR = 1e30
 """Taken from the score of a token that its layer's sliding window no longer reaches, added to that of a recent one."""
 
+FINITE = 1e30
+"""Stands for infinity in a softmax that may have nothing to compare, where infinity would give NaN."""
+
 
 @dataclass(frozen=True)
 class Cached:
@@ -62,6 +65,11 @@ class Cached:
     newer: Tensor
     newest: Tensor
     layer: CachedAttention
+
+    @property
+    def older(self) -> Tensor:
+        """How many used slots are older [batch, 1 or key heads, slots] int64; 0 for the oldest."""
+        return self.used.sum(-1, keepdim=True) - 1 - self.newer
 
 
 @dataclass(frozen=True)
@@ -119,11 +127,10 @@ class KVEviction(Pass):
         if cached.layer.window:
             gone = cached.positions.amax(-1, keepdim=True) - cached.positions >= cached.layer.window
             score = score - FAR * gone
-        older = cached.used.sum(-1, keepdim=True) - 1 - cached.newer
         recent: Any = self.recent
         if isinstance(recent, float):
             recent = (budget * recent).long()[:, None, None]
-        return score + FAR * ((older < self.sinks) | (cached.newer < recent))
+        return score + FAR * ((cached.older < self.sinks) | (cached.newer < recent))
 
     def keep(self, cached: Cached, priority: Tensor, budget: Tensor) -> Tensor:
         """The slots to keep [batch, heads, slots] bool: in every head, ``budget`` [batch] of highest priority."""

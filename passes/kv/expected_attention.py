@@ -10,7 +10,7 @@ from torch import Tensor
 
 from tokopt.analysis.cache import CachedAttention
 from tokopt.errors import PassError
-from tokopt.passes.kv.base import Cached, KVEviction
+from tokopt.passes.kv.base import FINITE, Cached, KVEviction
 from tokopt.rewrite.cache import Attention, Memory, in_float32
 
 
@@ -21,7 +21,9 @@ class ExpectedAttention(KVEviction):
     Queries before their rotation are taken for normal, with the mean and covariance of those seen so far (from the
     token after the ``sinks`` on). Rotated by the mean rotation of the next ``future`` positions, they have mean m
     and covariance S, and ``E[exp(s q.k)] = exp(s m.k + s^2 k.S.k / 2)`` with the attention's scale s. The score is
-    the softmax of that exponent over the keys, averaged over the queries' heads, plus ``epsilon``, times ``|v|``.
+    the softmax of that exponent over the keys, averaged over the queries' heads, plus ``epsilon``, times ``|v|``. The
+    ``sinks`` are never evicted and, as published, no part of the softmax: much of the attention is theirs.
+    The paper protects no recent tokens (``recent=0``).
 
     Needs rotary embeddings, and refuses models without.
     """
@@ -80,6 +82,6 @@ class ExpectedAttention(KVEviction):
         grouped = keys[:, :, None]
         exponent = scale * (grouped @ mean)[..., 0]
         exponent = exponent + scale**2 / 2 * ((grouped @ spread) * grouped).sum(-1)
-        unused = ~cached.used[:, :, None]
-        expected = exponent.masked_fill(unused, -torch.inf).softmax(dim=-1).mean(dim=2)
+        compared = cached.used & (cached.older >= self.sinks)
+        expected = exponent.masked_fill(~compared[:, :, None], -FINITE).softmax(dim=-1).mean(dim=2)
         return (expected + self.epsilon) * in_float32(cached.values).norm(dim=-1)

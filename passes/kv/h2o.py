@@ -17,7 +17,7 @@ class H2O(KVEviction):
     """Heavy hitters: the attention that a token got, summed over all queries so far (arXiv 2306.14048).
 
     Heads that share keys are summed. The sum of a kept token moves with it. As published, half of the budget is the
-    newest tokens.
+    newest tokens; the paper has no sinks (``sinks=0``).
     """
 
     recent: int | float = 0.5

@@ -13,7 +13,10 @@ from tokopt.passes.kv.base import Cached, KVEviction
 
 @dataclass(frozen=True)
 class KeyDiff(KVEviction):
-    """Score ``-cos(k, mean of the normalised keys)`` (arXiv 2504.15364). Needs no queries."""
+    """Score ``-cos(k, mean of the normalised keys)`` (arXiv 2504.15364). Needs no queries.
+
+    The paper protects no tokens (``sinks=0 recent=0``).
+    """
 
     name: ClassVar[str] = "keydiff"
 

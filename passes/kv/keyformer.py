@@ -26,7 +26,7 @@ class Keyformer(KVEviction):
     ``t`` counts generated tokens; it is 0 in the prompt. The noise is computed from the query's position, the
     slot, the head and ``seed``, so a run repeats exactly and every backend agrees; ``noise=false`` leaves it out,
     and then ``T = 1`` everywhere would be ``h2o``. As in the authors' examples, 30 % of the budget is the newest
-    tokens.
+    tokens; the paper has no sinks (``sinks=0``).
     """
 
     recent: int | float = 0.3

@@ -14,7 +14,10 @@ from tokopt.rewrite.cache import in_float32
 
 @dataclass(frozen=True)
 class KNorm(KVEviction):
-    """Score ``-|k|`` of the cached key (arXiv 2406.11430): short keys get much attention. Needs no queries."""
+    """Score ``-|k|`` of the cached key (arXiv 2406.11430): short keys get much attention. Needs no queries.
+
+    The paper protects no tokens (``sinks=0 recent=0``).
+    """
 
     name: ClassVar[str] = "knorm"
 

@@ -3,30 +3,32 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
-from torch.nn.functional import avg_pool1d
+from torch.nn.functional import avg_pool1d, max_pool1d
 
 from tokopt.analysis.cache import CachedAttention
 from tokopt.errors import PassError
-from tokopt.passes.kv.base import Cached, KVEviction
+from tokopt.passes.kv.base import FINITE, Cached, KVEviction
 from tokopt.rewrite.cache import Attention, Memory, in_float32
 
 
 @dataclass(frozen=True)
 class SnapKV(KVEviction):
-    """Attention of the last ``window`` queries, summed, then averaged over ``kernel`` slots (arXiv 2404.14469).
+    """Attention of the last ``window`` queries, summed, then pooled over ``kernel`` slots (arXiv 2404.14469).
 
-    The window itself is kept, so ``recent`` is at least ``window``. As published, tokens are chosen once, after
-    the prompt (``every=0``); with ``every`` the last queries of the text so far choose again.
+    ``pooling`` is the average or the maximum: the authors' results on long texts use ``kernel=7 pooling=max``. The
+    window itself is kept, so ``recent`` is at least ``window``. As published, tokens are chosen once, after the prompt
+    (``every=0``); with ``every`` the last queries of the text so far choose again. The paper has no sinks: ``sinks=0``.
     """
 
     recent: int = 32
     every: int = 0
     window: int = 32
     kernel: int = 5
+    pooling: Literal["avg", "max"] = "avg"
 
     name: ClassVar[str] = "snapkv"
 
@@ -36,6 +38,8 @@ class SnapKV(KVEviction):
             raise PassError(f"{self.name}: window={self.window} must be in 1 to recent={self.recent}")
         if self.kernel < 1 or self.kernel % 2 == 0:
             raise PassError(f"{self.name}: kernel={self.kernel} must be odd and positive")
+        if self.pooling not in ("avg", "max"):
+            raise PassError(f"{self.name}: pooling={self.pooling!r} must be avg or max")
 
     def memory(self, layer: CachedAttention) -> tuple[Memory, ...]:
         """The last queries, as the attention took them, scaled."""
@@ -59,8 +63,5 @@ class SnapKV(KVEviction):
         weights = logits.masked_fill(~sees[:, :, None], -FINITE).softmax(dim=-1)
         mass = torch.where(real[:, :, None, :, None], weights, 0.0).sum(dim=(2, 3))
         older = cached.used & (cached.newer >= self.window)
-        return avg_pool1d(mass * older, self.kernel, stride=1, padding=self.kernel // 2)
-
-
-FINITE = 1e30
-"""Stands for infinity where a query of padding would see nothing and give NaN."""
+        pool = avg_pool1d if self.pooling == "avg" else max_pool1d
+        return pool(mass * older, self.kernel, stride=1, padding=self.kernel // 2)

@@ -32,7 +32,8 @@ class AWQ(WeightQuantization):
     by the error that the group's own inputs cause; ``clip=false`` leaves that out. The output error of W is
     ``tr(dW H dW^T)`` with H the mean of ``x^T x``, so the data is read once.
 
-    Where nothing before can take the division, only ranges are shrunk.
+    Where nothing before can take the division, only ranges are shrunk. The authors' code leaves the projections of
+    queries and keys unclipped, and clamps both ends of a group to one magnitude.
     """
 
     clip: bool = True

@@ -14,10 +14,11 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from tokopt.analysis.calibration import Moments, Site, collect
-from tokopt.analysis.linears import Linear, find_linears, matches
+from tokopt.analysis.linears import Linear, matches
+from tokopt.analysis.weights import Weights
 from tokopt.errors import PassError, PassRefused
 from tokopt.ir.bundle import Bundle
-from tokopt.ir.graph import aten
+from tokopt.ir.graph import aten, dtype_name
 from tokopt.kernels import ops
 from tokopt.pipeline.base import Context, Pass, PassResult, Refusal, on_entries
 from tokopt.rewrite.edit import call, close_graph, open_graph, put_parameter
@@ -116,7 +117,8 @@ def output_error(weight: Tensor, quantized: Tensor, moments: Moments | None) -> 
 class Quantization(Pass):
     """Linears in fewer bits; ``only`` and ``skip`` choose them by patterns of their module path.
 
-    A tied output projection is untied and quantized; the embedding stays.
+    A tied output projection is untied and quantized; embeddings, convolutions and routers, whose outputs choose experts
+    by rank, stay, and a note says so. Weights of other products (all experts in one, recurrent layers) are refused.
     """
 
     only: tuple[str, ...] = ()
@@ -137,7 +139,9 @@ class Quantization(Pass):
 
     def fault(self, weight: Tensor) -> str | None:
         """Why a weight [out, in] cannot be quantized."""
-        return None if weight.dtype == torch.float32 else f"its weight is {weight.dtype}, not float32"
+        if weight.dtype == torch.float32:
+            return None
+        return f"its weight is {dtype_name(weight.dtype)}; capture the model in float32"
 
     def prepare(self, module: GraphModule, linears: list[Linear], known: Known) -> None:
         """Rewrite the float graph and its moments, in place, before anything is quantized."""
@@ -166,9 +170,10 @@ class Quantization(Pass):
         """Quantize the linears of one program."""
         program = bundle.programs[name]
         module = open_graph(program)
-        linears, refusals = self._sites(module)
+        weights = Weights.of(module.graph)
+        linears, refusals = self._sites(module, weights)
         if not linears:
-            return PassResult(bundle, 0, (), tuple(refusals))
+            return PassResult(bundle, 0, weights.note, tuple(refusals))
         known = self._moments(Site(bundle, name, module), linears, context)
         self.prepare(module, linears, known)
         bits = self.bits_of(module, linears, known)
@@ -185,14 +190,15 @@ class Quantization(Pass):
             sizes[1] += quantized.nbytes
             errors.append((output_error(weight, quantized.dequantized(), moments), linear.path))
         if not errors:
-            return PassResult(bundle, 0, (), tuple(refusals))
+            return PassResult(bundle, 0, weights.note, tuple(refusals))
         quantized_bundle = bundle.with_program(name, close_graph(program, module))
-        return PassResult(quantized_bundle, len(errors), _notes(errors, *sizes), tuple(refusals))
+        notes = (*_notes(errors, *sizes), *weights.note)
+        return PassResult(quantized_bundle, len(errors), notes, tuple(refusals))
 
-    def _sites(self, module: GraphModule) -> tuple[list[Linear], list[Refusal]]:
+    def _sites(self, module: GraphModule, weights: Weights) -> tuple[list[Linear], list[Refusal]]:
         linears: list[Linear] = []
-        refusals: list[Refusal] = []
-        for linear in find_linears(module.graph):
+        refusals = [Refusal(one.path, one.reason) for one in weights.unknown(self.only, self.skip)]
+        for linear in weights.linears:
             if not matches(linear.path, self.only, self.skip):
                 continue
             if fault := self.fault(linear.matrix(module)):

@@ -11,12 +11,12 @@ from torch.fx import Node
 
 from tokopt.analysis.blocks import find_sites
 from tokopt.analysis.constants import parameter
-from tokopt.analysis.linears import find_linears, matches
+from tokopt.analysis.linears import matches
+from tokopt.analysis.weights import Weights
 from tokopt.ir.bundle import Bundle
 from tokopt.ir.graph import is_call
-from tokopt.ir.program import Program
 from tokopt.kernels import ops
-from tokopt.pipeline.base import Context, Pass, PassResult, Refusal
+from tokopt.pipeline.base import Context, Pass, PassResult, Refusal, on_entries
 from tokopt.rewrite.edit import after, call, close_graph, open_graph, put_parameter, redirect
 
 
@@ -27,8 +27,9 @@ class Cast(Pass):
     Weights are stored in the dtype, operands are cast before each product and its result back. Inputs, outputs and
     state keep their dtypes, and attention over a cache keeps the cache's.
 
-    Rules. For engines with fast half-precision products: GPUs, and OpenVINO on CPUs with bfloat16. ONNX Runtime's CPU
-    kernels are slower in float16 than in float32, and lack bfloat16 (export with ``check=False``).
+    Rules. Routers, whose outputs choose experts by rank, stay in float32, and weights of products that are no linears
+    are refused. For engines with fast half-precision products: GPUs, and OpenVINO on CPUs with bfloat16. ONNX Runtime's
+    CPU kernels are slower in float16 than in float32, and lack bfloat16 (export with ``check=False``).
     """
 
     dtype: Literal["float16", "bfloat16"] = "float16"
@@ -44,19 +45,19 @@ class Cast(Pass):
 
     def run(self, bundle: Bundle, context: Context) -> PassResult:
         """Cast around every product whose operands are float32, in every program that the schedule runs."""
-        done = 0
-        for name in bundle.entries:
-            program, count = self._cast(bundle.programs[name])
-            bundle, done = bundle.with_program(name, program), done + count
-        if not done:
-            return PassResult(bundle, 0, (), (Refusal("model", "there is no product in float32"),))
-        return PassResult(bundle, done)
+        result = on_entries(bundle, self._cast)
+        if result.matches or result.refusals:
+            return result
+        return PassResult(bundle, 0, (), (Refusal("model", "there is no product in float32"),))
 
-    def _cast(self, program: Program) -> tuple[Program, int]:
-        """The program, and around how many products it casts."""
+    def _cast(self, bundle: Bundle, name: str) -> PassResult:
+        """Cast around the products of one program."""
+        program = bundle.programs[name]
         module, dtype = open_graph(program), getattr(torch, self.dtype)
         graph, done = module.graph, 0
-        for linear in find_linears(graph):
+        weights = Weights.of(graph)
+        refusals = [Refusal(one.path, one.reason) for one in weights.unknown(self.only, self.skip)]
+        for linear in weights.linears:
             node = linear.node
             if not matches(linear.path, self.only, self.skip) or node.meta["val"].dtype != torch.float32:
                 continue
@@ -75,7 +76,8 @@ class Cast(Pass):
                 continue
             self._cast_around(site.node, dtype)
             done += 1
-        return (close_graph(program, module), done) if done else (program, 0)
+        changed = bundle.with_program(name, close_graph(program, module)) if done else bundle
+        return PassResult(changed, done, weights.note, tuple(refusals))
 
     def _cast_around(self, node: Node, dtype: torch.dtype) -> None:
         """Float operands of a node to ``dtype``, its result back to float32."""

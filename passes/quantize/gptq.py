@@ -24,7 +24,8 @@ class GPTQ(WeightQuantization):
     the upper Cholesky factor of ``H^-1``: columns are rounded one after another, and the error of column i, over
     ``U_ii``, times ``U_i,j`` is taken from every column j to come. ``order`` rounds the columns of largest ``H_ii``
     first, with grids fitted beforehand; without it the grid of a group is fitted when its first column comes.
-    Inputs that are always 0 get weight 0.
+    Inputs that are always 0 get weight 0. All inputs are those of the float32 model; in the authors' code they come
+    through the blocks quantized before.
     """
 
     damp: float = 0.01

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from functools import partial
@@ -18,11 +18,12 @@ import torch
 from torch.fx import GraphModule
 
 from tokopt.analysis.blocks import Block, NoBlock, find_blocks
+from tokopt.analysis.streams import Stream, Streams, find_streams
 from tokopt.analysis.token_axis import Seed, TokenTrace, prefix_tokens, trace_tokens
 from tokopt.errors import PassError, PassRefused, UnsupportedModelError
 from tokopt.ir.bundle import Bundle
 from tokopt.ir.export import axis_names, placeholders
-from tokopt.ir.graph import ancestors, size_hint
+from tokopt.ir.graph import ancestors, common_prefix, size_hint
 from tokopt.ir.program import AxisRange, Program, Reductions
 from tokopt.ir.shapes import Shapes
 from tokopt.kernels import declared, ops
@@ -41,9 +42,9 @@ class TokenReduction(Pass):
     Exactly one schedule: ``r`` removes that many tokens in every block (one number, or a list with one per
     block); ``keep`` keeps that fraction of the unprotected tokens in every block; ``target`` removes evenly so
     that this fraction of all tokens is left at the end. ``schedule="decreasing"`` spreads a constant ``r``
-    linearly from ``2r`` in the first block to 0 in the last. ``layers`` chooses blocks by index, all by default.
-    ``prefix`` is the number of leading tokens that are never removed; by default the class and register tokens
-    that the graph itself shows.
+    linearly from ``2r`` in the first block to 0 in the last, rounded down as ToMe does. ``layers`` chooses blocks
+    by index, all by default. ``prefix`` is the number of leading tokens that are never removed; by default the
+    class and register tokens that the graph itself shows.
 
     Rules. A block is reduced only when tokopt can follow the token axis from its input to its attention and
     from there to every output; otherwise the block is refused with the op in the way. Position tables, biases
@@ -60,7 +61,7 @@ class TokenReduction(Pass):
     prefix: int | None = None
 
     merges: ClassVar[bool] = False
-    """Whether removed tokens live on in others, so that later attentions must add ``log(size)``."""
+    """Whether removed tokens live on in others, whose sizes grow."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -70,9 +71,21 @@ class TokenReduction(Pass):
         """Remove ``r`` of the tokens; the first ``prefix`` stay. Plain PyTorch, traced into the graph."""
         raise NotImplementedError
 
+    @property
+    def weighs_attention(self) -> bool:
+        """Whether later attentions must add ``log(size)``; after any merge, by default."""
+        return self.merges
+
+    def kept(self, keep: Fraction, tokens: Size) -> Size:
+        """How many of a block's unprotected tokens are left of ``tokens`` at ``keep``: that share, rounded up.
+
+        In whole numbers, so that it works on symbols too.
+        """
+        return (tokens * keep.numerator + keep.denominator - 1) // keep.denominator
+
     def most(self, tokens: Size, prefix: int, padded: bool) -> Size:
-        """The most tokens that one block can lose."""
-        return tokens - max(prefix, 1)
+        """The most tokens that one block can lose: one stays, to stand for the others."""
+        return tokens - prefix - 1
 
     def objection(self, prefix: int, dynamic: bool) -> str | None:
         """Why the method cannot work with this many protected tokens, or on a dynamic token axis; or None."""
@@ -96,7 +109,10 @@ class TokenReduction(Pass):
         )
 
     def _reduce_program(self, bundle: Bundle, name: str, context: Context) -> PassResult:
-        done = _before_reductions(bundle, name, context)
+        return self._reduce(bundle, name, _before_reductions(bundle, name, context), {})
+
+    def _reduce(self, bundle: Bundle, name: str, done: Reductions, failed: Mapping[int, str]) -> PassResult:
+        """Reduce every stream of one program, but those that have ``failed`` to be rewritten, for the reason."""
         module = open_graph(done.base)
         if any((op := declared(node.target)) and op.choice for node in module.graph.nodes):
             return PassResult(bundle, 0, (), (Refusal("the model", _REDUCED_BEFORE),))
@@ -105,44 +121,76 @@ class TokenReduction(Pass):
             raise UnsupportedModelError(
                 "the model has no attention that tokopt knows, so there are no tokens to reduce"
             )
-        refusals = [Refusal(s.site.path or "the model", s.reason) for s in sites if _is_missed(s)]
-        blocks, impure = _pure_blocks([s for s in sites if isinstance(s, Block)], module.graph)
-        methods = (*_reductions(done), self)
-        plan, trace, impossible = Plan.make(methods, blocks).prove(module.graph)
-        refusals += [*impure, *impossible]
-        matches = plan.reduced_blocks(len(done.methods))
+        blocks = [site for site in sites if isinstance(site, Block)]
+        streams = find_streams(module, blocks, done.base.example)
+        chosen = self.chosen(blocks, len(blocks))
+        refusals = [Refusal(_block_name(b), reason) for b, reason in streams.unfit if b in chosen]
+        if self.layers is None:
+            refusals += [Refusal(s.site.path or _WHOLE, s.reason) for s in sites if _is_missed(s)]
+        proved, impossible = _prove(module.graph, streams, (*_reductions(done), self), failed)
+        refusals += impossible
+        matches = sum(one.plan.reduced_blocks(len(done.methods)) for one in proved)
         if not matches:
             notes = () if refusals else ("nothing to remove",)
             return PassResult(bundle, 0, notes, tuple(refusals))
-        if objection := self.objection(plan.prefix(trace, self), plan.dynamic):
-            return PassResult(bundle, 0, (), (*refusals, Refusal("the model", objection)))
-        base = _raise_minimum(done.base, module, plan, trace) if plan.dynamic else done.base
-        rewriter = TokenRewriter(module, batch_size(plan.steps[0].block))
-        try:
-            rewriter.apply(plan.reductions(trace), trace)
-        except PassRefused as reason:
-            return PassResult(bundle, 0, (), (*refusals, Refusal("the model", str(reason))))
-        reduced = replace(close_graph(base, module), reductions=Reductions(done.base, methods))
-        notes = [f"{plan.prefix(trace, self)} prefix tokens protected"]
-        if rewriter.restored:
-            names = ", ".join(base.outputs[i].name for i in rewriter.restored)
+        base, restored = done.base, list[int]()
+        for one in proved:
+            base = _raise_minimum(base, module, one.plan, one.trace) if one.plan.dynamic else base
+        for one in proved:
+            rewriter = TokenRewriter(module, batch_size(one.plan.steps[0].block))
+            try:
+                rewriter.apply(one.plan.reductions(one.trace), one.trace)
+            except PassRefused as reason:
+                return self._reduce(bundle, name, done, {**failed, one.stream: str(reason)})
+            restored += rewriter.restored
+        reduced = replace(close_graph(base, module), reductions=Reductions(done.base, (*done.methods, self)))
+        notes = [one.note(self) for one in proved if one.plan.reduced_blocks(len(done.methods))]
+        if restored:
+            names = ", ".join(base.outputs[i].name for i in sorted(restored))
             notes.append(f"restored to all tokens: {names}")
         for axis, bounds in reduced.ranges.items():
             if bounds.min > done.base.ranges[axis].min:
                 notes.append(f"inputs need {axis} >= {bounds.min}")
         return PassResult(bundle.with_program(name, reduced), matches, tuple(notes), tuple(refusals))
 
-    def chosen(self, blocks: Sequence[Block]) -> Sequence[Block]:
-        """The blocks that ``layers`` names; PassError when there is no such block."""
+    def chosen(self, blocks: Sequence[Block], count: int) -> Sequence[Block]:
+        """Those of ``blocks`` that ``layers`` names; PassError when the model, of ``count`` blocks, has no such one."""
         if self.layers is None:
             return blocks
         for layer in self.layers:
-            if not -len(blocks) <= layer < len(blocks):
+            if not -count <= layer < count:
                 raise PassError(
-                    f"layers names block {layer}, but the model has {len(blocks)} blocks that could be reduced"
+                    f"layers names block {layer}, but the model has {count} blocks that could be reduced"
                 )
-        wanted = {layer % len(blocks) for layer in self.layers}
+        wanted = {layer % count for layer in self.layers}
         return [block for block in blocks if block.index in wanted]
+
+
+@dataclass(frozen=True)
+class TokenMerging(TokenReduction):
+    """Base of the reductions that merge: a block can lose half of its unprotected tokens.
+
+    ``proportional``: later attentions add ``log(size)`` to their logits, so that a token weighs as much as those that
+    it stands for.
+    """
+
+    proportional: bool = True
+
+    merges: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not isinstance(self.proportional, bool):
+            raise PassError(f"{self.name}: proportional={self.proportional!r} must be true or false")
+
+    @property
+    def weighs_attention(self) -> bool:
+        """As ``proportional`` says."""
+        return self.proportional
+
+    def most(self, tokens: Size, prefix: int, padded: bool) -> Size:
+        """Half of the unprotected tokens; one less when some may be padding, so that B never is all of it."""
+        return (tokens - prefix - padded) // 2
 
 
 def _check_options(options: TokenReduction) -> None:
@@ -194,29 +242,74 @@ def _is_missed(site: Block | NoBlock) -> TypeGuard[NoBlock]:
     return isinstance(site, NoBlock) and site.site.kind != "pooling"
 
 
-def _pure_blocks(blocks: list[Block], graph: torch.fx.Graph) -> tuple[list[Block], list[Refusal]]:
-    """Blocks whose attention tokens are the residual stream's tokens, in the same order."""
-    pure: list[Block] = []
-    refusals: list[Refusal] = []
-    for block in blocks:
-        trace = trace_tokens(graph, {block.stream: Seed(block.token_axis)}, reduce=False)
-        whole = all(
-            (label := trace.labels.get(node)) is not None
-            and len(label.axes) == 1
-            and (axis := label.axes[0]).plain
-            and (axis.start, axis.stop) == (0, None)
-            for node in (block.site.query, block.site.key)
+def _block_name(block: Block) -> str:
+    return f"block {block.index} ({block.site.path})"
+
+
+@dataclass(frozen=True)
+class Proved:
+    """What is to be removed in one stream, by its number, and the proof that it can be; ``where`` is its module."""
+
+    stream: int
+    where: str
+    plan: Plan
+    trace: TokenTrace
+
+    def meets(self, other: Proved) -> bool:
+        """Whether a value holds the tokens of both streams, or an operator would change for both."""
+        ours, theirs = (
+            {edit.node for edit in one.trace.edits if edit.node.op != "output"} for one in (self, other)
         )
-        if whole:
-            pure.append(block)
-        else:
-            reason = (
-                str(trace.obstacles[0])
-                if trace.obstacles
-                else "the attention does not see the stream's tokens"
-            )
-            refusals.append(Refusal(f"block {block.index} ({block.site.path})", reason))
-    return pure, refusals
+        return bool(self.trace.labels.keys() & other.trace.labels.keys() or ours & theirs)
+
+    def fault(self, method: TokenReduction, before: Sequence[Proved]) -> str | None:
+        """Why the method cannot reduce this stream beside those ``before``."""
+        met = next((other for other in before if self.meets(other)), None)
+        if met is not None:
+            return f"its tokens meet those of {met.where}, which are reduced on their own"
+        return method.objection(self.plan.prefix(self.trace, method), self.plan.dynamic)
+
+    def note(self, method: TokenReduction) -> str:
+        """What the method protects."""
+        where = "" if self.where == _WHOLE else f" in {self.where}"
+        return f"{self.plan.prefix(self.trace, method)} prefix tokens protected{where}"
+
+
+_WHOLE = "the model"
+"""Where the only stream of a program is."""
+
+
+def _prove(
+    graph: torch.fx.Graph, streams: Streams, methods: Sequence[TokenReduction], failed: Mapping[int, str]
+) -> tuple[list[Proved], list[Refusal]]:
+    """The plans of all streams that are to be reduced, and what the last of the methods cannot do.
+
+    Where it cannot reduce a stream, the methods before it still do. Raises PassError when no stream can be reduced
+    and one of them has too few tokens.
+    """
+    proved: list[Proved] = []
+    refusals: list[Refusal] = []
+    errors: list[PassError] = []
+    *earlier, method = methods
+    for number, stream in enumerate(streams.streams):
+        where = _WHOLE if len(streams.streams) == 1 else common_prefix(b.site.path for b in stream) or _WHOLE
+        reason = failed.get(number)
+        try:
+            plan, trace, impossible = Plan.make(methods, streams, stream).prove(graph)
+            one = Proved(number, where, plan, trace)
+            if reason is None and plan.reduced_blocks(len(earlier)):
+                reason = one.fault(method, proved)
+        except PassError as error:
+            errors.append(error)
+            reason = str(error)
+        if reason is not None:
+            plan, trace, _ = Plan.make(earlier, streams, stream).prove(graph)
+            one, impossible = Proved(number, where, plan, trace), [Refusal(where, reason)]
+        refusals += impossible
+        proved += [one] if plan.steps else []
+    if errors and not any(one.plan.reduced_blocks(len(earlier)) for one in proved):
+        raise errors[0]
+    return proved, refusals
 
 
 @dataclass(frozen=True)
@@ -237,9 +330,15 @@ class Step:
         """Whether nothing would be removed."""
         return self.removal == (1 if isinstance(self.removal, Fraction) else 0)
 
+    def removed(self, tokens: Size) -> Size:
+        """Tokens removed where ``tokens`` are unprotected."""
+        if isinstance(self.removal, Fraction):
+            return tokens - self.method.kept(self.removal, tokens)
+        return self.removal
+
     def count(self, tokens: int, prefix: int) -> int:
         """Tokens removed from an input of ``tokens``; PassError when the block cannot spare them."""
-        r = _dropped(self.removal, tokens - prefix) if isinstance(self.removal, Fraction) else self.removal
+        r = self.removed(tokens - prefix)
         most = max(self.method.most(tokens, prefix, self.padded), 0)
         if r > most:
             raise PassError(
@@ -251,24 +350,23 @@ class Step:
 
 @dataclass(frozen=True)
 class Plan:
-    """Every reduction of a program, in block order; ``depth`` is the number of blocks of the model."""
+    """Every reduction of one stream of a program, in block order."""
 
     steps: tuple[Step, ...]
-    depth: int
+    stream: Stream
 
     @classmethod
-    def make(cls, methods: Sequence[TokenReduction], blocks: Sequence[Block]) -> Plan:
+    def make(cls, methods: Sequence[TokenReduction], streams: Streams, stream: Stream) -> Plan:
         """The plan of several reductions applied one after the other."""
         steps = []
         for order, method in enumerate(methods):
-            chosen = method.chosen(blocks)
-            removals = _removals(method, chosen)
+            chosen, removals = _share(method, method.chosen(streams.blocks, streams.count), stream)
             steps += [
                 Step(order, method, block, removal, padding_mask(block.site.mask) is not None)
                 for block, removal in zip(chosen, removals, strict=True)
             ]
         steps.sort(key=lambda step: step.block.index)  # stable: in one block, the earlier pass goes first
-        return cls(tuple(step for step in steps if not step.empty), len(blocks))
+        return cls(tuple(step for step in steps if not step.empty), stream)
 
     def reduced_blocks(self, order: int) -> int:
         """In how many blocks the pass at place ``order`` removes tokens."""
@@ -289,7 +387,7 @@ class Plan:
             obstacle = trace.obstacles[0]
             blocks = list(dict.fromkeys(step.block for step in plan.steps))
             guilty = [b for b in blocks if b.residual in ancestors(obstacle.node)] or blocks
-            refusals += [Refusal(f"block {b.index} ({b.site.path})", str(obstacle)) for b in guilty]
+            refusals += [Refusal(_block_name(b), str(obstacle)) for b in guilty]
             plan = replace(plan, steps=tuple(s for s in plan.steps if s.block not in guilty))
 
     def seeds(self) -> dict[torch.fx.Node, Seed]:
@@ -367,8 +465,9 @@ class Plan:
         """What to insert: one traced function per step."""
         found = []
         for step in self.steps:
-            prefix, depth = self.prefix(trace, step.method), step.block.index / self.depth
-            found.append(Reduction(step.block, partial(_reduce, step, prefix, depth), step.method.merges))
+            prefix, depth = self.prefix(trace, step.method), self.stream.index(step.block) / len(self.stream)
+            reduce, method = partial(_reduce, step, prefix, depth), step.method
+            found.append(Reduction(step.block, reduce, method.merges, method.weighs_attention))
         return found
 
 
@@ -397,14 +496,19 @@ def _raise_minimum(program: Program, module: GraphModule, plan: Plan, trace: Tok
 
 
 def _reduce(step: Step, prefix: int, depth: float, tokens: Tokens) -> Assignment:
-    count, removal = tokens.stream.shape[1], step.removal
-    r = _dropped(removal, count - prefix) if isinstance(removal, Fraction) else removal
+    r = step.removed(tokens.stream.shape[1] - prefix)
     return step.method.reduce(replace(tokens, depth=depth), r, prefix)
 
 
-def _dropped(keep: Fraction, tokens: Size) -> Size:
-    """``tokens - ceil(keep * tokens)`` in whole numbers, so that it works on symbols too."""
-    return tokens - (tokens * keep.numerator + keep.denominator - 1) // keep.denominator
+def _share(
+    method: TokenReduction, chosen: Sequence[Block], stream: Stream
+) -> tuple[Sequence[Block], Sequence[int | Fraction]]:
+    """The chosen blocks of one stream and what to remove in each; a list of counts is for the blocks of all streams."""
+    own = [block for block in chosen if block in stream]
+    if not isinstance(method.r, tuple):
+        return own, _removals(method, own)
+    counts = dict(zip(chosen, _removals(method, chosen), strict=True))
+    return own, [counts[block] for block in own]
 
 
 def _removals(method: TokenReduction, blocks: Sequence[Block]) -> tuple[int | Fraction, ...]:
@@ -425,7 +529,8 @@ def _removals(method: TokenReduction, blocks: Sequence[Block]) -> tuple[int | Fr
     assert isinstance(method.r, int)
     if method.schedule == "constant" or count == 1:
         return (method.r,) * count
-    return tuple(int(2 * method.r - 2 * method.r * i / (count - 1) + 0.5) for i in range(count))
+    last = count - 1
+    return tuple(2 * method.r * (last - i) // last for i in range(count))
 
 
 def _even(method: TokenReduction, tokens: Size, blocks: int) -> tuple[int, ...]:
@@ -451,4 +556,4 @@ def pruned(tokens: Tokens, keep: torch.Tensor, drop: torch.Tensor, prefix: int) 
     return Assignment(keep, drop, dest, ops.gather_tokens(tokens.stream, keep, 1), size)
 
 
-__all__ = ["Assignment", "Size", "TokenReduction", "Tokens", "nearest", "pruned"]
+__all__ = ["Assignment", "Size", "TokenMerging", "TokenReduction", "Tokens", "nearest", "pruned"]

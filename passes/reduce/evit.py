@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import ClassVar
 
 import torch
@@ -18,7 +19,9 @@ class EViT(TokenReduction):
 
     The score of token j is ``mean_heads softmax(q_cls . k / sqrt(d))_j``. With ``fuse`` the removed tokens become
     one more token, their attention-weighted sum (not normalised), and stand for it in per-token outputs; without
-    it they are dropped. The paper keeps 0.7 in blocks 3, 6 and 9: ``evit{keep=0.7 layers=[3,6,9]}``.
+    it they are dropped. As published, ``keep`` counts the tokens that stay beside the fused one, which later blocks
+    count as any other; ``r`` and ``target`` count the tokens by which the stream gets shorter. The paper keeps 0.7 in
+    blocks 3, 6 and 9: ``evit{keep=0.7 layers=[3,6,9]}``.
     """
 
     fuse: bool = True
@@ -29,6 +32,11 @@ class EViT(TokenReduction):
         super().__post_init__()
         if not isinstance(self.fuse, bool):
             raise PassError(f"evit: fuse={self.fuse!r} must be true or false")
+
+    def kept(self, keep: Fraction, tokens: Size) -> Size:
+        """The share, rounded up, and the fused token."""
+        attentive = super().kept(keep, tokens)
+        return min(attentive + 1, tokens) if self.fuse else attentive
 
     def objection(self, prefix: int, dynamic: bool) -> str | None:
         """A class token is needed, and a fixed number of tokens for the fused one."""

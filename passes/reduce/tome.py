@@ -8,26 +8,24 @@ from typing import ClassVar
 import torch
 
 from tokopt.kernels import ops
-from tokopt.passes.reduce.base import Assignment, Size, TokenReduction, Tokens
+from tokopt.passes.reduce.base import Assignment, Size, TokenMerging, Tokens
 
 
 @dataclass(frozen=True)
-class ToMe(TokenReduction):
+class ToMe(TokenMerging):
     """Merge the ``r`` most similar pairs of tokens in every block, between attention and MLP.
 
     Tokens alternate into sets A and B; every A finds its most similar B by the cosine of mean-over-heads keys;
-    the ``r`` best pairs merge into the size-weighted mean. Later attentions add ``log(size)`` to the logits
-    (proportional attention), which makes merging exact duplicates exact. ``r=0`` changes nothing.
+    the ``r`` best pairs merge into the size-weighted mean. Proportional attention makes merging exact duplicates exact;
+    ``proportional=false`` leaves it out, as in the paper's results for MAE. ``r=0`` changes nothing.
+
+    Unmerged tokens of A stay in ascending order. The authors' code orders them by similarity where there is no class
+    token, so later blocks then split into other sets than here.
 
     With a padding mask real tokens are ordered first, so that a real token always finds a real partner.
     """
 
     name: ClassVar[str] = "tome"
-    merges: ClassVar[bool] = True
-
-    def most(self, tokens: Size, prefix: int, padded: bool) -> Size:
-        """Half of the unprotected tokens; one less when some may be padding, so that B never is all of it."""
-        return (tokens - prefix - padded) // 2
 
     def reduce(self, tokens: Tokens, r: Size, prefix: int) -> Assignment:
         """Match and merge."""

@@ -31,12 +31,20 @@ class Programs(Protocol):
         """The outputs of a program for arrays, states among them."""
         ...
 
+    def in_float(self) -> Programs | None:
+        """The same programs with quantized weights multiplied in float32; None where the engine cannot do that."""
+        ...
+
 
 class Stateful(Programs, Protocol):
     """Programs whose states stay in the engine's memory between calls."""
 
     def buffers(self, batch: int, slots: int) -> Any:
         """The initial states, a :class:`.Buffers`."""
+        ...
+
+    def check_reading(self, batch: int, tokens: int, slots: int) -> None:
+        """Raise InputError when a call that reads so many tokens of every row does not fit into memory."""
         ...
 
     def bind(self, program: str, buffers: Any) -> Any:

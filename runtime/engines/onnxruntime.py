@@ -12,10 +12,12 @@ from typing import Any, cast
 import numpy as np
 import onnxruntime
 
+from tokopt.arguments import check_integer, check_items, is_integer, wrong
 from tokopt.errors import ArtifactError, InputError, MissingDependencyError
-from tokopt.runtime.buffers import Bound, Buffers, run_in_place
+from tokopt.runtime.buffers import Bound, Buffers, check_reading, run_in_place
 from tokopt.runtime.format.check_files import check_onnx
 from tokopt.runtime.format.manifest import ONE_ROW, PORTABLE, Manifest
+from tokopt.runtime.format.signature import find_role
 
 Provider = str | tuple[str, Mapping[str, object]]
 """The name of an ONNX Runtime execution provider, alone or with its options."""
@@ -28,6 +30,9 @@ BACKENDS = ("onnxruntime", "openvino", "tensorrt")
 ACTIVATIONS = ("session.qdq_matmulnbits_accuracy_level", "4")
 """Products with weights in 4 or 8 bits round what they read to 8 bits per block, which is fast."""
 
+IN_FLOAT = (("session.qdq_matmulnbits_accuracy_level", "1"), ("session.disable_quant_qdq", "1"))
+"""Weights are expanded and multiplied in float32, which gives the same on every processor up to float32 rounding."""
+
 _CPU = "CPUExecutionProvider"
 
 
@@ -35,11 +40,22 @@ class Sessions:
     """The ONNX Runtime sessions of an artifact: one per program and form, opened when first asked for."""
 
     def __init__(
-        self, folder: Path, manifest: Manifest, providers: Sequence[Provider] | None, threads: int | None
+        self,
+        folder: Path,
+        manifest: Manifest,
+        providers: Sequence[Provider] | None = None,
+        threads: int | None = None,
+        *,
+        settings: Sequence[tuple[str, str]] = (ACTIVATIONS,),
     ) -> None:
         self.folder, self.manifest, self.threads = folder, manifest, check_threads(threads)
+        self.providers, self.settings = providers, settings
         self.names, self.options = _providers(providers)
         self._open: dict[tuple[str, str], onnxruntime.InferenceSession] = {}
+
+    def in_float(self) -> Sessions:
+        """The same programs in :data:`IN_FLOAT` arithmetic, none of them open."""
+        return Sessions(self.folder, self.manifest, self.providers, self.threads, settings=IN_FLOAT)
 
     def forms(self, program: str) -> tuple[str, ...]:
         """The forms of a program that this machine's provider executes."""
@@ -56,22 +72,36 @@ class Sessions:
         """The session of one form; raises ArtifactError when ONNX Runtime cannot load it."""
         if (program, form) not in self._open:
             path = check_onnx(self.folder, self.manifest.programs[program], form, self.manifest.files)
-            self._open[program, form] = _session(path, self.names, self.options, self.threads)
+            self._open[program, form] = _session(path, self)
         return self._open[program, form]
 
     def buffers(self, batch: int, slots: int) -> Buffers:
         """The initial states of a language model."""
         return Buffers(self.manifest.states, batch, slots)
 
-    def bind(self, program: str, buffers: Buffers) -> Bound:
+    def check_reading(self, batch: int, tokens: int, slots: int) -> None:
+        """Raise InputError when a call that reads so many tokens of every row does not fit into memory."""
+        check_reading(self.manifest.states, batch, tokens, slots)
+
+    def bind(self, program: str, buffers: Buffers) -> Bound | Fitting:
         """A program whose states stay in ``buffers``."""
-        return Bound(self.best(program, buffers.batch), self.manifest.programs[program], buffers)
+        entry = self.manifest.programs[program]
+        mask = find_role(entry.inputs, "mask")
+        if mask is not None and buffers.batch == 1 and ONE_ROW in self.forms(program):
+            return Fitting(self, program, mask.name, buffers)
+        return Bound(self.best(program, buffers.batch), entry, buffers)
 
     def run(
         self, program: str, feed: Mapping[str, np.ndarray], form: str = PORTABLE
     ) -> dict[str, np.ndarray]:
         """The outputs of a program for arrays, states among them."""
         entry, session = self.manifest.programs[program], cast(Any, self.get(program, form))
+        mask = find_role(entry.inputs, "mask")
+        if form == ONE_ROW and mask is not None and not hides_later(feed[mask.name]):
+            raise InputError(
+                f"in {mask.name!r} a token sees a later one, which this form of program {program!r} hides; run the "
+                f"form {PORTABLE!r}"
+            )
         names = [tensor.name for tensor in entry.outputs]
         if entry.aliases:
             return dict(zip(names, run_in_place(session, names, feed, entry.aliases), strict=True))
@@ -82,14 +112,45 @@ class Sessions:
         return self.names == [_CPU]
 
 
-def _session(
-    path: Path, names: list[str], options: list[dict[str, object]], threads: int | None
-) -> onnxruntime.InferenceSession:
+class Fitting:
+    """A program for one row whose states stay in buffers, in the form that fits the mask of each call.
+
+    The fused form hides from a new token those after it, whatever the mask says; see :data:`.ONE_ROW`.
+    """
+
+    def __init__(self, sessions: Sessions, program: str, mask: str, buffers: Buffers) -> None:
+        self.sessions, self.program, self.mask, self.buffers = sessions, program, mask, buffers
+        self.form, self.bound = ONE_ROW, self._open(ONE_ROW)
+
+    def bind(self) -> None:
+        """Bind the buffers as they are now; to be called after they were resized."""
+        self.bound.bind()
+
+    def run(self, feed: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """One call: the states move on, the other outputs are returned (valid until the next call)."""
+        form = ONE_ROW if hides_later(feed[self.mask]) else PORTABLE
+        if form != self.form:
+            self.form, self.bound = form, self._open(form)
+        return self.bound.run(feed)
+
+    def _open(self, form: str) -> Bound:
+        session = self.sessions.get(self.program, form)
+        return Bound(session, self.sessions.manifest.programs[self.program], self.buffers)
+
+
+def hides_later(mask: np.ndarray) -> bool:
+    """Whether in a mask [batch, tokens, tokens] no token sees a later one."""
+    return mask.shape[-1] == 1 or not np.triu(mask, 1).any()
+
+
+def _session(path: Path, opener: Sessions) -> onnxruntime.InferenceSession:
+    names, options = opener.names, opener.options
     settings = onnxruntime.SessionOptions()
     settings.log_severity_level = 3  # errors only: what matters is raised
-    settings.add_session_config_entry(*ACTIVATIONS)
-    if threads is not None:
-        settings.intra_op_num_threads = threads
+    for entry in opener.settings:
+        settings.add_session_config_entry(*entry)
+    if opener.threads is not None:
+        settings.intra_op_num_threads = opener.threads
     try:
         session = onnxruntime.InferenceSession(path, settings, providers=names, provider_options=options)
     except Exception as error:  # ONNX Runtime raises several unrelated classes
@@ -103,19 +164,39 @@ def _session(
     return session
 
 
+MOST_THREADS = 1024
+"""Each thread of an engine is started at once; what is beyond any machine's cores is a mistake."""
+
+
 def check_threads(threads: object) -> int | None:
     """The number of threads, proved to be one; raises InputError."""
-    if threads is not None and (isinstance(threads, bool) or not isinstance(threads, int) or threads < 1):
-        raise InputError(f"threads is {threads!r}, it must be a positive integer, or None for all cores")
-    return threads
+    if threads is None:
+        return None
+    if not is_integer(threads):
+        raise wrong("threads", threads, f"an integer from 1 to {MOST_THREADS}, or None for all cores")
+    return check_integer("threads", threads, 1, MOST_THREADS)
+
+
+def named_options(name: str, value: object, takes: str) -> tuple[str, dict[str, object]]:
+    """A name, or a pair of a name and its options: how a backend or a provider is said; raises InputError."""
+    if isinstance(value, str):
+        return value, {}
+    if isinstance(value, (tuple, list)):
+        pair = tuple(cast("Sequence[object]", value))
+        if len(pair) == 2 and isinstance(pair[0], str) and isinstance(pair[1], Mapping):
+            options = cast("Mapping[object, object]", pair[1])
+            if all(isinstance(key, str) for key in options):
+                return pair[0], dict(cast("Mapping[str, object]", options))
+    raise wrong(name, value, takes)
 
 
 def _providers(providers: Sequence[Provider] | None) -> tuple[list[str], list[dict[str, object]]]:
     """Names and options, each name proved to be available."""
-    chosen = [_CPU] if providers is None else [providers] if isinstance(providers, str) else list(providers)
-    pairs: list[tuple[str, dict[str, object]]] = [
-        (item, {}) if isinstance(item, str) else (item[0], dict(item[1])) for item in chosen
-    ]
+    takes = "a list of names of execution providers, or of pairs of a name and a mapping of its options"
+    chosen = [_CPU] if providers is None else [providers]
+    if providers is not None and not isinstance(providers, str):
+        chosen = check_items("providers", providers, takes)
+    pairs = [named_options("an item of providers", item, takes) for item in chosen]
     available = onnxruntime.get_available_providers()
     if not pairs:
         raise InputError(f"providers is empty; choose among {', '.join(available)}")
@@ -131,4 +212,7 @@ def _providers(providers: Sequence[Provider] | None) -> tuple[list[str], list[di
             f"{name!r} is no execution provider of ONNX Runtime; there are {', '.join(available)}, and more "
             "with tokopt[gpu]"
         )
+    for name, options in pairs:
+        if name == _CPU and options:
+            raise InputError(f"{_CPU} takes no options, and ignores {', '.join(options)}; leave them out")
     return [name for name, _ in pairs], [options for _, options in pairs]

@@ -52,6 +52,9 @@ class OpenVINOSessions:
         names = [tensor.name for tensor in self.manifest.programs[program].outputs]
         return dict(zip(names, self.get(program, form).run(names, feed), strict=True))
 
+    def in_float(self) -> None:
+        """None: how OpenVINO multiplies quantized weights is its own choice."""
+
 
 class OpenVINOSession:
     """A program compiled by OpenVINO for the CPU, run like a session of ONNX Runtime."""

@@ -125,6 +125,9 @@ class Engines:
         """The initial states of a language model."""
         return DeviceBuffers(self.manifest.states, batch, slots, shared_ranges(self.manifest))
 
+    def check_reading(self, batch: int, tokens: int, slots: int) -> None:
+        """Nothing is to be refused: an engine has all the memory that its calls take."""
+
     def bind(self, program: str, buffers: DeviceBuffers) -> BoundEngine:
         """A program whose states stay in ``buffers``."""
         return BoundEngine(self.get(program), buffers)
@@ -139,6 +142,9 @@ class Engines:
             tensor.name: kept[tensor.name].numpy() if tensor.name in kept else results[tensor.name].copy()
             for tensor in engine.entry.outputs
         }
+
+    def in_float(self) -> None:
+        """None: an engine computes as it was built."""
 
 
 def shared_ranges(manifest: Manifest) -> dict[str, Range]:

@@ -42,8 +42,11 @@ SEAL = "sha256"
 """The key of the manifest's own hash."""
 
 PORTABLE, ONE_ROW, ENGINE = "onnx", "onnxruntime", "tensorrt"
-"""Forms of a program: what any engine reads, what ONNX Runtime's CPU kernels run faster for a batch of one, and a
-TensorRT engine."""
+"""Forms of a program: what any engine reads, what ONNX Runtime's CPU kernels run faster, and a TensorRT engine.
+
+The second takes a batch of one and, where the program has an input of role ``mask``, one that is lower-triangular: its
+attention lets no new token see a later one.
+"""
 
 SEMANTICS = ("exact", "lossless", "approximate")
 BUILDERS = ("tensorrt", "tensorrt-rtx")

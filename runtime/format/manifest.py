@@ -88,6 +88,9 @@ __all__ = [
 MANIFEST = "manifest.json"
 SELFTEST = "selftest.safetensors"
 
+OUTLINE = "outline.json"
+"""What ``tokopt inspect`` shows of programs that are ``.pt2`` files, so that it need not open those."""
+
 _ROLES = tuple(dict.fromkeys((*INPUT_ROLES, *OUTPUT_ROLES)))
 
 _MAX_MANIFEST_BYTES = 16 * 2**20

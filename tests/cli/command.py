@@ -17,9 +17,11 @@ def answer(capsys: pytest.CaptureFixture[str], *argv: object) -> dict:
 
 
 def complaint(capsys: pytest.CaptureFixture[str], code: int, *argv: object) -> str:
-    """Run a verb that must fail with ``code`` and one line on stderr."""
+    """Run a verb that must fail with ``code``: nothing on stdout, and one line of error after those of its stages."""
     capsys.readouterr()
     assert main([*map(str, argv)]) == code
     out, err = capsys.readouterr()
-    assert out == "" and err.startswith("tokopt: error: ") and err.count("\n") == 1
-    return err
+    *stages, error = err.splitlines(keepends=True)
+    assert out == "" and error.startswith("tokopt: error: ") and error.endswith("\n")
+    assert all(line.startswith("tokopt: ") and not line.startswith("tokopt: error") for line in stages)
+    return error

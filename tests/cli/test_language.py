@@ -115,7 +115,7 @@ def test_other_verbs_know_language_models(
         ("generate", "full.tokopt", ""): "the prompt is empty",
         ("generate", "full.tokopt", "a" * 400): "the prompt has 400 tokens and the model's context holds 320",
         ("generate", "full.tokopt", "a", "--temperature", "-1"): "temperature",
-        ("generate", "full.tokopt", "a", "--chat"): "chat template",
+        ("generate", "full.tokopt", "a", "--chat"): "token id 97 is outside the vocabulary",
         ("generate", "nowhere.tokopt", "a"): "is no tokopt artifact",
         ("run", "full.tokopt"): "tokopt generate",
         ("export", "small.tokopt", "-o", "x", "--target", "triton"): "step, compact",
@@ -139,10 +139,28 @@ def test_bad_input_is_one_sentence(
     assert sentence in complaint(capsys, 2, verb, artifacts / name, *rest)
 
 
-def test_estimate_counts_and_predicts_no_time(capsys: pytest.CaptureFixture[str], artifacts: Path) -> None:
-    """What a step takes depends on its cache; what a pass changes is shown all the same."""
-    found = answer(capsys, "estimate", artifacts / "full.bundle.tokopt", "h2o{budget=50}")
-    assert found["passes"][0]["matches"] == 2 and "predicted_speedup" not in found
+def test_estimate_predicts_time_and_memory(capsys: pytest.CaptureFixture[str], artifacts: Path) -> None:
+    """The time depends on the machine; what a bounded cache and 4-bit weights save of memory does not."""
+    command = ("estimate", artifacts / "full.bundle.tokopt", "rtn{group=16},h2o{budget=50}")
+    found = answer(capsys, *command, "--prompt", 200)
+    before, after = found["before"], found["after"]
+    assert found["passes"][1]["matches"] == 2 and found["predicted_speedup"] > 0
+    assert after["weight_bytes"] < before["weight_bytes"] and after["cache_bytes"] < before["cache_bytes"] / 2
+    assert list(before["cost_by_rows"]) == ["2", "4", "8", "16"] and before["read_ms"] > 0
+
+
+def test_bench_times_texts(capsys: pytest.CaptureFixture[str], artifacts: Path) -> None:
+    paths = [artifacts / "full.tokopt", artifacts / "small.tokopt"]
+    found = answer(capsys, "bench", *paths, "--rounds", 2, "--prompt", 40, "--threads", 1)["results"]
+    assert [r["artifact"] for r in found] == list(map(str, paths)) and found[0]["speedup"] == 1
+    for result in found:
+        assert min(result["ms_per_token"], result["read_ms"], *result["cost_by_rows"].values()) > 0
+    assert found[1]["cache_bytes"] < found[0]["cache_bytes"]
+
+
+def test_bench_takes_one_kind(capsys: pytest.CaptureFixture[str], artifacts: Path) -> None:
+    encoder = Path(__file__).parents[1] / "data" / "artifacts" / "format2" / "encoder"
+    assert "time them apart" in complaint(capsys, 2, "bench", artifacts / "full.tokopt", encoder)
 
 
 def test_a_tokenizer_of_another_vocabulary_is_refused(

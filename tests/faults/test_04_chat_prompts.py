@@ -272,7 +272,6 @@ def test_messages_are_given_as_plain_data(reference: Reference) -> None:
     ("messages", "variables", "message"),
     [
         ("hi", {}, "a conversation is a list of messages"),
-        ([], {}, "the conversation is empty"),
         (["hi"], {}, "a conversation is a list of messages"),
         ({"role": "user", "content": "hi"}, {}, "a conversation is a list of messages"),
         ([[USER]], {}, "a conversation is a list of messages"),
@@ -286,6 +285,12 @@ def test_messages_are_given_as_plain_data(reference: Reference) -> None:
 def test_bad_conversations_are_refused(messages: Any, variables: dict[str, Any], message: str) -> None:
     with pytest.raises(InputError, match=message):
         render_chat("{{ messages }}{{ tools }}", messages, variables)
+
+
+def test_a_conversation_may_begin_with_the_answer() -> None:
+    assert render_chat("{% for m in messages %}{{ m }}{% endfor %}answer:", [], {}) == "answer:"
+    with pytest.raises(InputError, match="the conversation is empty, so there is nothing to continue"):
+        render_chat("{{ messages }}", [], {}, "content")
 
 
 @pytest.mark.parametrize(

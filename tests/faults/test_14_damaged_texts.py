@@ -25,9 +25,8 @@ from tokopt.runtime import LanguageModel, load
 from tokopt.runtime.chat import LONGEST, render_chat
 from tokopt.runtime.text import TextStream, Tokenizer, is_library_fault
 
-HOSTILE = (
-    (Path(__file__).parents[1] / "data" / "chat" / "hostile.txt").read_text(encoding="utf-8").splitlines()
-)
+ROOT = Path(__file__).parents[2]
+HOSTILE = (ROOT / "tests" / "data" / "chat" / "hostile.txt").read_text(encoding="utf-8").splitlines()
 
 DEEP = {
     "parentheses": "{{ " + "(" * 3000 + "1" + ")" * 3000 + " }}",
@@ -50,8 +49,9 @@ DEEP = {
 def test_hostile_templates_are_refused_within_memory() -> None:
     command = [sys.executable, "-m", "tests.faults.hostile"]
     templates = [*HOSTILE, *DEEP.values()]
+    asked = json.dumps(templates)
     done = subprocess.run(
-        command, input=json.dumps(templates), capture_output=True, text=True, check=True, timeout=120
+        command, input=asked, capture_output=True, text=True, check=True, timeout=120, cwd=ROOT
     )
     found = [json.loads(line) for line in done.stdout.splitlines()]
     assert len(found) == len(templates)

@@ -48,6 +48,7 @@ OPTIONS = {
 TWO_PROGRAMS = "works where one program reads prompts and decodes; here they are two$"
 NO_GRID = "its weights lie on no grid"
 READ = "everything is read"
+NO_FACTOR = "no linear has a factor per channel"
 
 
 def options(cls: type[Pass]) -> str:
@@ -67,6 +68,8 @@ def refusal(toy: str, name: str) -> str | None:
     cls = load_pass(name)
     if name == "drop_unread":
         return READ
+    if name == "fold_scales":
+        return NO_FACTOR
     if (
         toy == "split"
         and not issubclass(cls, (Quantization, TokenReduction))

@@ -19,7 +19,7 @@ from tests.zoo.decoders import CONTEXT, VOCABULARY, HandRotary
 from tests.zoo.entries import randomize
 from tokopt.frontend.normalize import normalize
 from tokopt.ir.bundle import Bundle
-from tokopt.ir.export import export_flat, output_specs, unlifted
+from tokopt.ir.export import export_flat, output_specs
 from tokopt.ir.format import Entry, Generation, Link, Occupancy, Port, Schedule, State
 from tokopt.ir.graph import dtype_name
 from tokopt.ir.program import AxisRange, Program, TensorSpec
@@ -127,8 +127,8 @@ def program(
     """The program of a module; axes of outputs are found."""
     specs, example = tuple(spec for spec, _ in inputs), tuple(tensor for _, tensor in inputs)
     ranges = {axis: AxisRange() for spec in specs for axis in spec.axes if isinstance(axis, str)}
-    exported, found = export_flat(module, example, specs, ranges)
-    made = Program(unlifted(exported), specs, tuple(outputs), found, example, aliases or {})
+    graph, found = export_flat(module, example, specs, ranges)
+    made = Program(graph, specs, tuple(outputs), found, example, aliases or {})
     return normalize(replace(made, outputs=output_specs(made)))
 
 

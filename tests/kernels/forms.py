@@ -170,6 +170,8 @@ CASES = (
     Case("bipartite_match", {"prefix": 0}),
     Case("bipartite_match", {"prefix": 1}),
     Case("bipartite_match", {"prefix": 5}),
+    Case("energy_bipartite_match", {"prefix": 0, "margin": -0.25}),
+    Case("energy_bipartite_match", {"prefix": 1, "margin": 0.5}),
     Case("energy_match", {"prefix": 0, "margin": 0.5}),
     Case("energy_match", {"prefix": 1, "margin": -0.25}),
     Case("farthest_point", {"prefix": 0, "method": "divprune"}, most=lambda free: free - 1),

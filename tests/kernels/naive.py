@@ -46,19 +46,24 @@ def bipartite_match(metric: np.ndarray, size: np.ndarray, r: int, prefix: int) -
     return indices(per_row(len(metric), one))
 
 
+def energy_order(x: np.ndarray, empty: np.ndarray, prefix: int, margin: float) -> list[int]:
+    """The unprotected tokens of one row, highest energy first, behind padding."""
+    free = list(range(prefix, len(x)))
+    real = [i for i in free if not empty[i]]
+
+    def energy(i: int) -> float:
+        if empty[i]:
+            return np.inf
+        shifted = [cosine(x[i], x[j]) - margin for j in real]
+        return float(np.mean([s if s > 0 else np.expm1(s) for s in shifted]))
+
+    return sorted(free, key=lambda i: -energy(i))
+
+
 def energy_match(metric: np.ndarray, size: np.ndarray, r: int, prefix: int, margin: float) -> Arrays:
     def one(row: int) -> tuple:
         x, empty = metric[row].astype(np.float64), size[row] == 0
-        free = list(range(prefix, len(x)))
-        real = [i for i in free if not empty[i]]
-
-        def energy(i: int) -> float:
-            if empty[i]:
-                return np.inf
-            shifted = [cosine(x[i], x[j]) - margin for j in real]
-            return float(np.mean([s if s > 0 else np.expm1(s) for s in shifted]))
-
-        order = sorted(free, key=lambda i: -energy(i))
+        order = energy_order(x, empty, prefix, margin)
         drop, other, rest = order[0 : 2 * r : 2], order[1 : 2 * r : 2], sorted(order[2 * r :])
         keep = [*range(prefix), *rest, *other]
 
@@ -67,6 +72,25 @@ def energy_match(metric: np.ndarray, size: np.ndarray, r: int, prefix: int, marg
             return max(alike, key=lambda b: cosine(x[a], x[b]))
 
         return keep, drop, [keep.index(partner(a)) for a in drop]
+
+    return indices(per_row(len(metric), one))
+
+
+def energy_bipartite_match(
+    metric: np.ndarray, size: np.ndarray, r: int, prefix: int, margin: float
+) -> Arrays:
+    def one(row: int) -> tuple:
+        x, empty = metric[row].astype(np.float64), size[row] == 0
+        order = energy_order(x, empty, prefix, margin)
+        even, odd = order[::2], order[1::2]
+        score, partner = {}, {}
+        for a in even:
+            alike = [b for b in odd if empty[b] == empty[a]] or odd
+            partner[a] = alike[0] if empty[a] else max(alike, key=lambda b, a=a: cosine(x[a], x[b]))
+            score[a] = np.inf if empty[a] else cosine(x[a], x[partner[a]])
+        drop = sorted(even, key=lambda a: -score[a])[:r]
+        keep = [*range(prefix), *(a for a in even if a not in drop), *odd]
+        return keep, drop, [keep.index(partner[a]) for a in drop]
 
     return indices(per_row(len(metric), one))
 

@@ -13,7 +13,7 @@ from torch.nn.functional import normalize, pad, scaled_dot_product_attention
 from tests.kernels.forms import CASES, FORMS, Case, world
 from tokopt.kernels import ops
 
-MATCHING = [case for case in CASES if case.op in ("bipartite_match", "energy_match")]
+MATCHING = [case for case in CASES if case.op.endswith("_match")]
 PRUNING = [case for case in CASES if case.op in ("farthest_point", "top_tokens")]
 matching = pytest.mark.parametrize("case", MATCHING, ids=str)
 pruning = pytest.mark.parametrize("case", PRUNING, ids=str)

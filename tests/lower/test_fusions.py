@@ -55,12 +55,17 @@ def test_three_products_are_one(pipeline: str, bias: bool, tmp_path: Path) -> No
 
 
 def test_unlike_weights_stay_apart(tmp_path: Path) -> None:
-    """Two of four bits and one of eight: two products."""
+    """Two of four bits and one of eight: two products, and export says why."""
     x = torch.randn(2, 5, 32)
     bundle = tokopt.capture(Projections(bias=True), (x,))
     bundle = tokopt.optimize(bundle, 'rtn{group=16 skip=["query"]},rtn{group=16 bits=8 only=["query"]}')
     assert [step.matches for step in bundle.history] == [3, 1]
-    path = tokopt.export(bundle, tmp_path / "model.tokopt")
+    lines: list[str] = []
+    path = tokopt.export(bundle, tmp_path / "model.tokopt", progress=lines.append)
+    assert (
+        "forward: products of one tensor with several weights as one product: 1 of 2; left 1: its weight is uint8 in "
+        "blocks of 16, those of the products beside it are not (query)"
+    ) in lines
     graph = onnx.load(path / "forward.onnx", load_external_data=False).graph
     assert [node.op_type for node in graph.node].count("MatMul") == 3
     types = {i.data_type for i in graph.initializer} & {onnx.TensorProto.UINT4, onnx.TensorProto.UINT8}
@@ -89,7 +94,7 @@ def test_factors_move_into_weights(pipeline: str, bias: bool, tmp_path: Path) ->
     bundle = tokopt.optimize(tokopt.capture(Scaled(bias), (x,)), pipeline, calibration=[x])
     path = tokopt.export(bundle, tmp_path / "model.tokopt")
     kinds = collections.Counter(node.op_type for node in onnx.load(path / "forward.onnx").graph.node)
-    tokens = 3 if pipeline == "int8" else 0  # the scales of tokens, one per product
+    tokens = 2 if pipeline == "int8" else 0  # the scales of tokens: the last two products are one
     assert kinds["Mul"] == 2 + tokens
     assert tokopt.verify(path).ok
 
@@ -109,4 +114,22 @@ def test_layers_that_share_zero_points_may_be_merged_with_different_ones(tmp_pat
 
     x = torch.randn(2, 5, 32)
     bundle = tokopt.optimize(tokopt.capture(Two(), (x,)), "int8{activations=static}", calibration=[x])
+    assert tokopt.verify(tokopt.export(bundle, tmp_path / "model.tokopt")).ok
+
+
+@pytest.mark.parametrize("pipeline", ["", "rtn{group=16}"])
+def test_a_weight_may_stand_beside_different_ones(pipeline: str, tmp_path: Path) -> None:
+    """One weight is read twice, each time with another one beside it."""
+
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.twice, self.first, self.second = (nn.Linear(32, 32, bias=False) for _ in range(3))
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.twice(x) * self.first(x)
+            return self.twice(y) + self.second(y).sigmoid()
+
+    bundle = tokopt.optimize(tokopt.capture(Tied(), (torch.randn(2, 5, 32),)), pipeline)
     assert tokopt.verify(tokopt.export(bundle, tmp_path / "model.tokopt")).ok

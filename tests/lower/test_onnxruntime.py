@@ -12,7 +12,7 @@ import tokopt
 from tests.matrix.language import artifact, bundle, prompt
 from tests.zoo.decoders import DECODERS
 from tokopt.errors import LoweringError
-from tokopt.lower.onnxruntime import cpu as lowering
+from tokopt.lower.onnxruntime import attention as lowering
 from tokopt.runtime import LanguageModel, load
 from tokopt.runtime.buffers import Bound
 from tokopt.runtime.engines.onnxruntime import ONE_ROW, PORTABLE

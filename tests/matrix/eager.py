@@ -50,24 +50,29 @@ def best(candidates: Sequence[int], score: Callable[[int], float]) -> int:
     return max(candidates, key=lambda i: (score(i), -candidates.index(i)))
 
 
-def tome(metric: Tensor, size: Tensor, r: int, prefix: int, **_: Any) -> Plan:
-    """Split by parity into A and B, give each a its most similar b, merge the r best pairs."""
-    count = len(size)
-    a_side = [i for i in range(prefix, count) if i % 2 == 0]
-    b_side = [i for i in range(prefix, count) if i % 2 == 1]
+def best_pairs(
+    metric: Tensor, size: Tensor, r: int, prefix: int, a_side: list[int], b_side: list[int]
+) -> Plan:
+    """Give each a its most similar b, merge the r best pairs."""
     partner, score = {}, {}
     for a in a_side:
         alike = [b for b in b_side if (size[b] == 0) == (size[a] == 0)] or b_side
         partner[a] = best(alike, lambda b, a=a: cosine(metric[a], metric[b]))
         score[a] = math.inf if size[a] == 0 else cosine(metric[a], metric[partner[a]])
-    merged = sorted(a_side, key=lambda a: (-score[a], a))[:r]
+    merged = sorted(a_side, key=lambda a: -score[a])[:r]
     absorbed = {b: [a for a in merged if partner[a] == b] for b in b_side}
     alone = [[i] for i in range(prefix)] + [[a] for a in a_side if a not in merged]
     return Plan(alone + [[b, *absorbed[b]] for b in b_side])
 
 
-def pitome(metric: Tensor, size: Tensor, r: int, prefix: int, margin: float = 0.75, **_: Any) -> Plan:
-    """Rank by energy, the mean of ELU(cosine - margin); even ranks merge into odd ranks."""
+def tome(metric: Tensor, size: Tensor, r: int, prefix: int, **_: Any) -> Plan:
+    """Split by parity into A and B."""
+    free = range(prefix, len(size))
+    return best_pairs(metric, size, r, prefix, [i for i in free if i % 2 == 0], [i for i in free if i % 2])
+
+
+def by_energy(metric: Tensor, size: Tensor, prefix: int, margin: float) -> list[int]:
+    """Tokens ranked by energy, the mean of ELU(cosine - margin); padding first."""
     free = list(range(prefix, len(size)))
     real = [i for i in free if size[i] > 0]
 
@@ -78,13 +83,36 @@ def pitome(metric: Tensor, size: Tensor, r: int, prefix: int, margin: float = 0.
         return sum(s if s > 0 else math.expm1(s) for s in shifted) / len(real)
 
     energies = {i: energy(i) for i in free}
-    ranked = sorted(free, key=lambda i: (-energies[i], i))
+    return sorted(free, key=lambda i: (-energies[i], i))
+
+
+def pitome(metric: Tensor, size: Tensor, r: int, prefix: int, margin: float = 0.75, **_: Any) -> Plan:
+    """Algorithm 1: of the 2 r tokens of highest energy, even ranks merge into odd ranks."""
+    ranked = by_energy(metric, size, prefix, margin)
     a_side, b_side, rest = ranked[: 2 * r : 2], ranked[1 : 2 * r : 2], sorted(ranked[2 * r :])
     absorbed: dict[int, list[int]] = {b: [] for b in b_side}
     for a in a_side:
         alike = [b for b in b_side if (size[b] == 0) == (size[a] == 0)] or b_side
         absorbed[best(alike, lambda b, a=a: cosine(metric[a], metric[b]))].append(a)
     return Plan([[i] for i in (*range(prefix), *rest)] + [[b, *absorbed[b]] for b in b_side])
+
+
+def pitome_bipartite(
+    metric: Tensor, size: Tensor, r: int, prefix: int, margin: float = 0.75, **_: Any
+) -> Plan:
+    """Split by the parity of the energy's rank into A and B."""
+    ranked = by_energy(metric, size, prefix, margin)
+    return best_pairs(metric, size, r, prefix, ranked[::2], ranked[1::2])
+
+
+def pitome_deit(depth: float, **facts: Any) -> Plan:
+    """The bipartite matching in the first half of the blocks, Algorithm 1 in the last."""
+    return pitome_bipartite(**facts) if depth < 0.5 else pitome(**facts)
+
+
+def pitome_mae(depth: float, **facts: Any) -> Plan:
+    """The other way round."""
+    return pitome(**facts) if depth < 0.5 else pitome_bipartite(**facts)
 
 
 def by_score(score: Tensor, size: Tensor, r: int, prefix: int) -> Plan:
@@ -153,6 +181,9 @@ def random(size: Tensor, r: int, prefix: int, noise: Tensor, **_: Any) -> Plan:
 METHODS: Mapping[str, Callable[..., Plan]] = {
     "tome": tome,
     "pitome": pitome,
+    "pitome_bipartite": pitome_bipartite,
+    "pitome_deit": pitome_deit,
+    "pitome_mae": pitome_mae,
     "evit": evit,
     "evit_fused": evit_fused,
     "divprune": divprune,
@@ -236,13 +267,15 @@ class Reduction:
         metric = self.keys.mean(dim=1).double()
         score = self.weights.mean(dim=1)[:, 0].double()
         noise = slot_noise(x.shape[1], self.options.get("seed", 0)).expand_as(score)
-        margin = self.options.get("margin", 0.75) * (1 - (self.layer - 1) / len(self.r))
+        depth = (self.layer - 1) / len(self.r)
+        margin = self.options.get("margin", 0.75) * (1 - depth)
         rows = []
         for b, size in enumerate(self.size):
             order = self.real_first(size)
             tensors = {"metric": metric, "score": score, "noise": noise, "features": x.double()}
             facts = {name: value[b][order] for name, value in tensors.items()}
-            plan = METHODS[self.method](size=size[order], r=r, prefix=self.prefix, margin=margin, **facts)
+            facts |= {"size": size[order], "margin": margin, "depth": depth}
+            plan = METHODS[self.method](r=r, prefix=self.prefix, **facts)
             rows.append(self.apply(b, x[b], order, facts["metric"], plan))
         merged, sizes, kept, sources = (torch.stack(part) for part in zip(*rows, strict=True))
         self.size, self.kept = sizes, kept

@@ -46,7 +46,7 @@ def unit(x: Vector) -> Vector:
     return x / np.linalg.norm(x)
 
 
-def snapkv(head: Head, window: int, kernel: int) -> list[float]:
+def snapkv(head: Head, window: int, kernel: int, pool: Callable = np.mean) -> list[float]:
     keys = np.array([entry.key for entry in head.entries])
     mass = np.zeros(len(keys))
     for behind, query in enumerate(reversed(head.queries[-window:])):
@@ -54,7 +54,7 @@ def snapkv(head: Head, window: int, kernel: int) -> list[float]:
         mass[:seen] += softmax(keys[:seen] @ query / math.sqrt(len(query)))
     mass[max(len(keys) - window, 0) :] = 0
     padded = np.pad(mass, kernel // 2)
-    return [float(padded[i : i + kernel].mean()) for i in range(len(mass))]
+    return [float(pool(padded[i : i + kernel])) for i in range(len(mass))]
 
 
 def keydiff(head: Head) -> list[float]:
@@ -78,7 +78,7 @@ def expected_attention(head: Head, sinks: int, future: int) -> list[float]:
     keys = np.array([entry.key for entry in head.entries])
     exponent = keys @ mean / math.sqrt(size) + np.einsum("ki,ij,kj->k", keys, spread, keys) / (2 * size)
     lengths = np.linalg.norm([entry.value for entry in head.entries], axis=1)
-    return list(softmax(exponent) * lengths)
+    return [0.0] * sinks + list(softmax(exponent[sinks:]) * lengths[sinks:])
 
 
 SCORES: Mapping[str, Callable[[Head], list[float]]] = {
@@ -86,6 +86,7 @@ SCORES: Mapping[str, Callable[[Head], list[float]]] = {
     "h2o": lambda head: [entry.mass for entry in head.entries],
     "keyformer": lambda head: [entry.noisy_mass for entry in head.entries],
     "snapkv": lambda head: snapkv(head, window=3, kernel=5),
+    "snapkv kernel=7 pooling=max": lambda head: snapkv(head, window=3, kernel=7, pool=np.max),
     "tova": lambda head: [entry.attended for entry in head.entries],
     "knorm": lambda head: [-float(np.linalg.norm(entry.key)) for entry in head.entries],
     "keydiff": keydiff,

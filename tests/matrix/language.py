@@ -32,6 +32,7 @@ def artifact(name: str, passes: str = "") -> LanguageModel:
     made = tokopt.optimize(bundle(name), passes) if passes else bundle(name)
     path = Path(tempfile.mkdtemp()) / "model.tokopt"
     tokopt.export(made, path, target="onnx")
+    assert tokopt.verify(path).ok  # of every artifact that export writes
     return load(path, threads=1)
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 import tokopt
-from tests.matrix.eviction import ALPHA, LENGTH, WRAPPERS, NaiveDecoder
+from tests.matrix.eviction import ALPHA, LENGTH, SCORES, WRAPPERS, NaiveDecoder
 from tests.matrix.language import artifact, bundle, model, prompt
 from tests.zoo.decoders import CONTEXT, DECODERS
 from tokopt.errors import InputError, PassRefused, TokoptError
@@ -40,7 +40,7 @@ TYPICAL = ("llama", "gemma3", "mistral", "gpt2")
 
 PAIRS = [(m, name) for m in METHODS for name in TYPICAL if m not in ROTARY_ONLY or name not in LEARNED]
 PAIRS += [("h2o", name) for name in DECODERS if name not in TYPICAL]
-FORMULAS = [m for m in METHODS if m != "random_kv"]
+FORMULAS = [*(m for m in METHODS if m != "random_kv"), "snapkv kernel=7 pooling=max"]
 
 BY_SLOT = ("random_kv", "keyformer")
 """Methods whose hashes see slot numbers, which padding moves."""
@@ -69,10 +69,11 @@ def naive_decoder(method: str) -> tuple[str, NaiveDecoder]:
     name = "hand_rotary" if method in ROTARY_ONLY else "hand_written"
     rerotate = "rerotate" in method
     wrappers = tuple(word for word in method.split() if word in WRAPPERS)
+    spelling = " ".join(method.split()[len(wrappers) :])
     given: Any = model(name)
     return name, NaiveDecoder(
         given,
-        method.split()[len(wrappers)],
+        spelling if spelling in SCORES else spelling.split()[0],
         BUDGET,
         SINKS,
         RECENT,
@@ -370,8 +371,7 @@ def test_budgets_by_layer() -> None:
 
 def test_memory_is_what_the_budget_says() -> None:
     """Bytes allocated: the budget and the tokens until the next eviction, in every state with slots."""
-    got = artifact("llama", spelled("h2o"))
-    got.generate(prompt(100), max_tokens=50)
+    got = artifact("llama", spelled("h2o")).generate(prompt(100), max_tokens=50)
     slots = BUDGET + EVERY
     assert got.statistics.cache_slots == slots
     per_slot = 2 * (2 * 2 * 16 * 4 + 2 * 4) + 8  # two layers of keys, values and masses; positions
@@ -391,6 +391,7 @@ def test_memory_is_what_the_budget_says() -> None:
         "h2o{budget=[50,40] schedule=pyramid}": "a list of budgets has its own schedule",
         "snapkv{budget=50 window=40}": "window=40 must be in 1 to recent=32",
         "snapkv{budget=50 kernel=4}": "kernel=4 must be odd",
+        "snapkv{budget=50 pooling=sum}": "pooling",
         "expected_attention{budget=50 future=0}": "future=0 must be positive",
         "streaming{budget=50 rerotate=true schedule=pyramid}": "give all one budget",
         "adakv{press=h2o{budget=50} alpha=2.0}": "alpha=2.0 must be in 0 to 1",

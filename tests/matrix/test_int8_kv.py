@@ -173,14 +173,15 @@ def test_artifact_generates_what_the_bundle_generates(name: str, folder: Path) -
     prompts = [prompt(20), prompt(26, seed=2)]
     together = made.generate(prompts, max_tokens=12)
     for ids, text in zip(prompts, together, strict=True):
-        alone = made.generate(ids, max_tokens=12).tokens
+        generated = made.generate(ids, max_tokens=12)
+        alone = generated.tokens
         assert list(alone) == list(text.tokens)
         driver = Driver(quantized(name), 1)
         logits = [driver.read([ids])]
         logits += [driver.step([[token]], [[len(ids) + i]]) for i, token in enumerate(alone[:-1])]
         assert torch.cat(logits).argmax(-1).tolist() == list(alone)
-    slots, heads, channels = made.statistics.cache_slots, *_sizes(quantized(name))
-    assert made.statistics.cache_bytes == slots * (4 * heads * channels + 8) + 8
+    slots, heads, channels = generated.statistics.cache_slots, *_sizes(quantized(name))
+    assert generated.statistics.cache_bytes == slots * (4 * heads * channels + 8) + 8
 
 
 def _sizes(made: Bundle) -> tuple[int, int]:

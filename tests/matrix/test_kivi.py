@@ -102,11 +102,11 @@ def test_artifact_generates_what_the_bundle_generates(pipeline: str) -> None:
     driver = Driver(evicting("llama", pipeline), 1, capacity=128)
     logits = driver.follow([ids], [list(got.tokens)], EVERY)
     assert logits[:-1, 0].argmax(-1).tolist() == list(got.tokens)
-    slots = model.statistics.cache_slots
+    slots = got.statistics.cache_slots
     per_slot = 2 * 2 * 2 * (16 + 2 * 4 * 16 // GROUP)  # layers, kinds, heads: codes, and scales and zeros
     extra = 8 + (2 * 2 * 4 if "h2o" in pipeline else 0)  # positions, and the masses of two layers
     recent = 2 * 2 * 2 * 16 * 4 * (RESIDUAL + GROUP + EVERY)
-    assert model.statistics.cache_bytes <= slots * (per_slot + extra) + recent + 3 * 8
+    assert got.statistics.cache_bytes <= slots * (per_slot + extra) + recent + 3 * 8
 
 
 def test_what_was_quantized_is_reproduced() -> None:

@@ -22,7 +22,8 @@ SCHEDULE = (4, 0, 3)
 
 PASSES: dict[str, tuple[str, dict[str, object]]] = {
     "tome": ("tome{r=[4,0,3]}", {}),
-    "pitome": ("pitome{r=[4,0,3] margin=0.5}", {"margin": 0.5}),
+    "pitome": ("pitome{r=[4,0,3] margin=0.5 matching=algorithm1}", {"margin": 0.5}),
+    "pitome_deit": ("pitome{r=[4,0,3]}", {}),
     "evit_fused": ("evit{r=[4,0,3]}", {}),
     "evit": ("evit{r=[4,0,3] fuse=false}", {}),
     "divprune": ("divprune{r=[4,0,3]}", {}),

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,7 +17,7 @@ from tests.matrix.language import bundle as decoder
 from tests.matrix.language import prompt
 from tests.zoo import ZOO
 from tokopt.errors import InputError
-from tokopt.measure import timing, tuning
+from tokopt.measure import text_times, tuning
 from tokopt.measure.judge import FEATURES, PREDICTIONS, Floor, judge
 from tokopt.measure.timing import interleaved_times
 from tokopt.measure.tuning import GAIN, Machine, Trial, Tuning
@@ -288,22 +287,13 @@ def test_language_models_are_timed_by_tokens(tmp_path: Path) -> None:
     assert len(rounds) == 2 and all(seconds > 0 for row in rounds for seconds in row)
 
 
-def test_a_language_models_time_is_that_of_one_token(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_language_models_time_is_that_of_one_token(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A call that decodes STEPS tokens in STEPS seconds takes one."""
-    taken: list[float] = []
-    clock = iter([0.0, float(timing.STEPS)])
-    monkeypatch.setattr(timing, "decoder", lambda *options: lambda: None)
-    monkeypatch.setattr(timing.time, "perf_counter", lambda: next(clock))
-    requests = iter(["run"])
-
-    def recv() -> str:
-        for request in requests:
-            return request
-        raise EOFError
-
-    pipe: Any = SimpleNamespace(recv=recv, send=taken.append)
-    timing._worker(pipe, "model.tokopt", None, 1, 16, "onnxruntime")
-    assert taken == [0.0, 1.0]
+    path = str(tokopt.export(decoder("llama"), tmp_path / "model.tokopt"))
+    measure = text_times.DecodeTimer(16, 1).open(path)
+    clock = iter([0.0, float(text_times.STEPS)])
+    monkeypatch.setattr(text_times.time, "perf_counter", lambda: next(clock))
+    assert measure() == 1.0
 
 
 def test_language_model_is_tuned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

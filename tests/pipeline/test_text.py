@@ -203,7 +203,7 @@ def test_passes_text_and_pipeline_are_interchangeable() -> None:
         ("kcentre{r=1}", "did you mean 'kcenter'?"),
         ("tome{shedule=constant}", "no option 'shedule', did you mean 'schedule'?"),
         ("evit{kepe=0.7}", "no option 'kepe', did you mean 'keep'?"),
-        ("zzz", "known: drop_unread, adakv, chunk, expected_attention, h2o"),
+        ("zzz", "known: drop_unread, fold_scales, adakv, chunk, expected_attention, h2o"),
         ("tome{r=1 r=2}", "option 'r' is given twice"),
         ("tome{r=}", "column 8: expected a value, found '}'"),
         ("tome{r}", "column 7: expected '=', found '}'"),

@@ -56,13 +56,13 @@ def opened(folder: Path, manifest: Manifest) -> LanguageModel:
 def recorded(model: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> list[loop.Request]:
     """The requests that a model will make."""
     requests: list[loop.Request] = []
-    original = model.open
+    original = model._request
 
     def record(*arguments: Any) -> loop.Request:
         requests.append(original(*arguments))
         return requests[-1]
 
-    monkeypatch.setattr(model, "open", record)
+    monkeypatch.setattr(model, "_request", record)
     return requests
 
 
@@ -180,8 +180,9 @@ def test_a_trigger_within_the_prompt_divides_it(tmp_path: Path, monkeypatch: pyt
 def test_an_endless_text_outgrows_the_context(tmp_path: Path) -> None:
     made = evicting(prompt=True)
     endless = opened(tmp_path, replace(made, schedule=replace(made.schedule, endless=True)))
-    assert list(endless.generate([1] * 70, max_tokens=90).tokens) == text([1], 1, 90)
-    assert endless.statistics.cache_slots <= loop.BLOCK
+    got = endless.generate([1] * 70, max_tokens=90)
+    assert list(got.tokens) == text([1], 1, 90)
+    assert got.statistics.cache_slots <= loop.BLOCK
 
 
 def test_a_program_of_a_fixed_number_of_tokens_gets_as_many(

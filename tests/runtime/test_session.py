@@ -32,7 +32,8 @@ def embed(tmp_path_factory: pytest.TempPathFactory) -> Model:
 
 
 def test_one_output_is_an_array(double: Model) -> None:
-    for got in (double(X), double(images=X), double(X[:, ::-1])[:, ::-1], double(np.asfortranarray(X))):
+    layouts = (X, np.asfortranarray(X), X.astype(">f4"), memoryview(X), X[:, ::-1].copy()[:, ::-1])
+    for got in (double(images=X), *map(double, layouts)):
         assert isinstance(got, np.ndarray)
         np.testing.assert_array_equal(got, 2 * X)
 
@@ -66,7 +67,6 @@ BAD_CALLS: dict[str, tuple[tuple[Any, ...], dict[str, Any], str]] = {
     "unknown": ((IDS,), {"msk": MASK}, "there is no input 'msk'; the program takes ids, mask"),
     "twice": ((IDS, MASK), {"mask": MASK}, "input 'mask' was given twice"),
     "dtype": ((IDS.astype(np.int32), MASK), {}, r"input 'ids' is int32.*int64.*astype\('int64'\)"),
-    "byte order": ((IDS.astype(">i8"), MASK), {}, "input 'ids' is >i8"),
     "rank": ((IDS[0], MASK), {}, r"input 'ids' has 1 axes \(shape \[3\]\).*int64\[batch, tokens\]"),
     "size": ((IDS, np.ones((2, 3, 2), np.float32)), {}, "axis 2 of input 'mask' has size 2"),
     "differing": (
@@ -217,7 +217,7 @@ def test_openvino_takes_its_own_options(double: Model) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"backend": "tvm"}, "there is no backend 'tvm'; choose among onnxruntime, openvino"),
+        ({"backend": "tvm"}, "backend is 'tvm' \\(str\\), it must be one of onnxruntime, openvino"),
         ({"backend": "openvino", "providers": ["CPUExecutionProvider"]}, "leave them out"),
         ({"backend": "openvino", "threads": 0}, "threads is 0"),
     ],

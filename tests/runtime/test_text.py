@@ -32,7 +32,7 @@ texts = st.text(st.sampled_from("ab é✓🙂\n"), max_size=20)
 def test_pieces_add_up_to_the_text(text: str) -> None:
     stream = TextStream(TOKENIZER)
     pieces = [stream.add(token) for token in TOKENIZER.encode(text)] + [stream.finish()]
-    assert "".join(pieces) == text == stream.shown
+    assert "".join(pieces) == text == stream.text
     assert all("\N{REPLACEMENT CHARACTER}" not in piece for piece in pieces)
 
 

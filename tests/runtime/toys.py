@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import tokenizers
 from onnx import NodeProto, TensorProto, helper
 
 from tests.runtime.artifacts import graph, write
@@ -114,9 +115,30 @@ def toy() -> Manifest:
     )
 
 
-def save(folder: Path, manifest: Manifest) -> Path:
-    """Write the artifact of a toy: its manifest, and an ONNX file for every program."""
-    files, programs = {}, {}
+def speaking(**facts: Any) -> tuple[Manifest, dict[str, bytes]]:
+    """One program that reads and gives logits, and a tokenizer: ``b`` follows ``a``, and ``a`` follows ``k``.
+
+    ``facts`` are further ones of :class:`Generation`. Any other letter is the token of ``k``.
+    """
+    schedule = Schedule((Entry("step", "prefill", "n"), Entry("step", "decode", "n")))
+    manifest = Manifest(
+        {"step": reader("rows", emits="logits")},
+        {},
+        schedule,
+        STATES[:2],
+        generation=Generation(64, VOCABULARY, **facts),
+        tokenizer="tokenizer.json",
+    )
+    letters = {letter: i for i, letter in enumerate("abcdefghijk")}
+    library: Any = tokenizers.Tokenizer(tokenizers.models.WordLevel(letters, unk_token="k"))
+    library.pre_tokenizer = tokenizers.pre_tokenizers.Split("", "isolated")
+    library.decoder = tokenizers.decoders.Fuse()
+    return manifest, {"tokenizer.json": library.to_str().encode()}
+
+
+def save(folder: Path, manifest: Manifest, more: Mapping[str, bytes] | None = None) -> Path:
+    """Write the artifact of a toy: its manifest, an ONNX file for every program, and more files."""
+    files, programs = dict(more or {}), {}
     for i, (name, entry) in enumerate(manifest.programs.items()):
         files[f"{i}.onnx"] = _model(entry)
         programs[name] = replace(entry, files={"onnx": f"{i}.onnx"})

@@ -63,7 +63,7 @@ class HandWritten(nn.Module):
         for layer, (qkv, out) in enumerate(zip(self.qkv, self.out, strict=True)):
             q, k, v = qkv(self.norm[layer](x)).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
             q, k = self.turned(q, positions), self.turned(k, positions)
-            y = functional.scaled_dot_product_attention(q, *cache.update(layer, k, v), attn_mask=mask)
+            y = self.attended(layer, q, (k, v), mask, cache)
             x = x + out(y.transpose(1, 2).flatten(2))
         return self.head(self.norm[-1](x)[:, rows])
 
@@ -72,6 +72,12 @@ class HandWritten(nn.Module):
 
     def turned(self, x: Tensor, positions: Tensor) -> Tensor:
         return x
+
+    def attended(
+        self, layer: int, queries: Tensor, new: tuple[Tensor, Tensor], mask: Tensor, cache: Cache
+    ) -> Tensor:
+        keys, values = cache.update(layer, *new)
+        return functional.scaled_dot_product_attention(queries, keys, values, attn_mask=mask)
 
     def greedy(self, prompt: list[int], count: int) -> list[int]:
         """The reference: the whole text again for every token."""

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
-from torch.fx import GraphModule, Node
+from torch.fx import Graph, GraphModule, Node
 from torch.fx.node import map_arg
 
-from tokopt.ir.graph import function_of
+from tokopt.ir.graph import function_of, is_call, is_tensor, is_tensor_list
+from tokopt.kernels import ops
 
 
 def parameter(module: GraphModule, node: Node) -> Tensor:
@@ -18,6 +20,17 @@ def parameter(module: GraphModule, node: Node) -> Tensor:
         value = getattr(value, part)
     assert isinstance(value, Tensor)
     return value.detach()
+
+
+def constant_nodes(graph: Graph) -> set[Node]:
+    """Nodes that are computed from parameters alone; quantized weights, and what is made of them, are left out."""
+    found: set[Node] = set()
+    for node in graph.nodes:
+        operands = node.all_input_nodes
+        made = node.op == "call_function" and bool(operands) and not is_call(node, ops.dequantize_weight)
+        if node.op == "get_attr" or (made and all(operand in found for operand in operands)):
+            found.add(node)
+    return found
 
 
 def evaluate(module: GraphModule, node: Node, known: dict[Node, Any]) -> Any:
@@ -33,3 +46,16 @@ def evaluate(module: GraphModule, node: Node, known: dict[Node, Any]) -> Any:
             args, kwargs = map_arg((node.args, node.kwargs), lambda given: evaluate(module, given, known))
             known[node] = function_of(node)(*args, **kwargs)
     return known[node]
+
+
+def constants(graph: Graph) -> set[Node]:
+    """The nodes whose tensors are computed from parameters alone, by operators that draw no numbers."""
+    found: set[Node] = set()
+    for node in graph.nodes:
+        computed = node.op == "call_function" and bool(node.all_input_nodes)
+        if not (computed or node.op == "get_attr") or not (is_tensor(node) or is_tensor_list(node)):
+            continue
+        tags = getattr(node.target, "tags", ())
+        if found.issuperset(node.all_input_nodes) and torch.Tag.nondeterministic_seeded not in tags:
+            found.add(node)
+    return found

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from torch.fx import Node
@@ -54,7 +55,17 @@ def bundle_cost(bundle: Bundle) -> Cost:
     )
 
 
-def node_flops(node: Node) -> int:
+_VIEWS = (
+    *(aten.view, aten.reshape, aten.flatten, aten.unflatten, aten.squeeze, aten.unsqueeze),
+    *(aten.transpose, aten.t, aten.permute, aten.expand, aten.slice, aten.dropout),
+)
+"""What moves nothing (dropout, in a model that infers)."""
+
+SizesOf = Callable[[Node], tuple[int, ...]]
+"""The shape of a node's value."""
+
+
+def node_flops(node: Node, sizes: SizesOf = sizes) -> int:
     """Floating-point operations of one node, 0 for anything that is not a matrix product."""
     out = math.prod(sizes(node))
     if is_call(node, aten.linear):
@@ -70,11 +81,11 @@ def node_flops(node: Node) -> int:
     return 0
 
 
-def node_bytes(node: Node) -> int:
-    """Bytes of the node's tensor operands and result; views move nothing."""
-    if is_call(
-        node, aten.view, aten.reshape, aten.transpose, aten.permute, aten.unsqueeze, aten.expand, aten.slice
-    ):
+def node_bytes(node: Node, sizes: SizesOf = sizes) -> int:
+    """Bytes of the node's tensor operands and result; views move nothing, and of a table only what is taken is read."""
+    if is_call(node, *_VIEWS):
         return 0
-    tensors = [node, *(n for n in node.all_input_nodes if is_tensor(n))]
-    return sum(math.prod(sizes(n)) * n.meta["val"].element_size() for n in tensors)
+    read = [n for n in node.all_input_nodes if is_tensor(n)]
+    if is_call(node, aten.embedding, aten.index, aten.index_select, aten.gather):
+        read = [node, *read[1:]]
+    return sum(math.prod(sizes(n)) * n.meta["val"].element_size() for n in [node, *read])

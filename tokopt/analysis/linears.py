@@ -9,17 +9,16 @@ import torch
 from torch import Tensor
 from torch.fx import Graph, GraphModule, Node
 
-from tokopt.analysis.constants import evaluate
+from tokopt.analysis.constants import constant_nodes, evaluate
 from tokopt.ir.graph import aten, is_call, module_path
-from tokopt.kernels import ops
 
 
 @dataclass(frozen=True)
 class Linear:
     """``x @ W.T`` with ``W`` [out, in].
 
-    ``place`` is the position of the weight among the node's arguments; ``transposed`` says that the parameter is
-    stored as [in, out] (``addmm``, ``matmul``).
+    ``place`` is the position of the weight among the node's arguments; ``transposed`` says that it is [in, out]
+    (``addmm``, ``matmul``).
     """
 
     node: Node
@@ -29,7 +28,7 @@ class Linear:
 
     @property
     def weight(self) -> Node:
-        """The parameter's node, as it is now."""
+        """The weight's node, as it is now."""
         weight = self.node.args[self.place]
         assert isinstance(weight, Node)
         return weight
@@ -53,8 +52,10 @@ class Linear:
 
 
 def find_linears(graph: Graph) -> list[Linear]:
-    """Every linear layer, in execution order."""
-    return [found for node in graph.nodes if (found := _linear(node)) is not None]
+    """Every linear layer, in execution order: its weight is a parameter, or is computed from parameters alone."""
+    constants = constant_nodes(graph)
+    products = (as_linear(node) for node in graph.nodes)
+    return [x for x in products if x is not None and x.weight in constants and x.input not in constants]
 
 
 def matches(path: str, only: tuple[str, ...], skip: tuple[str, ...]) -> bool:
@@ -67,14 +68,8 @@ def matches(path: str, only: tuple[str, ...], skip: tuple[str, ...]) -> bool:
     return chosen and not any(fnmatchcase(path, pattern) for pattern in skip)
 
 
-def _is_constant(node: Node) -> bool:
-    """Whether a node is a parameter, or a part of one."""
-    while not is_call(node, ops.dequantize_weight) and len(node.all_input_nodes) == 1:
-        node = node.all_input_nodes[0]
-    return node.op == "get_attr"
-
-
-def _linear(node: Node) -> Linear | None:
+def as_linear(node: Node) -> Linear | None:
+    """A product with a matrix as a linear layer whose weight that matrix is, wherever it comes from."""
     if is_call(node, aten.linear):
         return _with_weight(node, 0, 1, transposed=False)
     if is_call(node, aten.addmm):
@@ -86,7 +81,7 @@ def _linear(node: Node) -> Linear | None:
 
 def _with_weight(node: Node, x: int, weight: int, *, transposed: bool) -> Linear | None:
     given, matrix = node.args[x], node.args[weight]
-    if not isinstance(given, Node) or not isinstance(matrix, Node) or not _is_constant(matrix):
+    if not isinstance(given, Node) or not isinstance(matrix, Node):
         return None
     value = matrix.meta.get("val")
     if not isinstance(value, torch.Tensor) or value.ndim != 2 or not value.is_floating_point():

@@ -14,6 +14,7 @@ from tokopt import __version__
 from tokopt.cli.screen import Screen
 from tokopt.cli.verbs import VERBS, load_verb
 from tokopt.errors import PassRefused, TokoptError
+from tokopt.extras import explained
 
 BAD_INPUT, REFUSED, INTERRUPTED = 2, 3, 130
 
@@ -22,7 +23,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit code. Errors of tokopt are one line on stderr."""
     args = command_parser().parse_args(argv)
     try:
-        code = load_verb(args.verb).run(args, Screen(args.json))
+        code = _run(args)
         sys.stdout.flush()
         return code
     except TokoptError as error:
@@ -35,6 +36,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     except KeyboardInterrupt:
         return INTERRUPTED
+
+
+def _run(args: argparse.Namespace) -> int:
+    """Run a verb; a package that one of the extras brings is named with its extra where it is missing."""
+    try:
+        return load_verb(args.verb).run(args, Screen(args.json))
+    except ModuleNotFoundError as error:
+        raise explained(error) or error from error
 
 
 def command_parser() -> argparse.ArgumentParser:

@@ -1,53 +1,49 @@
-"""The table of ``tokopt inspect``: one row per attention, with the cost of the block around it."""
+"""The table of ``tokopt inspect``: a row per kind of attention."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import re
+from collections.abc import Mapping, Sequence
+from itertools import groupby
+from typing import Any
 
-from tokopt.analysis.blocks import Block, find_blocks
-from tokopt.analysis.cost import node_flops
-from tokopt.ir.graph import is_tensor, module_path
-from tokopt.ir.program import Program
+from tokopt.cli.screen import Cell, si
+
+HEADERS = ("block", "attention", "kind", "tokens", "heads", "FLOPs", "note")
 
 
-@dataclass(frozen=True)
-class BlockRow:
-    """One attention: ``index`` counts the blocks that passes can reduce tokens in, None for the others.
+def rows_by_kind(blocks: Sequence[Mapping[str, Any]]) -> list[tuple[Cell, ...]]:
+    """A row for all attentions that differ in the numbers of their module path alone, in the order of their first.
 
-    ``flops`` is the cost of the layer that holds the attention (the module path up to its last number), under
-    the example inputs. ``note`` is the norm style, or the reason why the site is not a block.
+    ``blocks`` are :class:`tokopt.analysis.outline.BlockRow` as mappings, and so may come from a file.
     """
-
-    index: int | None
-    path: str
-    kind: str
-    tokens: int
-    heads: int
-    flops: int
-    note: str
-
-
-def describe_blocks(program: Program) -> list[BlockRow]:
-    """A row per attention of ``program``, in execution order."""
-    graph = program.module.graph
-    costs = [(module_path(n), node_flops(n)) for n in graph.nodes if n.op == "call_function" and is_tensor(n)]
-    rows = []
-    for found in find_blocks(graph):
-        site = found.site
-        layer = _layer(site.path)
-        flops = sum(flops for path, flops in costs if path == layer or path.startswith(layer + "."))
-        note = found.style if isinstance(found, Block) else found.reason
-        index = found.index if isinstance(found, Block) else None
-        rows.append(BlockRow(index, site.path, site.kind, site.tokens, site.heads, flops, note))
-    return rows
+    kinds: dict[tuple[Any, ...], list[Mapping[str, Any]]] = {}
+    for block in blocks:
+        pattern = re.sub(r"\d+", "*", block["path"])
+        same = tuple(block[key] for key in ("kind", "tokens", "heads", "flops", "note"))
+        kinds.setdefault((pattern, *same, block["index"] is None), []).append(block)
+    return [
+        (
+            _spans([block["index"] for block in found if block["index"] is not None]),
+            found[0]["path"] if len(found) == 1 else f"{pattern} ({len(found)} of them)",
+            kind,
+            tokens,
+            heads,
+            si(flops),
+            note,
+        )
+        for (pattern, kind, tokens, heads, flops, note, _), found in kinds.items()
+    ]
 
 
-def _layer(path: str) -> str:
-    """The path of the layer: up to and with the last number.
+def _spans(numbers: Sequence[int]) -> str:
+    """Ascending numbers as spans.
 
-    >>> _layer("encoder.layer.3.attention.attention")
-    'encoder.layer.3'
+    >>> _spans([0, 1, 2, 4])
+    '0-2,4'
     """
-    parts = path.split(".")
-    numbers = [i for i, part in enumerate(parts) if part.isdigit()]
-    return ".".join(parts[: numbers[-1] + 1] if numbers else parts)
+    spans: list[str] = []
+    for _, group in groupby(enumerate(numbers), key=lambda pair: pair[1] - pair[0]):
+        found = [number for _, number in group]
+        spans.append(str(found[0]) if len(found) == 1 else f"{found[0]}-{found[-1]}")
+    return ",".join(spans)

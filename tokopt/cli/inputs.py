@@ -91,7 +91,7 @@ def _read_images(
     paths: Sequence[str], inputs: Sequence[Tensor], mean: Sequence[float], std: Sequence[float]
 ) -> np.ndarray:
     """Images [batch, 3, height, width], float32: shorter side resized, centre cropped, normalised."""
-    require("PIL", "viz")
+    require("PIL")
     from PIL import Image, ImageOps
 
     axes = inputs[0].axes

@@ -14,7 +14,9 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tokopt.errors import CaptureError, InputError, MissingDependencyError
+from tokopt.errors import CaptureError, InputError, TokoptError
+from tokopt.extras import explained, missing
+from tokopt.progress import without_bars
 from tokopt.runtime.format.manifest import MANIFEST, Manifest, read_manifest
 
 if TYPE_CHECKING:
@@ -59,7 +61,7 @@ def read_bundle(name: str, options: ExampleOptions | None = None) -> Bundle:
     if path.suffix == ".pt2" and path.is_file():
         return tokopt.capture(path)
     if (path / "config.json").is_file() and options.model_class is None and _is_language_model(path):
-        require("transformers", "hf")
+        require("transformers")
         return tokopt.capture_lm(path)
     if (path / "config.json").is_file():
         found = _hugging_face(path, options)
@@ -93,12 +95,10 @@ def _is_language_model(folder: Path) -> bool:
     return any(name.endswith(("ForCausalLM", "LMHeadModel")) for name in names)
 
 
-def require(package: str, extra: str) -> None:
-    """Raise MissingDependencyError, naming the extra, when a package is not installed."""
+def require(package: str) -> None:
+    """Raise MissingDependencyError, naming the extra, when an optional package is not installed."""
     if find_spec(package) is None:
-        raise MissingDependencyError(
-            f"{package} is not installed; install it with: pip install 'tokopt[{extra}]'"
-        )
+        raise missing(package)
 
 
 def imported(name: str) -> Any:
@@ -110,10 +110,16 @@ def imported(name: str) -> Any:
         for part in attribute.split("."):
             target = getattr(target, part)
     except Exception as error:
-        raise CaptureError(f"{name}: {type(error).__name__}: {error}; see it with --traceback") from error
+        raise _failure(name, error) from error
     finally:
         sys.path.remove("")
     return target
+
+
+def _failure(name: str, error: Exception) -> TokoptError:
+    """What is raised where the user's own code fails: the extra to install where it misses one of ours."""
+    found = explained(error) if isinstance(error, ModuleNotFoundError) else None
+    return found or CaptureError(f"{name}: {type(error).__name__}: {error}; see it with --traceback")
 
 
 def _from_factory(name: str, options: ExampleOptions) -> _Model:
@@ -122,7 +128,7 @@ def _from_factory(name: str, options: ExampleOptions) -> _Model:
     try:
         made = factory()
     except Exception as error:
-        raise CaptureError(f"{name}: {type(error).__name__}: {error}; see it with --traceback") from error
+        raise _failure(name, error) from error
     parts = list(made) if isinstance(made, tuple) else [made]
     if not 1 <= len(parts) <= 3:
         raise CaptureError(
@@ -149,7 +155,7 @@ def _random(shapes: tuple[tuple[int, ...], ...]) -> tuple[Any, ...]:
 
 
 def _hugging_face(folder: Path, options: ExampleOptions) -> _Model:
-    require("transformers", "hf")
+    require("transformers")
     import transformers
 
     cls = getattr(transformers, options.model_class or "AutoModel", None)
@@ -158,7 +164,8 @@ def _hugging_face(folder: Path, options: ExampleOptions) -> _Model:
             f"transformers has no class {options.model_class!r}; name one such as CLIPVisionModel"
         )
     try:
-        model = cls.from_pretrained(folder, local_files_only=True)
+        with without_bars():
+            model = cls.from_pretrained(folder, local_files_only=True)
     except Exception as error:
         raise CaptureError(
             f"{folder} cannot be loaded by transformers: {' '.join(str(error).split())}"
@@ -179,12 +186,22 @@ def _hugging_face(folder: Path, options: ExampleOptions) -> _Model:
 
 
 def _image_example(folder: Path, config: Any, options: ExampleOptions) -> Any:
-    """Random pixels [2, channels, height, width] of the size that the image processor makes."""
+    """Images [2, channels, height, width] of the size that the image processor makes.
+
+    They are smooth with a little noise, as photographs are: patches of noise alone are all alike, and what chooses
+    among them chooses at random.
+    """
+    import torch
+    from torch.nn.functional import interpolate
+
     size = options.image_size or _processor_size(folder) or getattr(config, "image_size", None)
     if size is None:
         raise InputError(f"{folder} does not say its image size; give --image-size")
     height, width = (size, size) if isinstance(size, int) else size
-    return _random(((2, getattr(config, "num_channels", 3), height, width),))[0]
+    channels, generator = getattr(config, "num_channels", 3), torch.Generator().manual_seed(0)
+    coarse = torch.randn(2, channels, 6, 6, generator=generator)
+    noise = torch.randn(2, channels, height, width, generator=generator)
+    return interpolate(coarse, (height, width), mode="bicubic") + 0.1 * noise
 
 
 def _processor_size(folder: Path) -> tuple[int, int] | None:

@@ -57,6 +57,17 @@ def add_batch(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_prompt(parser: argparse.ArgumentParser) -> None:
+    """``prompt``: the length of the text before what is timed of a language model."""
+    parser.add_argument(
+        "--prompt",
+        type=positive,
+        default=256,
+        metavar="N",
+        help="tokens that a language model has read before what is timed (default: 256)",
+    )
+
+
 def add_threads(parser: argparse._ActionsContainer) -> None:
     """``threads``: of the engine."""
     parser.add_argument(

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from importlib.util import find_spec
 
-from tokopt.progress import spinner
+from tokopt.progress import stages
 
 Cell = str | int | float | None
 
@@ -35,11 +35,9 @@ class Screen:
         else:
             _plain_table(headers, cells, right)
 
-    @contextmanager
-    def step(self, text: str) -> Iterator[None]:
-        """Show that something slow is under way, on a terminal only."""
-        with spinner(text):
-            yield
+    def step(self, text: str) -> AbstractContextManager[Callable[[str], None]]:
+        """Say on stderr that something slow is under way; gives what says which part of it is."""
+        return stages(text)
 
     def finish(self, data: object) -> None:
         """Print the answer as JSON when that was asked for."""

@@ -3,25 +3,38 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from tokopt.cli.screen import Screen, si
 
 if TYPE_CHECKING:
+    from tokopt.ir.bundle import Bundle
     from tokopt.ir.program import TensorSpec
+    from tokopt.pipeline.base import Observer, PassRecord
     from tokopt.pipeline.manager import Report
     from tokopt.runtime.format.manifest import Tensor
 
 
 def spell(specs: Sequence[TensorSpec | Tensor]) -> str:
-    """Inputs or outputs in one line: ``images: float32[batch, 3, 224, 224]``."""
-    return ", ".join(f"{s.name}: {s.dtype}[{', '.join(map(str, s.axes))}]" for s in specs)
+    """Inputs or outputs in one line, ``images: float32[batch, 3, 224, 224]``; states are counted."""
+    named = [f"{s.name}: {s.dtype}[{', '.join(map(str, s.axes))}]" for s in specs if s.state is None]
+    states = sum(s.state is not None for s in specs)
+    return ", ".join([*named, *([f"{states} states"] if states else [])])
 
 
 def tensor_data(specs: Sequence[TensorSpec | Tensor]) -> list[dict[str, Any]]:
     """Inputs or outputs as ``--json`` gives them."""
     return [dataclasses.asdict(spec) for spec in specs]
+
+
+def telling(say: Callable[[str], None]) -> Observer:
+    """An observer that says of every pass what it changed and how long it took."""
+
+    def tell(record: PassRecord, before: Bundle, after: Bundle) -> None:
+        say(f"{record.text}: {record.matches} sites in {record.seconds:.1f} s")
+
+    return tell
 
 
 def show_report(report: Report, screen: Screen) -> None:

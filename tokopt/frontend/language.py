@@ -21,27 +21,37 @@ assumes that slot i holds position i, so passes may evict and move what a layer 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from tokopt.arguments import check_kind, check_path
 from tokopt.errors import CaptureError, MissingDependencyError
+from tokopt.frontend.arguments import check_module, check_tokenizer
 from tokopt.frontend.module import evaluation, explain
 from tokopt.frontend.normalize import normalize
+from tokopt.frontend.purity import check_captured, refuse_random
+from tokopt.frontend.replay import check_replay, readings
+from tokopt.frontend.rope import fixed_frequencies, longest_fixed
+from tokopt.frontend.supported import check_supported
 from tokopt.frontend.texts import Texts, read_texts, without_padding
 from tokopt.ir.bundle import Bundle
-from tokopt.ir.calls import first_call
-from tokopt.ir.export import export_flat, output_specs, unlifted
+from tokopt.ir.export import export_flat, output_specs
 from tokopt.ir.format import Entry, Generation, Occupancy, Schedule, State
 from tokopt.ir.graph import dtype_name
 from tokopt.ir.program import AxisRange, Program, TensorSpec
 from tokopt.kernels import ops
+from tokopt.progress import without_bars
 from tokopt.runtime.text import Tokenizer
+
+Result = TypeVar("Result")
 
 BATCH, TOKENS, ROWS, SLOTS, HELD = 2, 5, 3, 11, 4
 """Sizes of the example, all different, since ``torch.export`` takes equal ones for one axis; HELD are in use."""
@@ -85,26 +95,29 @@ def capture_lm(
     know, or when ``step`` does not reproduce the model's own logits; ArtifactError when the tokenizer does not
     match.
     """
+    check_tokenizer(tokenizer)
+    if generation is not None:
+        check_kind("generation", generation, Generation, "a Generation, as in Generation(1024, 32000)")
     if isinstance(model, (str, Path)):
-        loaded, texts, generation = _from_folder(Path(model), tokenizer, generation)
+        loaded, texts, generation = _from_folder(check_path("model", model), tokenizer, generation)
         return capture_lm(loaded, tokenizer=texts.tokenizer, generation=generation)
+    check_module("model", model, "a module, or the folder of a Hugging Face model")
     hugging_face = hasattr(model, "get_decoder") and hasattr(model, "config")
-    if generation is None:
-        if not hugging_face:
-            raise CaptureError(
-                f"{type(model).__name__} does not say its context length and vocabulary; pass "
-                "generation=Generation(context=..., vocabulary=...)"
-            )
-        generation = _generation(model)
+    if hugging_face:
+        check_supported(model)
+    generation = _generation(model) if generation is None else generation
+    if hugging_face:
+        _check_context(model, generation)
     if tokenizer is not None:
         tokenizer = without_padding(tokenizer)
         Tokenizer(tokenizer, generation.vocabulary)  # refuse another model's before anything is traced
-    with evaluation(model), _fused_attention(model if hugging_face else None):
-        decoder: Any = _HuggingFace(model) if hugging_face else model
-        windows = decoder.windows if hugging_face else (0,)
-        program, states = _export(_Step(decoder, windows, not hugging_face), generation, model)
-        if hugging_face:
-            _check_against(model, program, states, generation.vocabulary)
+    decoder: Any = _HuggingFace(model) if hugging_face else model
+    step = _Step(decoder, decoder.windows if hugging_face else (0,), not hugging_face)
+    with evaluation(model):
+        wanted = _tried(model, lambda: readings(step.read, generation.vocabulary))
+        with _traceable(model) if hugging_face else nullcontext():
+            program, states = _export(step, generation, model)
+        check_replay(type(model).__name__, program, states, wanted)
     schedule = Schedule((Entry("step", "prefill", "tokens"), Entry("step", "decode", "tokens")))
     return Bundle({"step": program}, schedule, states, tokenizer=tokenizer, generation=generation)
 
@@ -149,31 +162,65 @@ class _Step(nn.Module):
         real = positions.clamp(min=0)
         return self.decoder(tokens, real, masks[0] if self.plain else masks, cache, rows)
 
+    def read(self, tokens: Tensor) -> Tensor:
+        """The logits [batch, tokens, vocabulary] of whole texts, of a Hugging Face model by its own means."""
+        if not self.plain:
+            return self.decoder.model(input_ids=tokens, use_cache=False).logits
+        return self.uncached(tokens, _Slots(None, ()))
+
+    def uncached(self, tokens: Tensor, notes: _Slots) -> Tensor:
+        """The logits of whole texts; ``notes`` only notes what it is given."""
+        rows = torch.arange(tokens.shape[1])
+        causal = torch.ones(len(rows), len(rows), dtype=torch.bool).tril().expand(len(tokens), 1, -1, -1)
+        masks = dict.fromkeys(self.windows, causal)
+        return self.call(tokens, rows.expand(len(tokens), -1), masks, notes, rows)
+
     def layers(self) -> list[tuple[Tensor, Tensor]]:
         """Keys and values of every layer for the example's new tokens, from one run without a cache."""
-        tokens = torch.zeros(BATCH, TOKENS, dtype=torch.int64)
-        causal = torch.ones(TOKENS, TOKENS, dtype=torch.bool).tril().expand(BATCH, 1, -1, -1)
         notes = _Slots(None, ())
-        with torch.no_grad():
-            positions = torch.arange(TOKENS).expand(BATCH, -1)
-            self.call(tokens, positions, dict.fromkeys(self.windows, causal), notes, torch.tensor([-1]))
+        with torch.no_grad(), _Real():
+            self.uncached(torch.zeros(BATCH, TOKENS, dtype=torch.int64), notes)
         if sorted(notes.shapes) != list(range(len(notes.shapes))) or not notes.shapes:
             raise CaptureError(
-                f"{type(self.decoder).__name__} updated the cache of the layers {sorted(notes.shapes)}; number "
-                "them from 0 without a gap"
+                f"it updated the cache of the layers {sorted(notes.shapes)}; number them from 0 without a gap"
             )
         return [notes.shapes[layer] for layer in sorted(notes.shapes)]
 
 
-def _export(step: _Step, generation: Generation, model: nn.Module) -> tuple[Program, tuple[State, ...]]:
+class _Real(TorchDispatchMode):
+    """Runs what has no complex numbers."""
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        made = func(*args, **(kwargs or {}))
+        if isinstance(made, Tensor) and made.is_complex():
+            raise CaptureError(
+                f"it computes with complex numbers ({func}), which no engine knows; turn keys and queries with sines "
+                "and cosines"
+            )
+        return made
+
+
+def _tried(model: nn.Module, run: Callable[[], Result]) -> Result:
+    """What a run of the model on a few tokens gives; what goes wrong in it is a CaptureError."""
     try:
-        layers = step.layers()
-    except CaptureError:
-        raise
+        return run()
+    except CaptureError as error:
+        raise CaptureError(f"{type(model).__name__} cannot be captured: {error}") from error
     except Exception as error:
         raise CaptureError(
-            f"{type(model).__name__} fails on {TOKENS} tokens: {type(error).__name__}: {error}"
+            f"{type(model).__name__} fails on a text of a few tokens: {type(error).__name__}: {error}"
         ) from error
+
+
+def _export(step: _Step, generation: Generation, model: nn.Module) -> tuple[Program, tuple[State, ...]]:
+    layers = _tried(model, step.layers)
+    if layers[0][0].dtype == torch.bfloat16:
+        raise CaptureError(
+            f"{type(model).__name__} computes in bfloat16, which numpy cannot hold; capture it in float32 "
+            "(model.float(), or dtype=torch.float32 when it is loaded) and make it small by a pass"
+        )
     states = _states(layers)
     inputs = (
         TensorSpec("tokens", "int64", ("batch", "tokens"), "tokens"),
@@ -194,12 +241,18 @@ def _export(step: _Step, generation: Generation, model: nn.Module) -> tuple[Prog
     }
     example = _example(layers, generation.vocabulary)
     try:
-        exported, ranges = export_flat(step, example, inputs, ranges)
+        graph, ranges = export_flat(step, example, inputs, ranges)
+    except CaptureError:
+        raise
     except Exception as error:
         raise CaptureError(explain(error, model, inputs)) from error
     aliases = {f"next_{state.name}": state.name for state in states if state.occupancy is not None}
-    program = Program(unlifted(exported), inputs, outputs, ranges, example, aliases)
-    return normalize(replace(program, outputs=output_specs(program))), states
+    program = Program(graph, inputs, outputs, ranges, example, aliases)
+    refuse_random(program.module, type(model).__name__)
+    program = replace(program, outputs=output_specs(program))
+    with torch.no_grad():
+        check_captured(program, step(*example), type(model).__name__)
+    return normalize(program), states
 
 
 def _states(layers: Sequence[tuple[Tensor, Tensor]]) -> tuple[State, ...]:
@@ -249,7 +302,7 @@ class _HuggingFace(nn.Module):
         super().__init__()
         self.model = model
         self.config = model.config.get_text_config()
-        self.kinds = _attention_windows(self.config)
+        self.kinds = _attention_windows(type(model).__name__, self.config)
         self.windows = tuple(sorted(set(self.kinds.values())))
 
     def forward(
@@ -294,7 +347,7 @@ def _layer(cache: _Slots, index: int) -> Any:
     return Layer()
 
 
-def _attention_windows(config: Any) -> dict[str, int]:
+def _attention_windows(name: str, config: Any) -> dict[str, int]:
     """Kind of attention layer -> its sliding window in positions, 0 for none."""
     window = getattr(config, "sliding_window", None) or 0
     kinds = getattr(config, "layer_types", None)
@@ -304,22 +357,49 @@ def _attention_windows(config: Any) -> dict[str, int]:
     for kind in kinds:
         if kind not in known:
             raise CaptureError(
-                f"layers of the kind {kind!r} are not supported; tokopt knows full and sliding attention"
+                f"{name} has layers of the kind {kind!r}, and capture_lm knows full and sliding attention alone"
             )
     return {kind: known[kind] for kind in sorted(set(kinds))}
 
 
 def _generation(model: Any) -> Generation:
     """Context length, vocabulary and special tokens, as the model's configuration has them."""
-    config, own = model.config.get_text_config(), getattr(model, "generation_config", None)
+    name = type(model).__name__
+    config = model.config.get_text_config() if hasattr(model, "config") else None
+    context, vocabulary = (getattr(config, key, None) for key in ("max_position_embeddings", "vocab_size"))
+    if context is None or vocabulary is None:
+        raise CaptureError(
+            f"{name} does not say its context length and vocabulary; pass "
+            "generation=Generation(context=..., vocabulary=...)"
+        )
+    exact = longest_fixed(config)
+    if exact is not None and exact < context:
+        warnings.warn(
+            f"the context of {name} is {exact} positions instead of {context}: {_TURNED}", stacklevel=3
+        )
+    own = getattr(model, "generation_config", None)
     eos = getattr(own, "eos_token_id", None)
     eos = config.eos_token_id if eos is None else eos
     return Generation(
-        context=config.max_position_embeddings,
-        vocabulary=config.vocab_size,
+        context=min(context, exact or context),
+        vocabulary=vocabulary,
         eos=tuple(eos) if isinstance(eos, (list, tuple)) else () if eos is None else (eos,),
         bos=config.bos_token_id,
     )
+
+
+_TURNED = (
+    "a longer text is turned by other rotary frequencies as a whole, which keys in a cache cannot follow"
+)
+
+
+def _check_context(model: Any, generation: Generation) -> None:
+    exact = longest_fixed(model.config.get_text_config())
+    if exact is not None and generation.context > exact:
+        raise CaptureError(
+            f"{type(model).__name__} cannot have a context of {generation.context} positions: {_TURNED}; "
+            f"pass a generation with context={exact}"
+        )
 
 
 def _from_folder(
@@ -336,10 +416,12 @@ def _from_folder(
         ) from error
     texts = read_texts(folder, tokenizer)
     try:
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
+        with without_bars():
+            model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
     except Exception as error:  # transformers raises several unrelated classes
         line = " ".join(str(error).split())
         raise CaptureError(f"transformers cannot load {folder}: {type(error).__name__}: {line}") from error
+    check_supported(model)
     if generation is None:
         others = dict(texts.chat_templates)
         usual = others.pop("default", None)
@@ -353,19 +435,21 @@ def _from_folder(
 
 
 @contextmanager
-def _fused_attention(model: Any | None) -> Iterator[None]:
-    """Attention as one op with shared keys and values unrepeated; everything as it was afterwards."""
-    if model is None:
+def _traceable(model: Any) -> Iterator[None]:
+    """A model whose rotary frequencies are fixed and whose attention is one op; everything as it was afterwards."""
+    with fixed_frequencies(model), _fused_attention(model):
         yield
-        return
+
+
+@contextmanager
+def _fused_attention(model: Any) -> Iterator[None]:
+    """Attention as one op with shared keys and values unrepeated."""
     variable = "TRANSFORMERS_SDPA_FORCE_GQA"
     before, spelling = os.environ.get(variable), model.config._attn_implementation
     os.environ[variable] = "1"
     try:
-        model.set_attn_implementation("sdpa")
+        _choose_attention(model, "sdpa")
         yield
-    except ValueError as error:
-        raise CaptureError(f"{type(model).__name__} has no fused attention: {error}") from error
     finally:
         model.set_attn_implementation(spelling)
         if before is None:
@@ -374,18 +458,11 @@ def _fused_attention(model: Any | None) -> Iterator[None]:
             os.environ[variable] = before
 
 
-def _check_against(model: Any, program: Program, states: Sequence[State], vocabulary: int) -> None:
-    """``step`` on an empty cache must give the logits that the model itself gives without one."""
-    from tokopt.runtime.numerics import check_output
-
-    generator = torch.Generator().manual_seed(1)
-    tokens = torch.randint(vocabulary, (1, SLOTS), generator=generator)
-    with torch.no_grad():
-        wanted = model(input_ids=tokens, use_cache=False).logits
-    got = program(*first_call(program, tokens, states))[0]
-    check = check_output("logits", wanted.float().numpy(), got.float().numpy(), 1e-8)
-    if not check.ok:
+def _choose_attention(model: Any, spelling: str) -> None:
+    try:
+        model.set_attn_implementation(spelling)
+    except ValueError as error:
         raise CaptureError(
-            f"the captured step of {type(model).__name__} does not reproduce the model's logits (NMSE "
-            f"{check.nmse:.2g}); please report this model"
-        )
+            f"{type(model).__name__} does not compute its attention by scaled_dot_product_attention, as capture_lm "
+            "needs it"
+        ) from error

@@ -15,17 +15,23 @@ from typing import Any
 import torch
 from torch.utils import _pytree as pytree
 
+from tokopt.arguments import check_path
 from tokopt.errors import ArtifactError, CaptureError, InputError
+from tokopt.frontend.arguments import check_axes, check_example, check_tokenizer
 from tokopt.frontend.normalize import normalize
 from tokopt.frontend.pt2 import load_pt2
-from tokopt.ir.bundle import Bundle
-from tokopt.ir.export import export_flat, output_specs, unlifted
+from tokopt.frontend.purity import check_captured, refuse_random, run_unchanged
+from tokopt.ir.bundle import Bundle, fresh
+from tokopt.ir.export import export_flat, output_specs
 from tokopt.ir.format import Entry, Schedule
 from tokopt.ir.graph import dtype_name
 from tokopt.ir.program import AxisRange, Program, TensorSpec
+from tokopt.runtime.format.signature import DTYPES
 
 Dynamic = Mapping[str, Sequence[str | None] | Mapping[int, str]]
 """Input name -> the name of each axis (None: static), or axis index -> name."""
+
+TORCHSCRIPT = "torch.export cannot trace TorchScript; capture the nn.Module that was scripted or traced"
 
 _SMALLEST_EXAMPLE = 2  # torch.export specialises axes whose example size is 0 or 1
 
@@ -39,9 +45,12 @@ class _Flat(torch.nn.Module):
         self._leaves = [None if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves]
         self._is_tensor = [isinstance(leaf, torch.Tensor) for leaf in leaves]
         self._spec = spec
+        self.overwritten: Sequence[bool] | None = None
+        """Which inputs the model writes to: it gets copies of them."""
 
     def call(self, tensors: Sequence[torch.Tensor]) -> object:
-        given = iter(tensors)
+        overwritten = self.overwritten or [False] * len(tensors)
+        given = iter([t.clone() if copy else t for t, copy in zip(tensors, overwritten, strict=True)])
         leaves = [
             next(given) if is_tensor else leaf
             for leaf, is_tensor in zip(self._leaves, self._is_tensor, strict=True)
@@ -74,8 +83,14 @@ def capture(
 
     The graph is normalised: masks that hide nothing are dropped and softmax chains become
     ``scaled_dot_product_attention``. Raises CaptureError when ``torch.export`` cannot trace the model or an
-    axis cannot be dynamic, and InputError when the example does not fit ``dynamic``.
+    axis cannot be dynamic, when the model draws random numbers or keeps something between calls, and InputError when
+    the example does not fit ``dynamic``.
     """
+    check_example(args, kwargs)
+    check_axes(dynamic, ranges)
+    check_tokenizer(tokenizer)
+    if isinstance(model, (str, Path)):
+        model = check_path("model", model)
     module, args, kwargs, own = _as_module(model, args, dict(kwargs or {}))
     with evaluation(module):
         leaves, spec = pytree.tree_flatten((args, kwargs))
@@ -93,15 +108,27 @@ def capture(
             for name, t, ax in zip(names, example, axes, strict=True)
         )
         used = {axis: AxisRange() for spec in inputs for axis in spec.axes if isinstance(axis, str)}
-        bounds = {**used, **{k: v for k, v in (ranges or {}).items() if k in used}}
-        outputs = _output_names(flat, example)
+        for axis in ranges or {}:
+            if axis not in used:
+                known = ", ".join(used) or "none"
+                raise InputError(
+                    f"ranges names the axis {axis!r}, which is not dynamic; those that are: {known}"
+                )
+        bounds = {**used, **(ranges or {})}
+        outputs = _outputs(flat, example, names)
+        _check_dtypes({**dict(zip(names, example, strict=True)), **outputs}, type(module).__name__)
         try:
-            exported, bounds = export_flat(flat, example, inputs, bounds)
+            graph, bounds = export_flat(flat, example, inputs, bounds)
+        except CaptureError:
+            raise
         except Exception as error:
             raise CaptureError(explain(error, module, inputs)) from error
-    blank = tuple(TensorSpec(name, "float32", (), "output") for name in outputs)
-    program = Program(unlifted(exported), inputs, blank, bounds, example)
-    program = normalize(replace(program, outputs=output_specs(program)))
+        blank = tuple(TensorSpec(name, "float32", (), "output") for name in outputs)
+        program = Program(graph, inputs, blank, bounds, example)
+        refuse_random(program.module, type(module).__name__)
+        program = replace(program, outputs=output_specs(program))
+        check_captured(program, list(outputs.values()), type(module).__name__)
+    program = normalize(program)
     return Bundle({"forward": program}, Schedule((Entry("forward", "encode"),)), tokenizer=tokenizer)
 
 
@@ -126,6 +153,8 @@ def _as_module(
             args, kwargs = model.example_inputs
         own = _exported_axes(model)
         model = model.module(check_guards=False)
+    if isinstance(model, torch.jit.ScriptModule):
+        raise CaptureError(TORCHSCRIPT)
     if not isinstance(model, torch.nn.Module):
         raise CaptureError(
             f"cannot capture a {type(model).__name__}; pass an nn.Module, an ExportedProgram or a .pt2 path"
@@ -176,28 +205,30 @@ class evaluation:
 
 def _input_names(module: torch.nn.Module, args: tuple, kwargs: dict) -> list[str]:
     """One name per tensor: the parameter of ``forward`` it belongs to, with its path inside when nested."""
-    target = module.forward
+    signature = inspect.signature(module.forward)
     try:
-        bound = inspect.signature(target).bind_partial(*args, **kwargs).arguments
+        signature.bind_partial(*args, **kwargs)
     except TypeError as error:
         raise InputError(f"the example inputs do not fit {type(module).__name__}.forward: {error}") from error
-    named: dict[str, Any] = {}
-    for name, value in bound.items():
-        kind = inspect.signature(target).parameters[name].kind
-        if kind is inspect.Parameter.VAR_POSITIONAL:
-            named.update({f"{name}_{i}" if len(value) > 1 else name: v for i, v in enumerate(value)})
-        elif kind is inspect.Parameter.VAR_KEYWORD:
-            named.update(value)
-        else:
-            named[name] = value
-    ordered = [*list(named.values())[: len(args)], *kwargs.values()]
-    spelled = {id(value): name for name, value in named.items()}
-    names = []
-    for value in ordered:
+    roots = [*_positional_names(signature, len(args)), *kwargs]
+    names: list[str] = []
+    for root, value in zip(roots, [*args, *kwargs.values()], strict=True):
         for path, leaf in pytree.tree_flatten_with_path(value)[0]:
             if isinstance(leaf, torch.Tensor):
-                names.append(_path_name(spelled[id(value)], path))
+                names.append(fresh(_path_name(root, path), names))
     return names
+
+
+def _positional_names(signature: inspect.Signature, count: int) -> list[str]:
+    """The parameters that ``count`` positional arguments go to; several of ``*args`` are numbered."""
+    names: list[str] = []
+    for parameter in signature.parameters.values():
+        if parameter.kind is inspect.Parameter.VAR_POSITIONAL:
+            rest = count - len(names)
+            names += [f"{parameter.name}_{i}" if rest > 1 else parameter.name for i in range(rest)]
+        elif parameter.kind in (parameter.POSITIONAL_ONLY, parameter.POSITIONAL_OR_KEYWORD):
+            names.append(parameter.name)
+    return names[:count]
 
 
 def _path_name(root: str, path: tuple) -> str:
@@ -205,24 +236,47 @@ def _path_name(root: str, path: tuple) -> str:
     return re.sub(r"\W", "_", "_".join(filter(None, [root, *parts])))
 
 
-def _output_names(flat: _Flat, example: tuple[torch.Tensor, ...]) -> list[str]:
-    try:
-        with torch.no_grad():
-            result = flat.call(example)
-    except Exception as error:
-        raise CaptureError(
-            f"{type(flat.model).__name__} fails on the example inputs: {type(error).__name__}: {error}"
-        ) from error
+def _outputs(
+    flat: _Flat, example: tuple[torch.Tensor, ...], inputs: Sequence[str]
+) -> dict[str, torch.Tensor]:
+    """What the model gives on the example, by names that no input has; notes which inputs it writes to."""
+    overwritten: list[bool] = []
+
+    def call() -> object:
+        copies = [tensor.clone() for tensor in example]
+        before = [tensor._version for tensor in copies]
+        try:
+            result = flat.call(copies)
+        except Exception as error:
+            raise CaptureError(
+                f"{type(flat.model).__name__} fails on the example inputs: {type(error).__name__}: {error}"
+            ) from error
+        overwritten[:] = [tensor._version != count for tensor, count in zip(copies, before, strict=True)]
+        return result
+
+    with torch.no_grad():
+        result = run_unchanged(flat.model, call)
+    flat.overwritten = overwritten
     if isinstance(result, torch.Tensor):
-        return ["output"]
-    tensors = [
-        _path_name("", path)
-        for path, leaf in pytree.tree_flatten_with_path(result)[0]
-        if isinstance(leaf, torch.Tensor)
-    ]
-    if not tensors:
+        return {fresh("output", inputs): result}
+    named: dict[str, torch.Tensor] = {}
+    for path, leaf in pytree.tree_flatten_with_path(result)[0]:
+        if isinstance(leaf, torch.Tensor):
+            name = _path_name("", path)
+            name = f"output_{name}" if name.isdigit() or name in inputs else name
+            named[fresh(name, [*inputs, *named])] = leaf
+    if not named:
         raise CaptureError(f"{type(flat.model).__name__} returns no tensor")
-    return [f"output_{name}" if name.isdigit() else name for name in tensors]
+    return named
+
+
+def _check_dtypes(tensors: Mapping[str, torch.Tensor], model: str) -> None:
+    for name, tensor in tensors.items():
+        if dtype_name(tensor.dtype) not in DTYPES:
+            raise CaptureError(
+                f"{name!r} of {model} is {dtype_name(tensor.dtype)}, which no artifact can hold; convert it inside "
+                "the model"
+            )
 
 
 def _named_axes(
@@ -261,6 +315,8 @@ def _grow_example(
 
 def explain(error: Exception, model: torch.nn.Module, inputs: tuple[TensorSpec, ...]) -> str:
     """One sentence from an error of ``torch.export``, naming the user's axis and the line of the model."""
+    if any(isinstance(part, torch.jit.ScriptModule) for part in model.modules()):
+        return TORCHSCRIPT
     text = str(error)
     name = type(model).__name__
     axes = sorted({axis for spec in inputs for axis in spec.axes if isinstance(axis, str)})

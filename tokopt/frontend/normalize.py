@@ -1,6 +1,6 @@
 """Normalisation at capture, so that every pass sees one form of attention.
 
-1. A mask that hides nothing (built from sizes alone, all True or all zero) is dropped.
+1. A mask that hides nothing (all True or all zero, proved for every size allowed) is dropped.
 2. ``softmax(scale * q @ k.T + bias) @ v`` becomes ``scaled_dot_product_attention``: hand-written attention,
    ``attn_implementation="eager"`` and ``nn.MultiheadAttention`` end up like everything else.
 """
@@ -10,12 +10,12 @@ from __future__ import annotations
 import functools
 import operator
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch.fx import GraphModule, Node
 
-from tokopt.analysis.constants import evaluate, parameter
+from tokopt.analysis.bounds import bounds
+from tokopt.analysis.constants import parameter
 from tokopt.errors import CaptureError
 from tokopt.ir.graph import (
     ancestors,
@@ -40,7 +40,7 @@ def normalize(program: Program) -> Program:
     Raises CaptureError when the rewritten graph does not reproduce the model on the example inputs.
     """
     module = open_graph(program)
-    if not _fuse_softmax_chains(module) | _drop_empty_masks(module, program):
+    if not _fuse_softmax_chains(module) | _drop_empty_masks(module):
         return program
     normalized = close_graph(program, module)
     for spec, got, wanted in zip(
@@ -56,11 +56,11 @@ def normalize(program: Program) -> Program:
 # --- masks that hide nothing ----------------------------------------------------------------------------
 
 
-def _drop_empty_masks(module: GraphModule, program: Program) -> bool:
+def _drop_empty_masks(module: GraphModule) -> bool:
     changed = False
     for node in attention_nodes(module.graph):
         mask = argument(node, 3, "attn_mask")
-        if isinstance(mask, Node) and _hides_nothing(module, mask, program):
+        if isinstance(mask, Node) and _hides_nothing(module, mask):
             if len(node.args) > 3:
                 node.update_arg(3, None)
             else:
@@ -69,30 +69,13 @@ def _drop_empty_masks(module: GraphModule, program: Program) -> bool:
     return changed
 
 
-def _hides_nothing(module: GraphModule, mask: Node, program: Program) -> bool:
-    """Whether the mask depends on sizes alone and is neutral at the example's sizes and at larger ones."""
-    if any(n.op == "placeholder" for n in {mask, *ancestors(mask)}):
-        return False
-    if any(n.op == "get_attr" and parameter(module, n).is_floating_point() for n in ancestors(mask)):
-        return False
-    for extra in (0, 1, 5):
-        value = evaluate(module, mask, _sizes(module, program, extra))
-        neutral = value.all() if value.dtype == torch.bool else not value.any()
-        if not neutral:
-            return False
-    return True
-
-
-def _sizes(module: GraphModule, program: Program, extra: int) -> dict[Node, Any]:
-    """The sizes of the inputs that the graph reads, with every named axis ``extra`` larger than in the example."""
-    placeholders = [node for node in module.graph.nodes if node.op == "placeholder"]
-    found: dict[Node, Any] = {}
-    for node, spec, given in zip(placeholders, program.inputs, program.example, strict=True):
-        for size in node.users:
-            if is_call(size, aten.sym_size):
-                axis: int = argument(size, 1, "dim")
-                found[size] = given.shape[axis] + extra * isinstance(spec.axes[axis], str)
-    return found
+def _hides_nothing(module: GraphModule, mask: Node) -> bool:
+    """Whether the mask is proved to be neutral at every size allowed."""
+    if any(n.op == "get_attr" and parameter(module, n).is_floating_point() for n in {mask, *ancestors(mask)}):
+        return False  # a bias that may be trained to be another one
+    found = bounds(module, mask)
+    neutral = (1, 1) if mask.meta["val"].dtype == torch.bool else (0, 0)
+    return found is not None and (found.low, found.high) == neutral
 
 
 # --- softmax chains -------------------------------------------------------------------------------------

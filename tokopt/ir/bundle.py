@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
+from tokopt.arguments import check_kind, described
 from tokopt.errors import InputError
 from tokopt.ir.program import Program, TensorSpec
 from tokopt.runtime.format.generation import Generation
@@ -96,8 +97,12 @@ class Bundle:
         return ",".join(step.text for step in self.history)
 
     def state(self, name: str) -> State:
-        """The state of this name."""
-        return next(state for state in self.states if state.name == name)
+        """The state of this name; raises InputError when there is none."""
+        found = next((state for state in self.states if state.name == name), None)
+        if found is None:
+            names = ", ".join(state.name for state in self.states) or "none"
+            raise InputError(f"there is no state {described(name)}; the bundle has {names}")
+        return found
 
     def with_program(self, name: str, program: Program) -> Bundle:
         """A copy of this bundle in which ``name`` is ``program``."""
@@ -135,8 +140,20 @@ class Bundle:
         from tokopt.ir.calls import Calls
 
         programs = {name: self.programs[name] for name in self.entries}
-        tokens = with_role(self.inputs.values(), "tokens")
-        return Calls(programs, self.links, self.states, given, given[tokens[0].name] if tokens else None)
+        spec = find_role(self.inputs.values(), "tokens")
+        tokens = None if spec is None else self._tokens(given[spec.name])
+        return Calls(programs, self.links, self.states, given, tokens)
+
+    def _tokens(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Token ids [batch, tokens]; raises InputError for anything else."""
+        vocabulary = 0 if self.generation is None else self.generation.vocabulary
+        whole = not (tokens.is_floating_point() or tokens.is_complex())
+        ids = whole and tokens.ndim == 2 and tokens.numel()
+        if not ids or not 0 <= int(tokens.min()) <= int(tokens.max()) < vocabulary:
+            raise InputError(
+                f"tokens of shape {list(tokens.shape)} are no text; give ids [batch, tokens] below {vocabulary}"
+            )
+        return tokens
 
     def outputs(self, given: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """What a caller gets, by name: logits [batch, tokens, vocabulary] after empty caches, or encoders' outputs.
@@ -154,13 +171,16 @@ class Bundle:
         return {key: value for name in self.encoders for key, value in calls.outputs(name, "output").items()}
 
     def __call__(self, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """The :meth:`outputs` for tensors in the order of :attr:`inputs`; raises InputError for another number."""
-        names = self.inputs
-        if len(tensors) != len(names):
-            raise InputError(
-                f"{len(tensors)} tensors were given, the model takes {len(names)}: {', '.join(names)}"
-            )
-        return tuple(self.outputs(dict(zip(names, tensors, strict=True))).values())
+        """The :meth:`outputs` for tensors in the order of :attr:`inputs`; raises InputError for what does not fit."""
+        from tokopt.ir.calls import check_tensors
+
+        given = check_tensors(tensors, tuple(self.inputs.values()))
+        return tuple(self.outputs(dict(zip(self.inputs, given, strict=True))).values())
+
+
+def check_bundle(name: str, value: object) -> Bundle:
+    """An argument that must be a bundle; raises InputError."""
+    return check_kind(name, value, Bundle, "a Bundle, as tokopt.capture and tokopt.optimize return it")
 
 
 def fresh(name: str, taken: Iterable[str]) -> str:

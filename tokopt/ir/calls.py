@@ -9,12 +9,15 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import takewhile
+from typing import cast
 
 import torch
 from torch import Tensor
 
+from tokopt.arguments import check_kind
 from tokopt.errors import InputError
-from tokopt.ir.program import Program, TensorSpec
+from tokopt.ir.graph import dtype_name
+from tokopt.ir.program import AxisRange, Program, TensorSpec
 from tokopt.runtime.format.link import Link, Port
 from tokopt.runtime.format.signature import BATCH, find_role, with_role
 from tokopt.runtime.format.state import State, slot_axis
@@ -37,9 +40,13 @@ class Calls:
     def inputs(self, name: str) -> tuple[Tensor, ...]:
         """The inputs of a program.
 
-        Raises InputError for a program that reads what none before it gives.
+        Raises InputError for a program that reads what none before it gives, and for sizes that it does not take.
         """
-        program = self.programs[name]
+        given = self._given(name, self.programs[name])
+        _check_sizes(self.programs[name], given)
+        return given
+
+    def _given(self, name: str, program: Program) -> tuple[Tensor, ...]:
         links = {spec.name: self._linked(name, spec) for spec in with_role(program.inputs, "link")}
         known = {**self.given, **links}
         if self.tokens is not None and find_role(program.inputs, "tokens") is not None:
@@ -74,6 +81,40 @@ class Calls:
         return self._results[name]
 
 
+def _check_sizes(program: Program, given: Sequence[Tensor]) -> None:
+    """A graph is right for the sizes that it was captured for, and for others computes something else."""
+    for spec, tensor in zip(program.inputs, given, strict=True):
+        if tensor.ndim != len(spec.axes):
+            raise InputError(f"{spec.name!r} has {tensor.ndim} axes, and the program takes {spec}")
+        for axis, size in zip(spec.axes, tensor.shape, strict=True):
+            bounds = AxisRange(axis, axis) if isinstance(axis, int) else program.ranges[axis]
+            if size < bounds.min or (bounds.max is not None and size > bounds.max):
+                most = "any number" if bounds.max is None else bounds.max
+                raise InputError(
+                    f"{spec.name!r} has the size {size} along {axis!r}, and the program takes {bounds.min} to {most}"
+                )
+
+
+def check_tensors(tensors: Sequence[object], specs: Sequence[TensorSpec]) -> tuple[Tensor, ...]:
+    """The tensors of a call, one for each of ``specs``; raises InputError for a wrong number, kind, dtype or shape."""
+    if len(tensors) != len(specs):
+        names = ", ".join(spec.name for spec in specs)
+        raise InputError(f"{len(tensors)} tensors were given, the model takes {len(specs)}: {names}")
+    for spec, tensor in zip(specs, tensors, strict=True):
+        found = check_kind(f"input {spec.name!r}", tensor, Tensor, f"a tensor, {spec}")
+        shape = list(found.shape)
+        if dtype_name(found.dtype) != spec.dtype:
+            raise InputError(
+                f"input {spec.name!r} is {dtype_name(found.dtype)}, the model takes {spec}; convert it"
+            )
+        if len(shape) != len(spec.axes) or any(
+            size < 1 or (isinstance(axis, int) and axis != size)
+            for axis, size in zip(spec.axes, shape, strict=True)
+        ):
+            raise InputError(f"input {spec.name!r} has shape {shape}, the model takes {spec}")
+    return cast("tuple[Tensor, ...]", tuple(tensors))
+
+
 def first_call(
     program: Program,
     tokens: Tensor,
@@ -86,10 +127,25 @@ def first_call(
     by name.
     """
     batch, count = tokens.shape
-    known = {state.name: state for state in states}
+    empty = {state.name: initial(state, batch, count) for state in states}
+    return call_inputs(program, tokens, torch.arange(count).repeat(batch, 1), empty, linked)
+
+
+def call_inputs(
+    program: Program,
+    tokens: Tensor,
+    positions: Tensor,
+    states: Mapping[str, Tensor],
+    linked: Mapping[str, Tensor] | None = None,
+) -> tuple[Tensor, ...]:
+    """The inputs of a program that reads ``tokens`` at ``positions`` (both [batch, tokens]) after what ``states`` hold.
+
+    Every new token sees those before it, and logits are asked for all. ``linked`` are the values of links by name.
+    """
+    batch, count = tokens.shape
     values = {
         "tokens": tokens,
-        "positions": torch.arange(count).repeat(batch, 1),
+        "positions": positions,
         "mask": torch.ones(count, count, dtype=torch.bool).tril().repeat(batch, 1, 1),
         "rows": torch.arange(count),
         "limit": torch.full((batch,), count),
@@ -97,7 +153,7 @@ def first_call(
 
     def value(spec: TensorSpec) -> Tensor:
         if spec.state is not None:
-            return initial(known[spec.state], batch, count)
+            return states[spec.state]
         return values[spec.role] if spec.role in values else (linked or {})[spec.name]
 
     return tuple(map(value, program.inputs))

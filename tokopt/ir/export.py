@@ -9,8 +9,11 @@ from dataclasses import replace
 
 import torch
 from torch.fx import Graph, GraphModule, Node
+from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 
-from tokopt.ir.graph import results
+from tokopt.errors import CaptureError
+from tokopt.ir.graph import describe, results
+from tokopt.ir.mutation import drop_write_backs, without_mutation
 from tokopt.ir.program import AxisRange, Program, TensorSpec
 
 Ranges = Mapping[str, AxisRange]
@@ -32,12 +35,12 @@ def copied(module: GraphModule) -> GraphModule:
 
 
 def export_flat(
-    module: torch.nn.Module,
+    model: torch.nn.Module,
     example: tuple[torch.Tensor, ...],
     inputs: tuple[TensorSpec, ...],
     ranges: Ranges,
-) -> tuple[torch.export.ExportedProgram, Ranges]:
-    """``torch.export`` of a module that takes positional tensors and returns a tuple of tensors.
+) -> tuple[GraphModule, Ranges]:
+    """The graph of a module that takes positional tensors and returns a tuple of tensors, its parameters as attributes.
 
     Returns the ranges too, narrowed by the bounds that the model itself sets (a table of 512 positions, say).
     """
@@ -45,18 +48,31 @@ def export_flat(
         with warnings.catch_warnings(), torch.no_grad():
             warnings.simplefilter("ignore")
             exported = torch.export.export(
-                module,
+                model,
                 example,
                 dynamic_shapes=_dynamic_shapes(inputs, ranges),
                 strict=False,
             )
-        exported.graph.eliminate_dead_code()
-        return exported, ranges
+            _refuse_sizes_from_values(exported)
+            exported = without_mutation(exported, inputs)
+        module = unlifted(exported)
+        drop_write_backs(module)
+        return copied(module), ranges
     except Exception as error:
         narrowed = _suggested_ranges(str(error), ranges)
         if narrowed == ranges:
             raise
-    return export_flat(module, example, inputs, narrowed)
+    return export_flat(model, example, inputs, narrowed)
+
+
+def _refuse_sizes_from_values(exported: torch.export.ExportedProgram) -> None:
+    for node in exported.graph.nodes:
+        value = node.meta.get("val")
+        if isinstance(value, torch.Tensor) and any(map(free_unbacked_symbols, value.shape)):
+            raise CaptureError(
+                f"the model makes a size of the values of its inputs ({describe(node)}), and sizes have to follow from "
+                "sizes; give the values to the model itself, as numbers"
+            )
 
 
 def _dynamic_shapes(

@@ -14,6 +14,9 @@ aten = torch.ops.aten
 
 SDPA = aten.scaled_dot_product_attention.default
 
+HIDDEN = -1e4
+"""Additive masks at or below this hide a key."""
+
 
 def is_call(node: object, *targets: object) -> TypeGuard[Node]:
     """Whether ``node`` calls one of ``targets`` (OpOverload, or OpOverloadPacket for all its overloads)."""
@@ -90,8 +93,8 @@ def _closure(start: list[Node], step: Callable[[Node], Iterable[Node]]) -> set[N
 
 
 def value_users(node: Node) -> list[Node]:
-    """Users of the node's value: everything but ``sym_size``."""
-    return [user for user in node.users if not is_call(user, aten.sym_size)]
+    """Users of the node's value: everything but ``sym_size`` and what asserts its dtype."""
+    return [user for user in node.users if not is_call(user, aten.sym_size, aten._assert_tensor_metadata)]
 
 
 def attention_nodes(graph: Graph) -> list[Node]:
@@ -131,11 +134,22 @@ def results(graph: Graph) -> list[Node]:
 def module_path(node: Node) -> str:
     """The dotted path, in the user's model, of the module whose code made this node."""
     stack: dict[str, tuple[str, object]] = node.meta.get("nn_module_stack") or {}
-    for path, _ in reversed(list(stack.values())):
-        path = re.sub(r"^(model)(\.|$)", "", path)
-        if path:
-            return re.sub(r"@\d+$", "", path)
-    return ""
+    return innermost(path for path, _ in stack.values())
+
+
+def innermost(paths: Iterable[str]) -> str:
+    """The last of nested module paths that is one of the user's model, as the user would write it.
+
+    >>> innermost(["", "model", "model.encoder@1"])
+    'encoder'
+    """
+    shown = [re.sub(r"@\d+$", "", re.sub(r"^(model)(\.|$)", "", path)) for path in paths]
+    return next((path for path in reversed(shown) if path), "")
+
+
+def parameter_path(node: Node) -> str:
+    """The dotted path, in the user's model, of the parameter that a ``get_attr`` node reads."""
+    return re.sub(r"^model\.", "", str(node.target))
 
 
 def source_line(node: Node) -> str:

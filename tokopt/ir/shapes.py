@@ -188,6 +188,16 @@ class Shapes:
             ranges = _holding(guard.expr, symbols, ranges)
         return ranges
 
+    def always(self, relation: Any) -> bool:
+        """Whether intervals prove a relation between the named axes for every size in their ranges."""
+        known = {
+            _symbol(size): ValueRanges(bounds.min, int_oo if bounds.max is None else bounds.max)
+            for size, bounds in ((self.axes[axis], self.bounds[axis]) for axis in self.axes)
+        }
+        if relation.free_symbols <= known.keys():
+            return _proved(relation, known)
+        return False
+
     def active(self) -> FakeTensorMode:
         """The mode in which this graph's functions run without data."""
         return self.symbols.activate(self)
@@ -386,3 +396,25 @@ def with_shapes(program: Program) -> GraphModule:
         shapes.refresh(module)
         program.module.meta[key] = module
     return program.module.meta[key]
+
+
+def sizes_at(module: GraphModule, axes: Mapping[str, int]) -> Callable[[Any], int]:
+    """The number that a size of a graph :func:`with_shapes` is when its named axes have these sizes.
+
+    Axes that are not given have the example's size.
+    """
+    known = {
+        _symbol(size): sympy.Integer(axes.get(axis, size.node.hint))
+        for axis, size in Shapes.attached(module).axes.items()
+    }
+    found: dict[Any, int] = {}
+
+    def number(size: Any) -> int:
+        if isinstance(size, int):
+            return size
+        expr = size.node.expr
+        if expr not in found:
+            found[expr] = int(expr.xreplace(known))
+        return found[expr]
+
+    return number

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterator
+from typing import Any
 
 from torch.fx import Node
 
 from tokopt.errors import PassError
 from tokopt.ir.bundle import Bundle
 from tokopt.ir.export import placeholders
-from tokopt.ir.graph import ancestors, describe, dtype_name, is_op, value_users
+from tokopt.ir.graph import ancestors, aten, describe, dtype_name, is_call, is_op, value_users
 from tokopt.ir.program import Program
 from tokopt.runtime.format.checks import FormatError, check_format
 
@@ -38,19 +40,26 @@ def _verify_aliases(program: Program) -> None:
     """An output that aliases an input is that input after one ``cache_write``, or a chain of them.
 
     The buffer that serves as both may hold any link of the chain when something reads it. So every other reader of a
-    link must come before the next write: it must be an ancestor of that write.
+    link, or of a view of it, must come before the next write: it must be an ancestor of that write. What the buffer
+    holds after the call is the last link, so the next value of a state is no earlier one.
     """
     nodes = placeholders(program.module)
     made = program.module.graph.output_node().args[0]
     assert isinstance(made, (tuple, list))
-    outputs = dict(zip((spec.name for spec in program.outputs), made, strict=True))
+    outputs = {spec.name: (node, spec) for spec, node in zip(program.outputs, made, strict=True)}
     buffers = dict(zip((spec.name for spec in program.inputs), nodes, strict=True))
     chains: dict[str, set[Node]] = {}
     for name, source in program.aliases.items():
-        chains.setdefault(source, set()).update(_chain(name, outputs[name], buffers[source]))
+        chains.setdefault(source, set()).update(_chain(name, outputs[name][0], buffers[source]))
     for source, writes in chains.items():
         for link in (buffers[source], *writes):
             _verify_link(source, link, [write for write in writes if write.args[0] is link])
+    for name, source in program.aliases.items():
+        node, spec = outputs[name]
+        _require(
+            spec.state is None or all(write.args[0] is not node for write in chains[source]),
+            f"{name!r} is the next value of a state and not the last that is written into {source!r}",
+        )
 
 
 def _chain(name: str, node: object, buffer: Node) -> Iterator[Node]:
@@ -66,11 +75,32 @@ def _verify_link(source: str, link: Node, writes: list[Node]) -> None:
     _require(len(writes) <= 1, f"{source!r} is written in place twice from one value")
     for write in writes:
         before = ancestors(write)
-        for reader in value_users(link):
+        for held, reader in _readers(link):
+            # A write that is an output as well gets memory of its own there.
+            returned = reader.op == "output" and held is link and link.op != "placeholder"
             _require(
-                reader is write or reader in before or reader.op == "output",
+                reader is write or reader in before or returned,
                 f"{describe(reader)} reads {source!r} while it is written in place",
             )
+
+
+def _readers(link: Node) -> Iterator[tuple[Node, Node]]:
+    """What reads a value or a view of it, which engines keep in the same memory: what is read, and the reader."""
+    stack = [link]
+    while stack:
+        held = stack.pop()
+        for reader in value_users(held):
+            yield held, reader
+            if _is_view(reader):
+                stack.append(reader)
+
+
+def _is_view(node: Node) -> bool:
+    """Whether a node's value may be the memory of its operand."""
+    if is_call(node, operator.getitem, aten.clone, aten.dropout):  # engines drop the last two
+        return True
+    schema: Any = getattr(node.target, "_schema", None)
+    return schema is not None and any(made.alias_info is not None for made in schema.returns)
 
 
 def _verify_program(program: Program) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from tokopt.runtime.numerics import log_softmax
+from tokopt.runtime.numerics import divergences, log_softmax
 
 
 def predictions(before: np.ndarray, after: np.ndarray, following: np.ndarray) -> np.ndarray:
@@ -16,7 +16,7 @@ def predictions(before: np.ndarray, after: np.ndarray, following: np.ndarray) ->
     old, new = log_softmax(before), log_softmax(after)
     places = np.arange(len(following))
     columns = (
-        (np.exp(old) * (old - new)).sum(-1),
+        divergences(before, after),
         old.argmax(-1) == new.argmax(-1),
         -old[places, following],
         -new[places, following],

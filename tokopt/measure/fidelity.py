@@ -9,8 +9,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from tokopt.analysis.calibration import Sample, caller_tensors
+from tokopt.arguments import check_iterable
 from tokopt.errors import InputError
-from tokopt.ir.bundle import Bundle
+from tokopt.ir.bundle import Bundle, check_bundle
 from tokopt.measure.distance import predictions
 from tokopt.runtime.numerics import cosines, ratio, squares
 
@@ -49,6 +50,9 @@ def fidelity(before: Bundle, after: Bundle, samples: Iterable[Sample]) -> Featur
     A language model reads every text at once: what its cache would evict later does not show here. Raises
     InputError for samples that do not fit, and when there are none.
     """
+    check_bundle("before", before)
+    check_bundle("after", after)
+    check_iterable("samples", samples, "a list of inputs")
     compare = _predictions if before.schedule.generates else _vectors
     rows = [compare(before, after, sample) for sample in samples]
     if not rows:

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from tokopt.arguments import check_path
 from tokopt.errors import InputError, MissingDependencyError
 from tokopt.ir.program import Program
 from tokopt.kernels import declared
@@ -128,7 +129,7 @@ def _panel(photo: Image, grid: NDArray[np.int64]) -> Image:
 
 def save_picture(picture: Image, path: str | Path) -> Path:
     """Write a PNG through a temporary name."""
-    path = Path(path)
+    path = check_path("path", path)
     with writing(path) as temporary:
         picture.save(temporary, format="PNG")
     return path

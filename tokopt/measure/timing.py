@@ -10,17 +10,20 @@ from copy import deepcopy
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import numpy as np
 
+from tokopt.arguments import LARGEST, check_integer, check_path
 from tokopt.errors import ArtifactError, InputError, MissingDependencyError, TokoptError
+from tokopt.extras import explained
 from tokopt.ir.format import BATCH
-from tokopt.runtime import LanguageModel, load
-from tokopt.runtime.engines.onnxruntime import Backend
+from tokopt.measure.text_times import DecodeTimer
+from tokopt.runtime import load
+from tokopt.runtime.buffers import available_memory
+from tokopt.runtime.engines.onnxruntime import Backend, check_threads
 from tokopt.runtime.format.manifest import PORTABLE, Manifest, read_manifest
 from tokopt.runtime.inputs import Interface
-from tokopt.runtime.loop import Emission
 from tokopt.runtime.selftest import read_selftest
 
 if TYPE_CHECKING:
@@ -47,17 +50,31 @@ class Runner:
         axes = {tensor.name: tensor.axes for tensor in self.program.inputs}
         stored: Feed = {}
         for entry in self.manifest.schedule.of_role("encode"):
-            found = read_selftest(self.folder, self.manifest, entry.program)[0]
+            found = read_selftest(self.folder, self.manifest, entry.program).inputs
             stored |= {name: array for name, array in found.items() if name in axes and name not in stored}
         if batch is None:
             return stored
-        if batch < 1 or not any(BATCH in a for a in axes.values()):
-            raise InputError(f"{self.folder} cannot run a batch of {batch}; leave --batch out")
+        batch = self._checked(batch, stored)
         for name, array in stored.items():
             if BATCH in axes[name]:
                 axis = axes[name].index(BATCH)
                 stored[name] = np.take(array, np.arange(batch) % array.shape[axis], axis)
         return stored
+
+    def _checked(self, batch: object, stored: Feed) -> int:
+        """A batch that the artifact takes and that fits into memory; raises InputError."""
+        count, bounds = check_integer("batch", batch, 1, LARGEST), self.program.ranges.get(BATCH)
+        if bounds is None or (bounds.max is not None and count > bounds.max):
+            raise InputError(f"{self.folder} cannot run a batch of {count}; leave --batch out")
+        places = {t.name: t.axes.index(BATCH) for t in self.program.inputs if BATCH in t.axes}
+        wanted = sum(count * stored[n].nbytes // stored[n].shape[axis] for n, axis in places.items())
+        free = available_memory()
+        if free is not None and wanted > free:
+            raise InputError(
+                f"inputs of a batch of {count} take {wanted / 2**30:.1f} GiB and {free / 2**30:.1f} GiB of memory are "
+                "free; give a smaller one"
+            )
+        return count
 
 
 def open_runner(path: str | Path, threads: int | None = None, backend: Backend = "onnxruntime") -> Runner:
@@ -67,7 +84,7 @@ def open_runner(path: str | Path, threads: int | None = None, backend: Backend =
     on a GPU with the CUDA kernels of the token ops. Raises ArtifactError, InputError for a backend that cannot execute
     it, and MissingDependencyError where there is no GPU.
     """
-    folder = Path(path)
+    folder = check_path("path", path)
     manifest = read_manifest(folder)
     if manifest.schedule.generates:
         raise ArtifactError(f"{folder} is a language model; use it with: tokopt generate {folder} PROMPT")
@@ -80,6 +97,7 @@ def open_runner(path: str | Path, threads: int | None = None, backend: Backend =
         raise InputError(
             f"{folder} is of target torch; export it for {backend} with: tokopt export {folder} -o DIR"
         )
+    threads = check_threads(threads)
     if threads is not None:
         import torch
 
@@ -119,38 +137,6 @@ def module_on(exported: ExportedProgram, device: str) -> Callable[..., Any]:
     return move_to_device_pass(deepcopy(exported), device).module(check_guards=False)
 
 
-STEPS = 8
-"""Tokens that one timed call of a language model decodes."""
-
-
-def decoder(path: str | Path, prompt: int, threads: int | None = None) -> Callable[[], object]:
-    """A function that decodes the next :data:`STEPS` tokens after ``prompt`` of them; raises ArtifactError.
-
-    The cache goes on growing, and is compacted when it is time.
-    """
-    model: LanguageModel = load(path, threads=threads)
-    if model.draws:
-        raise InputError(
-            f"{path} draws its tokens itself, so a token of it has no time of its own; time generate"
-        )
-    ids = np.arange(prompt) % model.settings.vocabulary
-    request = model.open(1, prompt + STEPS)
-    state = [_likeliest(request.prefill([ids.tolist()])), prompt]
-
-    def decode() -> None:
-        for _ in range(STEPS):
-            token, position = state
-            emission = request.step(np.array([[token]]), np.array([[position]]))
-            state[:] = _likeliest(emission), position + 1
-
-    return decode
-
-
-def _likeliest(emission: Emission) -> int:
-    assert emission.logits is not None
-    return int(emission.logits[0, -1].argmax())
-
-
 def interleaved_times(
     paths: Sequence[str],
     rounds: int,
@@ -160,20 +146,60 @@ def interleaved_times(
     backend: Backend = "onnxruntime",
 ) -> Iterator[tuple[float, ...]]:
     """Yield, per round, the seconds that each artifact took: an encoder for its stored example, repeated or cut to
-    ``batch``, a language model for one token of the :data:`STEPS` that it decodes after ``prompt`` of them.
+    ``batch``, a language model for one token of those that it decodes after ``prompt`` of them.
+
+    They take turns as :func:`interleaved` says.
+    """
+    if prompt is None:
+        return interleaved(paths, rounds, EncoderTimer(batch, threads, backend))
+    return interleaved(paths, rounds, DecodeTimer(prompt, threads))
+
+
+Answer = TypeVar("Answer", covariant=True)
+
+
+class Timer(Protocol[Answer]):
+    """What is measured of an artifact; it travels to another process."""
+
+    def open(self, path: str) -> Callable[[], Answer]:
+        """Open an artifact; every call of the result measures once."""
+        ...
+
+
+@dataclass(frozen=True)
+class EncoderTimer:
+    """The seconds that an encoder takes for its stored example, repeated or cut to ``batch``."""
+
+    batch: int | None
+    threads: int | None
+    backend: Backend
+
+    def open(self, path: str) -> Callable[[], float]:
+        """As :class:`Timer`."""
+        runner = open_runner(path, self.threads, self.backend)
+        feed = runner.example(self.batch)
+
+        def measure() -> float:
+            start = time.perf_counter()
+            runner.run(feed)
+            return time.perf_counter() - start
+
+        return measure
+
+
+def interleaved(paths: Sequence[str], rounds: int, timer: Timer[Answer]) -> Iterator[tuple[Answer, ...]]:
+    """Yield, per round, what ``timer`` measured of each artifact.
 
     Every artifact runs in a process of its own, so that the thread pools of two engines do not disturb each
     other; within a round they take turns, and the order is reversed every other round, so that a machine that
-    slows down slows all of them.
+    slows down slows all of them. The first measurement of each, which allocates, is dropped.
     """
     context = multiprocessing.get_context("spawn")
     with ExitStack() as stack:
         workers: list[Connection] = []
         for path in paths:
             here, there = context.Pipe()
-            process = context.Process(
-                target=_worker, args=(there, path, batch, threads, prompt, backend), daemon=True
-            )
+            process = context.Process(target=_worker, args=(there, path, timer), daemon=True)
             process.start()
             there.close()
             stack.callback(process.join, 10)
@@ -182,14 +208,14 @@ def interleaved_times(
             workers.append(here)
         for number in range(rounds):
             order = range(len(paths)) if number % 2 == 0 else reversed(range(len(paths)))
-            seconds = [0.0] * len(paths)
+            answers: dict[int, Answer] = {}
             for index in order:
                 workers[index].send("run")
-                seconds[index] = _answer(workers[index], paths[index])
-            yield tuple(seconds)
+                answers[index] = _answer(workers[index], paths[index])
+            yield tuple(answers[index] for index in range(len(paths)))
 
 
-def _answer(worker: Connection, path: str) -> float:
+def _answer(worker: Connection, path: str) -> Any:
     try:
         answer = worker.recv()
     except EOFError as error:
@@ -199,32 +225,17 @@ def _answer(worker: Connection, path: str) -> float:
     return answer
 
 
-def _encoder(path: str, batch: int | None, threads: int | None, backend: Backend) -> Callable[[], object]:
-    runner = open_runner(path, threads, backend)
-    feed = runner.example(batch)
-    return lambda: runner.run(feed)
-
-
-def _worker(
-    pipe: Connection,
-    path: str,
-    batch: int | None,
-    threads: int | None,
-    prompt: int | None,
-    backend: Backend,
-) -> None:
+def _worker(pipe: Connection, path: str, timer: Timer[object]) -> None:
     try:
-        call = _encoder(path, batch, threads, backend) if prompt is None else decoder(path, prompt, threads)
-        each = 1 if prompt is None else STEPS
-        call()  # the first one allocates
-        pipe.send(0.0)
+        measure = timer.open(path)
+        pipe.send(measure())
         while True:
             pipe.recv()
-            start = time.perf_counter()
-            call()
-            pipe.send((time.perf_counter() - start) / each)
+            pipe.send(measure())
     except (EOFError, BrokenPipeError, KeyboardInterrupt):
         return
+    except ModuleNotFoundError as error:
+        pipe.send(str(explained(error) or f"{path}: {error}"))
     except Exception as error:
         pipe.send(
             str(error) if isinstance(error, TokoptError) else f"{path}: {type(error).__name__}: {error}"

@@ -18,14 +18,26 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from torch import Tensor
 
+from tokopt.analysis.calibration import Sample, caller_tensors
+from tokopt.arguments import (
+    check_callable,
+    check_integer,
+    check_items,
+    check_kind,
+    check_number,
+    check_path,
+    check_text,
+)
 from tokopt.artifact import export
 from tokopt.errors import InputError, TokoptError
-from tokopt.ir.bundle import Bundle
-from tokopt.measure.judge import FEATURES, OWN, PREDICTIONS, Floor, Sample, judge
+from tokopt.ir.bundle import Bundle, check_bundle
+from tokopt.measure.judge import FEATURES, OWN, PREDICTIONS, Floor, judge
 from tokopt.measure.timing import interleaved_times, open_runner
 from tokopt.pipeline.manager import optimize, parse
 from tokopt.place import alone, move_artifact, remove_artifact, writing
+from tokopt.runtime.engines.onnxruntime import check_threads
 
 Space = tuple[tuple[str, ...], ...]
 """Kinds of methods, and the candidates of each; at most one of each kind is in a pipeline."""
@@ -120,6 +132,13 @@ class Machine:
     prompt: int = 256
     batch: int | None = None
 
+    def __post_init__(self) -> None:
+        """Raise InputError for numbers that mean nothing."""
+        check_threads(self.threads)
+        check_integer("prompt", self.prompt, least=1)
+        if self.batch is not None:
+            check_integer("batch", self.batch, least=1)
+
 
 def tune(
     bundle: Bundle,
@@ -147,25 +166,37 @@ def tune(
     Raises InputError for fewer than two samples, a bad floor or candidate, a batch that the model cannot run, a folder
     of another search, and one in which another process searches.
     """
+    check_bundle("bundle", bundle)
+    folder = check_path("folder", folder)
+    samples = check_items("samples", samples, "a list of inputs")
+    candidates = [
+        check_items("an item of candidates", kind, "a list of pipelines of one kind")
+        for kind in check_items("candidates", candidates, "a list of lists of pipelines")
+    ]
+    minutes = check_number("minutes", minutes, lambda x: x >= 0, "of at least 0")
+    machine = Machine() if machine is None else check_kind("machine", machine, Machine, "a Machine, or None")
+    if metric is not None:
+        check_callable("metric", metric, "a function of the folder of an artifact")
+    if progress is not None:
+        check_callable("progress", progress, "a function of a line of text")
     if len(samples) < 2:
         raise InputError(
             "tuning needs at least two samples, one to calibrate with and one to judge by; give more"
         )
-    machine = machine or Machine()
     generates = bundle.schedule.generates
     if generates and machine.batch not in (None, 1):
         raise InputError("tuning times a language model one text at a time; leave the batch out")
     measures = PREDICTIONS if generates else FEATURES
     usual = "KL<=0.05" if generates else "cosine>=0.99"
-    wanted = Floor.parse(floor or usual, (*measures, *([OWN] if metric else [])))
+    wanted = Floor.parse(check_text("floor", floor) or usual, (*measures, *([OWN] if metric else [])))
     # One spelling of each; a misspelt candidate is refused before anything runs.
     kinds = [
         [str(parse(text)) for text in kind]
         for kind in candidates or (TEXT_SPACE if generates else FEATURE_SPACE)
     ]
     say = progress or (lambda line: None)
-    with alone(Path(folder)):
-        search = _Search(bundle, samples, Path(folder), machine, metric, say)
+    with alone(folder):
+        search = _Search(bundle, samples, folder, machine, metric, say)
         return _run(search, kinds, wanted, minutes)
 
 
@@ -217,9 +248,10 @@ class _Search:
     ) -> None:
         self.bundle, self.folder, self.machine, self.say = bundle, folder, machine, say
         self.metric = metric
-        self.calibration, self.judged = list(samples[::2]), list(samples[1::2])
+        named = [caller_tensors(bundle, sample) for sample in samples]
+        self.calibration, self.judged = named[::2], named[1::2]
         self.baseline, self.best = folder / "original.tokopt", ""
-        self.key = self._key(samples)
+        self.key = self._key(named)
         self.trials = self._read()
         if not (folder / "trials.json").exists() or not self.baseline.exists():
             say("exporting the model as it is")
@@ -295,7 +327,7 @@ class _Search:
         else:
             _draw(found, self.folder / "pareto.png")
 
-    def _key(self, samples: Sequence[Sample]) -> str:
+    def _key(self, samples: Sequence[Mapping[str, Tensor]]) -> str:
         """What the measurements depend on: the model, how it is timed and judged, and the samples."""
         module = self.bundle.main.module
         own = getattr(self.metric, "__qualname__", "")
@@ -303,8 +335,8 @@ class _Search:
         for tensor in module.state_dict().values():
             digest.update(np.ascontiguousarray(tensor.detach().float().numpy()).data)
         for sample in samples:
-            for part in sample if isinstance(sample, (list, tuple)) else [sample]:
-                digest.update(np.ascontiguousarray(part).tobytes())
+            for name, tensor in sample.items():
+                digest.update(name.encode() + np.ascontiguousarray(tensor).tobytes())
         return digest.hexdigest()
 
     def _read(self) -> dict[str, Trial]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import UnionType
@@ -11,6 +11,7 @@ from typing import Any, ClassVar, Literal, Union, get_args, get_origin, get_type
 
 from tokopt.analysis.calibration import Sample
 from tokopt.analysis.cost import Cost
+from tokopt.arguments import check_callable, check_flag, check_items, check_iterable, check_path
 from tokopt.errors import PassError
 from tokopt.ir.bundle import Bundle, Semantics
 from tokopt.ir.graph import is_group
@@ -47,8 +48,19 @@ class Context:
     calibration: Iterable[Sample] | None = None
 
     def __post_init__(self) -> None:
-        """Keep what can be iterated only once."""
-        if isinstance(self.calibration, Iterator):
+        """Keep what can be iterated only once; tensors by name are one sample. Raises InputError for other types."""
+        check_flag("strict", self.strict)
+        observers = check_items("observers", self.observers, "a tuple of functions")
+        for observer in observers:
+            check_callable("an observer", observer, "a function of (record, before, after)")
+        object.__setattr__(self, "observers", observers)
+        if self.reproducers is not None:
+            object.__setattr__(self, "reproducers", check_path("reproducers", self.reproducers))
+        if self.calibration is not None:
+            check_iterable("calibration", self.calibration, "a list of inputs, or what gives them one by one")
+        if isinstance(self.calibration, Mapping):
+            object.__setattr__(self, "calibration", [self.calibration])
+        elif isinstance(self.calibration, Iterator):
             object.__setattr__(self, "calibration", list(self.calibration))
 
     def samples(self, name: str) -> Iterable[Sample]:

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from tokopt.ir.bundle import Bundle
+from tokopt.arguments import check_number
+from tokopt.ir.bundle import Bundle, check_bundle
 from tokopt.pipeline.base import Context, Pass, PassRecord
-from tokopt.pipeline.manager import Pipeline, as_pipeline
+from tokopt.pipeline.manager import Pipeline, as_pipeline, check_context
 from tokopt.pipeline.observers import Difference, differences
 
 
@@ -45,14 +46,16 @@ def bisect(
     """Find the first pass after which an output differs from the original by an NMSE above ``tolerance``.
 
     Every pass is run (passes are cheap next to finding a fault) and compared with ``bundle`` itself on its
-    example inputs; NaN counts as a difference.
+    example inputs; NaN counts as a difference. Raises what :func:`tokopt.optimize` raises.
     """
+    check_bundle("bundle", bundle)
+    tolerance = check_number("tolerance", tolerance, lambda x: x >= 0, "of at least 0")
     steps: list[Step] = []
 
     def observe(record: PassRecord, before: Bundle, after: Bundle) -> None:
         steps.append(Step(record.text, differences(bundle, after)))
 
-    context = context or Context()
+    context = check_context(context) or Context()
     observed = replace(context, observers=(*context.observers, observe))
     as_pipeline(passes).run(bundle, observed)
     return Bisection(tolerance, tuple(steps))

@@ -20,8 +20,9 @@ from pathlib import Path
 
 from tokopt.analysis.calibration import Sample
 from tokopt.analysis.cost import bundle_cost
-from tokopt.errors import PassError, PassRefused, TokoptError
-from tokopt.ir.bundle import AppliedPass, Bundle
+from tokopt.arguments import check_items, check_kind, check_text
+from tokopt.errors import InputError, PassError, PassRefused, TokoptError
+from tokopt.ir.bundle import AppliedPass, Bundle, check_bundle
 from tokopt.ir.verifier import verify_bundle
 from tokopt.pipeline.base import Context, Pass, PassRecord
 from tokopt.pipeline.build import build
@@ -46,6 +47,11 @@ class Pipeline:
 
     passes: tuple[Pass, ...] = ()
 
+    def __post_init__(self) -> None:
+        """Raise InputError for what is no pass."""
+        for step in check_items("passes", self.passes, "a tuple of passes"):
+            check_kind("an item of passes", step, Pass, "a pass, as in [ToMe(r=4)]")
+
     def __repr__(self) -> str:
         return ",".join(map(str, self.passes))
 
@@ -55,7 +61,8 @@ class Pipeline:
         Raises PassError when a pass fails or returns a bundle that does not verify, naming the passes that ran
         before it; raises PassRefused in strict mode when a pass refused a site or changed nothing.
         """
-        context = context or Context()
+        check_bundle("bundle", bundle)
+        context = check_context(context) or Context()
         verify_bundle(bundle)
         records: list[PassRecord] = []
         for index, step in enumerate(self.passes):
@@ -133,16 +140,29 @@ def optimize(
     ``passes`` is the text of a pipeline (``"tome{r=16}"``), a :class:`Pipeline`, or a list of passes. The
     result's ``history`` says what each pass changed and what it refused. ``strict`` and ``calibration`` are short
     for those fields of a :class:`Context`: real inputs, for the passes that measure.
+
+    Raises PassError as :meth:`Pipeline.run` does, PipelineSyntaxError for a text that cannot be read, and InputError
+    for arguments of another type.
     """
-    context = context or Context(strict=strict, calibration=calibration)
-    return as_pipeline(passes).run(bundle, context)[0]
+    check_bundle("bundle", bundle)
+    short = Context(strict=strict, calibration=calibration)
+    if check_context(context) is not None and (strict or calibration is not None):
+        raise InputError("strict and calibration were given beside a context; set them in the context alone")
+    return as_pipeline(passes).run(bundle, context or short)[0]
+
+
+def check_context(context: object) -> Context | None:
+    """An argument that is a context, or None; raises InputError."""
+    return None if context is None else check_kind("context", context, Context, "a Context, or None")
 
 
 def as_pipeline(passes: str | Pipeline | Sequence[Pass]) -> Pipeline:
     """A :class:`Pipeline` from its text, from a list of passes, or from itself."""
     if isinstance(passes, Pipeline):
         return passes
-    return parse(passes) if isinstance(passes, str) else Pipeline(tuple(passes))
+    if isinstance(passes, str):
+        return parse(passes)
+    return Pipeline(check_items("passes", passes, "the text of a pipeline, a Pipeline, or a list of passes"))
 
 
 def parse(text: str) -> Pipeline:
@@ -151,4 +171,4 @@ def parse(text: str) -> Pipeline:
     >>> str(parse("tome{r=16, schedule=decreasing}"))
     'tome{r=16 schedule=decreasing}'
     """
-    return Pipeline(tuple(map(build, Reader(text).calls())))
+    return Pipeline(tuple(map(build, Reader(check_text("text", text)).calls())))

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+from tokopt.arguments import check_path
 from tokopt.ir.bundle import Bundle
 from tokopt.pipeline.base import Observer, PassRecord
 from tokopt.place import make_folder, writing
@@ -36,7 +37,7 @@ def _difference(name: str, wanted: torch.Tensor, got: torch.Tensor) -> Differenc
 
 def dump_to(folder: str | Path) -> Observer:
     """An observer that writes every program's readable code after each pass: ``01-tome.forward.py``, ..."""
-    folder = Path(folder)
+    folder = check_path("folder", folder)
     count = 0
 
     def observe(record: PassRecord, before: Bundle, after: Bundle) -> None:

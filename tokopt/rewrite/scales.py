@@ -64,7 +64,7 @@ def division(module: GraphModule, linears: Sequence[Linear]) -> Divide | None:
 def _source(node: Node, readers: set[Node]) -> Node | None:
     """What computed the channels of ``node``, if nothing but ``readers`` reads them on the way."""
     while set(value_users(node)) == readers:
-        if not _keeps_channels(node):
+        if not keeps_channels(node):
             return node
         before = node.args[0]
         assert isinstance(before, Node)
@@ -102,7 +102,7 @@ def _through_linear(module: GraphModule, node: object, reader: Node) -> Divide |
     return divide
 
 
-def _keeps_channels(node: Node) -> bool:
+def keeps_channels(node: Node) -> bool:
     """Whether a node chooses or regroups tokens and leaves the last axis as it is."""
     given = node.args[0] if node.args else None
     if not isinstance(given, Node):

@@ -32,6 +32,7 @@ from tokopt.analysis.token_axis import (
 )
 from tokopt.errors import PassRefused
 from tokopt.ir.graph import (
+    HIDDEN,
     ancestors,
     argument,
     aten,
@@ -44,8 +45,6 @@ from tokopt.ir.graph import (
 from tokopt.ir.shapes import Shapes
 from tokopt.kernels import ops
 from tokopt.rewrite.edit import call
-
-_HIDDEN = -1e4  # additive masks at or below this hide a key
 
 
 @dataclass(frozen=True)
@@ -88,11 +87,16 @@ class Assignment:
 
 @dataclass(frozen=True)
 class Reduction:
-    """One reduction after ``block``. ``merges``: removed tokens live on in others, whose size grows."""
+    """One reduction after ``block``.
+
+    ``merges``: removed tokens live on in others, whose size grows. ``weighs_attention``: later attentions add
+    ``log(size)``.
+    """
 
     block: Block
     reduce: Callable[[Tokens], Assignment]
     merges: bool
+    weighs_attention: bool
 
 
 @dataclass
@@ -103,7 +107,7 @@ class Stage:
     size: Node  # [batch, kept]
     source: Node  # [batch, tokens]: slot of every original token
     original_size: Node  # [batch, tokens]
-    merged: bool  # whether sizes differ from 1, so that attention must be proportional
+    proportional: bool  # whether attention adds log(size)
     pruned: bool  # whether some tokens are gone from the sum of sizes
 
 
@@ -111,9 +115,9 @@ class Stage:
 class TokenRewriter:
     """Inserts reductions into ``module`` and repairs everything downstream.
 
-    ``batch`` is the batch size of the example inputs. After merging, later attentions add ``log(size)`` to
-    their logits (ToMe, arXiv 2210.09461, section 3). ``restored`` lists the outputs that got all their tokens
-    back.
+    ``batch`` is the batch size of the example inputs. After a reduction that ``weighs_attention``, later attentions add
+    ``log(size)`` to their logits (ToMe, arXiv 2210.09461, section 3). ``restored`` lists the outputs that got all their
+    tokens back.
     """
 
     module: GraphModule
@@ -176,11 +180,12 @@ class TokenRewriter:
         size, new_size, keep, drop, dest = nodes
         source = self._call(ops.source_map.default, keep, drop, dest, like=size)
         if previous is None:
-            return Stage(keep, new_size, source, size, reduction.merges, not reduction.merges)
+            return Stage(keep, new_size, source, size, reduction.weighs_attention, not reduction.merges)
         keep = self._call(ops.gather_tokens.default, previous.keep, keep, 1, like=size)
         source = self._call(ops.gather_tokens.default, source, previous.source, 1, like=size)
-        merged, pruned = previous.merged or reduction.merges, previous.pruned or not reduction.merges
-        return Stage(keep, new_size, source, previous.original_size, merged, pruned)
+        proportional = previous.proportional or reduction.weighs_attention
+        pruned = previous.pruned or not reduction.merges
+        return Stage(keep, new_size, source, previous.original_size, proportional, pruned)
 
     def _call(self, function: Callable, *args: object, like: Node) -> Any:
         return call(self.graph, function, *args, like=like)
@@ -279,7 +284,7 @@ class TokenRewriter:
         if isinstance(mask, Node) and edit.mask_axes:
             mask = self._take(mask, edit.mask_axes, edit.stage, sizes(query))
         label = labels.get(key)
-        if label is not None and stage.merged:
+        if label is not None and stage.proportional:
             folded = sizes(query)[0] // self.batch
             start = label.axes[0].start
             biased = (mask, edit.stage, start, folded)
@@ -386,7 +391,7 @@ def _initial_size(stream: Tensor, mask: Tensor | None, flipped: bool, folded: in
     batch, tokens = (stream.shape[1], stream.shape[0]) if flipped else stream.shape[:2]
     if mask is None:
         return torch.ones(batch, tokens, device=stream.device)
-    seen = (mask if mask.dtype == torch.bool else mask > _HIDDEN).any(dim=-2)
+    seen = (mask if mask.dtype == torch.bool else mask > HIDDEN).any(dim=-2)
     while seen.dim() > 2:
         seen = seen.any(dim=1)
     if folded > 1:

@@ -34,9 +34,9 @@ def run(args: Namespace, screen: Screen) -> int:
     import tokopt
 
     options = ExampleOptions(args.image_size, args.tokens, tuple(args.shape), args.model_class)
-    with screen.step(f"Capturing {args.model}"):
+    with screen.step(f"Capturing {args.model}") as say:
         bundle = read_bundle(args.model, options)
-        path = tokopt.export(bundle, args.output, target="torch")
+        path = tokopt.export(bundle, args.output, target="torch", progress=say)
     program = bundle.main
     screen.line(f"{path}: {spell(program.inputs)} -> {spell(program.outputs)}")
     screen.finish(

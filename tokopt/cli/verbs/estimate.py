@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 from argparse import ArgumentParser, Namespace
+from collections.abc import Sequence
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
 from tokopt.cli.models import read_bundle
-from tokopt.cli.options import add_model, add_pipeline
+from tokopt.cli.options import add_model, add_pipeline, add_prompt
 from tokopt.cli.screen import Screen
-from tokopt.cli.tables import show_report
+from tokopt.cli.tables import show_report, telling
 from tokopt.cli.verb import OK, Verb
 
 if TYPE_CHECKING:
     from tokopt.ir.bundle import Bundle
+    from tokopt.measure.forecast import TextForecast
     from tokopt.pipeline.manager import Report
 
 _PAYS = 1.05
@@ -23,31 +25,87 @@ _PAYS = 1.05
 def add_options(parser: ArgumentParser) -> None:
     add_model(parser)
     add_pipeline(parser)
+    add_prompt(parser)
 
 
 def run(args: Namespace, screen: Screen) -> int:
     """Run a pipeline in memory and predict what it saves; nothing is written."""
-    from tokopt.measure.roofline import measure_machine, predict_seconds
+    from tokopt.measure.forecast import forecast
+    from tokopt.measure.machine import measure_machine
+    from tokopt.measure.roofline import predict_seconds
     from tokopt.pipeline.base import Context
     from tokopt.pipeline.manager import as_pipeline
 
-    pipeline, seconds = as_pipeline(args.pipeline), list[float]()
-    with screen.step(f"Estimating {pipeline}"):
-        bundle, watch = read_bundle(args.artifact), Context()
-        if not bundle.schedule.generates:
-            machine = measure_machine()
-            seconds.append(predict_seconds(bundle.main, machine))
-            watch = Context(
-                observers=(lambda _, __, new: seconds.append(predict_seconds(new.main, machine)),)
-            )
-        report = pipeline.run(bundle, watch)[1]
+    pipeline = as_pipeline(args.pipeline)
+    with screen.step(f"Reading {args.artifact}") as say:
+        bundle = read_bundle(args.artifact)
+        machine = measure_machine()
+        seconds: list[float] = []
+        texts: list[TextForecast] = []
+
+        def predict(made: Bundle) -> None:
+            if made.schedule.generates:
+                texts.append(forecast(made, machine, args.prompt))
+            else:
+                seconds.append(predict_seconds(made.main, machine))
+
+        say(f"Estimating {pipeline}")
+        predict(bundle)
+        context = Context(observers=(telling(say), lambda _, __, made: predict(made)))
+        report = pipeline.run(bundle, context)[1]
     show_report(report, screen)
-    if bundle.schedule.generates:
-        # What a step costs depends on how full its cache is, and on what an engine fuses with 4-bit weights.
-        screen.line("No time is predicted for language models; tokopt generate says what a text took")
-        screen.finish({"passes": [dataclasses.asdict(record) for record in report.records]})
-        return OK
+    if texts:
+        return _predict_texts(texts, report, args, screen)
     return _predict(seconds, report, bundle, screen)
+
+
+def _predict_texts(texts: Sequence[TextForecast], report: Report, args: Namespace, screen: Screen) -> int:
+    """A row for the model and for every pass after it, and the verdict."""
+    counts = list(texts[0].rows)
+    headers = (
+        "after",
+        "ms/token",
+        "speed-up",
+        f"ms to read {args.prompt}",
+        *(f"x{count}" for count in counts),
+        "MB weights",
+        "MB cache",
+    )
+    rows = [
+        (
+            name,
+            1e3 * text.token,
+            f"{texts[0].token / text.token:.2f}x",
+            1e3 * text.read,
+            *(text.rows.get(count) for count in counts),
+            text.weight_bytes / 1e6,
+            text.cache_bytes / 1e6,
+        )
+        for name, text in zip(("(nothing)", *(r.text for r in report.records)), texts, strict=True)
+    ]
+    screen.line()
+    screen.table(headers, rows)
+    total = texts[0].token / texts[-1].token
+    reading = texts[0].read / texts[-1].read
+    screen.line(
+        f"{_verdict(total)} per token; prompts are read {reading:.2f}x as fast (roofline of this machine's CPU after "
+        f"{args.prompt} tokens; tokopt bench measures)"
+    )
+    records = [
+        {**dataclasses.asdict(record), **text.as_dict(), "predicted_speedup": before.token / text.token}
+        for record, (before, text) in zip(report.records, pairwise(texts), strict=True)
+    ]
+    screen.finish(
+        {
+            "prompt": args.prompt,
+            "predicted_speedup": total,
+            "pays": total >= _PAYS,
+            "before": texts[0].as_dict(),
+            "after": texts[-1].as_dict(),
+            "passes": records,
+        }
+    )
+    return OK
 
 
 def _predict(seconds: list[float], report: Report, bundle: Bundle, screen: Screen) -> int:
@@ -71,7 +129,7 @@ def _verdict(speedup: float) -> str:
         return f"Predicted speed-up {speedup:.2f}x"
     if speedup > 1 / _PAYS:
         return f"No gain to expect: predicted {speedup:.2f}x, within the error of the prediction"
-    return f"This would be slower: predicted {speedup:.2f}x, matching costs more than the removed tokens"
+    return f"This would be slower: predicted {speedup:.2f}x, it costs more than it saves"
 
 
 VERB = Verb(

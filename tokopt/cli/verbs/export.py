@@ -79,18 +79,27 @@ def run(args: Namespace, screen: Screen) -> int:
         raise InputError(
             f"--{next(iter(serving)).replace('_', '-')} belongs to --target triton; leave it out"
         )
-    with screen.step(f"Exporting {args.artifact} to {args.target}"):
+    steps: list[str] = []
+    with screen.step(f"Exporting {args.artifact} to {args.target}") as say:
+
+        def note_step(line: str) -> None:
+            steps.append(line)
+            say(line)
+
         if args.target == "triton":
             path = _write_triton(args, serving, engine)
             note = f"for tritonserver --model-repository={path.absolute().parent}"
         else:
             import tokopt
 
-            path = tokopt.export(read_bundle(args.artifact), args.output, target=args.target, engine=engine)
+            bundle = read_bundle(args.artifact)
+            path = tokopt.export(bundle, args.output, target=args.target, engine=engine, progress=note_step)
             note = "checked against the captured program"
     size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
+    for step in steps:
+        screen.line(step)
     screen.line(f"{path}: {args.target}, {si(size)}B, {note}")
-    screen.finish({"artifact": path, "target": args.target, "bytes": size})
+    screen.finish({"artifact": path, "target": args.target, "bytes": size, "steps": steps})
     return OK
 
 

@@ -52,12 +52,11 @@ def run(args: Namespace, screen: Screen) -> int:
         args.seed,
     )
     prompt = model.chat_prompt([{"role": "user", "content": args.prompt}]) if args.chat else args.prompt
-    pieces = []
-    for piece in model.stream(prompt, max_tokens=args.max_tokens, sampling=sampling, stop=args.stop):
-        pieces.append(piece)
+    stream = model.stream(prompt, max_tokens=args.max_tokens, sampling=sampling, stop=args.stop)
+    for piece in stream:
         if args.stream and not args.json:
             print(piece, end="", flush=True)
-    text, done = "".join(pieces), model.statistics
+    text, done = stream.generated.text, stream.generated.statistics
     screen.line("" if args.stream else text)
     if sys.stderr.isatty():
         print(

@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from argparse import ArgumentParser, Namespace
-from typing import TYPE_CHECKING
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
+from tokopt.cli.blocks import HEADERS, rows_by_kind
 from tokopt.cli.models import deployed_manifest, read_bundle
 from tokopt.cli.options import add_model
 from tokopt.cli.screen import Screen, si
 from tokopt.cli.tables import spell, tensor_data
 from tokopt.cli.verb import OK, Verb
-from tokopt.runtime.format.manifest import ENGINE
+from tokopt.errors import ArtifactError
+from tokopt.runtime.format.manifest import ENGINE, MANIFEST, OUTLINE, file_fault, file_path, read_manifest
 
 if TYPE_CHECKING:
-    from tokopt.runtime.format.manifest import Manifest
+    from tokopt.runtime.format.manifest import Manifest, Tensor
 
 
 def add_options(parser: ArgumentParser) -> None:
@@ -25,33 +30,75 @@ def run(args: Namespace, screen: Screen) -> int:
     """Blocks of a program, or the manifest of an artifact that only holds ONNX."""
     if manifest := deployed_manifest(args.artifact):
         return _inspect_manifest(manifest, screen)
+    if (stored := _stored_outline(Path(args.artifact))) is not None:
+        return _inspect_program(stored, screen)
     with screen.step(f"Reading {args.artifact}"):
         bundle = read_bundle(args.artifact)
-        from tokopt.analysis.cost import program_cost
-        from tokopt.cli.blocks import describe_blocks
+        from tokopt.analysis.outline import outline
 
-        program = bundle.main
-        blocks, cost = describe_blocks(program), program_cost(program)
-    screen.line(f"{spell(program.inputs)} -> {spell(program.outputs)}")
-    screen.line(f"passes: {bundle.pipeline or 'none'} ({bundle.semantics})")
-    screen.line()
-    headers = ("block", "attention", "kind", "tokens", "heads", "FLOPs", "note")
-    rows = [(b.index, b.path, b.kind, b.tokens, b.heads, si(b.flops), b.note) for b in blocks]
-    screen.table(headers, rows)
-    screen.line(
-        f"{si(cost.flops)}FLOPs, {si(cost.parameters)}parameters, {cost.nodes} nodes, "
-        f"at the example's batch of {program.example[0].shape[0]}"
+        found = dataclasses.asdict(outline(bundle))
+    program = bundle.main
+    return _inspect_program(
+        _Program(bundle.pipeline, bundle.semantics, program.inputs, program.outputs, found), screen
     )
-    blocks_data = [dataclasses.asdict(block) for block in blocks]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Program:
+    """What is shown of a main program; ``outline`` is :class:`tokopt.analysis.outline.Outline` as a mapping."""
+
+    pipeline: str
+    semantics: str
+    inputs: Sequence[Tensor]
+    outputs: Sequence[Tensor]
+    outline: Mapping[str, Any]
+
+
+def _stored_outline(folder: Path) -> _Program | None:
+    """What an artifact of target torch says of itself, without its weights; None for other models and older ones."""
+    if not (folder / MANIFEST).is_file():
+        return None
+    manifest = read_manifest(folder)
+    if OUTLINE not in manifest.files:
+        return None
+    if fault := file_fault(folder, OUTLINE, manifest.files[OUTLINE]):
+        raise ArtifactError(fault)
+    decode = manifest.schedule.entry("decode") or manifest.schedule.entries[-1]
+    program = manifest.programs[decode.program]
+    try:
+        found = json.loads(file_path(folder, OUTLINE).read_text(encoding="utf-8"))
+        rows_by_kind(found["blocks"])
+        _summary(found)
+    except (ValueError, KeyError, TypeError) as error:
+        raise ArtifactError(f"{folder / OUTLINE} is damaged ({error}); export the artifact again") from error
+    return _Program(manifest.pipeline, manifest.semantics, program.inputs, program.outputs, found)
+
+
+def _inspect_program(program: _Program, screen: Screen) -> int:
+    screen.line(f"{spell(program.inputs)} -> {spell(program.outputs)}")
+    screen.line(f"passes: {program.pipeline or 'none'} ({program.semantics})")
+    screen.line()
+    screen.table(HEADERS, rows_by_kind(program.outline["blocks"]))
+    screen.line(_summary(program.outline))
     screen.finish(
-        {"pipeline": bundle.pipeline, "semantics": bundle.semantics, "blocks": blocks_data}
-        | {
-            "cost": dataclasses.asdict(cost),
+        {
+            "pipeline": program.pipeline,
+            "semantics": program.semantics,
+            "blocks": program.outline["blocks"],
+            "cost": program.outline["cost"],
             "inputs": tensor_data(program.inputs),
             "outputs": tensor_data(program.outputs),
         }
     )
     return OK
+
+
+def _summary(outline: Mapping[str, Any]) -> str:
+    cost = outline["cost"]
+    return (
+        f"{si(cost['flops'])}FLOPs, {si(cost['parameters'])}parameters, {cost['nodes']} nodes, "
+        f"at the example's batch of {outline['batch']}"
+    )
 
 
 def _inspect_manifest(manifest: Manifest, screen: Screen) -> int:

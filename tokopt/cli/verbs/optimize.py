@@ -8,7 +8,7 @@ from pathlib import Path
 from tokopt.cli.models import read_bundle
 from tokopt.cli.options import SAMPLES, add_colours, add_model, add_output, add_pipeline
 from tokopt.cli.screen import Screen
-from tokopt.cli.tables import show_report
+from tokopt.cli.tables import show_report, telling
 from tokopt.cli.verb import OK, Verb
 
 
@@ -40,13 +40,15 @@ def run(args: Namespace, screen: Screen) -> int:
     from tokopt.pipeline.observers import dump_to
 
     pipeline = as_pipeline(args.pipeline)
-    observers = (dump_to(args.dump),) if args.dump else ()
-    with screen.step(f"Optimising {args.artifact} with {pipeline}"):
+    with screen.step(f"Reading {args.artifact}") as say:
         given = read_bundle(args.artifact)
+        dumps = (dump_to(args.dump),) if args.dump else ()
+        observers = (*dumps, telling(say))
+        say(f"Optimising {args.artifact} with {pipeline}")
         samples = read_samples(args.calibrate, given, args.mean, args.std) if args.calibrate else None
         context = Context(args.strict, observers, args.reproducers, samples)
         bundle, report = pipeline.run(given, context)
-        path = tokopt.export(bundle, args.output, target="torch")
+        path = tokopt.export(bundle, args.output, target="torch", progress=say)
     show_report(report, screen)
     screen.line(f"{path}: {bundle.pipeline} ({bundle.semantics})")
     screen.finish({"artifact": path, "semantics": bundle.semantics, "passes": report.as_dict()["records"]})

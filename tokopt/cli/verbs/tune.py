@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from argparse import ArgumentParser, Namespace
 
 from tokopt.cli.models import imported, read_bundle
@@ -11,9 +10,9 @@ from tokopt.cli.options import (
     add_colours,
     add_model,
     add_output,
+    add_prompt,
     add_samples,
     add_threads,
-    positive,
 )
 from tokopt.cli.screen import Screen
 from tokopt.cli.verb import FAILED, OK, Verb
@@ -40,13 +39,7 @@ def add_options(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--minutes", type=float, default=30.0, metavar="N", help="no trial begins later (default: 30)"
     )
-    parser.add_argument(
-        "--prompt",
-        type=positive,
-        default=256,
-        metavar="N",
-        help="tokens before those that are timed (default: 256)",
-    )
+    add_prompt(parser)
     add_batch(parser)
     add_threads(parser)
     add_colours(parser)
@@ -57,18 +50,19 @@ def run(args: Namespace, screen: Screen) -> int:
     from tokopt.cli.inputs import read_samples
     from tokopt.measure.tuning import Machine, tune
 
-    bundle = read_bundle(args.artifact)
-    found = tune(
-        bundle,
-        read_samples(args.inputs, bundle, args.mean, args.std),
-        args.output,
-        floor=args.floor,
-        candidates=args.candidates,
-        metric=imported(args.metric) if args.metric else None,
-        minutes=args.minutes,
-        machine=Machine(args.threads, args.prompt, args.batch),
-        progress=lambda line: print(line, file=sys.stderr) if sys.stderr.isatty() else None,
-    )
+    with screen.step(f"Reading {args.artifact}") as say:
+        bundle = read_bundle(args.artifact)
+        found = tune(
+            bundle,
+            read_samples(args.inputs, bundle, args.mean, args.std),
+            args.output,
+            floor=args.floor,
+            candidates=args.candidates,
+            metric=imported(args.metric) if args.metric else None,
+            minutes=args.minutes,
+            machine=Machine(args.threads, args.prompt, args.batch),
+            progress=say,
+        )
     measures = next((list(t.quality) for t in found.trials if t.quality), [])
     rows = [
         (

@@ -11,7 +11,7 @@ import hashlib
 import logging
 import re
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -28,10 +28,12 @@ import tokopt.kernels
 from tokopt import __version__
 from tokopt.errors import LoweringError
 from tokopt.ir.assemble import assemble
+from tokopt.ir.bundle import fresh
 from tokopt.ir.export import axis_names, user_inputs
 from tokopt.ir.program import Program
-from tokopt.lower.onnx.fusions import fold_factors, merge_products
+from tokopt.lower.onnx.fusions import MergeProducts, MergeSums
 from tokopt.lower.onnx.real_tokens import assume_real_tokens
+from tokopt.lower.onnx.rule import Outcome, apply_rule
 from tokopt.lower.onnx.weights import pack_weights
 from tokopt.lower.parity.check import check_parity
 
@@ -108,20 +110,23 @@ def lower(
     check: bool = True,
     tolerance: float | None = None,
     original: Program | None = None,
+    report: Callable[[Outcome], None] | None = None,
 ) -> Path:
     """Write ``directory/<name>.onnx`` and its external data; return the path of the ONNX file.
 
     ``weights`` is shared by the programs of a bundle. ``metadata`` goes into the file's properties. ``check``
     compares ONNX Runtime with the exported program, output by output, on the example and on one more size of
     every named axis; ``tolerance`` replaces the largest NMSE that the dtype of an output allows. ``original`` is the
-    program before it was cleaned up, which is then what the result must compute.
+    program before it was cleaned up, which is then what the result must compute. ``report`` is told what every fusion
+    did and left.
 
     Raises LoweringError when an operator has no ONNX form, when the graph does not pass the ONNX checker, and
     when the two disagree.
     """
     _check_dtypes(program, name)
     assembled = assemble(program)
-    model = _export(assembled, program, name)
+    model = _export(assembled, name)
+    _name_values(model.graph, program)
     model.producer_name, model.producer_version = "tokopt", __version__
     model.metadata_props.update(metadata or {})
     model.graph.name = name
@@ -130,8 +135,9 @@ def lower(
     _simplify(model)
     expand_rotary_tables(model)
     pack_weights(model)
-    fold_factors(model)
-    merge_products(model)
+    for outcome in (apply_rule(MergeProducts(), model.graph), apply_rule(MergeSums(), model.graph)):
+        if report is not None and outcome.candidates:
+            report(outcome)
     assume_real_tokens(model)
     passes.RemoveUnusedNodesPass()(model)
     # Only now: shape inference inside a body, where inputs have no shape, gets the rank of Max wrong.
@@ -223,20 +229,18 @@ def _check_dtypes(program: Program, name: str) -> None:
     for spec in (*program.inputs, *program.outputs):
         if spec.dtype == "bfloat16":
             raise LoweringError(
-                f"{spec.name!r} of program {name!r} is bfloat16, which numpy cannot hold; cast the model's "
-                "inputs and outputs to float32"
+                f"{spec.name!r} of program {name!r} is bfloat16, which numpy cannot hold; capture the model in "
+                "float32 (model.float()), or convert it inside the model"
             )
 
 
-def _export(assembled: ExportedProgram, program: Program, name: str) -> ir.Model:
+def _export(assembled: ExportedProgram, name: str) -> ir.Model:
     try:
         with _quiet(), torch.no_grad():  # with gradients, attention is traced in another layout
             exported = torch.onnx.export(
                 assembled,
                 dynamo=True,
                 opset_version=OPSET,
-                input_names=[spec.name for spec in program.inputs],
-                output_names=[spec.name for spec in program.outputs],
                 custom_translation_table=tokopt.kernels.onnx_translations(),
                 optimize=False,
                 verbose=False,
@@ -270,6 +274,33 @@ def _simplify(model: ir.Model) -> None:
     for node, scope in scopes.items():
         if scope:  # the module of the user's model that the node came from
             node.metadata_props["namespace"] = scope
+
+
+def _name_values(graph: ir.Graph, program: Program) -> None:
+    """Give inputs and outputs the names of the signature; an output that has a name already is a copy.
+
+    Such are inputs and parameters that are returned as they are, and values that are returned twice.
+    """
+    taken = {id(value) for value in (*graph.inputs, *graph.initializers.values())}
+    for place, value in enumerate(graph.outputs):
+        if id(value) in taken:
+            copy = ir.node("Identity", [value])
+            copy.outputs[0].type, copy.outputs[0].shape = value.type, value.shape
+            graph.append(copy)
+            graph.outputs[place] = copy.outputs[0]
+        taken.add(id(graph.outputs[place]))
+    named = [
+        *zip(graph.inputs, program.inputs, strict=True),
+        *zip(graph.outputs, program.outputs, strict=True),
+    ]
+    known = {spec.name for _, spec in named}
+    inner = (value for node in ir.traversal.RecursiveGraphIterator(graph) for value in node.outputs)
+    for value in (*graph.initializers.values(), *inner):
+        if value.name in known:
+            value.name = fresh(value.name, known)
+            known.add(value.name)
+    for value, spec in named:
+        value.name = spec.name
 
 
 def _name_axes(model: ir.Model, names: Mapping[str, str], program: Program) -> None:

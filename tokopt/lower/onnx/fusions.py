@@ -1,8 +1,5 @@
 """Fewer and larger nodes around products with weights, in standard ops.
 
-A factor per channel after a product (LayerScale) is multiplied into the weight; of codes, into their scales, so that
-nothing is rounded anew.
-
 Products of one tensor with several weights become one product. Queries, keys and values are three products of one x,
 gate and up two: one call reads x once, quantizes it once, and pays for starting a kernel once, which is what a step of
 a single token mostly pays for. The weights are put side by side, the result is split; a factor that all parts share and
@@ -11,94 +8,125 @@ the biases move before the split.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 import onnx_ir as ir
 
+from tokopt.lower.onnx.nodes import array, input_at
+from tokopt.lower.onnx.rule import Candidate, Rule, Unfit
 from tokopt.lower.onnx.weights import put_initializer, take_over
 
 
-def fold_factors(model: ir.Model) -> None:
-    """Multiply constant factors per output of ``MatMul(x, w)`` into w and the bias, in place."""
-    for node in list(model.graph):
-        if node.op_type == "Mul" and not node.domain:
-            for value, factor in (node.inputs, node.inputs[::-1]):
-                if _is_vector(factor) and _fold(model.graph, node, value, _numpy(factor)):
-                    break
+@dataclass(frozen=True)
+class _Kind:
+    """What weights have to have in common to stand side by side."""
+
+    dtype: str
+    block: int = 0
+    operands: int = 1
+    shared: str = ""
+
+    def __str__(self) -> str:
+        return self.dtype + (f" in blocks of {self.block}" if self.block else "")
 
 
-def _fold(graph: ir.Graph, node: ir.Node, value: ir.Value | None, factor: np.ndarray) -> bool:
-    """Fold the factor of ``value`` at ``node`` where a product, alone or with a bias, is all that made it."""
-    add = value.producer() if value is not None and _only_user(value, "Mul") is node else None
-    if value is None or add is None:
-        return False
-    bias = next((i for i, one in enumerate(add.inputs) if add.op_type == "Add" and _is_vector(one)), None)
-    made = value if bias is None else add.inputs[1 - bias]
-    product = made.producer() if made is not None else None
-    if product is None or product.op_type != "MatMul" or product.domain or len(made.uses()) > 1:  # type: ignore[union-attr]
-        return False
-    weight = product.inputs[1]
-    if _kind(weight) is None or _columns(weight) != factor.size or made.is_graph_output():  # type: ignore[union-attr]
-        return False
-    product.replace_input_with(1, _scaled(graph, weight, factor, product))  # type: ignore[arg-type]
-    if bias is not None:
-        given = add.inputs[bias]
-        name = f"{given.name}_times_{node.outputs[0].name}"  # type: ignore[union-attr]
-        add.replace_input_with(bias, put_initializer(graph, name, _numpy(given) * factor))
-    take_over(value, node.outputs[0])
-    graph.remove(node, safe=True)
-    return True
+class MergeProducts(Rule[list[ir.Node]]):
+    """``MatMul(x, w)`` with one x and weights of one kind. The products of one x and one kind are one candidate."""
+
+    name: ClassVar[str] = "products of one tensor with several weights as one product"
+
+    def candidates(self, graph: ir.Graph) -> Iterator[Candidate]:
+        """The products of every x that several weights are multiplied with, by the kind of the weight."""
+        groups: dict[ir.Value, dict[_Kind, list[ir.Node]]] = {}
+        for node in graph:
+            if (
+                node.op_type == "MatMul"
+                and not node.domain
+                and (kind := _kind(input_at(node, 1))) is not None
+            ):
+                groups.setdefault(input_at(node, 0), {}).setdefault(kind, []).append(node)
+        for kinds in groups.values():
+            if sum(map(len, kinds.values())) > 1:
+                yield from kinds.values()
+
+    def match(self, graph: ir.Graph, candidate: Candidate) -> list[ir.Node]:
+        """The products, which are several."""
+        if len(candidate) > 1:
+            return list(candidate)
+        kind = _kind(input_at(candidate[0], 1))
+        if kind is not None and kind.shared:
+            raise Unfit("its weight is read elsewhere too")
+        raise Unfit(f"its weight is {kind}, those of the products beside it are not")
+
+    def fuse(self, graph: ir.Graph, site: list[ir.Node]) -> None:
+        """One product, and a split."""
+        _merge(graph, site)
 
 
-def _scaled(graph: ir.Graph, weight: ir.Value, factor: np.ndarray, product: ir.Node) -> ir.Value:
-    """The weight [in, out] of a product with its columns multiplied by a factor each."""
+@dataclass(frozen=True)
+class _Sums:
+    """``split(a) + split(b)``: the split whose parts are added to those of the other, and the sums."""
+
+    split: ir.Node
+    other: ir.Node
+    sums: list[ir.Node]
+
+
+class MergeSums(Rule[_Sums]):
+    """``split(a) + split(b)``, part by part, as ``split(a + b)``."""
+
+    name: ClassVar[str] = "sums of the parts of two tensors as one sum"
+
+    def candidates(self, graph: ir.Graph) -> Iterator[Candidate]:
+        """Every split whose first part is added to a part of another one."""
+        for node in list(graph):
+            user = _only_user(node.outputs[0], "Add") if node.op_type == "Split" else None
+            other = _other(user, node.outputs[0])
+            second = other.producer() if other is not None else None
+            if second is not None and second is not node and second.op_type == "Split":
+                yield (node, second)
+
+    def match(self, graph: ir.Graph, candidate: Candidate) -> _Sums:
+        """The sums of all parts."""
+        split, second = candidate
+        sums = [_only_user(end, "Add") for end in split.outputs]
+        added = [_other(user, end) for user, end in zip(sums, split.outputs, strict=True)]
+        if list(second.outputs) != added or any(_only_user(end, "Add") is None for end in second.outputs):
+            raise Unfit(
+                "a part is read by something else, or added to another part than the one in its place"
+            )
+        if second.inputs[1] is not split.inputs[1] or second.attributes != split.attributes:
+            raise Unfit("the parts have other sizes")
+        return _Sums(split, second, [node for node in sums if node is not None])
+
+    def fuse(self, graph: ir.Graph, site: _Sums) -> None:
+        """One sum, and one split."""
+        before = site.sums[0]
+        whole = _insert(graph, before, "Add", [site.split.inputs[0], site.other.inputs[0]])
+        sizes = [int(size) for size in array(site.split.inputs[1])]
+        _split(graph, before, whole, [node.outputs[0] for node in site.sums], sizes)
+
+
+def _kind(weight: ir.Value) -> _Kind | None:
+    """The kind of a weight; None for what is no weight."""
     maker = weight.producer()
-    name = f"{weight.name}_times_{product.outputs[0].name}"
     if maker is None:
-        return put_initializer(graph, name, _numpy(weight) * factor)
-    codes, scale, *zero = maker.inputs
-    steps = put_initializer(graph, name, _numpy(scale) * factor)
-    made = ir.node("DequantizeLinear", [codes, steps, *zero], attributes=dict(maker.attributes))
-    made.metadata_props.update(maker.metadata_props)
-    made.outputs[0].type, made.outputs[0].shape = weight.type, weight.shape
-    graph.insert_before(product, made)
-    return made.outputs[0]
+        plain = weight.const_value is not None and weight.shape is not None and len(weight.shape) == 2
+        return _Kind(str(weight.dtype).lower()) if plain else None
+    if maker.op_type != "DequantizeLinear" or any(v is None or v.const_value is None for v in maker.inputs):
+        return None
+    codes = str(input_at(maker, 0).dtype).lower()
+    shared = weight.name or "" if len(weight.uses()) > 1 else ""
+    return _Kind(codes, maker.attributes.get_int("block_size", 0), len(maker.inputs), shared)
 
 
 def _is_vector(value: ir.Value | None) -> bool:
     """Whether a value is a constant along the last axis of what it is combined with."""
     known = value is not None and value.const_value is not None and value.shape is not None
     return known and len(value.shape) == 1 and value.shape[0] != 1  # type: ignore[union-attr,arg-type]
-
-
-def merge_products(model: ir.Model) -> None:
-    """Merge every group of ``MatMul(x, w)`` with one x and weights of one kind, in place."""
-    groups: dict[tuple[object, ...], list[ir.Node]] = {}
-    for node in model.graph:
-        if node.op_type == "MatMul" and not node.domain and (kind := _kind(node.inputs[1])) is not None:
-            groups.setdefault((node.inputs[0], *kind), []).append(node)
-    for products in groups.values():
-        if len(products) > 1:
-            _merge(model.graph, products)
-    for split in [node for node in model.graph if node.op_type == "Split"]:
-        _merge_sums(model.graph, split)
-
-
-def _kind(weight: ir.Value | None) -> tuple[object, ...] | None:
-    """What weights have to have in common to stand side by side; None for what is no weight."""
-    if weight is None:
-        return None
-    maker = weight.producer()
-    if maker is None:
-        plain = weight.const_value is not None and weight.shape is not None and len(weight.shape) == 2
-        return ("plain", weight.dtype) if plain else None
-    if maker.op_type != "DequantizeLinear" or any(v is None or v.const_value is None for v in maker.inputs):
-        return None
-    if len(weight.uses()) > 1:
-        return None
-    blocks = maker.attributes.get_int("block_size", 0)
-    return ("blocks", blocks, maker.inputs[0].dtype, len(maker.inputs))  # type: ignore[union-attr]
 
 
 def _merge(graph: ir.Graph, products: list[ir.Node]) -> None:
@@ -118,7 +146,7 @@ def _merge(graph: ir.Graph, products: list[ir.Node]) -> None:
             anchor = _later(graph, anchor, operand)
         elif not shared and all(_is_vector(other) for other in others):
             name = f"{first.outputs[0].name}_bias_merged"
-            operand = put_initializer(graph, name, np.concatenate([_numpy(other) for other in others]))
+            operand = put_initializer(graph, name, np.concatenate([array(other) for other in others]))
         else:
             continue
         whole = _insert(graph, anchor, operation, [whole, operand])
@@ -136,22 +164,6 @@ def _split(
     for part, end in zip(parts.outputs, ends, strict=True):
         part.type, part.shape = end.type, end.shape
         take_over(part, end)
-
-
-def _merge_sums(graph: ir.Graph, split: ir.Node) -> None:
-    """``split(a) + split(b)``, part by part, as ``split(a + b)``."""
-    ends = list(split.outputs)
-    users = [_only_user(end, "Add") for end in ends]
-    others = [_other(user, end) for user, end in zip(users, ends, strict=True)]
-    second = others[0].producer() if others[0] is not None else None
-    if second is None or second is split or second.op_type != "Split" or list(second.outputs) != others:
-        return
-    same = second.inputs[1] is split.inputs[1] and second.attributes == split.attributes
-    if not same or any(_only_user(other, "Add") is None for other in second.outputs):
-        return
-    whole = _insert(graph, users[0], "Add", [split.inputs[0], second.inputs[0]])  # type: ignore[arg-type]
-    sizes = [int(size) for size in _numpy(split.inputs[1])]
-    _split(graph, users[0], whole, [user.outputs[0] for user in users], sizes)  # type: ignore[arg-type,union-attr]
 
 
 def _later(graph: ir.Graph, anchor: ir.Node, operand: ir.Value | None) -> ir.Node:
@@ -193,23 +205,18 @@ def _columns(weight: ir.Value | None) -> int:
     return size
 
 
-def _numpy(value: ir.Value | None) -> np.ndarray:
-    assert value is not None and value.const_value is not None
-    return value.const_value.numpy()
-
-
 def _side_by_side(graph: ir.Graph, weights: Sequence[ir.Value], before: ir.Node) -> ir.Value:
     """One weight [in, sum of outs]."""
     maker = weights[0].producer()
     if maker is None:
-        return put_initializer(
-            graph, f"{weights[0].name}_merged", np.concatenate([_numpy(w) for w in weights], axis=1)
-        )
+        # By all their names: layers may share one weight and have different ones beside it.
+        name = f"{'_'.join(str(weight.name) for weight in weights)}_merged"
+        return put_initializer(graph, name, np.concatenate([array(w) for w in weights], axis=1))
     makers = [weight.producer() for weight in weights]
     operands = []
     codes = maker.inputs[0].name  # type: ignore[union-attr]
     for i in range(len(maker.inputs)):
-        arrays = [_numpy(one.inputs[i]) for one in makers]  # type: ignore[union-attr]
+        arrays = [array(one.inputs[i]) for one in makers]  # type: ignore[union-attr]
         # Not by its own name: layers may share zero points and be merged with different ones.
         operands.append(put_initializer(graph, f"{codes}_merged_{i}", np.concatenate(arrays, axis=-1)))
     made = ir.node("DequantizeLinear", operands, attributes=dict(maker.attributes))

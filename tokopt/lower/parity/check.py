@@ -10,9 +10,8 @@ import onnxruntime
 import torch
 
 from tokopt.errors import LoweringError
-from tokopt.ir.graph import dtype_name
 from tokopt.ir.program import Program
-from tokopt.lower.parity.precision import all_alike, rounds_alike
+from tokopt.lower.parity.precision import all_alike, half_precision_limit, rounds_alike
 from tokopt.lower.parity.selections import (
     expose_selections,
     run_in_float64_with_selections,
@@ -21,7 +20,7 @@ from tokopt.lower.parity.selections import (
     selects,
 )
 from tokopt.runtime.buffers import run_in_place
-from tokopt.runtime.numerics import LIMITS, SELFTEST_LIMITS, check_output
+from tokopt.runtime.numerics import SELFTEST_LIMITS, check_output
 
 ACTIVATIONS = "session.qdq_matmulnbits_accuracy_level"
 """How ONNX Runtime multiplies with block-quantized weights: 1 in float32, 4 with activations of 8 bits."""
@@ -48,7 +47,7 @@ def check_parity(
     LoweringError naming the output, its NMSE and the sizes.
     """
     session = _session(path, name)
-    tolerance = _coarsest(program) if tolerance is None else tolerance
+    tolerance = half_precision_limit(program) if tolerance is None else tolerance
     exported = program.module
     for sizes, inputs in resized_examples(program):
         try:
@@ -83,7 +82,7 @@ def check_rewritten(program: Program, portable: Path, rewritten: Path, limit: fl
     """
     where = f"program {portable.stem!r}"
     if limit is None:
-        limit = SELFTEST_LIMITS["approximate"] if selects(program) else _coarsest(program)
+        limit = SELFTEST_LIMITS["approximate"] if selects(program) else half_precision_limit(program)
     # Unfused, since TensorRT's bytes are signed, whose products saturate on processors without VNNI.
     sessions = _session(portable, portable.stem), _session(rewritten, portable.stem, {_UNFUSED: "1"})
     wanted, actual = (_run(session, program, program.example, where) for session in sessions)
@@ -94,13 +93,6 @@ def check_rewritten(program: Program, portable: Path, rewritten: Path, limit: fl
                 f"{where}: output {spec.name!r} of the graph for TensorRT differs from the portable one: NMSE "
                 f"{check.nmse:.2g}, at most {check.limit:.2g} is allowed; report it, or pass check=False"
             )
-
-
-def _coarsest(program: Program) -> float | None:
-    """The limit of the half-precision dtype that a program computes in; None where it has none."""
-    values = [node.meta.get("val") for node in program.module.graph.nodes]
-    found = {dtype_name(value.dtype) for value in values if isinstance(value, torch.Tensor)}
-    return max((LIMITS[dtype] for dtype in found & {"float16", "bfloat16"}), default=None)
 
 
 def _fault(

@@ -15,8 +15,9 @@ import torch
 from torch.fx import Interpreter
 from torch.utils._pytree import tree_map
 
+from tokopt.ir.graph import dtype_name
 from tokopt.ir.program import Program
-from tokopt.runtime.numerics import nmse
+from tokopt.runtime.numerics import LIMITS, nmse
 
 ROUNDINGS = 64.0
 """How much larger another form's NMSE to the float64 values may be than the program's own: eight times the error.
@@ -24,6 +25,19 @@ ROUNDINGS = 64.0
 ONNX Runtime's sums cost three times the error of torch's on SmolLM2 with 8-bit weights where vectors have 16 lanes, and
 two to six times with 4-bit weights where they have 8, which makes each lane's sum longer.
 """
+
+CEILING = 1e-5
+"""The largest NMSE to the float64 values in any case: half a percent of error is no rounding of float32.
+
+A program that is further from its own float64 values says nothing of another form: it may draw random numbers.
+"""
+
+
+def half_precision_limit(program: Program) -> float | None:
+    """The largest NMSE that the half-precision dtype allows in which a program computes; None where it has none."""
+    values = [node.meta.get("val") for node in program.module.graph.nodes]
+    found = {dtype_name(value.dtype) for value in values if isinstance(value, torch.Tensor)}
+    return max((LIMITS[dtype] for dtype in found & {"float16", "bfloat16"}), default=None)
 
 
 def rounds_alike(
@@ -61,7 +75,7 @@ def _alike(exact: torch.Tensor, expected: torch.Tensor, actual: np.ndarray) -> b
         return nmse(expected.numpy(force=True), actual) == 0.0
     wanted = exact.numpy(force=True)
     own = nmse(wanted, expected.double().numpy(force=True))
-    return nmse(wanted, actual.astype(np.float64)) <= ROUNDINGS * own
+    return nmse(wanted, actual.astype(np.float64)) <= min(ROUNDINGS * own, CEILING)
 
 
 class InFloat64(Interpreter):

@@ -16,6 +16,7 @@ from typing import Any
 
 import onnx_ir as ir
 
+from tokopt.arguments import check_flag, check_items, check_number, check_path, check_text
 from tokopt.errors import InputError, LoweringError
 from tokopt.ir.bundle import Bundle
 from tokopt.ir.program import Program
@@ -53,11 +54,17 @@ class EngineOptions:
     plugins: bool = False
 
     def __post_init__(self) -> None:
-        if self.arch is not None and not re.fullmatch(ARCH, self.arch):
+        if self.arch is not None and not re.fullmatch(ARCH, check_text("arch", self.arch)):
             raise InputError(f"{self.arch!r} is no compute capability; write for example sm_86")
-        if self.workspace is not None and self.workspace <= 0:
-            raise InputError(f"workspace is {self.workspace:g} GiB, it must be positive")
-        parse_profiles(self.profiles)
+        if self.workspace is not None:
+            check_number("workspace", self.workspace, lambda x: x > 0, "of GiB above 0")
+        if self.timing_cache is not None:
+            object.__setattr__(self, "timing_cache", check_path("timing_cache", self.timing_cache))
+        check_flag("plugins", self.plugins)
+        takes = "a list of profiles such as 'batch=1:8:32'"
+        parse_profiles(
+            [check_text("a profile", text) for text in check_items("profiles", self.profiles, takes)]
+        )
 
 
 class EngineBuilder:

@@ -1,0 +1,250 @@
+"""One batch of texts being generated: drawing tokens, stops, streaming, and what it took."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import TypeVar, cast
+
+import numpy as np
+
+from tokopt.arguments import described
+from tokopt.errors import InputError, TokoptError
+from tokopt.runtime.loop import NO_LIMIT, PADDING, Emission, Request
+from tokopt.runtime.sampling import Logits, LogitsProcessor, Sampling, TokenIds, choose
+from tokopt.runtime.text import TextStream
+
+Item = TypeVar("Item")
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """What a generation took: counts over all rows of its batch, seconds, and the cache at its end."""
+
+    prompt_tokens: int = 0
+    new_tokens: int = 0
+    prefill_seconds: float = 0.0
+    decode_seconds: float = 0.0
+    cache_slots: int = 0
+    cache_bytes: int = 0
+
+    @property
+    def tokens_per_second(self) -> float:
+        """New tokens per second of decoding, over all rows."""
+        return self.new_tokens / self.decode_seconds if self.decode_seconds else 0.0
+
+
+@dataclass(frozen=True)
+class Generated:
+    """One generated text: the new token ids, their text (None without a tokenizer), and why it ended.
+
+    ``finish`` is ``"stop"`` (an end token or a stop string), ``"length"``, or empty for a stream that still goes on.
+    ``statistics`` are those of the call that made it, which all texts of a batch share; they do not count when two
+    texts are compared.
+    """
+
+    tokens: tuple[int, ...]
+    text: str | None
+    finish: str
+    statistics: Statistics = field(default_factory=Statistics, compare=False, repr=False)
+
+
+@dataclass
+class Text:
+    """One text being generated: the ids of its prompt and of what follows, and its pieces as they are shown."""
+
+    history: TokenIds
+    prompt: int
+    stream: TextStream | None = None
+    finish: str = ""
+    pieces: list[str] = field(default_factory=list[str])
+
+    @property
+    def new(self) -> int:
+        """How many tokens are new."""
+        return len(self.history) - self.prompt
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What ends a text: ``most`` new tokens, ``context`` with those of its prompt (None: unbounded), one of ``eos``."""
+
+    most: int
+    context: int | None
+    eos: tuple[int, ...]
+
+    def left(self, text: Text) -> int:
+        """The most tokens that a text may still have."""
+        if text.finish:
+            return 0
+        room = NO_LIMIT if self.context is None else self.context - len(text.history)
+        return max(min(self.most - text.new, room), 1)
+
+
+class Draw:
+    """The next tokens of every text: those that the model drew, or one that is chosen by its logits."""
+
+    def __init__(self, sampling: Sampling, processors: Sequence[LogitsProcessor], batch: int) -> None:
+        self.temperature, self.streams = sampling.temperature, sampling.streams(batch)
+        self.own, self.usual = tuple(processors), tuple(sampling.processors())
+        self.step = 0
+
+    def __call__(self, texts: Sequence[Text], emission: Emission) -> list[list[int]]:
+        """Raise TokoptError for logits that are no numbers, InputError for a processor that makes such."""
+        self.step += 1
+        if emission.logits is None:
+            assert emission.tokens is not None and emission.count is not None
+            return [row[:count].tolist() for row, count in zip(emission.tokens, emission.count, strict=True)]
+        logits = emission.logits[:, -1]
+        live = np.array([not text.finish for text in texts])
+        if (row := _unusable(logits, live)) is not None:
+            found = "NaN" if np.isnan(logits[row]).any() else "infinity"
+            raise TokoptError(
+                f"the model gave {found} at step {self.step}; its weights or its input are damaged"
+            )
+        histories = [text.history for text in texts]
+        for place, process in enumerate(self.own):
+            logits = self._processed(place, process, histories, logits, live)
+        for process in self.usual:
+            logits = process(histories, logits)
+        return [[int(token)] for token in choose(logits, self.temperature, self.streams)]
+
+    def _processed(
+        self,
+        place: int,
+        process: LogitsProcessor,
+        histories: Sequence[Sequence[int]],
+        logits: Logits,
+        live: np.ndarray,
+    ) -> Logits:
+        """What a caller's own processor makes of logits, proved to be logits from which a token can be chosen."""
+        name = (
+            f"processor {place} ({getattr(process, '__name__', type(process).__name__)}) at step {self.step}"
+        )
+        shape = logits.shape
+        try:
+            returned = cast(object, process(histories, logits))
+        except Exception as error:  # a caller's own code
+            line = " ".join(str(error).split())[:300]
+            raise InputError(f"{name} raised {type(error).__name__}: {line}") from error
+        made = cast(Logits, returned)
+        if not isinstance(returned, np.ndarray) or made.dtype.kind not in "fiu":
+            raise InputError(
+                f"{name} returned {described(cast(object, returned))}; return an array of numbers"
+            )
+        if made.shape != shape:
+            raise InputError(
+                f"{name} returned logits of shape {list(made.shape)}; return those that it is given, {list(shape)}"
+            )
+        if (row := _unusable(made, live)) is not None:
+            raise InputError(
+                f"{name} returned NaN or infinity for row {row}, or -infinity for all of its tokens; leave at least "
+                "one token a finite logit"
+            )
+        return made
+
+
+def _unusable(logits: np.ndarray, live: np.ndarray) -> int | None:
+    """The first row of those that go on from which no token can be chosen: NaN, +infinity, or no finite number."""
+    wrong = live & ~np.isfinite(logits.max(axis=-1))
+    return int(wrong.argmax()) if wrong.any() else None
+
+
+class Generating:
+    """A generation on its way; iterating over it runs it, a step at a time."""
+
+    def __init__(self, texts: list[Text], limits: Limits, draw: Draw, begin: Callable[[], Request]) -> None:
+        """``begin`` makes the request, once there is something to do."""
+        self.texts, self.limits, self.draw = texts, limits, draw
+        self.statistics = Statistics(sum(text.prompt for text in texts))
+        self._begin = begin
+
+    def run(self) -> list[Generated]:
+        """Every text to its end."""
+        for _ in self:
+            pass
+        return [self.generated(i) for i in range(len(self.texts))]
+
+    def generated(self, row: int) -> Generated:
+        """What there is of one text."""
+        text = self.texts[row]
+        shown = "".join(text.pieces) if text.stream else None
+        return Generated(tuple(text.history[text.prompt :]), shown, text.finish, self.statistics)
+
+    def __iter__(self) -> Iterator[None]:
+        """Yield whenever the texts that are not finished have new tokens."""
+        texts, limits = self.texts, self.limits
+        if not limits.most:
+            for text in texts:
+                text.finish = "length"
+            return
+        start = time.perf_counter()
+        request = self._begin()
+        emission = request.prefill([text.history for text in texts], self._left())
+        read = time.perf_counter()
+        while True:
+            for text, tokens in zip(texts, self.draw(texts, emission), strict=True):
+                for token in tokens:
+                    if not text.finish:
+                        self._take(text, token)
+            self._note(request, read - start, time.perf_counter() - read)
+            yield
+            if all(text.finish for text in texts):
+                return
+            live = np.array([not text.finish for text in texts])
+            token = np.where(live, [text.history[-1] for text in texts], 0)[:, None]
+            position = np.where(live, [len(text.history) - 1 for text in texts], PADDING)[:, None]
+            emission = request.step(token, position, limit=self._left())
+
+    def _left(self) -> np.ndarray:
+        """The most tokens that each text may still have [batch]."""
+        return np.array([self.limits.left(text) for text in self.texts], np.int64)
+
+    def _take(self, text: Text, token: int) -> None:
+        text.history.append(token)
+        ended = token in self.limits.eos
+        if text.stream and not ended:
+            text.pieces.append(text.stream.add(token))
+        context = self.limits.context
+        if ended or (text.stream and text.stream.stopped):
+            text.finish = "stop"
+        elif text.new == self.limits.most or (context is not None and len(text.history) >= context):
+            text.finish = "length"
+        if text.finish and text.stream:
+            text.pieces.append(text.stream.finish())
+
+    def _note(self, request: Request, prefill: float, decode: float) -> None:
+        slots = max(request.buffers.slots.values(), default=0)
+        self.statistics = Statistics(
+            self.statistics.prompt_tokens,
+            sum(text.new for text in self.texts),
+            prefill,
+            decode,
+            slots,
+            request.buffers.nbytes,
+        )
+
+
+class Stream(Iterator[Item]):
+    """What comes of one text as it comes; nothing runs before the first item is asked for.
+
+    ``generated`` is what there is so far: all of the text and what it took, once the stream has ended.
+    """
+
+    def __init__(self, generating: Generating, items: list[Item]) -> None:
+        """``items`` grows as the text is generated; those in it already are not shown."""
+        self._generating, self._items = generating, self._new(items, len(items))
+
+    def __next__(self) -> Item:
+        return next(self._items)
+
+    @property
+    def generated(self) -> Generated:
+        """The text so far."""
+        return self._generating.generated(0)
+
+    def _new(self, items: list[Item], shown: int) -> Iterator[Item]:
+        for _ in self._generating:
+            yield from items[shown:]
+            shown = len(items)

@@ -1,0 +1,114 @@
+"""Predictions follow from shapes, stored bytes and the machine's rates; the rates here are made up."""
+
+from __future__ import annotations
+
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+import tokopt
+from tests.matrix.language import bundle as decoder
+from tests.zoo import ZOO
+from tokopt.analysis.cost import node_bytes
+from tokopt.ir.bundle import Bundle
+from tokopt.ir.graph import aten, is_call, sizes
+from tokopt.measure.forecast import forecast, occupied
+from tokopt.measure.machine import KINDS, ROWS, Machine
+from tokopt.measure.roofline import Roofline, predict_seconds
+from tokopt.runtime import load
+
+FAST = Machine(1e15, {kind: (1e-15,) * len(ROWS) for kind in KINDS})
+"""Nothing takes time but launches."""
+
+NARROW = Machine(1e6, FAST.products)
+"""Memory alone takes time."""
+
+
+@cache
+def vit() -> Bundle:
+    entry = ZOO["vit"]
+    return tokopt.capture(entry.build(), (), entry.inputs(5), dynamic=entry.dynamic)
+
+
+@cache
+def quantized(name: str, pipeline: str) -> Bundle:
+    return tokopt.optimize(vit() if name == "vit" else decoder(name), pipeline)
+
+
+def test_products_between_and_beyond_what_was_measured() -> None:
+    machine = Machine(1.0, dict.fromkeys(KINDS, (1.0, 2.0, 3.0, 10.0)))
+    assert machine.product("float", 1, 5) == 5.0
+    assert machine.product("float", 10, 1) == pytest.approx(2.5)
+    assert machine.product("4 bits", 2 * ROWS[-1], 3) == pytest.approx(60.0)
+
+
+@pytest.mark.parametrize("name", ["vit", "llama"])
+@pytest.mark.parametrize("pipeline", ["rtn{group=16}", "rtn{bits=8 group=16}"])
+def test_a_quantized_weight_is_read_packed_and_expanded_by_nobody(name: str, pipeline: str) -> None:
+    """Where only memory counts quantized weights are faster, and where only launches count nothing is added."""
+    before = vit() if name == "vit" else decoder(name)
+    after = quantized(name, pipeline)
+    one = {"batch": 1, "tokens": 1, "rows": 1, "slots": 16} if name == "llama" else {"batch": 1}
+    assert Roofline(after.main).seconds(NARROW, one) < Roofline(before.main).seconds(NARROW, one)
+    assert predict_seconds(after.main, FAST) == pytest.approx(predict_seconds(before.main, FAST), rel=1e-3)
+
+
+def test_the_rate_of_its_kind_decides() -> None:
+    """A machine that multiplies blocks of 4 bits slowly makes them slower, and leaves those of 8 bits alone."""
+    slow = Machine(FAST.bytes, {**FAST.products, "4 bits": (1e-6,) * len(ROWS)})
+    four, eight = quantized("vit", "rtn{group=16}"), quantized("vit", "rtn{bits=8 group=16}")
+    assert predict_seconds(four.main, slow) > 2 * predict_seconds(vit().main, slow)
+    assert predict_seconds(eight.main, slow) == predict_seconds(eight.main, FAST)
+
+
+def test_integer_products_have_their_own_rate() -> None:
+    slow = Machine(FAST.bytes, {**FAST.products, "bytes": (1e-6,) * len(ROWS)})
+    made = quantized("vit", "int8")
+    assert predict_seconds(made.main, slow) > 2 * predict_seconds(made.main, FAST)
+
+
+def test_a_weight_that_no_engine_fuses_is_expanded_on_every_call() -> None:
+    """nupes rounds on the scale of a power, which is computed in float."""
+    assert Roofline(quantized("vit", "nupes{group=16}").main).seconds(NARROW) > predict_seconds(
+        vit().main, NARROW
+    )
+
+
+@pytest.mark.parametrize(
+    "pipeline", ["", "rtn{group=16 symmetric=true}", "rtn{bits=8 group=16 symmetric=true}"]
+)
+def test_weights_take_what_the_artifact_takes(pipeline: str, tmp_path: Path) -> None:
+    """Up to zero points, which are all equal here and not stored, and to the alignment of small tensors."""
+    made = quantized("llama", pipeline) if pipeline else decoder("llama")
+    stored = (tokopt.export(made, tmp_path / "a.tokopt", check=False) / "weights.data").stat().st_size
+    assert Roofline(made.main).weight_bytes == pytest.approx(stored, rel=0.15)
+
+
+def test_of_an_embedding_only_the_rows_taken_are_read() -> None:
+    (node,) = (n for n in decoder("llama").main.module.graph.nodes if is_call(n, aten.embedding))
+    batch, tokens, channels = sizes(node)
+    assert node_bytes(node) == batch * tokens * (2 * 4 * channels + 8)
+
+
+@pytest.mark.parametrize(
+    "pipeline", ["", "h2o{budget=16 sinks=2 recent=4 every=4}", "rtn,streaming{budget=0.5}"]
+)
+def test_the_cache_after_a_prompt_is_the_runtimes(pipeline: str, tmp_path: Path) -> None:
+    made = tokopt.optimize(decoder("llama"), pipeline) if pipeline else decoder("llama")
+    request = load(tokopt.export(made, tmp_path / "a.tokopt", check=False), threads=1).open(1, 40)
+    request.prefill([list(range(40))])
+    assert occupied(made, 40) == request.buffers.occupied()
+    found = forecast(made, FAST, 40)
+    request.buffers.resize(
+        {axis: 64 if count == 40 else 32 for axis, count in request.buffers.occupied().items()}
+    )
+    assert 0.4 * request.buffers.nbytes < found.cache_bytes <= request.buffers.nbytes
+
+
+def test_forecasts_grow_with_the_prompt_and_with_the_rows() -> None:
+    machine = Machine(1e9, dict.fromkeys(KINDS, (1e-10, 2e-10, 4e-10, 2e-09)))
+    short, long = (forecast(decoder("llama"), machine, prompt) for prompt in (16, 300))
+    assert short.read < long.read and short.token < long.token and short.cache_bytes < long.cache_bytes
+    costs = list(long.rows.values())
+    assert list(long.rows) == [2, 4, 8, 16] and costs == sorted(costs) and costs[0] > 1 and costs[-1] < 16
