@@ -75,9 +75,9 @@ PROMPTS += [IDS.astype(object), list(IDS), torch.tensor([3, 4]), torch.tensor([3
 BATCHES: list[Any] = [["a", "b"], ["5"], ["a", [5]], [[5], [6, 7]], [IDS], [(5,), range(2)], ("a", "b")]
 BATCHES += [np.array([[5], [6]]), np.array(["a", "b"]), torch.tensor([[3, 4]]), [torch.tensor([3, 4])]]
 
-NO_MEMORY = memoryview(cast(Any, X))
+MEMORY = memoryview(cast(Any, X))
 
-IMAGES: list[Any] = [X.astype(kind) for kind in ("f8", "f2", "u1", "?", "c8", "O", "U", "M8[s]", "g")]
+NO_IMAGES: list[Any] = [X.astype(kind) for kind in ("f8", "f2", "u1", "?", "c8", "O", "U", "M8[s]", "g")]
 NO_IMAGES += [None, X.tolist(), X * NAN, X - INF, X[:0], X[:, :2], X[0], X[None], np.ones((5, 3), np.float32)]
 NO_IMAGES += [[[1.0], [1.0, 2.0]], "images", b"images", {}, iter(X), object(), np.float32(1), 5]
 NO_IMAGES += [torch.ones(2, 3).double(), torch.ones(2, 3).bfloat16(), torch.ones(3)]
