@@ -4,6 +4,9 @@
 the graph leads to, so that every analysis would take it for what it was before.
 """
 
+# torch.export leaves parts of its classes untyped.
+# pyright: reportUnknownMemberType=false
+
 from __future__ import annotations
 
 from collections.abc import Sequence
