@@ -53,7 +53,9 @@ def test_a_call_gives_the_models_logits(text: str) -> None:
 
 @pytest.mark.parametrize("tokens", [TOKENS[0], TOKENS.float(), TOKENS[:, :0], TOKENS + VOCABULARY, -TOKENS])
 def test_what_is_no_text_is_refused(tokens: Tensor) -> None:
-    with pytest.raises(InputError, match=r"are no text; give ids \[batch, tokens\] below 97"):
+    with pytest.raises(
+        InputError, match=r"'tokens' (is float32|has shape)|give ids \[batch, tokens\] below 97"
+    ):
         decoder()[1](tokens)
 
 

@@ -264,13 +264,21 @@ def _negated(derivation: _Derivation, node: Node) -> Bounds | None:
 def _both(derivation: _Derivation, node: Node) -> Bounds | None:
     """``and``: false where one is false, whatever is known of the other."""
     found = _truths(derivation, node)
-    return found and Bounds(sympy.Min(*(one.low for one in found)), sympy.Min(*(one.high for one in found)))
+    return (
+        None
+        if found is None
+        else Bounds(sympy.Min(*(one.low for one in found)), sympy.Min(*(one.high for one in found)))
+    )
 
 
 def _any(derivation: _Derivation, node: Node) -> Bounds | None:
     """``or``: true where one is true, whatever is known of the other."""
     found = _truths(derivation, node)
-    return found and Bounds(sympy.Max(*(one.low for one in found)), sympy.Max(*(one.high for one in found)))
+    return (
+        None
+        if found is None
+        else Bounds(sympy.Max(*(one.low for one in found)), sympy.Max(*(one.high for one in found)))
+    )
 
 
 def _truths(derivation: _Derivation, node: Node) -> list[Bounds] | None:

@@ -9,8 +9,7 @@ from torch import Tensor
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.node import map_arg
 
-from tokopt.ir.graph import function_of, is_call, is_tensor, is_tensor_list
-from tokopt.kernels import ops
+from tokopt.ir.graph import function_of, is_tensor, is_tensor_list
 
 
 def parameter(module: GraphModule, node: Node) -> Tensor:
@@ -20,17 +19,6 @@ def parameter(module: GraphModule, node: Node) -> Tensor:
         value = getattr(value, part)
     assert isinstance(value, Tensor)
     return value.detach()
-
-
-def constant_nodes(graph: Graph) -> set[Node]:
-    """Nodes that are computed from parameters alone; quantized weights, and what is made of them, are left out."""
-    found: set[Node] = set()
-    for node in graph.nodes:
-        operands = node.all_input_nodes
-        made = node.op == "call_function" and bool(operands) and not is_call(node, ops.dequantize_weight)
-        if node.op == "get_attr" or (made and all(operand in found for operand in operands)):
-            found.add(node)
-    return found
 
 
 def evaluate(module: GraphModule, node: Node, known: dict[Node, Any]) -> Any:

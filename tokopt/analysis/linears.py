@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 from torch.fx import Graph, GraphModule, Node
 
-from tokopt.analysis.constants import constant_nodes, evaluate
+from tokopt.analysis.constants import constants, evaluate
 from tokopt.ir.graph import aten, is_call, module_path
+from tokopt.kernels import ops
 
 
 @dataclass(frozen=True)
@@ -53,9 +54,18 @@ class Linear:
 
 def find_linears(graph: Graph) -> list[Linear]:
     """Every linear layer, in execution order: its weight is a parameter, or is computed from parameters alone."""
-    constants = constant_nodes(graph)
+    known = float_constants(graph)
     products = (as_linear(node) for node in graph.nodes)
-    return [x for x in products if x is not None and x.weight in constants and x.input not in constants]
+    return [one for one in products if one is not None and one.weight in known and one.input not in known]
+
+
+def float_constants(graph: Graph) -> set[Node]:
+    """Nodes that are computed from parameters alone, quantized weights and what is made of them left out."""
+    found, quantized = constants(graph), set[Node]()
+    for node in graph.nodes:
+        if is_call(node, ops.dequantize_weight) or not quantized.isdisjoint(node.all_input_nodes):
+            quantized.add(node)
+    return found - quantized
 
 
 def matches(path: str, only: tuple[str, ...], skip: tuple[str, ...]) -> bool:

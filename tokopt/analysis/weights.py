@@ -10,8 +10,7 @@ from typing import Literal
 import torch
 from torch.fx import Graph, Node
 
-from tokopt.analysis.constants import constant_nodes
-from tokopt.analysis.linears import Linear, find_linears, matches
+from tokopt.analysis.linears import Linear, find_linears, float_constants, matches
 from tokopt.ir.graph import aten, describe, is_call, parameter_path, reaches
 
 Use = Literal["product", "convolution", "embedding"]
@@ -126,7 +125,7 @@ class Weights:
 
 def other_weights(graph: Graph, linears: Sequence[Linear]) -> tuple[OtherWeight, ...]:
     """The parameters of two or more axes that are no linear layer's weight, once for every kind of use."""
-    constants, known = constant_nodes(graph), {linear.node for linear in linears}
+    constants, known = float_constants(graph), {linear.node for linear in linears}
     found: dict[tuple[Node, Use], OtherWeight] = {}
     for node in graph.nodes:
         value = node.meta.get("val")

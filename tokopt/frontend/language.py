@@ -165,7 +165,8 @@ class _Step(nn.Module):
     def read(self, tokens: Tensor) -> Tensor:
         """The logits [batch, tokens, vocabulary] of whole texts, of a Hugging Face model by its own means."""
         if not self.plain:
-            return self.decoder.model(input_ids=tokens, use_cache=False).logits
+            model: Any = self.decoder.model
+            return model(input_ids=tokens, use_cache=False).logits
         return self.uncached(tokens, _Slots(None, ()))
 
     def uncached(self, tokens: Tensor, notes: _Slots) -> Tensor:
@@ -365,7 +366,7 @@ def _attention_windows(name: str, config: Any) -> dict[str, int]:
 def _generation(model: Any) -> Generation:
     """Context length, vocabulary and special tokens, as the model's configuration has them."""
     name = type(model).__name__
-    config = model.config.get_text_config() if hasattr(model, "config") else None
+    config: Any = model.config.get_text_config() if hasattr(model, "config") else None
     context, vocabulary = (getattr(config, key, None) for key in ("max_position_embeddings", "vocab_size"))
     if context is None or vocabulary is None:
         raise CaptureError(

@@ -46,8 +46,8 @@ def _changes(module: nn.Module) -> bool:
     return not {"dynamic", "longrope"}.isdisjoint(kinds.values() if isinstance(kinds, Mapping) else (kinds,))
 
 
-def _fix(module: nn.Module, undo: ExitStack) -> None:
-    kinds: Any = module.rope_type
+def _fix(module: Any, undo: ExitStack) -> None:
+    kinds = module.rope_type
     undo.callback(setattr, module, "rope_type", kinds)
     module.rope_type = dict.fromkeys(kinds, "default") if isinstance(kinds, Mapping) else "default"
     for name, short in list(module.named_buffers(recurse=False)):

@@ -4,12 +4,14 @@
 the graph leads to, so that every analysis would take it for what it was before.
 """
 
+# torch.export leaves parts of its classes untyped.
+# pyright: reportUnknownMemberType=false
+
 from __future__ import annotations
 
 from collections.abc import Sequence
 
 import torch
-from torch._ops import OpOverload
 from torch.fx import GraphModule, Node
 
 from tokopt.errors import CaptureError
@@ -28,7 +30,7 @@ def without_mutation(
         return exported
     exported = exported.run_decompositions({})
     signature = exported.graph_signature
-    places = map(signature.user_inputs.index, signature.user_inputs_to_mutate.values())
+    places = map(list(signature.user_inputs).index, signature.user_inputs_to_mutate.values())
     read = {signature.inputs_to_buffers[node.name] for node in _read_buffers(exported)}
     buffers = [name.removeprefix("model.") for name in signature.buffers_to_mutate.values() if name in read]
     if changed := [*buffers, *(inputs[place].name for place in places)]:
@@ -49,7 +51,8 @@ def drop_write_backs(module: GraphModule) -> None:
 
 
 def _mutates(node: Node) -> bool:
-    return isinstance(node.target, OpOverload) and node.target._schema.is_mutable
+    schema = getattr(node.target, "_schema", None)
+    return schema is not None and schema.is_mutable
 
 
 def _read_buffers(exported: torch.export.ExportedProgram) -> list[Node]:

@@ -48,7 +48,7 @@ class Context:
     calibration: Iterable[Sample] | None = None
 
     def __post_init__(self) -> None:
-        """Keep what can be iterated only once; tensors by name are one sample. Raises InputError for other types."""
+        """Keep what can be iterated only once, and tensors by name as one sample; refuse fields of another type."""
         check_flag("strict", self.strict)
         observers = check_items("observers", self.observers, "a tuple of functions")
         for observer in observers:
@@ -56,12 +56,12 @@ class Context:
         object.__setattr__(self, "observers", observers)
         if self.reproducers is not None:
             object.__setattr__(self, "reproducers", check_path("reproducers", self.reproducers))
-        if self.calibration is not None:
-            check_iterable("calibration", self.calibration, "a list of inputs, or what gives them one by one")
-        if isinstance(self.calibration, Mapping):
-            object.__setattr__(self, "calibration", [self.calibration])
-        elif isinstance(self.calibration, Iterator):
-            object.__setattr__(self, "calibration", list(self.calibration))
+        given = self.calibration
+        if isinstance(given, Mapping):
+            object.__setattr__(self, "calibration", [given])
+        elif given is not None:
+            check_iterable("calibration", given, "a list of inputs, or what gives them one by one")
+            object.__setattr__(self, "calibration", list(given) if isinstance(given, Iterator) else given)
 
     def samples(self, name: str) -> Iterable[Sample]:
         """The calibration inputs, for the pass of this name, which cannot do without; raises PassError."""
