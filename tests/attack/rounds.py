@@ -32,8 +32,8 @@ ROUNDS = {
 }
 """Kind -> its module, its name there, and its share of the cases."""
 
-_SECONDS = 60
-"""What a case may take on a machine that is busy with others; none takes more than a few."""
+_SECONDS, _PREPARATION = 60, 900
+"""What a case, and what comes before the first, may take on a machine that is busy; none takes more than a few."""
 
 _MEMORY = 8 * 2**30
 
@@ -83,6 +83,7 @@ def _results(name: str, seed: int, numbers: list[int]) -> Iterator[Result]:
         process = context.Process(target=_work, args=(there, name, seed, numbers, folder), daemon=False)
         process.start()
         there.close()
+        here.poll(_PREPARATION)
         try:
             while numbers:
                 result = _next(here, name, numbers[0])
@@ -99,10 +100,11 @@ def _results(name: str, seed: int, numbers: list[int]) -> Iterator[Result]:
 
 
 def _next(connection: Connection, name: str, number: int) -> Result:
-    if not connection.poll(_SECONDS * (4 if name == KILLS else 1)):
-        return Result(name, number, HANG)
     try:
-        return connection.recv()
+        if not connection.poll(_SECONDS * (4 if name == KILLS else 1)):
+            return Result(name, number, HANG)
+        found = connection.recv()
+        return _next(connection, name, number) if found is None else found
     except EOFError:
         return Result(name, number, CRASH)
 
@@ -117,6 +119,7 @@ def _work(connection: Connection, name: str, seed: int, numbers: list[int], fold
     kind = kind_of(name)
     (folder / "whole").mkdir()
     run = kind.prepare(folder / "whole")
+    connection.send(None)  # ready
     for number in numbers:
         scratch = folder / str(number)
         scratch.mkdir()
