@@ -6,6 +6,7 @@ import hashlib
 import os
 import tempfile
 from collections.abc import Callable
+from contextlib import suppress
 from functools import cache, partial
 from importlib import import_module
 from importlib.util import find_spec
@@ -83,13 +84,16 @@ def compiled(name: str, scalar: str, arch: str) -> bytes:
     key = hashlib.sha256(repr((text, scalar, arch, OPTIONS, version)).encode()).hexdigest()
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tokopt" / "kernels"
     path = folder / f"{name}-{scalar.replace(' ', '_')}-{arch}-{key[:16]}"
-    if not path.exists():
+    with suppress(OSError):
+        return path.read_bytes()
+    code, _ = compile_source(name, scalar, arch)
+    with suppress(OSError):  # a disk that is full or read-only: the next process compiles it again
         folder.mkdir(parents=True, exist_ok=True)
-        code, _ = compile_source(name, scalar, arch)
-        with tempfile.NamedTemporaryFile(dir=folder, delete=False) as file:
+        with tempfile.NamedTemporaryFile(dir=folder, prefix=path.name) as file:
             file.write(code)
-        Path(file.name).replace(path)
-    return path.read_bytes()
+            file.flush()
+            os.link(file.name, path)
+    return code
 
 
 def compile_source(name: str, scalar: str, arch: str, *options: str) -> tuple[bytes, str]:

@@ -20,7 +20,8 @@ from tokopt.runtime.engines.onnxruntime import (
     check_threads,
     named_options,
 )
-from tokopt.runtime.format.manifest import PORTABLE, Manifest, file_fault, read_manifest
+from tokopt.runtime.format.check_files import check_files
+from tokopt.runtime.format.manifest import PORTABLE, Manifest, read_manifest
 from tokopt.runtime.inputs import Interface, count_rows
 from tokopt.runtime.language import LanguageModel
 from tokopt.runtime.numerics import OutputCheck
@@ -64,9 +65,8 @@ def load(
                 f"{folder} holds no ONNX form of program {program!r}, only {', '.join(entry.files)}; open it with "
                 "tokopt.open_bundle, or export the bundle with target='onnx'"
             )
-    for file, expected in manifest.files.items() if verify else ():
-        if fault := file_fault(folder, file, expected):
-            raise ArtifactError(fault)
+    if verify:
+        check_files(folder, manifest)
     if name == "tensorrt":
         return _load_engines(folder, manifest, providers, threads)
     if name == "openvino":

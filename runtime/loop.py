@@ -375,7 +375,9 @@ class Request:
             self.program.bind()
 
     def _room(self) -> int:
-        """Free slots after a trigger: as many as are filled until the next one."""
+        """Free slots after a trigger: as many as are filled until the next one, or until the context ends."""
         decode = self.entry("decode")
+        assert self.manifest.generation is not None
         extra = decode.slots - 1 if isinstance(decode.slots, int) else 0
-        return min((trigger.every for trigger in self._counting), default=BLOCK) + max(extra, 0)
+        every = min((trigger.every for trigger in self._counting), default=BLOCK)
+        return min(every, self.manifest.generation.context) + max(extra, 0)

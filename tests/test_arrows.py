@@ -24,7 +24,16 @@ ALLOWED = {
     "tokopt.ir": ("errors", "arguments", "runtime.format"),
     "tokopt.analysis": ("errors", "arguments", "progress", "ir", "kernels"),
     "tokopt.rewrite": ("errors", "arguments", "ir", "kernels", "analysis"),
-    "tokopt.pipeline": ("errors", "arguments", "ir", "analysis", "runtime.numerics", "artifact", "passes"),
+    "tokopt.pipeline": (
+        "errors",
+        "arguments",
+        "ir",
+        "analysis",
+        "runtime.numerics",
+        "artifact",
+        "place",
+        "passes",
+    ),
     "tokopt.passes": ("errors", "arguments", "ir", "kernels", "analysis", "rewrite", "pipeline"),
 }
 """Package -> what of tokopt its modules may import beside itself, for type checkers too; the rest may import all.

@@ -2,26 +2,25 @@
 
 ``vit.tokopt/`` holds ``manifest.json``, one file per program (``forward.onnx`` or ``forward.pt2``), the
 weights (``weights.data``), ``selftest.safetensors`` and, for text models, ``tokenizer.json``. It is written
-under a temporary name beside its place and renamed when it is complete and checked.
+under a temporary name beside its place and put there when it is complete and checked (:mod:`tokopt.place`).
 """
 
 from __future__ import annotations
 
-import os
-import secrets
-import shutil
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+import io
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any, cast
 
 from tokopt.arguments import check_callable, check_flag, check_kind, check_number, check_path, described
 from tokopt.errors import ArtifactError, InputError, TokoptError
 from tokopt.ir.bundle import AppliedPass, Bundle, check_bundle
 from tokopt.ir.program import Program
+from tokopt.place import check_place, replacing
 from tokopt.runtime.engines.onnxruntime import Sessions
+from tokopt.runtime.format.check_files import check_files, find_faults
 from tokopt.runtime.format.manifest import (
     ENGINE,
     MANIFEST,
@@ -35,11 +34,10 @@ from tokopt.runtime.format.manifest import (
     PassEntry,
     ProgramEntry,
     describe_file,
-    file_fault,
     file_path,
     read_manifest,
 )
-from tokopt.runtime.numerics import SELFTEST_LIMITS, OutputCheck, check_output
+from tokopt.runtime.numerics import OutputCheck
 from tokopt.runtime.selftest import FormChecks, TaskCheck, check_forms, read_selftest
 from tokopt.runtime.text import read_tokenizer
 
@@ -79,8 +77,10 @@ def export(
     artifact that is already there. ``progress`` is called with a line per step.
 
     Raises LoweringError when a program cannot be lowered or does not compute the same, ArtifactError when
-    ``path`` is taken or its parent is missing, MissingDependencyError without the TensorRT that an engine takes, and
-    InputError for engine options that do not fit. Nothing is left behind when it fails.
+    ``path`` is taken (at the start, or meanwhile), its parent is missing, or it cannot be written,
+    MissingDependencyError without the TensorRT that an engine takes, and InputError for engine options that do not fit.
+    Nothing is left behind when it fails, and what was there stays; a process that is killed leaves the old artifact or
+    the new one, and beside it what the next export to the same place removes.
     """
     check_bundle("bundle", bundle)
     path = check_path("path", path)
@@ -105,7 +105,7 @@ def export(
     check_place(path, overwrite)
     cleaned = bundle if target == "torch" else _clean_up(bundle, say)
     builder = _engine_builder(cleaned, engine) if target == "tensorrt" else None
-    with replacing(path.absolute()) as folder:
+    with replacing(path, overwrite) as folder:
         metadata = {"tokopt.pipeline": cleaned.pipeline, "tokopt.semantics": cleaned.semantics}
         if target == "torch":
             files = _save_programs(bundle, folder, say)
@@ -126,7 +126,10 @@ def export(
             write_examples(bundle, folder)
         else:
             say("running the self-test")
-            write_selftest(bundle, folder, _manifest(cleaned, files, engines, {}), tolerance=tolerance)
+            written = {
+                item.name: FileEntry("", 0) for item in folder.iterdir()
+            }  # they are hashed once, below
+            write_selftest(bundle, folder, _manifest(cleaned, files, engines, written), tolerance=tolerance)
         if target == "torch":
             (folder / OUTLINE).write_text(outline(bundle).to_json(), encoding="utf-8")
         if bundle.tokenizer is not None:
@@ -151,9 +154,7 @@ def open_bundle(path: str | Path) -> Bundle:
 
         return capture(path)
     manifest = read_manifest(path)
-    for name, entry in manifest.files.items():
-        if fault := file_fault(path, name, entry):
-            raise ArtifactError(fault)
+    check_files(path, manifest)
     programs = {name: _load_program(path, manifest, name) for name in manifest.programs}
     tokenizer = manifest.tokenizer and read_tokenizer(file_path(path, manifest.tokenizer))
     bundle = Bundle(
@@ -176,7 +177,7 @@ def open_bundle(path: str | Path) -> Bundle:
 
 @dataclass(frozen=True)
 class VerifyReport:
-    """What :func:`verify` found: faults of files, and what the self-test of every form of a program found.
+    """What :func:`verify` found: faults of files, and what the self-test of every form of an ONNX program found.
 
     ``outputs`` are its outputs in float32 arithmetic, ``task`` what callers see as this machine computes it, which is
     empty where the two agree (see :mod:`tokopt.runtime.selftest`).
@@ -208,22 +209,19 @@ class VerifyReport:
 
 
 def verify(path: str | Path) -> VerifyReport:
-    """Check every file's size and SHA-256, then run the self-test.
+    """Check every file's size and SHA-256, then run the self-test of an ONNX artifact, without torch.
 
-    An ONNX artifact is run by the runtime, without torch; a torch artifact by torch. Raises ArtifactError
-    when there is no readable manifest; everything found after that is in the report.
+    Of a torch artifact the files are checked and nothing is opened: a ``.pt2`` file is for those who trust it. Raises
+    ArtifactError when there is no readable manifest; everything found after that is in the report.
     """
     path = check_path("path", path)
     manifest = read_manifest(path)
-    faults = [
-        fault
-        for name, entry in manifest.files.items()
-        if (fault := file_fault(path, name, entry)) is not None
-    ]
+    faults = list(find_faults(path, manifest))
     found: dict[str, FormChecks] = {}
-    if not faults:
+    if not faults and all(PORTABLE in entry.files for entry in manifest.programs.values()):
         try:
-            found = _selftest(path, manifest)
+            tests = {name: read_selftest(path, manifest, name) for name in manifest.programs}
+            found = check_forms(manifest, tests, lambda: Sessions(path, manifest))
         except TokoptError as error:
             faults = [str(error)]
     return VerifyReport(
@@ -235,75 +233,6 @@ def verify(path: str | Path) -> VerifyReport:
         {key: checks.outputs for key, checks in found.items()},
         {key: checks.task for key, checks in found.items() if checks.task},
     )
-
-
-def _selftest(path: Path, manifest: Manifest) -> dict[str, FormChecks]:
-    if all(PORTABLE in entry.files for entry in manifest.programs.values()):
-        tests = {name: read_selftest(path, manifest, name) for name in manifest.programs}
-        return check_forms(manifest, tests, lambda: Sessions(path, manifest))
-    bundle = open_bundle(path)
-    return {name: FormChecks(_selftest_torch(path, manifest, name, p)) for name, p in bundle.programs.items()}
-
-
-def _selftest_torch(path: Path, manifest: Manifest, name: str, program: Program) -> tuple[OutputCheck, ...]:
-    expected = _read_tensors(path, manifest, name, "outputs")
-    actual = program(*program.example)
-    return tuple(
-        check_output(spec.name, _as_numpy(want), _as_numpy(got), SELFTEST_LIMITS[manifest.semantics])
-        for spec, want, got in zip(program.outputs, expected, actual, strict=True)
-    )
-
-
-def _as_numpy(tensor: torch.Tensor) -> Any:
-    import torch
-
-    return (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).numpy(force=True)
-
-
-def check_place(path: Path, overwrite: bool) -> None:
-    if not path.parent.is_dir():
-        raise ArtifactError(f"the folder {path.parent} does not exist; create it first")
-    if not os.path.lexists(path):
-        return
-    if not overwrite:
-        raise ArtifactError(f"{path} exists already; pass overwrite=True or choose another path")
-    if path.is_symlink() or not (path / MANIFEST).is_file():
-        raise ArtifactError(f"{path} is no tokopt artifact and will not be overwritten; choose another path")
-
-
-@contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """A new folder beside ``path`` that takes its name at the end, or disappears on any failure."""
-    token = secrets.token_hex(4)
-    folder = path.with_name(f".{path.name}.{token}.tmp")
-    try:
-        folder.mkdir()
-    except OSError as error:
-        raise ArtifactError(f"{path.parent} cannot be written to ({error}); choose another path") from error
-    try:
-        yield folder
-        _rename(folder, path, path.with_name(f".{path.name}.{token}.old"))
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-
-
-def _rename(folder: Path, path: Path, aside: Path) -> None:
-    """Put ``folder`` in the place of ``path``; what was there stays until the new one is in place."""
-    try:
-        if not path.exists():
-            folder.rename(path)
-            return
-        path.rename(aside)
-        try:
-            folder.rename(path)
-        except BaseException:
-            aside.rename(path)
-            raise
-    except OSError as error:
-        raise ArtifactError(
-            f"the artifact cannot be moved to {path} ({error}); choose another path"
-        ) from error
-    shutil.rmtree(aside, ignore_errors=True)
 
 
 def _check_engine(engine: object) -> None:
@@ -341,8 +270,41 @@ def _save_programs(bundle: Bundle, folder: Path, say: Callable[[str], None]) -> 
     for name, program in bundle.programs.items():
         files[name] = {"torch": f"{name}.pt2"}
         say(f"saving {name}.pt2")
-        torch.export.save(assemble(program), folder / f"{name}.pt2")
+        with (folder / f"{name}.pt2").open("wb") as file:
+            stream = _Deferred(file)
+            torch.export.save(assemble(program), cast(IO[bytes], stream))
+            stream.finish()
     return files
+
+
+class _Deferred(io.RawIOBase):
+    """A file whose failure is raised at the end: torch's writer ends the process when a write fails."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self.file = file
+        self.error: BaseException | None = None
+
+    def writable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        return self.file.seek(offset, whence)  # torch goes back to the front when all is written
+
+    def write(self, data: Any) -> int:
+        try:
+            if self.error is None:
+                self.file.write(data)
+        except BaseException as error:
+            self.error = error
+        return len(data)
+
+    def finish(self) -> None:
+        """Raise the first error."""
+        if self.error is not None:
+            raise self.error
 
 
 def _lower_programs(
@@ -410,21 +372,16 @@ def _load_program(path: Path, manifest: Manifest, name: str) -> Program:
             f"{path} was exported for {', '.join(entry.files)}, which cannot become a bundle again; export "
             "the bundle with target='torch' too"
         )
-    import torch
-
     import tokopt.kernels  # noqa: F401  # registers the ops that the program may call
+    from tokopt.frontend.pt2 import load_pt2
     from tokopt.ir.export import unlifted
 
-    file = file_path(path, entry.files["torch"])
     try:
-        exported = torch.export.load(file)
-    except Exception as error:  # whatever the archive's reader raises
-        raise ArtifactError(
-            f"{file} cannot be loaded by torch {torch.__version__} ({type(error).__name__}: {error}); it was "
-            f"saved by torch {manifest.versions.get('torch', '?')}"
-        ) from error
+        module = unlifted(load_pt2(file_path(path, entry.files["torch"])))
+    except ArtifactError as error:
+        raise ArtifactError(f"{error} (this one by torch {manifest.versions.get('torch', '?')})") from error
     return Program(
-        unlifted(exported),
+        module,
         entry.inputs,
         entry.outputs,
         entry.ranges,

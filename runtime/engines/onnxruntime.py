@@ -15,7 +15,8 @@ import onnxruntime
 from tokopt.arguments import check_integer, check_items, is_integer, wrong
 from tokopt.errors import ArtifactError, InputError, MissingDependencyError
 from tokopt.runtime.buffers import Bound, Buffers, check_reading, run_in_place
-from tokopt.runtime.format.manifest import ONE_ROW, PORTABLE, Manifest, file_path
+from tokopt.runtime.format.check_files import check_onnx
+from tokopt.runtime.format.manifest import ONE_ROW, PORTABLE, Manifest
 from tokopt.runtime.format.signature import find_role
 
 Provider = str | tuple[str, Mapping[str, object]]
@@ -70,7 +71,7 @@ class Sessions:
     def get(self, program: str, form: str = PORTABLE) -> onnxruntime.InferenceSession:
         """The session of one form; raises ArtifactError when ONNX Runtime cannot load it."""
         if (program, form) not in self._open:
-            path = file_path(self.folder, self.manifest.programs[program].files[form])
+            path = check_onnx(self.folder, self.manifest.programs[program], form, self.manifest.files)
             self._open[program, form] = _session(path, self)
         return self._open[program, form]
 

@@ -14,7 +14,8 @@ from typing import Any
 import numpy as np
 
 from tokopt.errors import ArtifactError, InputError, MissingDependencyError
-from tokopt.runtime.format.manifest import PORTABLE, Manifest, file_path
+from tokopt.runtime.format.check_files import check_onnx
+from tokopt.runtime.format.manifest import PORTABLE, Manifest
 
 DEFAULTS: Mapping[str, object] = {"INFERENCE_PRECISION_HINT": "f32", "PERFORMANCE_HINT": "LATENCY"}
 """OpenVINO would round to bfloat16 where the processor can, and compute what no export has checked."""
@@ -36,7 +37,7 @@ class OpenVINOSessions:
     def get(self, program: str, form: str = PORTABLE) -> OpenVINOSession:
         """A program compiled for the CPU; raises as :class:`OpenVINOSession` does."""
         if program not in self._open:
-            path = file_path(self.folder, self.manifest.programs[program].files[form])
+            path = check_onnx(self.folder, self.manifest.programs[program], form, self.manifest.files)
             self._open[program] = OpenVINOSession(path, self.options, self.threads)
         return self._open[program]
 

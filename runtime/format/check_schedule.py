@@ -40,9 +40,14 @@ def check_schedule(
     _check_exits(encoders, schedule)
     for trigger in schedule.triggers:
         _check_trigger(trigger, programs, schedule)
+    counts = [trigger.every for trigger in schedule.triggers if trigger.after == "tokens"]
     require(
-        not schedule.endless or any(trigger.after == "tokens" for trigger in schedule.triggers),
+        not schedule.endless or bool(counts),
         "the schedule is endless and no trigger runs after tokens, so nothing renumbers positions",
+    )
+    require(
+        not schedule.endless or (generation is not None and min(counts) <= generation.context),
+        "the schedule is endless and no trigger runs before the context is full, so positions outgrow it",
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 from collections.abc import Mapping
@@ -30,11 +31,15 @@ from tokopt.runtime.format.schedule import Schedule
 from tokopt.runtime.format.signature import DTYPES, Axis, Range, Tensor
 from tokopt.runtime.format.state import State
 
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
 """The newest format that this version reads and the one it writes; any change to the keys raises it.
 
-2: programs may have the key ``engine``. 3: states, links and a schedule say what names and flags said before.
+2: programs may have the key ``engine``. 3: states, links and a schedule say what names and flags said before. 4: the
+manifest has a hash of itself.
 """
+
+SEAL = "sha256"
+"""The key of the manifest's own hash."""
 
 PORTABLE, ONE_ROW, ENGINE = "onnx", "onnxruntime", "tensorrt"
 """Forms of a program: what any engine reads, what ONNX Runtime's CPU kernels run faster, and a TensorRT engine.
@@ -49,6 +54,7 @@ ARCH = r"sm_[1-9][0-9]{1,2}"
 
 _MAX_RANK = 16
 _MAX_FILE_BYTES = 2**46
+_MAX_TOKEN = 2**31 - 1
 
 
 @dataclass(frozen=True)
@@ -131,7 +137,14 @@ class Manifest:
 
     def to_json(self) -> str:
         """The text of ``manifest.json``; :func:`.parse_manifest` is its inverse."""
-        return json.dumps(asdict(self), indent=1, allow_nan=False) + "\n"
+        content = asdict(self)
+        return json.dumps({**content, SEAL: seal(content)}, indent=1, allow_nan=False) + "\n"
+
+
+def seal(content: Mapping[str, Json]) -> str:
+    """The hash of what a manifest says, however it is spaced: SHA-256 of its JSON without the hash, keys sorted."""
+    known = {key: value for key, value in content.items() if key != SEAL}
+    return hashlib.sha256(json.dumps(known, sort_keys=True, allow_nan=False).encode()).hexdigest()
 
 
 def read_common(top: Mapping[str, Json]) -> dict[str, Any]:
@@ -175,7 +188,9 @@ def _profile(value: Json, where: str) -> Profile:
 
 def _plugin(value: Json, where: str) -> PluginEntry:
     entry = read_object(value, where, "name sha256")
-    return PluginEntry(read_name(entry["name"], f"{where}.name"), _digest(entry["sha256"], f"{where}.sha256"))
+    return PluginEntry(
+        read_name(entry["name"], f"{where}.name"), read_digest(entry["sha256"], f"{where}.sha256")
+    )
 
 
 def read_generation(entry: Mapping[str, Json], where: str) -> Generation:
@@ -196,7 +211,7 @@ def _tokens(value: Json, where: str) -> dict[str, str]:
 
 
 def _token(value: Json, where: str) -> int:
-    return read_integer(value, where, 0, MAX_SIZE)
+    return read_integer(value, where, 0, _MAX_TOKEN)
 
 
 def _pass(value: Json, where: str) -> PassEntry:
@@ -219,11 +234,12 @@ def read_range(value: Json, where: str) -> Range:
 
 def _file(value: Json, where: str) -> FileEntry:
     entry = read_object(value, where, "sha256 size")
-    digest = _digest(entry["sha256"], f"{where}.sha256")
+    digest = read_digest(entry["sha256"], f"{where}.sha256")
     return FileEntry(digest, read_integer(entry["size"], f"{where}.size", 0, _MAX_FILE_BYTES))
 
 
-def _digest(value: Json, where: str) -> str:
+def read_digest(value: Json, where: str) -> str:
+    """A SHA-256 in lower-case hexadecimal."""
     digest = read_text(value, where)
     if len(digest) != 64 or not set(digest) <= set("0123456789abcdef"):
         raise Invalid(f"{where} is no SHA-256 in lower-case hexadecimal")

@@ -17,6 +17,7 @@ from tokopt.runtime.format.entries import (
     FORMAT_VERSION,
     ONE_ROW,
     PORTABLE,
+    SEAL,
     EngineEntry,
     Manifest,
     PassEntry,
@@ -26,10 +27,12 @@ from tokopt.runtime.format.entries import (
     read_axes,
     read_axis,
     read_common,
+    read_digest,
     read_dtype,
     read_engine,
     read_generation,
     read_range,
+    seal,
 )
 from tokopt.runtime.format.fault import FormatError
 from tokopt.runtime.format.files import FileEntry, describe_file, file_fault, file_path
@@ -92,12 +95,17 @@ _ROLES = tuple(dict.fromkeys((*INPUT_ROLES, *OUTPUT_ROLES)))
 
 _MAX_MANIFEST_BYTES = 16 * 2**20
 _MAX_LAYERS = 100_000
+_SEALED = 4  # the first format with a hash of the manifest
 
 
 def read_manifest(folder: Path) -> Manifest:
     """Read and validate ``folder/manifest.json``; raises ArtifactError."""
     path = folder / MANIFEST
     try:
+        if path.is_symlink():
+            raise ArtifactError(
+                f"{path} is a symbolic link, which may leave the artifact; copy the file itself"
+            )
         if not path.is_file():
             what = "has no manifest.json" if folder.is_dir() else "is not a folder"
             raise ArtifactError(f"{folder} {what}: it is no tokopt artifact; make one with tokopt.export")
@@ -137,16 +145,23 @@ def _manifest(value: Json) -> Manifest:
             f"format version {version} is newer than {FORMAT_VERSION}, the newest that this tokopt reads",
             "update tokopt",
         )
-    read = read_legacy if version < FORMAT_VERSION else _current
-    manifest = read(cast(Json, value))
+    manifest = (read_legacy if version < 3 else _current)(cast(Json, value))
     check_format(manifest.programs, manifest.states, manifest.links, manifest.schedule, manifest.generation)
     _check_files(manifest)
+    if version >= _SEALED and value[SEAL] != seal(cast(dict[str, Json], value)):
+        raise Invalid(
+            "it was changed after it was written, since its own sha256 is another",
+            "copy or export the artifact again",
+        )
     return manifest
 
 
 def _current(value: Json) -> Manifest:
     keys = "format_version programs files states links schedule generation semantics pipeline passes"
-    top = read_object(value, "the manifest", keys + " tokenizer selftest versions")
+    sealed = cast(dict[str, int], value)["format_version"] >= _SEALED
+    top = read_object(value, "the manifest", f"{keys} tokenizer selftest versions {SEAL if sealed else ''}")
+    if sealed:
+        read_digest(top[SEAL], SEAL)
     return Manifest(
         programs=read_mapping(top["programs"], "programs", _program),
         states=read_items(top["states"], "states", _state),

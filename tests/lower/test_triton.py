@@ -5,6 +5,7 @@ No server runs here: ``tests/lower/triton_server.py`` does what one does, with t
 
 from __future__ import annotations
 
+import json
 import shutil
 import sys
 from collections.abc import Callable
@@ -20,6 +21,7 @@ import tokopt
 from tests.lower.encoders import text, vision
 from tests.lower.triton_server import Arrays, Server, read_config, schema
 from tests.matrix.language import artifact, bundle, prompt
+from tests.runtime.artifacts import sealed
 from tests.zoo.decoders import CONTEXT, VOCABULARY
 from tokopt.errors import ArtifactError, InputError, LoweringError, MissingDependencyError, TokoptError
 from tokopt.lower.triton.model import IDLE_SECONDS, Serving, write_model
@@ -292,7 +294,8 @@ def test_a_second_program_is_refused(tmp_path: Path) -> None:
 
 def test_states_that_would_be_mixed_up_are_refused(tmp_path: Path) -> None:
     def rename(manifest: Manifest) -> Manifest:
-        return parse_manifest(manifest.to_json().replace('"next_length"', '"z_length"').encode())
+        doc = json.loads(manifest.to_json().replace('"next_length"', '"z_length"'))
+        return parse_manifest(json.dumps(sealed(doc)).encode())
 
     error = refusal(changed(artifact("llama").path, tmp_path, rename), tmp_path)
     assert isinstance(error, LoweringError) and "Triton pairs the two by that order" in str(error)

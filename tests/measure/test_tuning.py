@@ -150,6 +150,42 @@ def test_search_goes_on_where_it_stopped(
         tokopt.tune(model, images(6), tmp_path / "t", candidates=[["tome{r=1}"]])
 
 
+def test_a_killed_search_leaves_the_best_or_exports_it_again(
+    model: tokopt.Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is killed where one best artifact takes the place of another."""
+
+    class Killed(BaseException):
+        pass
+
+    def fail(*arguments: object) -> None:
+        raise Killed
+
+    def search(*candidates: str) -> Tuning:
+        return tokopt.tune(model, images(), tmp_path / "t", candidates=[candidates], floor="cosine>=-1")
+
+    speeds(monkeypatch, [1.1, 1.3])
+    search("tome{r=1}")
+    best = tmp_path / "t/best.tokopt"
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(tuning, "move_artifact", fail)
+        search("tome{r=1}", "tome{r=2}")
+    assert read_manifest(best).pipeline == "tome{r=1}"
+    found = search("tome{r=1}", "tome{r=2}")
+    assert found.winner is not None and read_manifest(best).pipeline == found.winner.pipeline == "tome{r=2}"
+    assert not [path for path in (tmp_path / "t").iterdir() if path.name.startswith(".")]
+
+
+def test_a_damaged_search_is_refused(model: tokopt.Bundle, tmp_path: Path) -> None:
+    tokopt.tune(model, images(), tmp_path / "t", candidates=[["tome{r=1}"]], minutes=0)
+    file = tmp_path / "t/trials.json"
+    whole = file.read_text()
+    for text in (whole[:40], "{}", whole.replace('"trials": []', '"trials": [1]'), "[" * 100_000):
+        file.write_text(text)
+        with pytest.raises(InputError, match="is damaged"):
+            tokopt.tune(model, images(), tmp_path / "t", candidates=[["tome{r=1}"]], minutes=0)
+
+
 def test_a_batch_is_timed_as_asked(
     model: tokopt.Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -13,6 +13,7 @@ import onnx
 from onnx import TensorProto, helper
 from safetensors.numpy import save
 
+from tokopt.runtime.format.entries import SEAL, seal
 from tokopt.runtime.format.manifest import FORMAT_VERSION
 
 Json = dict[str, Any]
@@ -62,8 +63,22 @@ def write(folder: Path, doc: Json, files: dict[str, bytes]) -> Path:
     for name, data in files.items():
         (folder / name).write_bytes(data)
         doc["files"][name] = {"sha256": hashlib.sha256(data).hexdigest(), "size": len(data)}
-    (folder / "manifest.json").write_text(json.dumps(doc))
+    (folder / "manifest.json").write_text(json.dumps(sealed(doc)))
     return folder
+
+
+def sealed(doc: Json) -> Json:
+    """The manifest with its own hash, where its format has one."""
+    return {**doc, SEAL: seal(doc)} if doc["format_version"] >= 4 else doc
+
+
+def rehash(folder: Path) -> None:
+    """Let the manifest say what the files are: whoever can write them can write it."""
+    doc = json.loads((folder / "manifest.json").read_text())
+    for name in doc["files"]:
+        data = (folder / name).read_bytes()
+        doc["files"][name] = {"sha256": hashlib.sha256(data).hexdigest(), "size": len(data)}
+    (folder / "manifest.json").write_text(json.dumps(sealed(doc)))
 
 
 def graph(nodes: list[onnx.NodeProto], inputs: dict, outputs: dict, constants: dict | None = None) -> bytes:

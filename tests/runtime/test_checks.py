@@ -393,6 +393,10 @@ BROKEN: dict[str, tuple[Callable[[], Manifest], str]] = {
         lambda: with_program("evict", evictor(due=False)),
         "takes no 'due', though the rows advance by different numbers",
     ),
+    "endless-late": (
+        lambda: with_schedule(triggers=(Trigger("evict", "tokens", 65),), endless=True),
+        "no trigger runs before the context is full",
+    ),
     "endless": (
         lambda: with_schedule(triggers=(Trigger("evict", "prefill"),), endless=True),
         "endless and no trigger runs after tokens",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from contextlib import suppress
 from copy import deepcopy
 from pathlib import Path
 from types import MappingProxyType
@@ -13,7 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.runtime.artifacts import Json, document, doubling, tensor
+from tests.runtime.artifacts import Json, document, doubling, sealed, tensor
 from tokopt.errors import ArtifactError
 from tokopt.runtime.format.manifest import (
     FORMAT_VERSION,
@@ -144,13 +145,17 @@ def old() -> Json:
 
 
 def encode(doc: object) -> bytes:
+    """The text of a manifest, with the hash of what it says where it can have one."""
+    if isinstance(doc, dict) and doc.get("format_version") == FORMAT_VERSION:
+        with suppress(ValueError):  # NaN
+            doc = sealed(doc)
     return json.dumps(doc).encode()
 
 
 def test_written_and_read_back_it_is_the_same() -> None:
     manifest = parse_manifest(encode(good()))
     assert parse_manifest(manifest.to_json().encode()) == manifest
-    assert json.loads(manifest.to_json()) == good()
+    assert json.loads(manifest.to_json()) == sealed(good())
 
 
 def test_format_1_knows_no_engines() -> None:
@@ -158,6 +163,13 @@ def test_format_1_knows_no_engines() -> None:
     doc["format_version"] = 1
     del doc["programs"]["step"]["engine"], doc["programs"]["step"]["files"]["tensorrt"]
     assert parse_manifest(encode(doc)).programs["step"].engine is None
+
+
+def test_format_3_has_no_hash_of_itself() -> None:
+    doc = put("format_version", 3)
+    assert parse_manifest(json.dumps(doc).encode()) == parse_manifest(encode(good()))
+    with pytest.raises(ArtifactError, match="unknown key 'sha256'"):
+        parse_manifest(json.dumps({**doc, "sha256": "0" * 64}).encode())
 
 
 def test_format_2_becomes_the_newest() -> None:
@@ -181,7 +193,7 @@ def put(path: str, value: object, doc: Json | None = None) -> Json:
 FORWARD = "programs/step"
 
 FAULTS = {
-    "newer": (put("format_version", FORMAT_VERSION + 1), "newer than 3.*update tokopt"),
+    "newer": (put("format_version", FORMAT_VERSION + 1), "newer than 4.*update tokopt"),
     "version-text": (put("format_version", "1"), "format_version is \"1\"|format_version is '1'"),
     "version-zero": (put("format_version", 0), "format_version is 0"),
     "unknown-key": (put("extra", 1), "unknown key 'extra'"),
@@ -254,6 +266,7 @@ FAULTS = {
     "old-unwired": (put("states/0/output", "gone", old()), "state 'past' is not wired"),
     "old-key": (put("schedule", {}, old()), "unknown key 'schedule'"),
     "not-an-object": ([], "no tokopt manifest"),
+    "version-as-bool": (put("format_version", True), "format_version is true"),
     "foreign": ({"name": "something"}, "no tokopt manifest"),
 }
 
@@ -388,6 +401,27 @@ def test_truncated_and_bit_flipped(position: int, bit: int, cut: bool) -> None:
     else:
         data[position] ^= 1 << bit
     only_artifact_error(bytes(data))
+
+
+@given(st.data())
+@settings(max_examples=300)
+def test_no_damage_changes_what_it_says(data: st.DataObject) -> None:
+    """Some bytes of a written manifest are others, or gone: it is refused, or says the same, spaced differently."""
+    text = parse_manifest(encode(good())).to_json().encode()
+    start = data.draw(st.integers(0, len(text) - 1))
+    end = start + data.draw(st.integers(0, 4))
+    put_in = data.draw(st.binary(max_size=4) | st.sampled_from([b"1", b"2", b" ", b"\n", b"true", b"null"]))
+    with suppress(ArtifactError):
+        assert parse_manifest(text[:start] + put_in + text[end:]) == parse_manifest(text)
+
+
+def test_a_manifest_that_was_changed_is_refused() -> None:
+    """Every single fact of it counts."""
+    text = parse_manifest(encode(good())).to_json()
+    for old, new in (('"bos": 1', '"bos": 2'), ('"max": 512', '"max": 511'), ('"every": 8', '"every": 9')):
+        assert old in text
+        with pytest.raises(ArtifactError, match="was changed after it was written"):
+            parse_manifest(text.replace(old, new).encode())
 
 
 def test_manifest_of_a_folder(tmp_path: Path) -> None:

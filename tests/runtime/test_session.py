@@ -152,7 +152,7 @@ def test_damage_is_found_unless_not_looked_for(tmp_path: Path) -> None:
     path.write_bytes(data)
     with pytest.raises(ArtifactError, match=r"forward.onnx is damaged"):
         load(folder)
-    with pytest.raises(ArtifactError, match="cannot load"):
+    with pytest.raises(ArtifactError, match=r"cannot load|no ONNX file|contradicts"):
         load(folder, verify=False)
     path.unlink()
     with pytest.raises(ArtifactError, match=r"forward.onnx is missing"):
@@ -188,7 +188,7 @@ def test_external_data_cannot_reach_outside_the_folder(tmp_path: Path) -> None:
         weight.external_data.add(key="location", value=location)
         doc = document([tensor("x", "float32", 3)], [tensor("y", "float32", 3, role="output")], {})
         name = f"{len(location)}.tokopt"
-        with pytest.raises(ArtifactError, match="cannot load"):
+        with pytest.raises(ArtifactError, match="does not list"):
             load(write(tmp_path / name, doc, {"forward.onnx": model.SerializeToString()}))
 
 

@@ -16,9 +16,10 @@ import torch
 from torch.utils import _pytree as pytree
 
 from tokopt.arguments import check_path
-from tokopt.errors import CaptureError, InputError
+from tokopt.errors import ArtifactError, CaptureError, InputError
 from tokopt.frontend.arguments import check_axes, check_example, check_tokenizer
 from tokopt.frontend.normalize import normalize
+from tokopt.frontend.pt2 import load_pt2
 from tokopt.frontend.purity import check_captured, refuse_random, run_unchanged
 from tokopt.ir.bundle import Bundle, fresh
 from tokopt.ir.export import export_flat, output_specs
@@ -144,9 +145,9 @@ def _as_module(
         import tokopt.kernels  # noqa: F401  # registers the ops that the file may call
 
         try:
-            model = torch.export.load(model)
-        except Exception as error:
-            raise CaptureError(f"{model} is not a readable .pt2 file: {error}") from error
+            model = load_pt2(Path(model))
+        except ArtifactError as error:
+            raise CaptureError(str(error)) from error
     if isinstance(model, torch.export.ExportedProgram):
         if not args and not kwargs and model.example_inputs is not None:
             args, kwargs = model.example_inputs

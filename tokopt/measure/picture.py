@@ -18,6 +18,7 @@ from tokopt.arguments import check_path
 from tokopt.errors import InputError, MissingDependencyError
 from tokopt.ir.program import Program
 from tokopt.kernels import declared
+from tokopt.place import writing
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -129,9 +130,8 @@ def _panel(photo: Image, grid: NDArray[np.int64]) -> Image:
 def save_picture(picture: Image, path: str | Path) -> Path:
     """Write a PNG through a temporary name."""
     path = check_path("path", path)
-    temporary = path.with_name(f".{path.name}.tmp")
-    picture.save(temporary, format="PNG")
-    temporary.replace(path)
+    with writing(path) as temporary:
+        picture.save(temporary, format="PNG")
     return path
 
 

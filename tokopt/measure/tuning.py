@@ -9,9 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import secrets
-import shutil
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -39,6 +36,7 @@ from tokopt.ir.bundle import Bundle, check_bundle
 from tokopt.measure.judge import FEATURES, OWN, PREDICTIONS, Floor, judge
 from tokopt.measure.timing import interleaved_times, open_runner
 from tokopt.pipeline.manager import optimize, parse
+from tokopt.place import alone, move_artifact, remove_artifact, writing
 from tokopt.runtime.engines.onnxruntime import check_threads
 
 Space = tuple[tuple[str, ...], ...]
@@ -165,8 +163,8 @@ def tune(
     artifact (``best.tokopt``), its pipeline (``pipeline.txt``, empty when nothing gains) and, with matplotlib, the
     picture ``pareto.png``.
 
-    Raises InputError for fewer than two samples, a bad floor or candidate, a batch that the model cannot run, and a
-    folder of another search.
+    Raises InputError for fewer than two samples, a bad floor or candidate, a batch that the model cannot run, a folder
+    of another search, and one in which another process searches.
     """
     check_bundle("bundle", bundle)
     folder = check_path("folder", folder)
@@ -197,7 +195,12 @@ def tune(
         for kind in candidates or (TEXT_SPACE if generates else FEATURE_SPACE)
     ]
     say = progress or (lambda line: None)
-    search = _Search(bundle, samples, folder, machine, metric, say)
+    with alone(folder):
+        search = _Search(bundle, samples, folder, machine, metric, say)
+        return _run(search, kinds, wanted, minutes)
+
+
+def _run(search: _Search, kinds: Sequence[Sequence[str]], wanted: Floor, minutes: float) -> Tuning:
     end = time.monotonic() + 60 * minutes
     untried: list[str] = []
     for text in _candidates(kinds, search.trials, wanted):
@@ -247,13 +250,12 @@ class _Search:
         self.metric = metric
         named = [caller_tensors(bundle, sample) for sample in samples]
         self.calibration, self.judged = named[::2], named[1::2]
-        folder.mkdir(parents=True, exist_ok=True)
         self.baseline, self.best = folder / "original.tokopt", ""
         self.key = self._key(named)
         self.trials = self._read()
         if not (folder / "trials.json").exists() or not self.baseline.exists():
             say("exporting the model as it is")
-            export(bundle, self.baseline, overwrite=self.baseline.exists())
+            export(bundle, self.baseline, overwrite=True)
             self._keep()
         if machine.batch is not None and not bundle.schedule.generates:
             open_runner(self.baseline, machine.threads).example(machine.batch)  # refuses what cannot run
@@ -268,10 +270,16 @@ class _Search:
         best = Tuning(floor, tuple(self.trials.values())).winner
         self.trials[text] = trial
         if Tuning(floor, tuple(self.trials.values())).winner not in (None, best):
-            shutil.rmtree(self.folder / "best.tokopt", ignore_errors=True)
-            path.rename(self.folder / "best.tokopt")
-            self.best = text
-        shutil.rmtree(path, ignore_errors=True)
+            self._replace(lambda best: move_artifact(path, best), text)
+        remove_artifact(path)
+        self._keep()
+
+    def _replace(self, change: Callable[[Path], object], text: str) -> None:
+        """Change ``best.tokopt``; a search that is killed meanwhile exports it again."""
+        self.best = ""
+        self._keep()
+        change(self.folder / "best.tokopt")
+        self.best = text
         self._keep()
 
     def _keep(self) -> None:
@@ -307,14 +315,12 @@ class _Search:
     def finish(self, found: Tuning) -> None:
         """Write the winning pipeline, its artifact if another floor chose it, and the picture."""
         winner = found.winner.pipeline if found.winner else ""
-        if winner != self.best:
-            shutil.rmtree(self.folder / "best.tokopt", ignore_errors=True)
-            if winner:
-                self.say(f"{winner}: exporting the best again")
-                made = optimize(self.bundle, winner, calibration=self.calibration)
-                export(made, self.folder / "best.tokopt")
-            self.best = winner
-            self._keep()
+        if not winner:
+            self._replace(remove_artifact, "")
+        elif winner != self.best or not (self.folder / "best.tokopt").exists():
+            self.say(f"{winner}: exporting the best again")
+            made = optimize(self.bundle, winner, calibration=self.calibration)
+            self._replace(lambda best: export(made, best, overwrite=True), winner)
         _write(self.folder / "pipeline.txt", f"{winner}\n" if winner else "")
         if find_spec("matplotlib") is None:
             self.say("pareto.png needs matplotlib; install tokopt[bench]")
@@ -337,24 +343,25 @@ class _Search:
         path = self.folder / "trials.json"
         if not path.exists():
             return {}
-        stored = json.loads(path.read_text())
-        if stored["search"] != self.key:
-            raise InputError(
-                f"{self.folder} holds a search with another model, other samples or settings; choose another folder"
-            )
-        self.best = stored["best"]
-        trials = {}
-        for row in stored["trials"]:
-            quartiles = tuple(row.pop("quartiles") or ()) or None
-            trials[row["pipeline"]] = Trial(**row, quartiles=quartiles)
-        return trials
+        try:
+            stored = json.loads(path.read_text(encoding="utf-8"))
+            if stored["search"] == self.key:
+                self.best = stored["best"]
+                return {row["pipeline"]: _trial(row) for row in stored["trials"]}
+        except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
+            raise InputError(f"{path} is damaged ({error}); remove it, or choose another folder") from error
+        raise InputError(
+            f"{self.folder} holds a search with another model, other samples or settings; choose another folder"
+        )
+
+
+def _trial(row: dict[str, Any]) -> Trial:
+    return Trial(**{**row, "quartiles": tuple(row["quartiles"] or ()) or None})
 
 
 def _write(path: Path, text: str) -> None:
-    """Replace a file at once."""
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
+    with writing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
 
 
 def _draw(found: Tuning, path: Path) -> None:
@@ -376,7 +383,6 @@ def _draw(found: Tuning, path: Path) -> None:
     axes.set_xlabel("speed, times that of the model itself")
     axes.set_ylabel(found.floor.measure)
     axes.legend()
-    temporary = path.with_name(f".{path.name}")
-    figure.savefig(temporary, format="png", dpi=120)
+    with writing(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=120)
     pyplot.close(figure)
-    os.replace(temporary, path)

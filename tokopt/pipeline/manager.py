@@ -16,6 +16,7 @@ import dataclasses
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 from tokopt.analysis.calibration import Sample
 from tokopt.analysis.cost import bundle_cost
@@ -84,9 +85,17 @@ class Pipeline:
         before = ", after " + ",".join(map(str, self.passes[:index])) if index else ""
         message = f"pass {self.passes[index]}{before}: {error}"
         if context.reproducers is not None and not isinstance(error, PassRefused):
-            message += f" (reproducer: {write_reproducer(bundle, self.passes[index:], context.reproducers)})"
+            message += f" ({_reproducer(bundle, self.passes[index:], context.reproducers)})"
         kind = type(error) if isinstance(error, PassError) else PassError
         return kind(message)
+
+
+def _reproducer(bundle: Bundle, passes: Sequence[Pass], folder: Path) -> str:
+    """Where the reproducer is, or why there is none: the failure of the pass is what matters."""
+    try:
+        return f"reproducer: {write_reproducer(bundle, passes, folder)}"
+    except TokoptError as error:
+        return f"no reproducer: {error}"
 
 
 def _run_one(step: Pass, bundle: Bundle, context: Context) -> tuple[Bundle, PassRecord]:

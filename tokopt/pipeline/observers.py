@@ -10,6 +10,7 @@ import torch
 from tokopt.arguments import check_path
 from tokopt.ir.bundle import Bundle
 from tokopt.pipeline.base import Observer, PassRecord
+from tokopt.place import make_folder, writing
 from tokopt.runtime.numerics import cosines, nmse
 
 
@@ -42,10 +43,11 @@ def dump_to(folder: str | Path) -> Observer:
     def observe(record: PassRecord, before: Bundle, after: Bundle) -> None:
         nonlocal count
         count += 1
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
         for name, program in after.programs.items():
             path = folder / f"{count:02d}-{record.text.split('{')[0]}.{name}.py"
             code = program.module.print_readable(print_output=False)
-            path.write_text(f"# after {record.text}: {record.matches} sites changed\n{code}\n")
+            with writing(path) as file:
+                file.write_text(f"# after {record.text}: {record.matches} sites changed\n{code}\n")
 
     return observe

@@ -8,14 +8,19 @@ from pathlib import Path
 
 from tokopt.ir.bundle import Bundle
 from tokopt.pipeline.base import Pass
+from tokopt.place import make_folder, writing
 
 
 def write_reproducer(bundle: Bundle, passes: Sequence[Pass], folder: Path) -> Path:
-    """Save the bundle that entered the first of ``passes``, which failed, with their text, ready to be run again."""
+    """Save the bundle that entered the first of ``passes``, which failed, with their text, ready to be run again.
+
+    Raises TokoptError when it cannot be written.
+    """
     from tokopt.artifact import export
 
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     path = folder / f"reproducer-{passes[0].name}-{time.time_ns():x}"
     export(bundle, path, target="torch")
-    (path / "pipeline.txt").write_text(",".join(map(str, passes)) + "\n")
+    with writing(path / "pipeline.txt") as file:
+        file.write_text(",".join(map(str, passes)) + "\n")
     return path

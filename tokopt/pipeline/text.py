@@ -19,6 +19,7 @@ _NAME = re.compile(r"[A-Za-z_][\w.-]*")
 _NUMBER = re.compile(r"[-+]?(\d+(\.\d*)?|\.\d+)([eE][-+]?\d+)?")
 _WORDS = {"true": True, "false": False, "none": None}
 _DEEPEST = 8
+_LONGEST, _SENTENCE = 200, 900  # characters of a pipeline in an error, and of the error
 
 
 @dataclass(frozen=True)
@@ -30,7 +31,11 @@ class Place:
 
     def error(self, sentence: str) -> PipelineSyntaxError:
         """The error that says ``sentence`` of this place."""
-        return PipelineSyntaxError(f"pipeline {self.text!r}, column {self.at + 1}: {sentence}")
+        text = self.text
+        if len(text) > _LONGEST:
+            text = text[max(self.at - _LONGEST // 2, 0) :][:_LONGEST]
+        what = "pipeline" if text is self.text else "in a pipeline"
+        return PipelineSyntaxError(f"{what} {text!r}, column {self.at + 1}: {sentence}"[:_SENTENCE])
 
 
 @dataclass(frozen=True)

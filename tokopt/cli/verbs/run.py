@@ -53,17 +53,17 @@ def _save(path: Path, outputs: dict) -> None:
     """One output as ``.npy``, any number as ``.npz``; the file is written whole or not at all."""
     import numpy as np
 
+    from tokopt.place import writing
+
     if path.suffix not in (".npy", ".npz"):
         raise InputError(f"{path} must end in .npy (one output) or .npz")
     if path.suffix == ".npy" and len(outputs) > 1:
         raise InputError(f"the program has {len(outputs)} outputs ({', '.join(outputs)}); save them as .npz")
-    partial = path.with_name(f".{path.name}.partial")
-    with partial.open("wb") as stream:
+    with writing(path) as partial, partial.open("wb") as stream:
         if path.suffix == ".npy":
             np.save(stream, next(iter(outputs.values())))
         else:
             np.savez(stream, **outputs)
-    partial.replace(path)
 
 
 VERB = Verb(

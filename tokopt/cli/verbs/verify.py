@@ -23,6 +23,8 @@ def run(args: Namespace, screen: Screen) -> int:
     for fault in report.faults:
         screen.line(f"fault: {fault}")
     screen.table(("program", "output", "measure", "value", "at most"), _differing(report))
+    if report.ok and not report.outputs:
+        screen.line("The files alone were checked: a .pt2 file is not opened unless you ask for it.")
     screen.line(f"{report.path}: {report.files} files, {_verdict(report)}")
     screen.finish(report.as_dict())
     return OK if report.ok else FAILED

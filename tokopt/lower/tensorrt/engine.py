@@ -25,6 +25,7 @@ from tokopt.lower.parity.check import check_rewritten, resized
 from tokopt.lower.tensorrt.graph import rewrite_for_tensorrt
 from tokopt.lower.tensorrt.plugins import use_plugins, used_plugins
 from tokopt.lower.tensorrt.profiles import choose_profiles, parse_profiles
+from tokopt.place import writing
 from tokopt.runtime.engines.cuda import device_arch
 from tokopt.runtime.engines.tensorrt import RTX, import_tensorrt
 from tokopt.runtime.format.manifest import ARCH, EngineEntry, Profile
@@ -194,9 +195,8 @@ class EngineBuilder:
         cache = config.create_timing_cache(path.read_bytes() if path.is_file() else b"")
         config.set_timing_cache(cache, ignore_mismatch=False)
         yield
-        partial = path.with_name(f".{path.name}.partial")
-        partial.write_bytes(config.get_timing_cache().serialize())
-        partial.replace(path)
+        with writing(path) as partial:
+            partial.write_bytes(config.get_timing_cache().serialize())
 
     def _refusal(self, name: str, reason: str) -> LoweringError:
         title = {"tensorrt": "TensorRT"}.get(self.builder, "TensorRT-RTX")

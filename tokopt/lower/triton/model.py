@@ -20,15 +20,16 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import onnx_ir as ir
 
-from tokopt.artifact import check_place, export, replacing
-from tokopt.errors import ArtifactError, InputError, LoweringError, MissingDependencyError
+from tokopt.artifact import export
+from tokopt.errors import InputError, LoweringError, MissingDependencyError
 from tokopt.lower.triton.sequences import weight_files, write_sequence_step
+from tokopt.place import replacing
+from tokopt.runtime.format.check_files import check_files
 from tokopt.runtime.format.manifest import (
     ENGINE,
     PORTABLE,
     Manifest,
     ProgramEntry,
-    file_fault,
     file_path,
     read_manifest,
 )
@@ -110,8 +111,7 @@ def write_model(source: Bundle | str | Path, path: str | Path, serving: Serving 
     Nothing is left behind when it fails.
     """
     schema, serving, path = _schema(), serving or Serving(), Path(path)
-    check_place(path, overwrite=False)
-    with replacing(path.absolute()) as folder:
+    with replacing(path) as folder:
         if isinstance(source, (str, Path)):
             _write(schema, Path(source), folder, path.name, serving)
         else:
@@ -124,10 +124,8 @@ def _write(schema: Any, artifact: Path, folder: Path, name: str, serving: Servin
     from google.protobuf import text_format
 
     manifest = read_manifest(artifact)
-    for file, entry in manifest.files.items():
-        if fault := file_fault(artifact, file, entry):
-            raise ArtifactError(fault)
     model = _describe(manifest, artifact, serving)
+    check_files(artifact, manifest)
     _write_program(model, artifact, folder / VERSION)
     _write_initial_states(model, folder / INITIAL_STATE)
     text = text_format.MessageToString(_config(schema, model, serving, name), as_utf8=True)
