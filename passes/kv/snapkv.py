@@ -7,7 +7,7 @@ from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
-from torch.nn.functional import avg_pool1d, max_pool1d
+from torch.nn.functional import avg_pool1d, pad
 
 from tokopt.analysis.cache import CachedAttention
 from tokopt.errors import PassError
@@ -63,5 +63,12 @@ class SnapKV(KVEviction):
         weights = logits.masked_fill(~sees[:, :, None], -FINITE).softmax(dim=-1)
         mass = torch.where(real[:, :, None, :, None], weights, 0.0).sum(dim=(2, 3))
         older = cached.used & (cached.newer >= self.window)
-        pool = avg_pool1d if self.pooling == "avg" else max_pool1d
-        return pool(mass * older, self.kernel, stride=1, padding=self.kernel // 2)
+        if self.pooling == "max":
+            return _max_pool(mass * older, self.kernel)
+        return avg_pool1d(mass * older, self.kernel, stride=1, padding=self.kernel // 2)
+
+
+def _max_pool(x: Tensor, kernel: int) -> Tensor:
+    """The largest of ``kernel`` neighbours, of numbers above or at 0; ``max_pool1d`` would fix the number of slots."""
+    padded, slots = pad(x, (kernel // 2, kernel // 2)), x.shape[-1]
+    return torch.stack([padded[..., i : i + slots] for i in range(kernel)]).amax(0)
