@@ -14,7 +14,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, cast
 
-from tokopt.arguments import check_callable, check_flag, check_kind, check_number, check_path, described
+from tokopt.arguments import check_callable, check_flag, check_kind, check_number, check_path, check_text
 from tokopt.errors import ArtifactError, InputError, TokoptError
 from tokopt.ir.bundle import AppliedPass, Bundle, check_bundle
 from tokopt.ir.program import Program
@@ -84,8 +84,8 @@ def export(
     """
     check_bundle("bundle", bundle)
     path = check_path("path", path)
-    if not isinstance(target, str) or target not in TARGETS:
-        raise ArtifactError(f"there is no target {described(target)}; choose among {', '.join(TARGETS)}")
+    if check_text("target", target) not in TARGETS:
+        raise ArtifactError(f"there is no target {target!r}; choose among {', '.join(TARGETS)}")
     check_flag("overwrite", overwrite)
     check_flag("check", check)
     if tolerance is not None:

@@ -205,7 +205,13 @@ def test_a_batch_is_timed_as_asked(
     entry = ZOO["deit"]
     fixed = tokopt.capture(entry.build(), tuple(entry.inputs(batch=2).values()), dynamic={})
     with pytest.raises(InputError, match="cannot run a batch of 3"):
-        tokopt.tune(fixed, images(), tmp_path / "u", machine=Machine(batch=3), **given)
+        tokopt.tune(
+            fixed,
+            [image.repeat(2, 1, 1, 1) for image in images()],
+            tmp_path / "u",
+            machine=Machine(batch=3),
+            **given,
+        )
     with pytest.raises(InputError, match="one text at a time"):
         tokopt.tune(decoder("llama"), [[1, 2]] * 2, tmp_path / "v", machine=Machine(batch=2))
     assert batches == [3]

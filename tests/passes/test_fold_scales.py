@@ -180,7 +180,7 @@ def test_export_folds_and_says_so(tmp_path: Path) -> None:
     assert manifest.pipeline == "fold_scales" and manifest.semantics == "exact"
     assert "fold_scales: forward: factors multiplied into weights: 1" in lines
     assert "forward: products of one tensor with several weights as one product: 1 of 1" in lines
-    (got,) = load(path, threads=1)(inputs().numpy()).values()
+    got = load(path, threads=1)(inputs().numpy())
     np.testing.assert_allclose(got, bundle(inputs())[0].numpy(), atol=1e-5)
 
 
