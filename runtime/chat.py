@@ -80,10 +80,10 @@ def render_chat(
     return _cut(text, end) if continued else text
 
 
-def _conversation(messages: Sequence[Message]) -> list[dict[str, Any]]:
+def _conversation(messages: object) -> list[dict[str, Any]]:
     """The messages of plain data, without keys that hold None, which templates take for text."""
     several = isinstance(messages, Iterable) and not isinstance(messages, (str, bytes, Mapping))
-    plain: Any = _plain(list(messages)) if several else None
+    plain: Any = _plain(list(cast(Iterable[Any], messages))) if several else None
     if not isinstance(plain, list) or not all(
         isinstance(message, dict) for message in cast(list[Any], plain)
     ):
@@ -141,7 +141,7 @@ def _mark_end(conversation: list[dict[str, Any]], name: str) -> str:
     if name in _REASONING:  # reasoning stands under several names
         names = [other for other in _REASONING if last.get(other) == value]
     if isinstance(value, (list, tuple)):
-        blocks = [
+        blocks: list[dict[str, Any]] = [
             block for block in cast(Sequence[Any], value) if isinstance(block, dict) and "text" in block
         ]
         if blocks:

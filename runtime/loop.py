@@ -305,12 +305,15 @@ class Request:
 
     def _checked_mask(self, mask: object, count: int) -> np.ndarray:
         wanted = (self.batch, count, count)
-        if not isinstance(mask, np.ndarray) or mask.dtype != bool or mask.shape != wanted:
-            found = f"{mask.dtype}{list(mask.shape)}" if isinstance(mask, np.ndarray) else type(mask).__name__
-            raise InputError(
-                f"mask is {found}, it must be a numpy array bool{list(wanted)} [batch, tokens, tokens]"
-            )
-        return np.ascontiguousarray(mask)
+        found = type(mask).__name__
+        if isinstance(mask, np.ndarray):
+            array = cast(np.ndarray, mask)
+            if array.dtype == bool and array.shape == wanted:
+                return np.ascontiguousarray(array)
+            found = f"{array.dtype}{list(array.shape)}"
+        raise InputError(
+            f"mask is {found}, it must be a numpy array bool{list(wanted)} [batch, tokens, tokens]"
+        )
 
     def _call(self, entry: Entry, feed: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         """One call of a program, with the free slots that it needs."""

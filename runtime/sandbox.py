@@ -6,8 +6,9 @@ may be larger than a limit, before it is made: operators, calls, filters, tests 
 comparisons, displays, concatenations and the bodies of loops and macros by calls that are put into the syntax tree.
 """
 
-# jinja2 leaves its filters, tests and nodes untyped.
+# jinja2 leaves its filters, tests and nodes untyped, and the parameters of a lambda cannot be annotated.
 # pyright: reportUnknownMemberType=false, reportUnknownArgumentType=false, reportUnknownVariableType=false
+# pyright: reportUnknownLambdaType=false
 
 from __future__ import annotations
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
@@ -159,7 +159,7 @@ def is_library_fault(error: BaseException) -> bool:
 
 
 @contextmanager
-def _faults(doing: str) -> Iterator[None]:
+def _faults(doing: str) -> Generator[None]:
     """Turn what the library raises on a damaged tokenizer into an ArtifactError: bare exceptions, and Rust's panics."""
     try:
         yield
@@ -193,8 +193,8 @@ def _growth(step: Any) -> int:
             )  # it may match nothing
         case {"type": "Replace", "content": str(content)}:
             return 1 + len(content)
-        case {"type": "TemplateProcessing", "single": list(pieces)}:
-            return sum("Sequence" in piece for piece in cast(list[dict[str, Any]], pieces))
+        case {"type": "TemplateProcessing", "single": list()}:
+            return sum("Sequence" in piece for piece in cast(list[dict[str, Any]], parts["single"]))
         case {"type": "ByteLevel" | "BertNormalizer" | "NFKC" | "NFKD" | "Precompiled"}:
             return 3  # a character may become several
         case _:

@@ -169,6 +169,8 @@ def test_a_bundle_refuses_sizes_that_its_graph_was_not_captured_for() -> None:
 class Overwriting(nn.Module):
     """A model that keeps what it computed in a buffer, and reads it only after it wrote it."""
 
+    scale: Tensor
+
     def __init__(self) -> None:
         super().__init__()
         self.register_buffer("scale", torch.zeros(()))

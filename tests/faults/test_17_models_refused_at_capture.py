@@ -81,9 +81,10 @@ def test_language_models_that_cannot_be_captured_are_refused_in_one_sentence(nam
 def test_a_configuration_without_a_context_asks_for_a_generation(monkeypatch: pytest.MonkeyPatch) -> None:
     """And with one the model is captured."""
     made = decoder("Llama", **SIZES, pad_token_id=0, bos_token_id=1, eos_token_id=2)
-    context = made.config.max_position_embeddings
-    del made.config.max_position_embeddings
-    monkeypatch.delattr(type(made.config), "max_position_embeddings")
+    config: Any = made.config
+    context = config.max_position_embeddings
+    del config.max_position_embeddings
+    monkeypatch.delattr(type(config), "max_position_embeddings")
     with pytest.raises(CaptureError, match=r"does not say its context.*pass generation=Generation\("):
         capture_lm(made)
     assert capture_lm(made, generation=Generation(context, VOCABULARY)).main.ranges["tokens"].max == context
@@ -109,7 +110,12 @@ def test_complex_rotary_embeddings_of_hand_written_decoders_are_refused() -> Non
 def siglip2() -> tuple[nn.Module, dict[str, Tensor]]:
     from transformers import Siglip2VisionConfig, Siglip2VisionModel
 
-    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4}
+    sizes: dict[str, Any] = {
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 4,
+    }
     inputs = {
         "pixel_values": torch.randn(2, 24, 48),
         "pixel_attention_mask": torch.ones(2, 24, dtype=torch.int64),

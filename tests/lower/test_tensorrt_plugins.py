@@ -6,6 +6,7 @@ plugin is executed by TensorRT here.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -61,9 +62,9 @@ def kernel_ops() -> list[type[OpRun]]:
     return [operator(op, kernel) for op in PLUGIN_OPS for kernel in signatures(op)]
 
 
-def evaluate(model: ir.Model, feed: dict[str, np.ndarray]) -> list[np.ndarray]:
+def evaluate(model: ir.Model, feed: Mapping[str, np.ndarray]) -> list[np.ndarray]:
     whole = ir.external_data.load_to_model(model)
-    made = ReferenceEvaluator(ir.to_proto(whole), new_ops=kernel_ops()).run(None, feed)
+    made = ReferenceEvaluator(ir.to_proto(whole), new_ops=kernel_ops()).run(None, dict(feed))
     assert isinstance(made, list)
     return made
 

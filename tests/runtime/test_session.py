@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import onnx
@@ -15,6 +15,7 @@ from onnx import TensorProto, helper
 from tests.runtime.artifacts import VOCABULARY, document, doubling, embedding, graph, tensor, write
 from tokopt.errors import ArtifactError, InputError, MissingDependencyError, TokoptError
 from tokopt.runtime import Model, Outputs, load
+from tokopt.runtime.numerics import OutputCheck
 
 X = np.arange(6, dtype=np.float32).reshape(2, 3)
 IDS = np.array([[0, 1, 2], [3, 4, 5]])
@@ -32,7 +33,7 @@ def embed(tmp_path_factory: pytest.TempPathFactory) -> Model:
 
 
 def test_one_output_is_an_array(double: Model) -> None:
-    layouts = (X, np.asfortranarray(X), X.astype(">f4"), memoryview(X), X[:, ::-1].copy()[:, ::-1])
+    layouts = (X, np.asfortranarray(X), X.astype(">f4"), memoryview(cast(Any, X)), X[:, ::-1].copy()[:, ::-1])
     for got in (double(images=X), *map(double, layouts)):
         assert isinstance(got, np.ndarray)
         np.testing.assert_array_equal(got, 2 * X)
@@ -107,6 +108,7 @@ def test_values_that_only_the_graph_can_refuse(embed: Model) -> None:
 
 def test_selftest_compares_with_the_stored_outputs(double: Model, embed: Model) -> None:
     (check,) = double.selftest()
+    assert isinstance(check, OutputCheck)
     assert check.name == "doubled" and check.nmse == 0.0 and check.ok
     with pytest.raises(ArtifactError, match="no self-test"):
         embed.selftest()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import numpy as np
 import torch
@@ -102,7 +103,9 @@ def caller_tensors(bundle: Bundle, sample: Sample) -> dict[str, Tensor]:
     else:
         alone = isinstance(sample, (Tensor, np.ndarray)) or (bundle.schedule.generates and len(specs) == 1)
         takes = "tensors by name, in their order, or one alone"
-        parts = [sample] if alone else check_items("a calibration sample", sample, takes)
+        parts: Sequence[Array] = (
+            [cast(Array, sample)] if alone else check_items("a calibration sample", sample, takes)
+        )
         if len(parts) != len(specs):
             raise InputError(f"a calibration sample has {len(parts)} tensors, the model takes {names}")
         given = dict(zip(specs, parts, strict=True))

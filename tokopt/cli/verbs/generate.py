@@ -57,6 +57,7 @@ def run(args: Namespace, screen: Screen) -> int:
         if args.stream and not args.json:
             print(piece, end="", flush=True)
     text, done = stream.generated.text, stream.generated.statistics
+    assert text is not None  # a model without a tokenizer has refused the prompt
     screen.line("" if args.stream else text)
     if sys.stderr.isatty():
         print(
