@@ -115,7 +115,7 @@ def test_other_verbs_know_language_models(
         ("generate", "full.tokopt", ""): "the prompt is empty",
         ("generate", "full.tokopt", "a" * 400): "the prompt has 400 tokens and the model's context holds 320",
         ("generate", "full.tokopt", "a", "--temperature", "-1"): "temperature",
-        ("generate", "full.tokopt", "a", "--chat"): "token id 97 is outside the vocabulary",
+        ("generate", "full.tokopt", "a", "--chat"): "token id 97 of the prompt is outside",
         ("generate", "nowhere.tokopt", "a"): "is no tokopt artifact",
         ("run", "full.tokopt"): "tokopt generate",
         ("export", "small.tokopt", "-o", "x", "--target", "triton"): "step, compact",

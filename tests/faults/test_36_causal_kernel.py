@@ -20,16 +20,19 @@ import onnx_ir as ir
 import pytest
 import torch
 from torch import Tensor
-from torch.nn import functional
+from torch.fx import Node
 
 import tokopt
-from tests.zoo.decoders import Cache, HandWritten
+from tests.zoo.decoders import HandWritten
 from tokopt.errors import InputError
 from tokopt.ir.bundle import Bundle
+from tokopt.ir.graph import argument, attention_nodes
+from tokopt.ir.program import Program
 from tokopt.lower.onnx.export import lower
 from tokopt.lower.onnx.rule import Outcome, Unfit
 from tokopt.lower.onnxruntime.causal import require_causal
 from tokopt.lower.onnxruntime.cpu import lower_for_cpu
+from tokopt.rewrite.edit import call, close_graph, open_graph
 from tokopt.runtime import LanguageModel, load
 from tokopt.runtime.engines.onnxruntime import ONE_ROW, PORTABLE
 
@@ -72,30 +75,29 @@ MASKS = {
 }
 
 
-class WithMask(HandWritten):
-    """A decoder that changes the mask before it attends."""
-
-    def __init__(self, change: Callable[[Tensor], Tensor]) -> None:
-        torch.manual_seed(0)
-        super().__init__(hidden=16, heads=1, layers=1)
-        self.change = change
-
-    def attended(
-        self, layer: int, queries: Tensor, new: tuple[Tensor, Tensor], mask: Tensor, cache: Cache
-    ) -> Tensor:
-        held = cache.update(layer, *new)
-        return functional.scaled_dot_product_attention(queries, *held, attn_mask=self.change(mask))
-
-
-def captured(change: Callable[[Tensor], Tensor]) -> Bundle:
-    model = WithMask(change).eval().requires_grad_(False)
+@cache
+def decoder() -> Bundle:
+    torch.manual_seed(0)
+    model = HandWritten(hidden=16, heads=1, layers=1).eval().requires_grad_(False)
     return tokopt.capture_lm(model, generation=HandWritten.generation)
+
+
+def with_mask(change: Callable[[Tensor], Tensor]) -> Program:
+    """The program of a decoder that changes the mask before it attends, as a pass might."""
+    program = decoder().main
+    module = open_graph(program)
+    (attention,) = attention_nodes(module.graph)
+    mask = argument(attention, 3, "attn_mask")
+    assert isinstance(mask, Node)
+    with module.graph.inserting_before(attention):
+        attention.replace_input_with(mask, call(module.graph, change, mask, like=attention))
+    return close_graph(program, module)
 
 
 @cache
 def plain() -> tuple[Bundle, LanguageModel, list[str]]:
     """A decoder that takes the mask as it is, its artifact, and what export said."""
-    bundle, lines = captured(lambda mask: mask), list[str]()
+    bundle, lines = decoder(), list[str]()
     path = tokopt.export(bundle, Path(mkdtemp()) / "model.tokopt", progress=lines.append)
     return bundle, load(path, threads=1), lines
 
@@ -175,7 +177,7 @@ def test_a_mask_that_the_program_makes_is_fused_where_it_hides_later_tokens(
 ) -> None:
     """What is fused is compared with the program."""
     change, reason = CHANGES[name]
-    program = captured(change).main
+    program = with_mask(change)
     outcomes: list[Outcome] = []
     path = lower(program, tmp_path, "step", check=False)
     fused = lower_for_cpu(program, path, report=outcomes.append)

@@ -19,7 +19,7 @@ import numpy as np
 import tokenizers
 from onnx import NodeProto, TensorProto, helper
 
-from tests.runtime.artifacts import graph, write
+from tests.runtime.artifacts import graph, sealed, write
 from tokopt.runtime.format.generation import Generation
 from tokopt.runtime.format.link import Link, Port
 from tokopt.runtime.format.manifest import Manifest, ProgramEntry
@@ -151,7 +151,7 @@ def with_file(path: Path, key: str, name: str, data: bytes) -> None:
     doc = json.loads((path / "manifest.json").read_text())
     entry = {"sha256": hashlib.sha256(data).hexdigest(), "size": len(data)}
     doc |= {key: name, "files": {**doc["files"], name: entry}}
-    (path / "manifest.json").write_text(json.dumps(doc))
+    (path / "manifest.json").write_text(json.dumps(sealed(doc)))
 
 
 def text(prompt: Sequence[int], offset: int, count: int) -> list[int]:
