@@ -123,7 +123,7 @@ def check_path(name: str, value: object) -> Path:
     except (OSError, ValueError) as error:  # too long, forbidden, or with characters that no name has
         reason = getattr(error, "strerror", None) or error
         raise InputError(
-            f"{name} is {described(value)}, where no file can be looked for ({reason})"
+            f"{name} is {described(value)}, where no file can be looked for ({reason}); choose another path"
         ) from error
     return Path(text)
 
