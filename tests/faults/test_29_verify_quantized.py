@@ -7,11 +7,9 @@ else is named as such.
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Mapping
 from functools import cache
-from hashlib import sha256
 from pathlib import Path
 from tempfile import mkdtemp
 
@@ -22,6 +20,7 @@ from onnx import numpy_helper
 
 import tokopt
 from tests.matrix.language import artifact
+from tests.runtime.artifacts import rehash
 from tests.zoo import ZOO
 from tokopt.cli import main
 from tokopt.errors import LoweringError
@@ -84,15 +83,6 @@ def as_other_machine(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     monkeypatch.setattr(Sessions, "run", other)
 
 
-def rehash(folder: Path, name: str) -> None:
-    """Make the manifest say what the file is now, as somebody would who exported a wrong artifact."""
-    path = folder / "manifest.json"
-    manifest = json.loads(path.read_text())
-    data = (folder / name).read_bytes()
-    manifest["files"][name] |= {"size": len(data), "sha256": sha256(data).hexdigest()}
-    path.write_text(json.dumps(manifest))
-
-
 def spoil_one_scale(folder: Path) -> None:
     """Let one output channel of one quantized weight be half as large again in every form."""
     for path in folder.glob("*.onnx"):
@@ -105,7 +95,6 @@ def spoil_one_scale(folder: Path) -> None:
             array[..., 3] *= 1.5
             inline[1].CopyFrom(numpy_helper.from_array(array, inline[1].name))
             path.write_bytes(model.SerializeToString())
-            rehash(folder, path.name)
             continue
         place = {entry.key: entry.value for entry in scales[1].external_data}
         whole = np.memmap(
@@ -114,7 +103,7 @@ def spoil_one_scale(folder: Path) -> None:
         if path.name.count(".") == 1:  # forms share their weights
             whole[..., 3] *= 1.5
             whole.flush()
-    rehash(folder, "weights.data")
+    rehash(folder)
 
 
 @EVERY

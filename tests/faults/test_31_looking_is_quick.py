@@ -15,6 +15,7 @@ import pytest
 import tokopt
 from tests.cli.command import answer, complaint
 from tests.matrix.language import bundle as decoder
+from tests.runtime.artifacts import sealed
 from tests.zoo import ZOO
 from tests.zoo.decoders import DECODERS
 from tokopt.cli import main
@@ -52,7 +53,7 @@ def test_the_stored_outline_is_what_the_program_says(
     stored = answer(capsys, "inspect", path)
     manifest = json.loads((path / "manifest.json").read_text())
     del manifest["files"]["outline.json"]
-    (path / "manifest.json").write_text(json.dumps(manifest))
+    (path / "manifest.json").write_text(json.dumps(sealed(manifest)))
     (path / "outline.json").unlink()
     assert answer(capsys, "inspect", path) == stored
 
@@ -76,7 +77,7 @@ def complaint_after(model: Path, content: str, entry: dict | None, capsys: pytes
     if entry is not None:
         manifest = json.loads((model / "manifest.json").read_text())
         manifest["files"]["outline.json"] |= entry
-        (model / "manifest.json").write_text(json.dumps(manifest))
+        (model / "manifest.json").write_text(json.dumps(sealed(manifest)))
     return complaint(capsys, 2, "inspect", model)
 
 
