@@ -50,6 +50,21 @@ def check_removal(op: str, tokens: int, r: int, prefix: int, limit: int, at_leas
     )
 
 
+def check_match(op: str, metric: Tensor, size: Tensor, r: int, prefix: int) -> None:
+    """What every matching of tokens takes: a pair of tensors, and a removal of at most half of the free tokens."""
+    check_pair(op, metric, size)
+    tokens = size.shape[1]
+    check_removal(op, tokens, r, prefix, limit=(tokens - prefix) // 2, at_least=2)
+
+
+def empty_match(size: Tensor, r: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Outputs of a matching without their values: ``keep`` [batch, tokens - r], ``drop`` and ``dest`` [batch, r]."""
+    batch, tokens = size.shape
+    keep = size.new_empty((batch, tokens - r), dtype=torch.int64)
+    drop = size.new_empty((batch, r), dtype=torch.int64)
+    return keep, drop, torch.empty_like(drop)
+
+
 def unit(x: Tensor) -> Tensor:
     """``x`` [..., D] in float32 with every row scaled to length 1; zero rows stay zero."""
     x = x.float()

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from tokopt.kernels.shared import MISMATCH, check_pair, check_removal, leading, ranked, unit
+from tokopt.kernels.shared import MISMATCH, check_match, empty_match, leading, ranked, unit
 
 
 def bipartite_match(metric: Tensor, size: Tensor, r: int, prefix: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -31,7 +31,7 @@ def bipartite_match(metric: Tensor, size: Tensor, r: int, prefix: int) -> tuple[
     Raises:
         InputError: shapes that disagree, fewer than two unprotected tokens, ``r`` or ``prefix`` out of range.
     """
-    check(metric, size, r, prefix)
+    check_match("bipartite_match", metric, size, r, prefix)
     first_a, first_b = prefix + prefix % 2, prefix + 1 - prefix % 2
     vector, padding = unit(metric), size == 0
     a, b = vector[:, first_a::2], vector[:, first_b::2]
@@ -47,15 +47,5 @@ def bipartite_match(metric: Tensor, size: Tensor, r: int, prefix: int) -> tuple[
 
 def fake(metric: Tensor, size: Tensor, r: int, prefix: int) -> tuple[Tensor, Tensor, Tensor]:
     """Empty outputs of the right shapes."""
-    check(metric, size, r, prefix)
-    batch, tokens = size.shape
-    keep = size.new_empty((batch, tokens - r), dtype=torch.int64)
-    drop = size.new_empty((batch, r), dtype=torch.int64)
-    return keep, drop, torch.empty_like(drop)
-
-
-def check(metric: Tensor, size: Tensor, r: int, prefix: int) -> None:
-    """Raise InputError for arguments outside the contract."""
-    check_pair("bipartite_match", metric, size)
-    tokens = size.shape[1]
-    check_removal("bipartite_match", tokens, r, prefix, limit=(tokens - prefix) // 2, at_least=2)
+    check_match("bipartite_match", metric, size, r, prefix)
+    return empty_match(size, r)

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from tokopt.kernels.bipartite_match.reference import bipartite_match
-from tokopt.kernels.shared import check_pair, check_removal, energies, leading, ranked, rows, unit
+from tokopt.kernels.shared import check_match, empty_match, energies, leading, ranked, rows, unit
 
 
 def energy_bipartite_match(
@@ -37,7 +37,7 @@ def energy_bipartite_match(
     Raises:
         InputError: shapes that disagree, fewer than two unprotected tokens, ``r`` or ``prefix`` out of range.
     """
-    check(metric, size, r, prefix)
+    check_match("energy_bipartite_match", metric, size, r, prefix)
     metric, size = metric[:, prefix:], size[:, prefix:]
     order = ranked(energies(unit(metric), size > 0, margin))
     keep, drop, dest = bipartite_match(rows(metric, order), size.gather(1, order), r, 0)
@@ -47,15 +47,5 @@ def energy_bipartite_match(
 
 def fake(metric: Tensor, size: Tensor, r: int, prefix: int, margin: float) -> tuple[Tensor, Tensor, Tensor]:
     """Empty outputs of the right shapes."""
-    check(metric, size, r, prefix)
-    batch, tokens = size.shape
-    keep = size.new_empty((batch, tokens - r), dtype=torch.int64)
-    drop = size.new_empty((batch, r), dtype=torch.int64)
-    return keep, drop, torch.empty_like(drop)
-
-
-def check(metric: Tensor, size: Tensor, r: int, prefix: int) -> None:
-    """Raise InputError for arguments outside the contract."""
-    check_pair("energy_bipartite_match", metric, size)
-    tokens = size.shape[1]
-    check_removal("energy_bipartite_match", tokens, r, prefix, limit=(tokens - prefix) // 2, at_least=2)
+    check_match("energy_bipartite_match", metric, size, r, prefix)
+    return empty_match(size, r)

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from tokopt.kernels.shared import MISMATCH, check_pair, check_removal, energies, leading, ranked, rows, unit
+from tokopt.kernels.shared import MISMATCH, check_match, empty_match, energies, leading, ranked, rows, unit
 
 
 def energy_match(
@@ -35,7 +35,7 @@ def energy_match(
     Raises:
         InputError: shapes that disagree, fewer than two unprotected tokens, ``r`` or ``prefix`` out of range.
     """
-    check(metric, size, r, prefix)
+    check_match("energy_match", metric, size, r, prefix)
     vector, real = unit(metric[:, prefix:]), size[:, prefix:] > 0
     order = ranked(energies(vector, real, margin))
     a, b, rest = order[:, 0 : 2 * r : 2], order[:, 1 : 2 * r : 2], order[:, 2 * r :].sort(dim=-1).values
@@ -49,15 +49,5 @@ def energy_match(
 
 def fake(metric: Tensor, size: Tensor, r: int, prefix: int, margin: float) -> tuple[Tensor, Tensor, Tensor]:
     """Empty outputs of the right shapes."""
-    check(metric, size, r, prefix)
-    batch, tokens = size.shape
-    keep = size.new_empty((batch, tokens - r), dtype=torch.int64)
-    drop = size.new_empty((batch, r), dtype=torch.int64)
-    return keep, drop, torch.empty_like(drop)
-
-
-def check(metric: Tensor, size: Tensor, r: int, prefix: int) -> None:
-    """Raise InputError for arguments outside the contract."""
-    check_pair("energy_match", metric, size)
-    tokens = size.shape[1]
-    check_removal("energy_match", tokens, r, prefix, limit=(tokens - prefix) // 2, at_least=2)
+    check_match("energy_match", metric, size, r, prefix)
+    return empty_match(size, r)

@@ -35,7 +35,9 @@ class Calls:
     states: Sequence[State]
     given: Mapping[str, Tensor]
     tokens: Tensor | None = None
-    _results: dict[str, tuple[Tensor, ...]] = field(default_factory=dict[str, "tuple[Tensor, ...]"])
+    _results: dict[str, tuple[Tensor, ...]] = field(
+        init=False, repr=False, default_factory=dict[str, "tuple[Tensor, ...]"]
+    )
 
     def inputs(self, name: str) -> tuple[Tensor, ...]:
         """The inputs of a program.
