@@ -148,8 +148,8 @@ def test_bad_prompts_are_refused_before_anything_runs(language_model: LanguageMo
     context = language_model.settings.context
     for prompt, reason in {
         "": "the prompt is empty",
-        (0, 49152): "token id 49152 is outside the vocabulary of 49152",
-        (-1,): "token id -1 is outside",
+        (0, 49152): "token id 49152 of the prompt is outside the vocabulary of 49152",
+        (-1,): "token id -1 of the prompt is outside",
         (1,) * (context + 1): f"has {context + 1} tokens and the model's context holds {context}",
     }.items():
         with pytest.raises(InputError, match=reason):
