@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
@@ -28,6 +29,7 @@ from torch.export.graph_signature import (
 )
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 from torch.fx.node import map_arg
 from torch.utils import _pytree as pytree
 
@@ -141,12 +143,16 @@ def _decomposed(module: GraphModule, table: Table) -> Graph:
     """The graph with every operator of the table replaced by what its decomposition does."""
     graph = Graph()
     known: dict[Node, Any] = {}
+    traced: dict[object, GraphModule] = {}  # the layers of a model repeat each other
     for node in module.graph.nodes:
         if node.target is operator.getitem and isinstance(known[node.args[0]], (tuple, list)):
             known[node] = known[node.args[0]][node.args[1]]
         elif node.target in table or _is_composite(node.target):
+            key = _likeness(node)
+            if key not in traced:
+                traced[key] = _decomposition(node, table)
             operands = [known[operand] for operand in node.all_input_nodes]
-            known[node] = splice(graph, _decomposition(node, table), operands, like=node)
+            known[node] = splice(graph, traced[key], operands, like=node)
         else:
             known[node] = graph.node_copy(node, known.__getitem__)
     graph.eliminate_dead_code()
@@ -166,6 +172,33 @@ def _decomposition(node: Node, table: Table) -> GraphModule:
     with torch.no_grad(), mode, enable_python_dispatcher():
         values = [operand.meta["val"] for operand in operands]
         return make_fx(run, decomposition_table=table, tracing_mode="real")(*values)
+
+
+def _likeness(node: Node) -> object:
+    """What calls that decompose into the same graph have in common: the operator, its arguments, and all sizes.
+
+    A call that makes symbols of its own is like no other.
+    """
+    operands = node.all_input_nodes
+    values = [operand.meta.get("val") for operand in operands]
+    if free_unbacked_symbols(node.meta.get("val")) != free_unbacked_symbols(values):
+        return node
+    place = {operand: place for place, operand in enumerate(operands)}
+    args, kwargs = map_arg((node.args, node.kwargs), lambda operand: _Operand(place[operand]))
+    same = [next(i for i, other in enumerate(values) if other is value) for value in values]
+    return node.target, repr(args), repr(kwargs), repr(same), repr([_sizes(value) for value in values])
+
+
+@dataclass(frozen=True)
+class _Operand:
+    place: int
+
+
+def _sizes(value: object) -> object:
+    """Dtype, sizes and strides of a tensor as expressions of the graph's symbols."""
+    if isinstance(value, Tensor):
+        return value.dtype, value.device, list(value.shape), list(value.stride())
+    return type(value).__name__, value
 
 
 @cache

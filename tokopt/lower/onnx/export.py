@@ -34,6 +34,7 @@ from tokopt.ir.program import Program
 from tokopt.lower.onnx.fusions import MergeProducts, MergeSums
 from tokopt.lower.onnx.real_tokens import assume_real_tokens
 from tokopt.lower.onnx.rule import Outcome, apply_rule
+from tokopt.lower.onnx.translate import translate
 from tokopt.lower.onnx.weights import pack_weights
 from tokopt.lower.parity.check import check_parity
 
@@ -237,18 +238,9 @@ def _check_dtypes(program: Program, name: str) -> None:
 def _export(assembled: ExportedProgram, name: str) -> ir.Model:
     try:
         with _quiet(), torch.no_grad():  # with gradients, attention is traced in another layout
-            exported = torch.onnx.export(
-                assembled,
-                dynamo=True,
-                opset_version=OPSET,
-                custom_translation_table=tokopt.kernels.onnx_translations(),
-                optimize=False,
-                verbose=False,
-            )
+            return translate(assembled, OPSET)
     except (torch.onnx.errors.OnnxExporterError, RuntimeError) as error:
         raise LoweringError(f"program {name!r} has no ONNX form: {_sentence(error)}") from error
-    assert exported is not None
-    return exported.model
 
 
 def _simplify(model: ir.Model) -> None:
