@@ -12,14 +12,16 @@ rotates the kept keys on by as much as their positions changed.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch.fx import Node
 
-from tokopt.analysis.cache import CachedAttention, cached_attentions
+from tokopt.analysis.cache import AttentionTraits, CachedAttention, cached_attentions
 from tokopt.analysis.rotary import rotaries
 from tokopt.errors import PassError, PassRefused
 from tokopt.ir.bundle import Bundle, fresh
@@ -36,7 +38,7 @@ from tokopt.rewrite.cache import (
     language_program,
     state_program,
 )
-from tokopt.rewrite.edit import open_graph
+from tokopt.rewrite.edit import call, open_graph
 
 FAR = 1e30
 """Taken from the score of a token that its layer's sliding window no longer reaches, added to that of a recent one."""
@@ -64,7 +66,7 @@ class Cached:
     used: Tensor
     newer: Tensor
     newest: Tensor
-    layer: CachedAttention
+    layer: AttentionTraits
 
     @property
     def older(self) -> Tensor:
@@ -253,98 +255,152 @@ def _check_options(options: KVEviction) -> None:
 
 
 class _Compact:
-    """All states in, all states out; rows that are not due stay.
-
-    What is kept stays in its old order. It is in front in the head that keeps most; heads that keep less begin with
-    free slots, as a padded prompt does, so that new tokens follow theirs in the same slots.
-    """
+    """Inserts what the program does: all states in, all states out; rows that are not due stay."""
 
     def __init__(self, method: KVEviction, edit: StepEdit, shares: Sequence[float]) -> None:
         self.method, self.edit, self.shares = method, edit, shares
         self.budget = edit.free("budget")
         self.names = [*edit.states, self.budget]
 
-    def __call__(self, due: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
-        old = dict(zip(self.names, tensors, strict=True))
-        new = dict(old)
-        budget = self._budget(old)
-        new[self.budget] = torch.where(due, budget, old[self.budget])
-        lengths = []
-        for place, share in enumerate(self.shares):
-            smallest = self.method.protected + 1
-            own = budget if share == 1 else (budget * share).round().long().clamp(min=smallest)
-            lengths.append(self._layer(place, own, due, old, new))
-        new[self.edit.length] = torch.stack(lengths, dim=1) if self.edit.layered else lengths[0]
-        return tuple(new[name].clone() for name in self.names)
-
-    def _budget(self, old: dict[str, Tensor]) -> Tensor:
-        """Slots to keep [batch]; a fraction of the prompt becomes a number when the prompt is known."""
+    def __call__(self, due: Node, *states: Node) -> list[Node]:
+        insert = partial(call, due.graph, like=due)
+        old = dict(zip(self.names, states, strict=True))
+        new, whole = dict(old), old[self.edit.length]
+        counts = list(insert(torch.unbind, whole, 1)) if self.edit.layered else [whole] * len(self.shares)
         budget = old[self.budget]
-        if not isinstance(self.method.budget, float):
-            return budget
-        used = self._used(0, old)[:, 0].sum(-1)  # of the prompt, all heads hold the same
-        fraction = (used * self.method.budget).ceil().long().clamp(min=self.method.protected + 1)
-        return torch.where(budget > 0, budget, fraction)
-
-    def _inside(self, place: int, old: dict[str, Tensor]) -> Tensor:
-        """Slots before the layer's length [batch, slots]."""
-        length = old[self.edit.length]
-        length = length[:, place] if self.edit.layered else length
-        slots = old[self.edit.held[place].position].shape[2]
-        return torch.arange(slots, device=length.device) < length[:, None]
-
-    def _used(self, place: int, old: dict[str, Tensor]) -> Tensor:
-        """Slots that hold a token [batch, 1 or heads, slots]."""
-        return self._inside(place, old)[:, None] & (old[self.edit.held[place].position][..., 0] >= 0)
+        if isinstance(self.method.budget, float):
+            slots = old[self.edit.held[0].position]
+            fraction, smallest = self.method.budget, self.method.protected + 1
+            budget = insert(_prompt_budget, budget, counts[0], slots, fraction, smallest)
+            new[self.budget] = insert(torch.where, due, budget, old[self.budget])
+        lengths = [
+            self._layer(place, insert, (due, budget, counts[place]), old, new) for place in range(len(counts))
+        ]
+        new[self.edit.length] = insert(_stacked, *lengths) if self.edit.layered else lengths[0]
+        return [insert(torch.clone, new[name]) for name in self.names]
 
     def _layer(
-        self, place: int, budget: Tensor, due: Tensor, old: dict[str, Tensor], new: dict[str, Tensor]
-    ) -> Tensor:
-        """Choose and move the slots of one layer; its new length [batch]."""
-        layer, held, method = self.edit.layers[place], self.edit.held[place], self.method
-        used, slots = self._used(place, old), old[held.position]
+        self,
+        place: int,
+        insert: Insert,
+        given: tuple[Node, Node, Node],
+        old: dict[str, Node],
+        new: dict[str, Node],
+    ) -> Node:
+        """Move the slots of one layer; its new length."""
+        due, budget, length = given
+        layer, held, share = self.edit.layers[place], self.edit.held[place], self.shares[place]
+        if share != 1:
+            budget = insert(_share, budget, share, self.method.protected + 1)
+        names = [held.key, held.value, held.position, *held.memory]
+        if self.edit.shift is not None:
+            names.append(self.edit.shift)
+        moves = tuple(memory.moves for memory in self.method.memory(layer))
+        choose = _LayerCompact(self.method, layer.traits, self.edit.heads(layer), moves)
+        length, *moved = insert(choose, due, budget, length, *(old[name] for name in names))
+        new.update(zip(names, moved, strict=True))
+        return length
+
+
+Insert = Callable[..., Any]
+"""Inserts a function's call into the graph."""
+
+
+@dataclass(frozen=True)
+class _LayerCompact:
+    """Chooses and moves the slots of one layer.
+
+    What is kept stays in its old order. It is in front in the head that keeps most; heads that keep less begin with
+    free slots, as a padded prompt does, so that new tokens follow theirs in the same slots. ``heads`` choose slots of
+    their own; ``moves`` says which memories are per slot.
+    """
+
+    method: KVEviction
+    traits: AttentionTraits
+    heads: int
+    moves: tuple[bool, ...]
+
+    def __call__(
+        self,
+        due: Tensor,
+        budget: Tensor,
+        length: Tensor,
+        key: Tensor,
+        value: Tensor,
+        slots: Tensor,
+        *rest: Tensor,
+    ) -> tuple[Tensor, ...]:
+        """The new length [batch], and the next states; ``rest`` is what is remembered, and the shift."""
+        method, memory, shift = self.method, rest[: len(self.moves)], rest[len(self.moves) :]
+        inside = _inside(length, slots)
+        used = _used(length, slots)
         newer = used.sum(-1, keepdim=True) - used.long().cumsum(-1)
         newest = slots.flatten(1).amax(-1)
-        memory = [old[name] for name in held.memory]
-        cached = Cached(old[held.key], old[held.value], slots[..., 0], used, newer, newest, layer)
-        priority = method.priority(cached, budget, *memory)
-        priority = priority.expand(-1, self.edit.heads(layer), -1).contiguous()
+        cached = Cached(key, value, slots[..., 0], used, newer, newest, self.traits)
+        priority = method.priority(cached, budget, *memory).expand(-1, self.heads, -1).contiguous()
         kept = method.keep(cached, priority, budget)
         acts = due[:, None, None]  # as logic: engines have no choice among booleans
-        kept = (kept & acts) | (self._inside(place, old)[:, None] & ~acts)
+        kept = (kept & acts) | (inside[:, None] & ~acts)
         count = kept.sum(-1, keepdim=True)
-        length = count.amax(1, keepdim=True)
-        order, free = _packed(kept, length - count), _free(kept, length - count, length)
+        longest = count.amax(1, keepdim=True)
+        order, free = _packed(kept, longest - count), _free(kept, longest - count, longest)
         positions = _take_slots(slots, order[:, : slots.shape[1]])
-        for name, value in zip((held.key, held.value), method.merge(cached, kept), strict=True):
-            new[name] = _take_slots(value, order)
-        carried = zip(held.memory, method.memory(layer), method.carry(*memory), strict=True)
-        for name, memory_spec, value in carried:
-            value = torch.where(_by_row(due, value), value, old[name])
-            new[name] = _emptied(_take_slots(value, order), free, 0) if memory_spec.moves else value
+        keys, values = (_take_slots(x, order) for x in method.merge(cached, kept))
+        memory = tuple(
+            self._carried(old, new, moves, (due, order, free))
+            for old, new, moves in zip(memory, method.carry(*memory), self.moves, strict=True)
+        )
         if method.renumbers:
-            assert self.edit.shift is not None
-            numbers = torch.arange(used.shape[-1], device=used.device)[None, None, :, None].expand_as(
-                positions
-            )
-            numbers = torch.where(_by_row(due, positions), numbers, positions)
-            new[held.key] = _rotated(layer, new[held.key], _emptied(numbers - positions, free, 0))
-            shift = old[self.edit.shift]
-            new[self.edit.shift] = torch.where(due, shift + newest + 1 - length[:, 0, 0], shift)
+            numbers = torch.arange(used.shape[-1], device=used.device)[None, None, :, None]
+            numbers = torch.where(_by_row(due, positions), numbers.expand_as(positions), positions)
+            keys = self._rotated(keys, _emptied(numbers - positions, free, 0))
+            shift = (torch.where(due, shift[0] + newest + 1 - longest[:, 0, 0], shift[0]),)
             positions = numbers
-        new[held.position] = _emptied(positions, free, -1)
-        return length[:, 0, 0]
+        return longest[:, 0, 0], keys, values, _emptied(positions, free, -1), *memory, *shift
+
+    def _carried(
+        self, old: Tensor, new: Tensor, moves: bool, places: tuple[Tensor, Tensor, Tensor]
+    ) -> Tensor:
+        """One memory of the rows that are due, moved if it is per slot."""
+        due, order, free = places
+        value = torch.where(_by_row(due, new), new, old)
+        return _emptied(_take_slots(value, order), free, 0) if moves else value
+
+    def _rotated(self, keys: Tensor, by: Tensor) -> Tensor:
+        """Keys [batch, heads, slots, channels] moved on by positions [batch, 1 or heads, slots, 1]."""
+        assert self.traits.rotary is not None
+        return self.traits.rotary.rotate(in_float32(keys), by[..., 0]).to(keys.dtype)
+
+
+def _prompt_budget(budget: Tensor, length: Tensor, slots: Tensor, fraction: float, smallest: int) -> Tensor:
+    """Slots to keep [batch]; a fraction of the prompt becomes a number when the prompt is known."""
+    used = _used(length, slots)[:, 0].sum(-1)  # of the prompt, all heads hold the same
+    return torch.where(budget > 0, budget, (used * fraction).ceil().long().clamp(min=smallest))
+
+
+def _share(budget: Tensor, share: float, smallest: int) -> Tensor:
+    """A layer's share of the budget [batch]."""
+    return (budget * share).round().long().clamp(min=smallest)
+
+
+def _stacked(*lengths: Tensor) -> Tensor:
+    """The lengths of all layers [batch, layers]."""
+    return torch.stack(lengths, dim=1)
+
+
+def _inside(length: Tensor, slots: Tensor) -> Tensor:
+    """Slots before a layer's length [batch, slots]."""
+    return torch.arange(slots.shape[2], device=length.device) < length[:, None]
+
+
+def _used(length: Tensor, slots: Tensor) -> Tensor:
+    """Slots that hold a token [batch, 1 or heads, slots]."""
+    return _inside(length, slots)[:, None] & (slots[..., 0] >= 0)
 
 
 def _by_row(due: Tensor, x: Tensor) -> Tensor:
     """``due`` [batch] with as many axes as ``x``."""
     return due.reshape(-1, *[1] * (x.dim() - 1))
-
-
-def _rotated(layer: CachedAttention, keys: Tensor, by: Tensor) -> Tensor:
-    """Keys [batch, heads, slots, channels] moved on by positions [batch, 1 or heads, slots, 1]."""
-    assert layer.rotary is not None
-    return layer.rotary.rotate(in_float32(keys), by[..., 0]).to(keys.dtype)
 
 
 def _packed(kept: Tensor, gap: Tensor) -> Tensor:

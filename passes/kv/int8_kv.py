@@ -167,5 +167,9 @@ def _integer_compact(compact: Program, scales: dict[str, Tensor], states: dict[s
         ops.quantize_int8(tensor, scales[spec.state]) if spec.state in scales else tensor
         for spec, tensor in zip(compact.inputs, compact.example, strict=True)
     )
+
+    def insert(*nodes: Node) -> tuple[Node, ...]:
+        return call(nodes[0].graph, run, *nodes, like=nodes[0])
+
     held = tuple(states[spec.state] for spec in compact.inputs if spec.state is not None)
-    return state_program(run, held, example, compact.ranges)
+    return state_program(insert, held, example, compact.ranges)

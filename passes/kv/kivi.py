@@ -288,6 +288,9 @@ class _Packed:
             new |= self._pack(parts, new[name], packed, old[parts[-1].name].shape[2])
         return tuple(new[state.name].clone() for state in self.states)
 
+    def _insert(self, due: Node, *states: Node) -> Sequence[Node]:
+        return call(due.graph, self, due, *states, like=due)
+
     def program(self, bundle: Bundle, ranges: Mapping[str, AxisRange]) -> Program:
         """The program that compacts the split cache."""
         specs = [spec.state for spec in self.compact.inputs]
@@ -300,7 +303,7 @@ class _Packed:
             values = _split(parts[0].kind, cache, self.method.group, cache[:, :, :1].repeat(1, 1, room, 1))
             known |= {part.name: value for part, value in zip(parts, values, strict=True)}
         due = example[_role_place(self.compact, "due")]
-        return state_program(self, self.states, (due, *(known[s.name] for s in self.states)), ranges)
+        return state_program(self._insert, self.states, (due, *(known[s.name] for s in self.states)), ranges)
 
     def _given(
         self, spec: TensorSpec, due: Tensor, old: dict[str, Tensor], lengths: tuple[Tensor, Tensor]

@@ -17,6 +17,19 @@ from tokopt.kernels import ops
 
 
 @dataclass(frozen=True)
+class AttentionTraits:
+    """What the attentions of layers that are alike have in common.
+
+    ``window`` in positions, 0 for none; ``scale`` is what query-key products are multiplied by; ``rotary`` is how
+    positions rotate the keys, once it was looked for.
+    """
+
+    window: int
+    scale: float
+    rotary: Rotary | None
+
+
+@dataclass(frozen=True)
 class CachedAttention:
     """The attention of a layer over its cache.
 
@@ -53,6 +66,11 @@ class CachedAttention:
         """What query-key products are multiplied by."""
         given = argument(self.node, 6, "scale")
         return float(given) if given is not None else self.query.meta["val"].shape[-1] ** -0.5
+
+    @property
+    def traits(self) -> AttentionTraits:
+        """What it has in common with other layers."""
+        return AttentionTraits(self.window, self.scale, self.rotary)
 
 
 def cached_attentions(

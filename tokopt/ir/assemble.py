@@ -29,13 +29,12 @@ from torch.export.graph_signature import (
 )
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.experimental.proxy_tensor import make_fx
-from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 from torch.fx.node import map_arg
 from torch.utils import _pytree as pytree
 
 from tokopt.ir.graph import function_of, results
 from tokopt.ir.program import Program
-from tokopt.ir.shapes import Shapes, attribute, with_shapes
+from tokopt.ir.shapes import Shapes, attribute, described, distinct, makes_symbols, with_shapes
 from tokopt.ir.splice import splice
 
 Table = Mapping[Any, Callable[..., Any]]
@@ -149,10 +148,11 @@ def _decomposed(module: GraphModule, table: Table) -> Graph:
             known[node] = known[node.args[0]][node.args[1]]
         elif node.target in table or _is_composite(node.target):
             key = _likeness(node)
-            if key not in traced:
-                traced[key] = _decomposition(node, table)
+            decomposition = traced.get(key) or _decomposition(node, table)
+            if not makes_symbols(decomposition):
+                traced[key] = decomposition
             operands = [known[operand] for operand in node.all_input_nodes]
-            known[node] = splice(graph, traced[key], operands, like=node)
+            known[node] = splice(graph, decomposition, operands, like=node)
         else:
             known[node] = graph.node_copy(node, known.__getitem__)
     graph.eliminate_dead_code()
@@ -170,35 +170,21 @@ def _decomposition(node: Node, table: Table) -> GraphModule:
         return function_of(node)(*args, **kwargs)
 
     with torch.no_grad(), mode, enable_python_dispatcher():
-        values = [operand.meta["val"] for operand in operands]
+        values = distinct([operand.meta["val"] for operand in operands])
         return make_fx(run, decomposition_table=table, tracing_mode="real")(*values)
 
 
 def _likeness(node: Node) -> object:
-    """What calls that decompose into the same graph have in common: the operator, its arguments, and all sizes.
-
-    A call that makes symbols of its own is like no other.
-    """
-    operands = node.all_input_nodes
-    values = [operand.meta.get("val") for operand in operands]
-    if free_unbacked_symbols(node.meta.get("val")) != free_unbacked_symbols(values):
-        return node
-    place = {operand: place for place, operand in enumerate(operands)}
-    args, kwargs = map_arg((node.args, node.kwargs), lambda operand: _Operand(place[operand]))
-    same = [next(i for i, other in enumerate(values) if other is value) for value in values]
-    return node.target, repr(args), repr(kwargs), repr(same), repr([_sizes(value) for value in values])
+    """What calls that decompose into the same graph have in common: operator, arguments, and their sizes."""
+    place = {operand: _Operand(place) for place, operand in enumerate(node.all_input_nodes)}
+    args, kwargs = map_arg((node.args, node.kwargs), place.__getitem__)
+    sizes = tuple(described(operand.meta.get("val")) for operand in place)
+    return node.target, repr(args), repr(kwargs), sizes
 
 
 @dataclass(frozen=True)
 class _Operand:
     place: int
-
-
-def _sizes(value: object) -> object:
-    """Dtype, sizes and strides of a tensor as expressions of the graph's symbols."""
-    if isinstance(value, Tensor):
-        return value.dtype, value.device, list(value.shape), list(value.stride())
-    return type(value).__name__, value
 
 
 @cache

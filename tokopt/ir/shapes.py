@@ -22,7 +22,7 @@ from torch._dispatch.python import enable_python_dispatcher
 from torch._dynamo.source import ConstantSource
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import GraphModule, Node
-from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
+from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, free_unbacked_symbols
 from torch.fx.node import map_arg
 from torch.utils._sympy.functions import Mod, PythonMod
 from torch.utils._sympy.numbers import int_oo
@@ -107,8 +107,8 @@ _Calls = dict[tuple[Callable[..., Any], tuple[Any, ...]], Any]
 class Shapes:
     """What is known of the values of one open graph.
 
-    ``axes`` are the symbols of the signature's named axes, ``bounds`` their ranges, ``guards`` what edits took for
-    granted of them, and ``calls`` what :func:`tokopt.rewrite.edit.call_once` inserted.
+    ``axes`` are the symbols of the named axes, ``bounds`` their ranges, ``guards`` what edits took for granted of them,
+    ``calls`` what :func:`tokopt.rewrite.edit.call_once` inserted, and ``traces`` what calls of functions consist of.
     """
 
     symbols: Symbols
@@ -116,6 +116,7 @@ class Shapes:
     bounds: dict[str, AxisRange] = field(default_factory=dict[str, AxisRange])
     guards: list[Any] = field(default_factory=list[Any])
     calls: _Calls = field(default_factory=_Calls)
+    traces: dict[object, GraphModule] = field(default_factory=dict[object, GraphModule])
     _known: dict[Node, _Made] = field(default_factory=dict[Node, "_Made"])
 
     @classmethod
@@ -379,6 +380,35 @@ def _alike(a: object, b: object) -> bool:
     if isinstance(a, Tensor) and isinstance(b, Tensor):
         return a.dtype == b.dtype and str(a.shape) == str(b.shape) and str(a.stride()) == str(b.stride())
     return type(a) is type(b) and str(a) == str(b)
+
+
+def described(value: object) -> object:
+    """What values that operators treat alike have in common: type, dtype, and sizes as functions of the symbols."""
+    if isinstance(value, Tensor):
+        return value.dtype, value.device, described(tuple(value.shape)), described(value.stride())
+    if isinstance(value, tuple | list):
+        return type(value), tuple(described(item) for item in cast("Sequence[object]", value))
+    node = getattr(value, "node", None)
+    return type(value), value if node is None else node.expr
+
+
+def distinct(values: Sequence[Any]) -> list[Any]:
+    """The values, none of them twice: tracing knows a tensor by its identity, and takes two operands for one.
+
+    To be called in the mode of the values. Results of one trace may stand for those of several calls.
+    """
+    made: list[Any] = []
+    for value in values:
+        known = isinstance(value, Tensor) and any(value is other for other in made)
+        made.append(torch.empty_strided(value.shape, value.stride(), dtype=value.dtype) if known else value)
+    return made
+
+
+def makes_symbols(module: GraphModule) -> bool:
+    """Whether a graph has a size that depends on data and is not its operands'."""
+    values = [node.meta.get("val") for node in module.graph.nodes if node.op == "placeholder"]
+    known = free_unbacked_symbols(values)
+    return any(free_unbacked_symbols(node.meta.get("val")) - known for node in module.graph.nodes)
 
 
 def with_shapes(program: Program) -> GraphModule:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
-from tokopt.analysis.cache import CachedAttention, input_of_role
+from tokopt.analysis.cache import AttentionTraits, CachedAttention, input_of_role
 from tokopt.analysis.rotation import Rotary
 from tokopt.errors import PassError
 from tokopt.ir.bundle import Bundle, fresh
@@ -367,7 +367,7 @@ class StepEdit(ProgramEdit):
         graph = self.module.graph
         Shapes.attached(self.module).refresh(self.module, until=layer.node)
         with after(layer.node):
-            observed = call(graph, _observation(self.tap, layer), *operands, like=layer.node)
+            observed = call(graph, _Observation(self.tap, layer.traits), *operands, like=layer.node)
         for state, node in zip(states, observed, strict=True):
             self.give(state, node)
         return tuple(state.name for state in states)
@@ -394,14 +394,15 @@ class StepEdit(ProgramEdit):
 
 
 def state_program(
-    function: Callable[..., tuple[Tensor, ...]],
+    build: Callable[..., Sequence[Node]],
     states: Sequence[State],
     example: tuple[Tensor, ...],
     ranges: Mapping[str, AxisRange],
 ) -> Program:
-    """The program of a function that takes which rows are due [batch] bool and every state, and returns the next ones.
+    """The program that takes which rows are due [batch] bool and every state, and returns the next states.
 
-    ``example`` begins with the rows that are due.
+    ``build`` is given their nodes, ``due`` first, and inserts what makes the next ones of them. ``example`` begins with
+    the rows that are due.
     """
     due = TensorSpec("due", "bool", (BATCH,), "due")
     inputs = (due, *(TensorSpec(s.name, s.dtype, s.axes, "state", s.name) for s in states))
@@ -410,7 +411,7 @@ def state_program(
     chosen = {axis: bounds for axis, bounds in ranges.items() if axis in axes}
     opened = new_graph(inputs, chosen, example)
     given = placeholders(opened)
-    opened.graph.output(call(opened.graph, function, *given, like=given[0]))
+    opened.graph.output(tuple(build(*given)))
     return close_graph(Program(opened, inputs, outputs, chosen, example), opened)
 
 
@@ -419,13 +420,16 @@ def _shifted(positions: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:
     return torch.where(positions >= 0, positions - shift[:, None], positions), shift.clone()
 
 
-def _observation(tap: Tap, layer: CachedAttention) -> Callable[..., tuple[Tensor, ...]]:
-    """What the tap does, as a function of tensors."""
+@dataclass(frozen=True)
+class _Observation:
+    """What a tap does at attentions that are alike, as a function of tensors."""
 
-    def observe(query: Tensor, key: Tensor, mask: Tensor, positions: Tensor, *memory: Tensor) -> Any:
-        return tap.observe(Attention(query, key, mask, positions, layer.scale, layer.rotary), *memory)
+    tap: Tap
+    traits: AttentionTraits
 
-    return observe
+    def __call__(self, query: Tensor, key: Tensor, mask: Tensor, positions: Tensor, *memory: Tensor) -> Any:
+        attention = Attention(query, key, mask, positions, self.traits.scale, self.traits.rotary)
+        return self.tap.observe(attention, *memory)
 
 
 def _own_mask(

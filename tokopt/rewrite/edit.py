@@ -12,6 +12,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -24,7 +25,7 @@ from torch.utils import _pytree as pytree
 from tokopt.ir.export import copied, output_specs
 from tokopt.ir.graph import aten, is_call
 from tokopt.ir.program import AxisRange, Program, TensorSpec
-from tokopt.ir.shapes import Shapes, with_shapes
+from tokopt.ir.shapes import Shapes, described, distinct, makes_symbols, with_shapes
 from tokopt.ir.splice import drop_lifts, splice
 
 
@@ -76,7 +77,8 @@ def call(graph: Graph, function: Callable[..., Any], *args: Any, like: Node, **k
     """Insert what a plain function does at the graph's insertion point, attributed to ``like``'s module.
 
     Operands are nodes, numbers, or lists of them. Returns a node, or for a function that returns several values a tuple
-    of nodes.
+    of nodes. A function that was called before on operands of the same sizes is not traced again: equal functions have
+    to do the same. So layers that are alike should call functions that are equal.
     """
     leaves, spec = pytree.tree_flatten((args, kwargs), is_leaf=lambda x: isinstance(x, Node))
     nodes = [leaf for leaf in leaves if isinstance(leaf, Node)]
@@ -86,20 +88,31 @@ def call(graph: Graph, function: Callable[..., Any], *args: Any, like: Node, **k
     for node in nodes:
         if "val" not in node.meta:
             shapes.refresh(module, until=node.next)
-
-    def on_operands(*values: Any) -> Any:
-        given = iter(values)
-        filled = [next(given) if isinstance(leaf, Node) else leaf for leaf in leaves]
-        positional, named = pytree.tree_unflatten(filled, spec)
-        return function(*positional, **named)
-
-    with torch.no_grad(), shapes.active(), enable_python_dispatcher():
-        traced = make_fx(on_operands, tracing_mode="real", pre_dispatch=True)(*(n.meta["val"] for n in nodes))
-    drop_lifts(traced.graph)
+    constants = tuple(Node if isinstance(leaf, Node) else (type(leaf), leaf) for leaf in leaves)
+    values = [node.meta["val"] for node in nodes]
+    key = (function, spec, constants, tuple(described(value) for value in values))
+    traced = shapes.traces.get(key) or _trace(partial(_filled, function, leaves, spec), values, shapes)
+    if not makes_symbols(traced):
+        shapes.traces[key] = traced
     before = set(graph.nodes)
     made = splice(graph, traced, nodes, like=like)
     shapes.derived(node for node in graph.nodes if node not in before)
     return made
+
+
+def _filled(function: Callable[..., Any], leaves: list[Any], spec: pytree.TreeSpec, *values: Any) -> Any:
+    """The function, called with ``values`` where its arguments have nodes."""
+    given = iter(values)
+    args, kwargs = pytree.tree_unflatten([next(given) if isinstance(x, Node) else x for x in leaves], spec)
+    return function(*args, **kwargs)
+
+
+def _trace(function: Callable[..., Any], values: list[Any], shapes: Shapes) -> GraphModule:
+    """What a function does to values without data, as a graph."""
+    with torch.no_grad(), shapes.active(), enable_python_dispatcher():
+        traced = make_fx(function, tracing_mode="real", pre_dispatch=True)(*distinct(values))
+    drop_lifts(traced.graph)
+    return traced
 
 
 def after(node: Node) -> AbstractContextManager[object]:
