@@ -15,7 +15,7 @@ demo: $(VENV)/.demo  ## merge the tokens of a real DINOv2 on real photographs, t
 	$(BIN)/python examples/vision.py
 
 test: lint  ## everything that CI checks
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal --durations 20
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup --no-loadscope-reorder --durations 20
 
 lint: $(VENV)/.installed  ## ruff and pyright
 	$(BIN)/ruff check .

@@ -5,9 +5,35 @@ import os
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["HF_HUB_OFFLINE"] = "1"
 
+import pytest
 import torch
 from hypothesis import settings
+
+from tests.zoo import ZOO
+from tests.zoo.decoders import DECODERS
+
+MODELS = (*ZOO, *DECODERS)
+
+SLOW = ("test_examples.py", "test_docs.py", "test_tuning.py")
+"""Files whose single tests take a minute: models with real weights."""
 
 torch.set_num_threads(1)
 settings.register_profile("tokopt", deadline=None, derandomize=True)
 settings.load_profile("tokopt")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Let one worker run all tests of a model of the zoo, which it captures once, or else all of a file.
+
+    The longest come first, so that no worker ends alone.
+    """
+    groups: dict[str, list[pytest.Item]] = {}
+    for item in items:
+        given = getattr(item, "callspec", None)
+        model = given.params.get("name") if given is not None else None
+        group = model if isinstance(model, str) and model in MODELS else item.location[0]
+        item.add_marker(pytest.mark.xdist_group(group))
+        groups.setdefault(group, []).append(item)
+    slow = [group for group in groups if group.endswith(SLOW)]
+    models = sorted((group for group in groups if group in MODELS), key=lambda group: -len(groups[group]))
+    items[:] = [item for group in dict.fromkeys((*slow, *models, *groups)) for item in groups[group]]

@@ -505,6 +505,18 @@ def run_eager(
     entry's by default), ``proportional`` (default True), ``margin`` (pitome: in the first block, 0.75),
     ``seed`` (random: 0). Raises KeyError for a model with blocks that have no restatement.
     """
+    return run_and_tell(name, model, inputs, method, r, options)[0]
+
+
+def run_and_tell(
+    name: str,
+    model: nn.Module,
+    inputs: Mapping[str, Tensor],
+    method: str,
+    r: Sequence[int],
+    options: Mapping[str, Any] | None = None,
+) -> tuple[Any, Reduction]:
+    """The outputs as :func:`run_eager` gives them, and what was done to the tokens."""
     entry = ZOO[name]
     assert len(r) == entry.layers
     batch = next(iter(inputs.values())).shape[0]
@@ -521,4 +533,4 @@ def run_eager(
         per_token = value.ndim == 3 and value.shape[1] == left and entry.per_token
         return reduce.restore(value) if per_token else value
 
-    return tree_map_only(Tensor, whole, result)
+    return tree_map_only(Tensor, whole, result), reduce

@@ -12,10 +12,11 @@ import torch
 from torch.utils._pytree import tree_leaves
 
 import tokopt
-from tests.matrix.eager import run_eager
+from tests.matrix.eager import run_and_tell
 from tests.zoo import ZOO, Entry
 from tokopt.errors import PassRefused
 from tokopt.ir.bundle import Bundle
+from tokopt.measure.picture import PRUNED, token_groups
 
 SCHEDULE = (4, 0, 3)
 """Tokens removed per block: an uneven list with a block left alone."""
@@ -89,13 +90,41 @@ def test_pass_equals_eager_reference_or_refuses(method: str, name: str) -> None:
         return
     reduced = tokopt.optimize(bundle, text, strict=True)
     assert reduced.history[-1].matches == sum(r > 0 for r in SCHEDULE)
+    compare_with_eager(entry, reduced, method, PASSES[method][1])
+
+
+def compare_with_eager(entry: Entry, reduced: Bundle, method: str, options: dict[str, object]) -> None:
+    """The outputs are those of the eager reference; where they are not, whether it took other tokens."""
     inputs = entry.inputs()
-    options = {"prefix": entry.prefix, **PASSES[method][1]}
     counts = [*SCHEDULE, *[0] * (entry.layers - len(SCHEDULE))]
+    options = {"prefix": entry.prefix, **options}
     with torch.no_grad():
-        wanted = tree_leaves(run_eager(name, entry.build(), inputs, method, counts, options))
-    for got, expected in zip(reduced(*inputs.values()), wanted, strict=True):
-        assert_close(entry, inputs, got, expected)
+        wanted, reduction = run_and_tell(entry.name, entry.build(), inputs, method, counts, options)
+    try:
+        for got, expected in zip(reduced(*inputs.values()), tree_leaves(wanted), strict=True):
+            assert_close(entry, inputs, got, expected)
+    except AssertionError as error:
+        groups = token_groups(reduced.main, *inputs.values())[-1]
+        others = ((groups != reduction.source.numpy()) & (groups != PRUNED)).sum()
+        reason = (
+            f"the selection differs on {others} of {groups.size} tokens"
+            if others
+            else "the selection is the same"
+        )
+        raise AssertionError(f"{error}; {reason}") from error
+
+
+@pytest.mark.parametrize(
+    ("seed", "reason"), [(4, r"the selection differs on \d+ of 100 tokens"), (3, "the selection is the same")]
+)
+def test_a_failure_says_whether_the_selection_differs(seed: int, reason: str) -> None:
+    """Other tokens, and other numbers for the same tokens."""
+    entry = ZOO["vit"]
+    reduced = tokopt.optimize(captured("vit"), f"random{{r=[4,0,3] seed={seed}}}")
+    if seed == 3:
+        reduced = tokopt.optimize(reduced, "rtn{group=16}")
+    with pytest.raises(AssertionError, match=reason):
+        compare_with_eager(entry, reduced, "random", {"seed": 3})
 
 
 @pytest.mark.parametrize("name", ["vit", "bert"])

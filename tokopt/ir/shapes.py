@@ -118,6 +118,7 @@ class Shapes:
     calls: _Calls = field(default_factory=_Calls)
     traces: dict[object, GraphModule] = field(default_factory=dict[object, GraphModule])
     _known: dict[Node, _Made] = field(default_factory=dict[Node, "_Made"])
+    _values: dict[object, Any] = field(default_factory=dict[object, Any])
 
     @classmethod
     def of(
@@ -243,14 +244,24 @@ class Shapes:
             node.meta["val"] = self.symbols.constant(value) if isinstance(value, Tensor) else value
         else:
             assert node.op == "call_function", f"{node.format_node()} is no call of a function"
-            function = function_of(node)
-            args, kwargs = map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
-            # Without Python's dispatcher some operators take symbols for the example's sizes.
-            with torch.no_grad(), self.active(), enable_python_dispatcher():
-                value = function(*args, **kwargs)
+            value = self._value(node)
             if not (known is not None and _alike(value, node.meta.get("val"))):
                 node.meta["val"] = value
         self._known[node] = made
+
+    def _value(self, node: Node) -> Any:
+        """What a node gives without data: what one like it gave, where there is one."""
+        function = function_of(node)
+        args, kwargs = map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
+        key = (function, described(args), described(tuple(kwargs.items())))
+        if key in self._values:
+            return self._values[key]
+        # Without Python's dispatcher some operators take symbols for the example's sizes.
+        with torch.no_grad(), self.active(), enable_python_dispatcher():
+            value = function(*args, **kwargs)
+        if not free_unbacked_symbols(value):
+            self._values[key] = value
+        return value
 
 
 @dataclass(frozen=True)
@@ -388,6 +399,8 @@ def described(value: object) -> object:
         return value.dtype, value.device, described(tuple(value.shape)), described(value.stride())
     if isinstance(value, tuple | list):
         return type(value), tuple(described(item) for item in cast("Sequence[object]", value))
+    if isinstance(value, slice):
+        return slice, described((value.start, value.stop, value.step))
     node = getattr(value, "node", None)
     return type(value), value if node is None else node.expr
 
