@@ -148,3 +148,24 @@ def test_an_order_that_cannot_be_is_refused_with_the_one_that_can(
     refused = made(kind, tuple(passes.split(",")), True)
     assert isinstance(refused, str) and reason in refused
     assert_sentence(refused)
+
+
+MEASURING = ("gptq{group=16}", "awq{group=16}", "smoothquant", "int8{activations=static}", "cast")
+"""What they do depends on the numbers that they meet, and so on what came before."""
+
+
+@settings(max_examples=5)
+@given(shuffles(some(REDUCTIONS, 1), some(MEASURING, 2)))
+@example((("gptq{group=16}", "tome{r=4}", "cast"), ("tome{r=4}", "gptq{group=16}", "cast")))
+@example((("cast", "divprune{r=1}"), ("divprune{r=1}", "cast")))
+def test_orders_of_passes_that_measure(pipelines: tuple[tuple[str, ...], tuple[str, ...]]) -> None:
+    """Every order does as much at as many places, and comes out near the canonical one; or both are refused."""
+    got, wanted = (made("encoder", passes, True) for passes in pipelines)
+    if isinstance(got, str) or isinstance(wanted, str):
+        assert_sentence(str(got))
+        assert_sentence(str(wanted))
+        return
+    matches = [{step.text: step.matches for step in bundle.history} for bundle in (got, wanted)]
+    assert matches[0] == matches[1]
+    for ours, theirs in zip(got(IMAGES), wanted(IMAGES), strict=True):
+        assert ours.shape == theirs.shape and nmse(theirs.double().numpy(), ours.double().numpy()) < 0.2
