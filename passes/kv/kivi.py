@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -20,7 +21,7 @@ from tokopt.kernels.quantize_keys.reference import LEVELS
 from tokopt.passes.kv.streaming import Streaming
 from tokopt.pipeline.base import Context, Pass, PassResult, Refusal
 from tokopt.rewrite.cache import ProgramEdit, compactor, language_program, state_program
-from tokopt.rewrite.edit import call, open_graph
+from tokopt.rewrite.edit import call, inline, open_graph
 
 ALL = 2**40
 """A budget that holds everything: what is left of an eviction is that padding is dropped."""
@@ -185,7 +186,7 @@ class _SplitCache(ProgramEdit):
             # The expansion reads what was written, so that the recent part may be written in place.
             written = call(graph, ops.cache_write, taken[-1], write.args[1], lengths[1], like=layer.node)
             operands = (*taken[:-1], written, *lengths, self.tokens)
-            whole = call(graph, _expansion(kind), *operands, like=layer.node)
+            whole = call(graph, _expanded_by, kind, *operands, like=layer.node)
         write.replace_all_uses_with(whole)
         # What else reads the cache reads its sizes, and codes have the same.
         self.nodes[name].replace_all_uses_with(taken[0], delete_user_cb=lambda user: user is not write)
@@ -220,12 +221,10 @@ def _role_place(program: Program, role: str) -> int:
     return [spec.role for spec in program.inputs].index(role)
 
 
-def _expansion(kind: str) -> Any:
-    def expand(*tensors: Tensor) -> Tensor:
-        *parts, length, fresh, tokens = tensors
-        return expanded(kind, *parts, length + tokens.shape[1], fresh + tokens.shape[1])
-
-    return expand
+def _expanded_by(kind: str, *tensors: Tensor) -> Tensor:
+    """The whole cache with the new tokens; ``tensors`` end with both lengths before them, and with them."""
+    *parts, length, fresh, tokens = tensors
+    return expanded(kind, *parts, length + tokens.shape[1], fresh + tokens.shape[1])
 
 
 def _more(length: Tensor, tokens: Tensor) -> Tensor:
@@ -272,24 +271,20 @@ class _Packed:
     def __init__(self, method: KIVI, edit: _SplitCache, compact: Program, states: Sequence[State]) -> None:
         self.method, self.edit, self.compact, self.states = method, edit, compact, states
 
-    def __call__(self, due: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
-        old = dict(zip((state.name for state in self.states), tensors, strict=True))
-        recent = self.edit.recent.name
+    def __call__(self, due: Node, *nodes: Node) -> list[Node]:
+        insert = partial(call, due.graph, like=due)
+        old = dict(zip((state.name for state in self.states), nodes, strict=True))
+        recent, group = self.edit.recent.name, self.method.group
         lengths = old[self.edit.length], old[recent]
-        given = [self._given(spec, due, old, lengths) for spec in self.compact.inputs]
-        results = self.compact.module(*given)
+        given = [self._given(spec, insert, due, old) for spec in self.compact.inputs]
+        results = inline(due.graph, self.compact, given, like=due)
         new = {spec.state: x for spec, x in zip(self.compact.outputs, results, strict=True) if spec.state}
         length = new[self.edit.length]
-        packed = (length - self.method.residual).clamp(min=0) // self.method.group * self.method.group
-        # A row that is not due keeps what is packed of it, and what is not.
-        packed = torch.where(due, packed, length - old[recent])
-        new[recent] = length - packed
+        packed, new[recent] = insert(_lengths, due, length, lengths[1], self.method.residual, group)
         for name, parts in self.edit.parts.items():
-            new |= self._pack(parts, new[name], packed, old[parts[-1].name].shape[2])
-        return tuple(new[state.name].clone() for state in self.states)
-
-    def _insert(self, due: Node, *states: Node) -> Sequence[Node]:
-        return call(due.graph, self, due, *states, like=due)
+            values = insert(_packed, parts[0].kind, new[name], packed, old[parts[-1].name], group)
+            new.update(zip((part.name for part in parts), values, strict=True))
+        return [insert(torch.clone, new[state.name]) for state in self.states]
 
     def program(self, bundle: Bundle, ranges: Mapping[str, AxisRange]) -> Program:
         """The program that compacts the split cache."""
@@ -303,20 +298,28 @@ class _Packed:
             values = _split(parts[0].kind, cache, self.method.group, cache[:, :, :1].repeat(1, 1, room, 1))
             known |= {part.name: value for part, value in zip(parts, values, strict=True)}
         due = example[_role_place(self.compact, "due")]
-        return state_program(self._insert, self.states, (due, *(known[s.name] for s in self.states)), ranges)
+        return state_program(self, self.states, (due, *(known[s.name] for s in self.states)), ranges)
 
-    def _given(
-        self, spec: TensorSpec, due: Tensor, old: dict[str, Tensor], lengths: tuple[Tensor, Tensor]
-    ) -> Tensor:
+    def _given(self, spec: TensorSpec, insert: Callable[..., Any], due: Node, old: dict[str, Node]) -> Node:
         if spec.state is None:
             return due
         parts = self.edit.parts.get(spec.state)
         if parts is None:
             return old[spec.state]
-        return expanded(parts[0].kind, *(old[part.name] for part in parts), *lengths)
+        lengths = old[self.edit.length], old[self.edit.recent.name]
+        return insert(expanded, parts[0].kind, *(old[part.name] for part in parts), *lengths)
 
-    def _pack(self, parts: tuple[State, ...], cache: Tensor, packed: Tensor, room: int) -> dict[str, Tensor]:
-        place = packed[:, None] + torch.arange(room, device=cache.device)
-        recent = ops.gather_tokens(cache, place.clamp(max=cache.shape[2] - 1), 2)
-        values = _split(parts[0].kind, cache, self.method.group, recent)
-        return {part.name: value for part, value in zip(parts, values, strict=True)}
+
+def _lengths(due: Tensor, length: Tensor, fresh: Tensor, residual: int, group: int) -> tuple[Tensor, Tensor]:
+    """How many tokens [batch] are in codes now, and how many are not."""
+    packed = (length - residual).clamp(min=0) // group * group
+    # A row that is not due keeps what is packed of it, and what is not.
+    packed = torch.where(due, packed, length - fresh)
+    return packed, length - packed
+
+
+def _packed(kind: str, cache: Tensor, packed: Tensor, recent: Tensor, group: int) -> tuple[Tensor, ...]:
+    """The parts of a cache of which ``packed`` [batch] tokens are in codes; ``recent`` has room for the others."""
+    place = packed[:, None] + torch.arange(recent.shape[2], device=cache.device)
+    newest = ops.gather_tokens(cache, place.clamp(max=cache.shape[2] - 1), 2)
+    return _split(kind, cache, group, newest)

@@ -115,6 +115,16 @@ def _trace(function: Callable[..., Any], values: list[Any], shapes: Shapes) -> G
     return traced
 
 
+def inline(graph: Graph, program: Program, operands: list[Node], *, like: Node) -> list[Node]:
+    """Insert all that a program does, at the graph's insertion point; the nodes of its outputs."""
+    before = set(graph.nodes)
+    made = splice(graph, program.module, operands, like=like)
+    for node in graph.nodes:
+        if node not in before and node.op == "call_function":
+            node.meta.pop("val", None)  # a size of the other graph
+    return list(made)
+
+
 def after(node: Node) -> AbstractContextManager[object]:
     """Where what is inserted comes right after ``node``; inputs stay ahead of everything.
 
