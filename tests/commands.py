@@ -41,9 +41,14 @@ FINDINGS = ("bisect", "tune")
 
 
 def furnish(folder: Path) -> None:
-    """Put links to the models, photographs and texts that the pages name into an empty folder."""
-    for item in once("inputs", _write_inputs).iterdir():
+    """Put links to :func:`inputs` into a folder."""
+    for item in inputs().iterdir():
         (folder / item.name).symlink_to(item)
+
+
+def inputs() -> Path:
+    """The models, photographs and texts that the pages name."""
+    return once("inputs", _write_inputs)
 
 
 def _write_inputs(folder: Path) -> None:
@@ -54,10 +59,9 @@ def _write_inputs(folder: Path) -> None:
         picture.save(folder / "photos" / f"{name}.jpg")
     picture.save(folder / "photo.jpg")
     text = library_text()
-    (folder / "text.txt").write_text(text[:6000], encoding="utf-8")
-    (folder / "other.txt").write_text(text[6000:12000], encoding="utf-8")
-    dinov2_small(224).save_pretrained(folder / "dinov2-small")  # type: ignore[operator]
-    _write_smollm2(folder / "smollm2")
+    (folder / "text.txt").write_text(text[:3000], encoding="utf-8")
+    (folder / "other.txt").write_text(text[3000:5000], encoding="utf-8")
+    _write_models(folder)
     sides = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
     clip: Any = CLIPModel(CLIPConfig(text_config=sides, vision_config=sides | {"patch_size": 32}))
     clip.save_pretrained(folder / "clip-vit-base")
@@ -65,13 +69,17 @@ def _write_inputs(folder: Path) -> None:
     (folder / "my_package" / "models.py").write_text(FACTORY)
 
 
-def _write_smollm2(folder: Path) -> None:
-    """The real weights of the first two layers: the others are like them, and take a minute more each time."""
+def _write_models(folder: Path) -> None:
+    """The real weights of the first layers: the others are like them, and take minutes more."""
+    dino: Any = dinov2_small(224)
+    dino.encoder.layer = dino.encoder.layer[:4]
+    dino.config.num_hidden_layers = 4
+    dino.save_pretrained(folder / "dinov2-small")
     model: Any = AutoModelForCausalLM.from_pretrained(smollm2(), dtype=torch.float32)
     model.model.layers = model.model.layers[:2]
     model.config.num_hidden_layers = 2
-    model.save_pretrained(folder)
-    AutoTokenizer.from_pretrained(smollm2()).save_pretrained(folder)
+    model.save_pretrained(folder / "smollm2")
+    AutoTokenizer.from_pretrained(smollm2()).save_pretrained(folder / "smollm2")
 
 
 # --- their execution ----------------------------------------------------------------------------------------

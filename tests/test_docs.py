@@ -72,6 +72,9 @@ def small_model(captured: bool) -> dict[str, Any]:
 
 
 def test_what_is_not_executed_stands_in_a_page() -> None:
+    for command in NOT_EXECUTED:
+        if command.startswith("tokopt "):
+            command_parser().parse_args(shlex.split(command)[1:])
     assert set(NOT_EXECUTED) <= {
         command for page in PAGES for block in blocks(page) for command in commands(block)
     }
