@@ -11,7 +11,14 @@ from typing import Any
 
 import torch
 from PIL import Image
-from transformers import AutoModelForCausalLM, AutoTokenizer, CLIPConfig, CLIPModel
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    CLIPConfig,
+    CLIPModel,
+    Dinov2Config,
+    Dinov2Model,
+)
 
 import tokopt
 from examples.data import dinov2_small, photograph, smollm2
@@ -71,9 +78,9 @@ def _write_inputs(folder: Path) -> None:
 
 def _write_models(folder: Path) -> None:
     """The real weights of the first layers: the others are like them, and take minutes more."""
-    dino: Any = dinov2_small(224)
-    dino.encoder.layer = dino.encoder.layer[:4]
-    dino.config.num_hidden_layers = 4
+    sizes = {"hidden_size": 384, "num_attention_heads": 6, "image_size": 224, "patch_size": 14}
+    dino: Any = Dinov2Model(Dinov2Config(num_hidden_layers=4, **sizes))
+    assert not dino.load_state_dict(dinov2_small(224).state_dict(), strict=False).missing_keys
     dino.save_pretrained(folder / "dinov2-small")
     model: Any = AutoModelForCausalLM.from_pretrained(smollm2(), dtype=torch.float32)
     model.model.layers = model.model.layers[:2]
