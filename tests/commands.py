@@ -78,15 +78,20 @@ def _write_inputs(folder: Path) -> None:
 
 def _write_models(folder: Path) -> None:
     """The real weights of the first layers: the others are like them, and take minutes more."""
-    sizes = {"hidden_size": 384, "num_attention_heads": 6, "image_size": 224, "patch_size": 14}
-    dino: Any = Dinov2Model(Dinov2Config(num_hidden_layers=4, **sizes))
-    assert not dino.load_state_dict(dinov2_small(224).state_dict(), strict=False).missing_keys
-    dino.save_pretrained(folder / "dinov2-small")
+    short_dinov2(224).save_pretrained(folder / "dinov2-small")
     model: Any = AutoModelForCausalLM.from_pretrained(smollm2(), dtype=torch.float32)
     model.model.layers = model.model.layers[:2]
     model.config.num_hidden_layers = 2
     model.save_pretrained(folder / "smollm2")
     AutoTokenizer.from_pretrained(smollm2()).save_pretrained(folder / "smollm2")
+
+
+def short_dinov2(image_size: int) -> Any:
+    """``dinov2_small`` of four layers."""
+    sizes = {"hidden_size": 384, "num_attention_heads": 6, "image_size": image_size, "patch_size": 14}
+    model: Any = Dinov2Model(Dinov2Config(num_hidden_layers=4, **sizes)).eval().requires_grad_(False)
+    assert not model.load_state_dict(dinov2_small(image_size).state_dict(), strict=False).missing_keys
+    return model
 
 
 # --- their execution ----------------------------------------------------------------------------------------
