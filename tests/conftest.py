@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import settings
 
+from tests.shared import share_folder
 from tests.zoo import ZOO
 from tests.zoo.decoders import DECODERS
 
@@ -37,3 +38,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     slow = [group for group in groups if group.endswith(SLOW)]
     models = sorted((group for group in groups if group in MODELS), key=lambda group: -len(groups[group]))
     items[:] = [item for group in dict.fromkeys((*slow, *models, *groups)) for item in groups[group]]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def folder_of_the_run(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Tell :func:`tests.shared.once` where the workers of this run share files."""
+    share_folder(tmp_path_factory)

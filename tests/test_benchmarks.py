@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,14 +13,21 @@ import pytest
 pytest.importorskip("psutil")
 pytest.importorskip("rich")
 
+from tokenizers import Tokenizer
+
 import tokopt
 from benchmarks import machine, timing
 from benchmarks.peers.report import fastest_ratio, floors
 from benchmarks.peers.report import markdown as peers_markdown
 from benchmarks.quality import predict
+from benchmarks.quantize import MODELS
 from benchmarks.vision import FULL, QUICK, Scale, with_options
 from examples import data
+from examples.tune import library_text
+from tests.commands import inputs
 from tokopt.errors import MissingDependencyError
+from tokopt.passes import Int8KV
+from tokopt.passes.quantize.base import Quantization
 
 
 def test_neighbours_classify_separate_clusters_perfectly() -> None:
@@ -182,3 +190,25 @@ def test_peers_report_is_written_from_what_there_is() -> None:
     text = peers_markdown({"machine": {}, "language/decode/64": rows, "language/quality": judged})
     assert "- KL at most 0.1: tokopt keep_grid is 2.00x as fast as llama.cpp." in text
     assert "KL at most 0.01:" not in text
+
+
+def test_what_the_quantizers_store_passes_verify(tmp_path: Path) -> None:
+    """Every method that ``benchmarks.quantize`` measures, each on a linear of its own of real weights."""
+    passes = [
+        step for model in MODELS.values() for text in model.values() for step in tokopt.parse(text).passes
+    ]
+    methods = {str(step): step for step in passes if isinstance(step, Quantization)}
+    bundle = tokopt.capture_lm(inputs() / "smollm2")
+    names = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj")
+    names += ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
+    linears = [f"*layers.{layer}.{name}" for layer in (0, 1) for name in names]
+    assert 10 < len(methods) <= len(linears)
+    kept_first = sorted(
+        methods.values(), key=lambda step: step.name != "keep_grid"
+    )  # others scale what it keeps
+    pipeline = [replace(step, only=(linear,)) for step, linear in zip(kept_first, linears, strict=False)]
+    assert bundle.tokenizer is not None
+    ids = Tokenizer.from_str(bundle.tokenizer).encode(library_text()[:2000]).ids
+    made = tokopt.optimize(bundle, [*pipeline, Int8KV()], calibration=[ids])
+    assert all(step.matches for step in made.history)
+    assert tokopt.verify(tokopt.export(made, tmp_path / "quantized.tokopt")).ok

@@ -8,6 +8,7 @@ kernel. A method is a subclass with :meth:`WeightQuantization.quantize`.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -29,6 +30,19 @@ Known = dict[Node, Moments]
 
 MORE_BITS = 8
 """What the most sensitive layers get where the average allows it."""
+
+
+class StoredWeight(Protocol):
+    """What a linear has in place of its weight."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of an artifact."""
+        ...
+
+    def dequantized(self) -> Tensor:
+        """The weight [out, in] that it stands for."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -150,9 +164,7 @@ class Quantization(Pass):
         """Bits per linear."""
         return {linear.node: MORE_BITS for linear in linears}
 
-    def apply(
-        self, module: GraphModule, linear: Linear, bits: int, moments: Moments | None
-    ) -> QuantizedWeight:
+    def apply(self, module: GraphModule, linear: Linear, bits: int, moments: Moments | None) -> StoredWeight:
         """Quantize one linear of the graph, in place; return its weight.
 
         Raises PassRefused for a weight that only the attempt shows to be unfit; the graph is then as it was.

@@ -32,6 +32,11 @@ class BlockGrid:
     weight: QuantizedWeight
     offset: Tensor | None
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of an artifact: the codes, and a float32 offset per block."""
+        return self.weight.nbytes + (0 if self.offset is None else 4 * self.offset.numel())
+
     def dequantized(self) -> Tensor:
         """The weight [out, in]."""
         weight = self.weight.dequantized()
@@ -58,9 +63,7 @@ class KeepGrid(Quantization):
 
     name: ClassVar[str] = "keep_grid"
 
-    def apply(
-        self, module: GraphModule, linear: Linear, bits: int, moments: Moments | None
-    ) -> QuantizedWeight:
+    def apply(self, module: GraphModule, linear: Linear, bits: int, moments: Moments | None) -> BlockGrid:
         """Codes in the place of the weight, and the offset's product beside it."""
         grid = find_grid(linear.matrix(module))
         if grid is None:
@@ -74,7 +77,7 @@ class KeepGrid(Quantization):
             with after(node):
                 whole = call(module.graph, add_offset, node, linear.input, table, group, like=node)
             redirect(users, node, whole)
-        return grid.weight
+        return grid
 
 
 def add_offset(product: Tensor, x: Tensor, offset: Tensor, group: int) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import copy
+import re
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -389,6 +390,8 @@ def test_kept_grids_compute_the_same(kind: str, tmp_path: Path) -> None:
     made = tokopt.optimize(given, "keep_grid", strict=True)
     assert made.history[-1].matches == 2
     assert differences(given, made)[0].nmse < 1e-11
+    worst = re.search(r"largest relative output error: \S+ (\S+?),", " ".join(made.history[-1].notes))
+    assert worst and float(worst[1]) < 1e-11  # of codes and offsets together
     path = tokopt.export(made, tmp_path / "model.tokopt")
     assert tokopt.verify(path).ok
     assert fused_kernels(path / "forward.onnx", tmp_path)["MatMulNBits"] == 2

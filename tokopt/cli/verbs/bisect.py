@@ -43,7 +43,7 @@ def run(args: Namespace, screen: Screen) -> int:
 
 VERB = Verb(
     "find the first pass after which the outputs differ too much",
-    'tokopt bisect dino.tokopt "tome{r=8},evit{keep=0.7}" --tolerance 0.1',
+    'tokopt bisect dino.tokopt "tome{r=8},evit{keep=0.7 layers=[3]}" --tolerance 0.1',
     add_options,
     run,
 )

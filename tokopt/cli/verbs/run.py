@@ -68,7 +68,7 @@ def _save(path: Path, outputs: dict) -> None:
 
 VERB = Verb(
     "run an artifact on .npy, .npz or image files",
-    "tokopt run vit.tokopt photo.jpg -o features.npy",
+    "tokopt run vit.tokopt photo.jpg -o features.npz",
     add_options,
     run,
 )
