@@ -4,7 +4,6 @@
 // next fiber and fail when threads diverge there. Fibers run in order or in reverse, and shared memory begins as NaN:
 // results that depend on either are wrong. What this cannot find: races within a statement, memory ordering. A fiber
 // starts once and takes one block after another, and jumps hand over: swapcontext asks the system for signals each time.
-#pragma once
 
 #include <algorithm>
 #include <cmath>
