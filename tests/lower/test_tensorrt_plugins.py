@@ -102,7 +102,7 @@ def test_graphs_compute_the_same(pipeline: str, ops: set[str]) -> None:
 
 
 def test_a_cache_is_compacted_by_plugins(tmp_path: Path) -> None:
-    bundle = tokopt.optimize(language.bundle("llama"), "h2o{budget=12 sinks=2 recent=4 every=3}")
+    bundle = tokopt.optimize(language.bundle("hand_written"), "h2o{budget=12 sinks=2 recent=4 every=3}")
     path = tokopt.export(bundle, tmp_path / "model.tokopt")
     step, _ = plugged(path / "step.onnx")
     assert nodes(step)["attention_mass_masses"] == nodes(step)["attention_mass_normalizers"] > 0
