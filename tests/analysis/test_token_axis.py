@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 import tokopt
 import tokopt.errors
+from tests.matrix import test_matrix
 from tests.zoo import ZOO
 from tokopt.analysis.blocks import Block, find_blocks
 from tokopt.analysis.token_axis import Seed, TokenAxis, _Cannot, _reshaped, prefix_tokens, trace_tokens
@@ -66,8 +67,7 @@ def test_usual_reshapes_are_followed(new: tuple[int, ...], axis: TokenAxis) -> N
 def test_prefix_tokens_are_found_in_the_graph(name: str) -> None:
     """Class and register tokens are parameters that lead the stream; text models have none."""
     entry = ZOO[name]
-    bundle = tokopt.capture(entry.build(), (), entry.inputs(), dynamic=entry.dynamic)
-    graph = bundle.main.module.graph
+    graph = test_matrix.captured(name).main.module.graph
     blocks = [b for b in find_blocks(graph) if isinstance(b, Block)]
     assert len(blocks) == entry.layers
     trace = trace_tokens(graph, {blocks[0].residual: Seed(blocks[0].token_axis)})

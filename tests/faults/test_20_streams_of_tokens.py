@@ -232,9 +232,9 @@ def test_detr() -> None:
     options: dict[str, Any] = {"d_model": 32, "num_queries": 11, "backbone": None}
     options |= {"use_timm_backbone": False, "use_pretrained_backbone": False}
     for part in ("encoder", "decoder"):
-        options |= {f"{part}_layers": 2, f"{part}_attention_heads": 2, f"{part}_ffn_dim": 40}
+        options |= {f"{part}_layers": 1, f"{part}_attention_heads": 2, f"{part}_ffn_dim": 40}
     config = DetrConfig(backbone_config=ResNetConfig(**backbone), **options)
     model = randomize(DetrModel(config)).eval()
     done = applied(model, torch.randn(2, 3, 64, 64), "tome{r=3}")
-    assert done.matches == 2
-    assert sum("learned queries" in note for note in done.notes) == 2
+    assert done.matches == 1
+    assert sum("learned queries" in note for note in done.notes) == 1

@@ -20,8 +20,8 @@ from onnx import numpy_helper
 
 import tokopt
 from tests.matrix.language import artifact
+from tests.matrix.test_matrix import captured
 from tests.runtime.artifacts import rehash
-from tests.zoo import ZOO
 from tokopt.cli import main
 from tokopt.errors import LoweringError
 from tokopt.ir.bundle import Bundle
@@ -35,9 +35,7 @@ Arrays = Mapping[str, np.ndarray]
 
 @cache
 def vit(pipeline: str) -> Bundle:
-    entry = ZOO["vit"]
-    bundle = tokopt.capture(entry.build(), (), entry.inputs(5), dynamic=entry.dynamic)
-    return tokopt.optimize(bundle, pipeline)
+    return tokopt.optimize(captured("vit"), pipeline)
 
 
 @cache

@@ -15,6 +15,7 @@ import pytest
 import tokopt
 from tests.cli.command import answer, complaint
 from tests.matrix.language import bundle as decoder
+from tests.matrix.test_matrix import captured
 from tests.runtime.artifacts import sealed
 from tests.zoo import ZOO
 from tests.zoo.decoders import DECODERS
@@ -47,9 +48,9 @@ def test_the_stored_outline_is_what_the_program_says(
     capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     """An older artifact, which has none, is opened, and the answers are the same."""
-    entry = ZOO["vit"]
-    bundle = tokopt.capture(entry.build(), (), entry.inputs(5), dynamic=entry.dynamic)
-    path = tokopt.export(tokopt.optimize(bundle, "tome{r=4}"), tmp_path / "vit.tokopt", target="torch")
+    path = tokopt.export(
+        tokopt.optimize(captured("vit"), "tome{r=4}"), tmp_path / "vit.tokopt", target="torch"
+    )
     stored = answer(capsys, "inspect", path)
     manifest = json.loads((path / "manifest.json").read_text())
     del manifest["files"]["outline.json"]

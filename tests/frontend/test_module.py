@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 import tokopt
+from tests.matrix.test_matrix import captured
 from tests.zoo import ZOO
 from tokopt.analysis.blocks import find_sites
 from tokopt.errors import CaptureError, InputError
@@ -21,12 +22,12 @@ AVAILABLE = [name for name, entry in ZOO.items() if entry.available]
 
 @pytest.mark.parametrize("name", AVAILABLE)
 def test_a_captured_model_computes_what_the_model_does(name: str) -> None:
-    """At the captured batch size and at another one."""
-    entry = ZOO[name]
+    """At other sizes of every named axis than the captured ones."""
+    entry, bundle = ZOO[name], captured(name)
     model = entry.build()
-    bundle = tokopt.capture(model, (), entry.inputs(), dynamic=entry.dynamic)
-    for batch in (1, 3):
-        inputs = entry.inputs(batch=batch)
+    tokens = bundle.main.ranges.get("tokens")
+    longer = {} if tokens is None else {"tokens": entry.tokens + 5}
+    for inputs in (entry.inputs(batch=1), entry.inputs(batch=3, **longer)):
         with torch.no_grad():
             wanted = tree_leaves(model(**inputs))
         for got, expected in zip(bundle(*inputs.values()), wanted, strict=True):
@@ -37,8 +38,7 @@ def test_a_captured_model_computes_what_the_model_does(name: str) -> None:
 def test_every_attention_is_sdpa_after_capture(name: str) -> None:
     """No softmax is left, and a mask that hides nothing is gone."""
     entry = ZOO[name]
-    bundle = tokopt.capture(entry.build(), (), entry.inputs(), dynamic=entry.dynamic)
-    graph = bundle.main.module.graph
+    graph = captured(name).main.module.graph
     assert not [n for n in graph.nodes if is_call(n, aten.softmax, aten._softmax)]
     sites = find_sites(graph)
     assert [s.kind for s in sites].count("self") == entry.layers
@@ -113,8 +113,7 @@ def test_exported_programs_and_pt2_files_are_captured(tmp_path: Path) -> None:
 
 
 def test_names_come_from_the_model() -> None:
-    entry = ZOO["bert"]
-    program = tokopt.capture(entry.build(), (), entry.inputs(), dynamic=entry.dynamic).main
+    program = captured("bert").main
     assert [s.name for s in program.inputs] == ["input_ids", "attention_mask"]
     assert program.inputs[0].axes == ("batch", "tokens")
     assert [(s.name, s.axes) for s in program.outputs] == [
@@ -126,8 +125,7 @@ def test_names_come_from_the_model() -> None:
 def test_bounds_that_the_model_sets_are_taken_over() -> None:
     """BERT has 64 positions; a user's own bound is kept when it is tighter."""
     entry = ZOO["bert"]
-    program = tokopt.capture(entry.build(), (), entry.inputs(), dynamic=entry.dynamic).main
-    assert program.ranges["tokens"].max == 64
+    assert captured("bert").main.ranges["tokens"].max == 64
     mine = {"tokens": AxisRange(3, 40)}
     program = tokopt.capture(entry.build(), (), entry.inputs(), dynamic=entry.dynamic, ranges=mine).main
     assert program.ranges["tokens"] == AxisRange(3, 40)

@@ -4,20 +4,21 @@ A new op joins the shared tests by one line in :data:`CASES` and one function in
 """
 
 import inspect
-import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cache
 
 import numpy as np
 import onnx
+import onnx_ir as ir
 import onnxruntime
 import torch
 from torch import Tensor
 
 from tests.kernels import naive
 from tests.kernels.host import host_form
-from tokopt.kernels import attach_functions, onnx_translations, ops
+from tokopt.kernels import attach_functions, ops
+from tokopt.lower.onnx.translate import translate
 
 Arrays = tuple[np.ndarray, ...]
 
@@ -294,13 +295,15 @@ def onnx_form(case: Case) -> onnx.ModelProto:
 
 
 def to_onnx(program: torch.export.ExportedProgram) -> onnx.ModelProto:
-    logging.getLogger("torch.onnx").setLevel(logging.ERROR)
-    result = torch.onnx.export(
-        program, dynamo=True, opset_version=23, custom_translation_table=onnx_translations(), verbose=False
-    )
-    assert result is not None
-    attach_functions(result.model)
-    return result.model_proto
+    return ir.to_proto(translated(program))
+
+
+def translated(program: torch.export.ExportedProgram) -> ir.Model:
+    """The program in ONNX, with the functions of the token ops."""
+    with torch.no_grad():
+        model = translate(program, 23)
+    attach_functions(model)
+    return model
 
 
 @cache

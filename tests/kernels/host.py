@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import shutil
 import subprocess
 import tempfile
 from collections.abc import Callable, Sequence
@@ -17,6 +18,9 @@ from tokopt.kernels.launch import BLOCK, Parameters, Run, launched, signatures, 
 from tokopt.kernels.plugins import DTYPES, Expression, Launch, evaluate
 
 SHIM = Path(__file__).with_name("host_shim.h")
+FLAGS = ("-std=c++17", "-O1", "-fPIC", "-fno-gnu-unique", "-U_FORTIFY_SOURCE")
+"""Fortified, jumps from one fiber's stack to another's are refused."""
+
 ENTRY = 'extern "C" void host_{0}(void **a, int x, int y, int t, int back) {{ host::run({0}, a, x, y, t, back); }}\n'
 
 
@@ -41,14 +45,22 @@ def _build(name: str, reverse: bool, scalar: str) -> Run:
 
 
 @cache
+def _shim() -> Path:
+    """The shim, and beside it what the compiler made of it, which is half of what compiling a kernel takes."""
+    header = Path(shutil.copy(SHIM, tempfile.mkdtemp(prefix="tokopt-kernels-")))
+    subprocess.run(["g++", *FLAGS, "-x", "c++-header", header, "-o", f"{header}.gch"], check=True)
+    return header
+
+
+@cache
 def library(name: str, scalar: str) -> ctypes.CDLL:
     """An op's kernels for one scalar as a library of functions ``host_<kernel>``."""
     folder = Path(tempfile.mkdtemp(prefix="tokopt-kernels-"))
     code = folder / f"{name}.cpp"
     code.write_text(source(name) + "".join(map(ENTRY.format, signatures(name))))
     built = folder / f"{name}.so"
-    flags = ("-std=c++17", "-O1", "-shared", "-fPIC", "-fno-gnu-unique", f"-DSCALAR={scalar}")
-    subprocess.run(["g++", *flags, "-include", str(SHIM), str(code), "-o", str(built)], check=True)
+    given = ("-shared", f"-DSCALAR={scalar}", "-include", _shim(), code)
+    subprocess.run(["g++", *FLAGS, *given, "-o", built], check=True)
     return ctypes.CDLL(str(built))
 
 

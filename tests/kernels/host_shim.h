@@ -2,11 +2,12 @@
 //
 // Every thread of a block is a fiber; blocks come one after another. __syncthreads and warp operations hand over to the
 // next fiber and fail when threads diverge there. Fibers run in order or in reverse, and shared memory begins as NaN:
-// results that depend on either are wrong. What this cannot find: races within a statement, memory ordering.
-#pragma once
+// results that depend on either are wrong. What this cannot find: races within a statement, memory ordering. A fiber
+// starts once and takes one block after another, and jumps hand over: swapcontext asks the system for signals each time.
 
 #include <algorithm>
 #include <cmath>
+#include <csetjmp>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
@@ -68,7 +69,8 @@ constexpr int STACK = 1 << 16;
 enum State { READY, AT_BLOCK, AT_WARP, DONE };
 
 struct Fiber {
-  ucontext_t context;
+  ucontext_t start;
+  jmp_buf place;     // where it goes on
   std::vector<char> stack;
   State state;
   int turn;          // warp operations so far; their values alternate between two places
@@ -76,7 +78,7 @@ struct Fiber {
 };
 
 static std::vector<Fiber> fibers;
-static ucontext_t scheduler;
+static jmp_buf scheduler;
 static int running;
 static void (*body)(void *);
 static void *body_data;
@@ -88,12 +90,26 @@ inline void fail(const char *reason) {
 
 inline void wait_at(State state) {
   fibers[running].state = state;
-  swapcontext(&fibers[running].context, &scheduler);
+  if (!_setjmp(fibers[running].place)) _longjmp(scheduler, 1);
 }
 
 inline void enter() {
-  body(body_data);
-  wait_at(DONE);
+  for (;;) {
+    body(body_data);
+    wait_at(DONE);
+  }
+}
+
+// Let a fiber go on until it waits.
+__attribute__((noinline)) inline void go_on(Fiber &fiber) {
+  if (_setjmp(scheduler)) return;
+  if (fiber.stack.size()) _longjmp(fiber.place, 1);
+  fiber.stack.resize(STACK);
+  getcontext(&fiber.start);
+  fiber.start.uc_stack.ss_sp = fiber.stack.data();
+  fiber.start.uc_stack.ss_size = STACK;
+  makecontext(&fiber.start, enter, 0);
+  setcontext(&fiber.start);
 }
 
 // Let those of [from, to) go on that wait at `state`, when all that are not done wait there.
@@ -109,21 +125,14 @@ inline bool release(int from, int to, State state) {
 inline void run_block(int threads, bool reversed) {
   if (__start_shared_memory) memset(__start_shared_memory, 0xff, __stop_shared_memory - __start_shared_memory);
   fibers.resize(threads);
-  for (auto &fiber : fibers) {
-    fiber.stack.resize(STACK);
-    getcontext(&fiber.context);
-    fiber.context.uc_stack.ss_sp = fiber.stack.data();
-    fiber.context.uc_stack.ss_size = STACK;
-    makecontext(&fiber.context, enter, 0);
-    fiber.state = READY, fiber.turn = 0;
-  }
+  for (auto &fiber : fibers) fiber.state = READY, fiber.turn = 0;
   for (int done = 0; done < threads;) {
     bool moved = false;
     for (int i = 0; i < threads; i++) {
       running = reversed ? threads - 1 - i : i;
       if (fibers[running].state != READY) continue;
       threadIdx = {unsigned(running), 0, 0};
-      swapcontext(&scheduler, &fibers[running].context);
+      go_on(fibers[running]);
       moved = true;
     }
     for (int warp = 0; warp < threads; warp += 32) moved |= release(warp, min(warp + 32, threads), AT_WARP);

@@ -49,13 +49,15 @@ def bipartite_match(metric: np.ndarray, size: np.ndarray, r: int, prefix: int) -
 def energy_order(x: np.ndarray, empty: np.ndarray, prefix: int, margin: float) -> list[int]:
     """The unprotected tokens of one row, highest energy first, behind padding."""
     free = list(range(prefix, len(x)))
-    real = [i for i in free if not empty[i]]
+    length = np.linalg.norm(x, axis=1, keepdims=True)
+    unit = np.divide(x, length, out=np.zeros_like(x), where=length > 0)
+    real = unit[[i for i in free if not empty[i]]]
 
     def energy(i: int) -> float:
         if empty[i]:
             return np.inf
-        shifted = [cosine(x[i], x[j]) - margin for j in real]
-        return float(np.mean([s if s > 0 else np.expm1(s) for s in shifted]))
+        shifted = real @ unit[i] - margin
+        return float(np.mean(np.where(shifted > 0, shifted, np.expm1(shifted))))
 
     return sorted(free, key=lambda i: -energy(i))
 

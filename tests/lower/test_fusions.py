@@ -29,6 +29,8 @@ class Projections(nn.Module):
 
 
 PIPELINES = ("", "rtn{group=16}", "rtn{group=16 bits=8 symmetric=true}", "int8", "int8{activations=static}")
+CASES = [*((pipeline, True) for pipeline in PIPELINES), ("", False), ("int8", False)]
+"""A bias stands behind the product, whatever the weight is: every form of weight with one, two forms without."""
 
 
 def exported(bias: bool, pipeline: str, folder: Path) -> tuple[tokopt.Bundle, Path]:
@@ -38,8 +40,7 @@ def exported(bias: bool, pipeline: str, folder: Path) -> tuple[tokopt.Bundle, Pa
     return bundle, tokopt.export(bundle, folder / "model.tokopt")
 
 
-@pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize("pipeline", PIPELINES)
+@pytest.mark.parametrize(("pipeline", "bias"), CASES)
 def test_three_products_are_one(pipeline: str, bias: bool, tmp_path: Path) -> None:
     """Names and order of the outputs stay, whichever of them come from the split."""
     bundle, path = exported(bias, pipeline, tmp_path)
@@ -87,8 +88,7 @@ class Scaled(nn.Module):
         return x + y * self.factors[1] + y + 0.5 * self.third(x)
 
 
-@pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize("pipeline", PIPELINES)
+@pytest.mark.parametrize(("pipeline", "bias"), CASES)
 def test_factors_move_into_weights(pipeline: str, bias: bool, tmp_path: Path) -> None:
     x = torch.randn(2, 5, 32)
     bundle = tokopt.optimize(tokopt.capture(Scaled(bias), (x,)), pipeline, calibration=[x])

@@ -7,13 +7,13 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+import onnx_ir as ir
 import pytest
-import torch
 
 import tokopt
-from tests.kernels.forms import CASES, Case, bare_session, exported, run_session, tensors, world
+from tests.kernels.forms import CASES, Case, bare_session, exported, run_session, tensors, translated, world
 from tests.lower.encoders import text, vision
-from tokopt.kernels import attach_functions, onnx_translations, ops
+from tokopt.kernels import attach_functions, ops
 from tokopt.lower.onnx.real_tokens import FORMS
 
 
@@ -40,18 +40,11 @@ def test_padded_text_keeps_the_general_form(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("case", [case for case in CASES if case.op in FORMS], ids=str)
 def test_forms_choose_the_same(case: Case) -> None:
-    program = torch.onnx.export(
-        exported(case),
-        dynamo=True,
-        opset_version=23,
-        custom_translation_table=onnx_translations(),
-        verbose=False,
-    )
-    assert program is not None
-    for node in program.model.graph:
+    model = translated(exported(case))
+    for node in model.graph:
         node.op_type = FORMS.get(node.op_type, node.op_type)
-    attach_functions(program.model)
-    session = bare_session(program.model_proto)
+    attach_functions(model)
+    session = bare_session(ir.to_proto(model))
     for seed, (batch, tokens, r) in enumerate([(3, 14, 4), (1, 31, 12), (2, 9, 1)]):
         arguments = world(case, batch=batch, tokens=tokens, r=r, seed=seed)
         arguments["size"] = arguments["size"].clamp(min=1)

@@ -52,33 +52,32 @@ def artifact(merged: tokopt.Bundle, tmp_path_factory: pytest.TempPathFactory) ->
 # --- what builds ------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["vit", "bert", "swin", "modernbert"])
+@pytest.mark.parametrize("name", ["vit", "swin", "modernbert"])
 def test_models_build(name: str, tmp_path: Path) -> None:
     """One of every kind; ``tests/matrix/test_backends.py`` builds every architecture, merged."""
     tokopt.export(captured(name), tmp_path / "model.tokopt", target="tensorrt", engine=AMPERE)
 
 
 @pytest.mark.parametrize(
-    ("name", "pipeline"),
+    "pipeline",
     [
-        ("vit", "tome{r=4},int8{activations=static}"),
-        ("vit", "int8"),
-        ("vit", "rtn{group=16}"),
-        ("vit", "rtn{bits=8 group=16}"),
-        ("vit", "rtn{group=16 symmetric=true}"),
-        ("vit", "cast{dtype=float16}"),
+        "tome{r=4},int8{activations=static}",
+        "int8",
+        "rtn{group=16}",
+        "rtn{bits=8 group=16}",
+        "rtn{group=16 symmetric=true}",
+        "cast{dtype=float16}",
     ],
 )
-def test_quantized_models_build(name: str, pipeline: str, tmp_path: Path) -> None:
-    bundle = tokopt.optimize(captured(name), pipeline, calibration=samples(name))
+def test_quantized_models_build(pipeline: str, tmp_path: Path) -> None:
+    bundle = tokopt.optimize(vision(), pipeline, calibration=[vision().main.example])
     tokopt.export(bundle, tmp_path / "model.tokopt", target="tensorrt", engine=AMPERE)
 
 
 @pytest.mark.parametrize(
     ("name", "pipeline"),
     [
-        ("llama", f"streaming{{{EVICTION}}}"),
-        ("gpt2", f"h2o{{{EVICTION}}}"),
+        ("gpt2", f"streaming{{{EVICTION}}}"),
         ("llama", "kivi{group=8 every=32}"),
         ("llama", f"h2o{{{EVICTION}}},int8_kv"),
     ],
@@ -96,13 +95,16 @@ def test_language_models_build(name: str, pipeline: str, tmp_path: Path) -> None
 
 
 def test_smollm2_builds_with_eviction(tmp_path: Path) -> None:
-    """The real weights, of the first two layers: the others are like them, and take a minute more."""
+    """The real weights, of the first two layers: the others are like them, and take a minute more.
+
+    That the portable form computes what the program does is asked of smaller models.
+    """
     model: Any = AutoModelForCausalLM.from_pretrained(smollm2(), dtype=torch.float32)
     model.model.layers = model.model.layers[:2]
     model.config.num_hidden_layers = 2
     bundle = tokopt.optimize(tokopt.capture_lm(model.eval().requires_grad_(False)), "h2o{budget=256}")
     options = EngineOptions("sm_89", ("slots=512", "tokens=1:1:64"))
-    path = tokopt.export(bundle, tmp_path / "model.tokopt", target="tensorrt", engine=options)
+    path = tokopt.export(bundle, tmp_path / "a.tokopt", target="tensorrt", engine=options, check=False)
     assert (path / "step.sm_89.engine").stat().st_size > 4 * 49152 * 576  # the embedding alone
 
 

@@ -7,7 +7,9 @@ plugin is executed by TensorRT here.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
+from tempfile import mkdtemp
 
 import numpy as np
 import onnx_ir as ir
@@ -30,6 +32,11 @@ from tokopt.lower.tensorrt.plugins import use_plugins, used_plugins
 from tokopt.runtime import load
 from tokopt.runtime.format.manifest import read_manifest
 from tokopt.runtime.selftest import read_selftest
+
+
+@cache
+def exported(pipeline: str) -> Path:
+    return tokopt.export(tokopt.optimize(vision(), pipeline), Path(mkdtemp()) / "model.tokopt")
 
 
 def plugged(path: Path) -> tuple[ir.Model, list[str]]:
@@ -79,9 +86,9 @@ def evaluate(model: ir.Model, feed: Mapping[str, np.ndarray]) -> list[np.ndarray
         ("kcenter{keep=0.7}", {"farthest_point", "gather_tokens"}),
     ],
 )
-def test_graphs_compute_the_same(pipeline: str, ops: set[str], tmp_path: Path) -> None:
+def test_graphs_compute_the_same(pipeline: str, ops: set[str]) -> None:
     """Loops, which TensorRT's builder does not take, are gone too."""
-    path = tokopt.export(tokopt.optimize(vision(), pipeline), tmp_path / "model.tokopt")
+    path = exported(pipeline)
     model, reasons = plugged(path / "forward.onnx")
     assert not reasons
     called = nodes(model)
@@ -95,7 +102,7 @@ def test_graphs_compute_the_same(pipeline: str, ops: set[str], tmp_path: Path) -
 
 
 def test_a_cache_is_compacted_by_plugins(tmp_path: Path) -> None:
-    bundle = tokopt.optimize(language.bundle("llama"), "h2o{budget=12 sinks=2 recent=4 every=3}")
+    bundle = tokopt.optimize(language.bundle("hand_written"), "h2o{budget=12 sinks=2 recent=4 every=3}")
     path = tokopt.export(bundle, tmp_path / "model.tokopt")
     step, _ = plugged(path / "step.onnx")
     assert nodes(step)["attention_mass_masses"] == nodes(step)["attention_mass_normalizers"] > 0
@@ -113,9 +120,8 @@ def test_a_share_of_any_number_of_tokens_has_no_plugin(tmp_path: Path) -> None:
     assert "bipartite_match_place" not in nodes(model)
 
 
-def test_the_manifest_names_plugins_by_their_code(tmp_path: Path) -> None:
-    path = tokopt.export(tokopt.optimize(vision(), "tome{r=3}"), tmp_path / "model.tokopt")
-    model, _ = plugged(path / "forward.onnx")
+def test_the_manifest_names_plugins_by_their_code() -> None:
+    model, _ = plugged(exported("tome{r=3}") / "forward.onnx")
     entries = used_plugins(model, "sm_90")
     assert [entry.name for entry in entries] == sorted(f"tokopt::{name}" for name in nodes(model))
     assert entries == used_plugins(model, "sm_90") != used_plugins(model, "sm_80")

@@ -2,31 +2,23 @@
 
 from __future__ import annotations
 
-from functools import cache
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 import tokopt
-from tests.zoo import ZOO
+from tests.matrix.test_matrix import captured
 from tokopt.errors import InputError
-from tokopt.ir.bundle import Bundle
 from tokopt.measure.picture import PRUNED, save_picture, token_groups, token_picture
 
 Image = pytest.importorskip("PIL.Image")
 
 
-@cache
-def vit() -> Bundle:
-    entry = ZOO["vit"]
-    return tokopt.capture(entry.build(), (), entry.inputs(), dynamic=entry.dynamic)
-
-
 @pytest.mark.parametrize("name", ["tome", "pitome", "evit"])
 def test_merging_leaves_every_token_in_a_group(name: str) -> None:
     """37 tokens, 4 fewer per block: 33, 29, 25 groups, and two tokens once together stay together."""
-    bundle = tokopt.optimize(vit(), f"{name}{{r=4}}", strict=True)
+    bundle = tokopt.optimize(captured("vit"), f"{name}{{r=4}}", strict=True)
     stages = token_groups(bundle.main, *bundle.main.example)
     counts = [len(set(stage[0]) - {PRUNED}) for stage in stages]
     assert counts == ([33, 29, 25] if name != "evit" else [33, 29, counts[-1]])
@@ -37,14 +29,14 @@ def test_merging_leaves_every_token_in_a_group(name: str) -> None:
 
 
 def test_pruned_tokens_are_marked() -> None:
-    bundle = tokopt.optimize(vit(), "random{r=4}", strict=True)
+    bundle = tokopt.optimize(captured("vit"), "random{r=4}", strict=True)
     stages = token_groups(bundle.main, *bundle.main.example)
     assert [int((stage[0] == PRUNED).sum()) for stage in stages] == [4, 8, 12]
 
 
 def test_a_program_that_keeps_all_tokens_has_no_picture() -> None:
     with pytest.raises(InputError, match="reduces no tokens"):
-        token_groups(vit().main, *vit().main.example)
+        token_groups(captured("vit").main, *captured("vit").main.example)
 
 
 def test_a_group_is_drawn_in_its_mean_colour_and_pruned_patches_dark(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ import pytest
 
 import tokopt
 from tests.matrix.language import bundle as decoder
-from tests.zoo import ZOO
+from tests.matrix.test_matrix import captured
 from tokopt.analysis.cost import node_bytes
 from tokopt.ir.bundle import Bundle
 from tokopt.ir.graph import aten, is_call, sizes
@@ -26,14 +26,8 @@ NARROW = Machine(1e6, FAST.products)
 
 
 @cache
-def vit() -> Bundle:
-    entry = ZOO["vit"]
-    return tokopt.capture(entry.build(), (), entry.inputs(5), dynamic=entry.dynamic)
-
-
-@cache
 def quantized(name: str, pipeline: str) -> Bundle:
-    return tokopt.optimize(vit() if name == "vit" else decoder(name), pipeline)
+    return tokopt.optimize(captured(name) if name == "vit" else decoder(name), pipeline)
 
 
 def test_products_between_and_beyond_what_was_measured() -> None:
@@ -47,7 +41,7 @@ def test_products_between_and_beyond_what_was_measured() -> None:
 @pytest.mark.parametrize("pipeline", ["rtn{group=16}", "rtn{bits=8 group=16}"])
 def test_a_quantized_weight_is_read_packed_and_expanded_by_nobody(name: str, pipeline: str) -> None:
     """Where only memory counts quantized weights are faster, and where only launches count nothing is added."""
-    before = vit() if name == "vit" else decoder(name)
+    before = captured(name) if name == "vit" else decoder(name)
     after = quantized(name, pipeline)
     one = {"batch": 1, "tokens": 1, "rows": 1, "slots": 16} if name == "llama" else {"batch": 1}
     assert Roofline(after.main).seconds(NARROW, one) < Roofline(before.main).seconds(NARROW, one)
@@ -58,7 +52,7 @@ def test_the_rate_of_its_kind_decides() -> None:
     """A machine that multiplies blocks of 4 bits slowly makes them slower, and leaves those of 8 bits alone."""
     slow = Machine(FAST.bytes, {**FAST.products, "4 bits": (1e-6,) * len(ROWS)})
     four, eight = quantized("vit", "rtn{group=16}"), quantized("vit", "rtn{bits=8 group=16}")
-    assert predict_seconds(four.main, slow) > 2 * predict_seconds(vit().main, slow)
+    assert predict_seconds(four.main, slow) > 2 * predict_seconds(captured("vit").main, slow)
     assert predict_seconds(eight.main, slow) == predict_seconds(eight.main, FAST)
 
 
@@ -71,7 +65,7 @@ def test_integer_products_have_their_own_rate() -> None:
 def test_a_weight_that_no_engine_fuses_is_expanded_on_every_call() -> None:
     """nupes rounds on the scale of a power, which is computed in float."""
     assert Roofline(quantized("vit", "nupes{group=16}").main).seconds(NARROW) > predict_seconds(
-        vit().main, NARROW
+        captured("vit").main, NARROW
     )
 
 

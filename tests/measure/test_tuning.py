@@ -13,9 +13,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import tokopt
+from tests.lower.encoders import Vision, vision
+from tests.matrix.language import artifact, prompt
 from tests.matrix.language import bundle as decoder
-from tests.matrix.language import prompt
-from tests.zoo import ZOO
 from tokopt.errors import InputError
 from tokopt.measure import text_times, tuning
 from tokopt.measure.judge import FEATURES, PREDICTIONS, Floor, judge
@@ -28,12 +28,11 @@ FLOOR = Floor.parse("cosine>=0.9", FEATURES)
 
 @pytest.fixture(scope="module")
 def model() -> tokopt.Bundle:
-    entry = ZOO["deit"]
-    return tokopt.capture(entry.build(), tuple(entry.inputs(batch=2).values()))
+    return vision()
 
 
 def images(count: int = 4) -> list[torch.Tensor]:
-    return [next(iter(ZOO["deit"].inputs(batch=1).values())) + 0.01 * i for i in range(count)]
+    return [vision().main.example[0][:1] + 0.01 * i for i in range(count)]
 
 
 def speeds(monkeypatch: pytest.MonkeyPatch, ratios: list[float]) -> list[list[str]]:
@@ -84,7 +83,7 @@ def test_front_and_winner_by_definition(points: list[tuple[int, int]]) -> None:
 
 # --- the search -------------------------------------------------------------------------------------------
 
-CANDIDATES = (("tome{r=2}", "tome{r=7}"), ("rtn{bits=8 group=16}", "keep_grid"))
+CANDIDATES = (("tome{r=1}", "tome{r=6}"), ("rtn{bits=8 group=16}", "keep_grid"))
 
 
 def test_search_combines_what_reached_the_floor(
@@ -202,12 +201,11 @@ def test_a_batch_is_timed_as_asked(
     assert batches == [3]
     with pytest.raises(InputError, match="choose another folder"):
         tokopt.tune(model, images(), tmp_path / "t", **given)
-    entry = ZOO["deit"]
-    fixed = tokopt.capture(entry.build(), tuple(entry.inputs(batch=2).values()), dynamic={})
+    fixed = tokopt.capture(Vision().eval(), (torch.cat(images(2)),), dynamic={})
     with pytest.raises(InputError, match="cannot run a batch of 3"):
         tokopt.tune(
             fixed,
-            [image.repeat(2, 1, 1, 1) for image in images()],
+            [image.repeat(2, 1, 1) for image in images()],
             tmp_path / "u",
             machine=Machine(batch=3),
             **given,
@@ -258,7 +256,7 @@ def test_no_gain_is_said(model: tokopt.Bundle, tmp_path: Path, monkeypatch: pyte
     """Neither what is faster and too bad, nor what is good and no faster."""
     speeds(monkeypatch, [2.0, 1.0])
     found = tokopt.tune(
-        model, images(), tmp_path / "t", candidates=[["tome{r=7}", "tome{r=1}"]], floor="cosine>=0.999999"
+        model, images(), tmp_path / "t", candidates=[["tome{r=6}", "tome{r=1}"]], floor="cosine>=0.999999"
     )
     assert found.winner is None and not (tmp_path / "t/best.tokopt").exists()
 
@@ -274,11 +272,9 @@ def test_bad_input_is_refused_before_anything_runs(model: tokopt.Bundle, tmp_pat
 # --- language models --------------------------------------------------------------------------------------
 
 
-def test_texts_are_judged_after_eviction(tmp_path: Path) -> None:
+def test_texts_are_judged_after_eviction() -> None:
     """The model against itself: nothing; a cache of 8 slots against all 40: something, and less than nonsense."""
-    given = decoder("llama")
-    whole = tokopt.export(given, tmp_path / "whole.tokopt")
-    small = tokopt.export(tokopt.optimize(given, "streaming{budget=8}"), tmp_path / "small.tokopt")
+    whole, small = (artifact("llama", passes).path for passes in ("", "streaming{budget=8}"))
     texts = [prompt(40, seed=i) for i in range(2)]
     assert judge(whole, whole, texts, 1) == {"KL": 0.0, "top1": 1.0, "perplexity": 1.0}
     lost = judge(whole, small, texts, 1)
@@ -287,15 +283,15 @@ def test_texts_are_judged_after_eviction(tmp_path: Path) -> None:
         judge(whole, whole, [[1, 2]], 1)
 
 
-def test_language_models_are_timed_by_tokens(tmp_path: Path) -> None:
-    path = str(tokopt.export(decoder("llama"), tmp_path / "model.tokopt"))
+def test_language_models_are_timed_by_tokens() -> None:
+    path = str(artifact("llama").path)
     rounds = list(interleaved_times([path, path], 2, None, 1, prompt=16))
     assert len(rounds) == 2 and all(seconds > 0 for row in rounds for seconds in row)
 
 
-def test_a_language_models_time_is_that_of_one_token(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_language_models_time_is_that_of_one_token(monkeypatch: pytest.MonkeyPatch) -> None:
     """A call that decodes STEPS tokens in STEPS seconds takes one."""
-    path = str(tokopt.export(decoder("llama"), tmp_path / "model.tokopt"))
+    path = str(artifact("llama").path)
     measure = text_times.DecodeTimer(16, 1).open(path)
     clock = iter([0.0, float(text_times.STEPS)])
     monkeypatch.setattr(text_times.time, "perf_counter", lambda: next(clock))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -40,6 +41,11 @@ class Reading(nn.Module):
         return self.read(self.head(self.norm(self.encoder(patches)["tokens"])))
 
 
+def first(x: Tensor) -> Tensor:
+    return x[:, 0]
+
+
+@cache
 def captured(read: Callable[[Tensor], object]) -> Bundle:
     torch.manual_seed(0)
     return tokopt.capture(Reading(read).eval(), (torch.randn(3, PATCHES, 12),))
@@ -62,7 +68,7 @@ WHOLE = [PATCHES] + 2 * [TOKENS] * 5 + [TOKENS]
 @pytest.mark.parametrize(
     ("read", "count"),
     [
-        (lambda x: x[:, 0], 1),
+        (first, 1),
         (lambda x: x[:, -1], 1),
         (lambda x: x[:, :3].mean(1), 3),
         (lambda x: x[:, 2:-1].flatten(1), TOKENS - 3),
@@ -142,7 +148,7 @@ def test_causal_attention_is_left_alone() -> None:
 )
 def test_reductions_that_nobody_sees_are_left_out(pipeline: str) -> None:
     """After the last block's attention only the class token matters, which no reduction touches."""
-    made = tokopt.optimize(captured(lambda x: x[:, 0]), pipeline)
+    made = tokopt.optimize(captured(first), pipeline)
     program, narrow = made.main, drop_unread(made)
     assert len(chosen(program)) == 2 + pipeline.count(",") and len(chosen(narrow)) == 1
     assert rows(narrow)[-4:] == [1] * 4
@@ -154,7 +160,7 @@ def chosen(program: Program) -> list[object]:
 
 
 def test_what_was_dropped_once_is_not_dropped_again() -> None:
-    bundle = tokopt.optimize(captured(lambda x: x[:, 0]), "tome{r=4}")
+    bundle = tokopt.optimize(captured(first), "tome{r=4}")
     once = tokopt.optimize(bundle, "drop_unread")
     assert once.history[-1].matches == 6 and once.semantics == bundle.semantics
     assert once.history[-1].notes == (
@@ -181,11 +187,11 @@ def test_a_reduction_of_which_only_protected_tokens_are_read_is_left_out_where_n
 @pytest.mark.parametrize("reductions", ["tome{r=4}", "tome{r=2},evit{r=2 fuse=false}"])
 def test_token_reductions_may_come_after_it(reductions: str) -> None:
     """They reduce what they would have reduced without it, and it drops again."""
-    bundle = captured(lambda x: x[:, 0])
-    first, *rest = reductions.split(",")
+    bundle = captured(first)
+    leading, *rest = reductions.split(",")
     orders = [
-        ",".join(("drop_unread", first, *rest, "drop_unread")),
-        ",".join((first, "drop_unread", *rest, "drop_unread")),
+        ",".join(("drop_unread", leading, *rest, "drop_unread")),
+        ",".join((leading, "drop_unread", *rest, "drop_unread")),
     ]
     wanted = drop_unread(tokopt.optimize(bundle, reductions))
     for text in orders:
@@ -195,7 +201,7 @@ def test_token_reductions_may_come_after_it(reductions: str) -> None:
 
 
 def test_only_programs_that_the_schedule_enters_are_changed() -> None:
-    bundle = captured(lambda x: x[:, 0])
+    bundle = captured(first)
     beside = replace(bundle, programs={**bundle.programs, "beside": bundle.main})
     made = tokopt.optimize(beside, "drop_unread")
     assert made.programs["beside"] is bundle.main and made.main is not bundle.main
@@ -204,7 +210,7 @@ def test_only_programs_that_the_schedule_enters_are_changed() -> None:
 def test_export_runs_it_and_says_so_where_it_changed_something(tmp_path: Path) -> None:
     """The bundle stays as it was, and so does one that is kept for further passes."""
     said: list[str] = []
-    bundle = captured(lambda x: x[:, 0])
+    bundle = captured(first)
     path = tokopt.export(bundle, tmp_path / "first.tokopt", progress=said.append)
     manifest = read_manifest(path)
     assert manifest.pipeline == "drop_unread" and manifest.semantics == "exact"
@@ -244,7 +250,7 @@ def test_a_wrong_cleanup_is_not_written(
 
     right = drop_unread_module.drop
     monkeypatch.setattr(drop_unread_module, "drop", another)
-    bundle = tokopt.optimize(captured(lambda x: x[:, 0]), pipeline)
+    bundle = tokopt.optimize(captured(first), pipeline)
     with pytest.raises(LoweringError, match=f"differs between {between}"):
         tokopt.export(bundle, tmp_path / "model.tokopt")
     assert not list(tmp_path.iterdir())
@@ -252,7 +258,7 @@ def test_a_wrong_cleanup_is_not_written(
 
 @pytest.mark.parametrize("pipeline", ["", "tome{r=[4,0]}", "tome{r=[4,0]},int8", "int8{activations=static}"])
 def test_artifact_computes_what_is_read(pipeline: str, tmp_path: Path) -> None:
-    bundle = captured(lambda x: x[:, 0])
+    bundle = captured(first)
     inputs = bundle.main.example[0]
     made = tokopt.optimize(bundle, pipeline, calibration=[inputs])
     path = tokopt.export(made, tmp_path / "model.tokopt")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import cache
 from pathlib import Path
 
 import pytest
@@ -10,18 +9,13 @@ import torch
 
 import tokopt
 from tests.matrix.language import bundle
+from tests.matrix.test_matrix import captured
 from tests.zoo import ZOO
 from tokopt.errors import PassError, PassRefused, TokoptError, UnsupportedModelError
 from tokopt.ir.bundle import Bundle
 from tokopt.passes import PASSES, load_pass
 from tokopt.passes.reduce.base import TokenReduction
 from tokopt.pipeline.manager import Pipeline, parse
-
-
-@cache
-def captured(name: str) -> Bundle:
-    entry = ZOO[name]
-    return tokopt.capture(entry.build(), (), entry.inputs(), dynamic=entry.dynamic)
 
 
 def tokens(bundle: Bundle, text: str) -> tuple[int, ...]:

@@ -5,9 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-import tokopt
 from tests.matrix import language
-from tests.zoo import ZOO
+from tests.matrix.test_matrix import captured
 from tokopt.ir.bundle import Bundle
 from tokopt.ir.graph import argument, aten, is_call
 from tokopt.pipeline.base import Context, Pass, PassResult
@@ -32,8 +31,7 @@ class Scale(Pass):
 
 
 def test_bisect_names_the_first_pass_that_moves_an_output() -> None:
-    entry = ZOO["vit"]
-    vit = tokopt.capture(entry.build(), (), entry.inputs(), dynamic=entry.dynamic)
+    vit = captured("vit")
     found = bisect(vit, Pipeline((Scale(1.0), Scale(1e11), Scale(2.0))), tolerance=1e-6)
     assert found.culprit is found.steps[1]
     assert [step.worst == 0 for step in found.steps] == [True, False, False]

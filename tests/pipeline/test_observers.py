@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from functools import cache
 from pathlib import Path
 from typing import ClassVar
 
 import pytest
 
 import tokopt
-from tests.zoo import ZOO
+from tests.matrix.test_matrix import captured
 from tokopt.errors import PassError
 from tokopt.ir.bundle import Bundle
 from tokopt.passes import PASSES
@@ -20,10 +19,8 @@ from tokopt.pipeline.observers import differences, dump_to
 from tokopt.runtime.format.manifest import read_manifest
 
 
-@cache
 def vit() -> Bundle:
-    entry = ZOO["vit"]
-    return tokopt.capture(entry.build(), (), entry.inputs(), dynamic=entry.dynamic)
+    return captured("vit")
 
 
 @dataclass(frozen=True)
