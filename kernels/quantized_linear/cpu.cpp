@@ -1,0 +1,585 @@
+// tokopt.cpu::QuantizedLinear: x [..., in] times a weight [out, in] of 4 or 8 bits in groups; see reference.py.
+//
+// Activations are rounded to 8 bits, products of a group summed in 32 bits, and the sums scaled in float32. The weight
+// is packed once: tiles of 16 outputs lie one after another, and in a tile four inputs of all 16 outputs, then the
+// next four. So a thread reads its part of the weight from beginning to end, once for all rows of x.
+#include <algorithm>
+#include <atomic>
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+#include <limits>
+#include <memory>
+#include <mutex>
+#include <string>
+#include <unordered_map>
+#include <vector>
+
+#include "../cpu/ops.h"
+#include "../cpu/ort.h"
+
+#if defined(__x86_64__) || defined(__i386__)
+#include <immintrin.h>
+#define X86 1
+#elif defined(__aarch64__)
+#include <arm_neon.h>
+#endif
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
+#if defined(__clang__)
+#define UNROLL _Pragma("unroll")
+#else
+#define UNROLL _Pragma("GCC unroll 16")
+#endif
+
+namespace tokopt {
+namespace {
+
+constexpr int TILE = 16;          // outputs that are interleaved
+constexpr size_t CHUNK = 32;      // inputs, the smallest group
+constexpr int MOST_ROWS = 8;      // that a kernel works on at once
+constexpr size_t AHEAD = 1024;    // bytes between what is read and what is fetched
+
+struct Sizes {
+    size_t in, out, group;
+    int bits;
+    bool half;              // scales and minima have 16 bits
+    bool zero, minimum;     // one of them at most is there
+
+    size_t groups() const { return in / group; }
+    size_t tiles() const { return (out + TILE - 1) / TILE; }
+    size_t row_bytes() const { return in * bits / 8; }
+    size_t float_bytes() const { return half ? 2 : 4; }
+};
+
+// What a kernel reads of one tile of 16 outputs.
+struct Tile {
+    const uint8_t* codes;    // [in / (32 / bits)] lines of 64 bytes, each 16 outputs x 4 bytes
+    const uint8_t* scale;    // [groups, 16] of 16 or 32 bits
+    const uint8_t* zero;     // [groups, 16], or null
+    const uint8_t* minimum;  // as scale, or null
+    const float* bias;       // [16], or null
+    size_t groups, chunks;   // in the row, in a group
+    bool half;
+};
+
+// R rows of x in 8 bits, interleaved.
+struct Rows {
+    const int8_t* q;       // [in / 4, R, 4]
+    const float* scale;    // [groups, R]
+    const int32_t* start;  // [groups, R] what the integer sum begins with
+    const float* sum;      // [groups, R] of q; times scale where the weight has minima
+};
+
+struct Quantized {
+    int8_t* q;
+    float* scale;
+    int32_t* start;
+    float* sum;
+};
+
+using Product = void (*)(const Tile&, const Rows&, float* y, size_t stride);
+using Quantize = void (*)(const char* x, const Sizes&, int offset, Quantized into, size_t R, size_t r);
+
+// The functions of one instruction set.
+struct Code {
+    size_t rows;                      // worked on at once
+    int offset[2];                    // subtracted from codes of 4 and of 8 bits before they are multiplied
+    Quantize quantize;
+    Product products[2][MOST_ROWS];   // [4 or 8 bits][rows - 1]
+};
+
+// ---------------------------------------------------------------------------------------------------------- plain C
+
+namespace plain {
+#define TARGET
+#include "quantize.h"
+
+float number(const uint8_t* from, size_t place, bool half) {
+    if (!half) {
+        float value;
+        std::memcpy(&value, from + 4 * place, 4);
+        return value;
+    }
+    uint16_t bits;
+    std::memcpy(&bits, from + 2 * place, 2);
+    // Exponent and mantissa moved into those of a float, then scaled by the difference of the biases: 2^112.
+    uint32_t wide = (bits & 0x7fffu) << 13;
+    float value;
+    std::memcpy(&value, &wide, 4);
+    value *= 5192296858534827628530496329220096.f;
+    if ((bits & 0x7c00) == 0x7c00) value = bits & 0x3ff ? std::numeric_limits<float>::quiet_NaN() : std::numeric_limits<float>::infinity();
+    return bits & 0x8000 ? -value : value;
+}
+
+template <int BITS, int R>
+void product(const Tile& tile, const Rows& rows, float* y, size_t stride) {
+    float total[R][TILE];
+    for (auto& row : total) {
+        for (int o = 0; o < TILE; ++o) row[o] = tile.bias ? tile.bias[o] : 0;
+    }
+    const uint8_t* codes = tile.codes;
+    const int8_t* q = rows.q;
+    for (size_t g = 0; g < tile.groups; ++g) {
+        int32_t sum[R][TILE];
+        for (int r = 0; r < R; ++r) std::fill(sum[r], sum[r] + TILE, rows.start[g * R + r]);
+        for (size_t line = 0; line < tile.chunks * BITS; ++line, codes += 4 * TILE) {
+            for (int half = 0; half < 8 / BITS; ++half, q += 4 * R) {
+                for (int o = 0; o < TILE; ++o) {
+                    for (int i = 0; i < 4; ++i) {
+                        const int code = BITS == 8 ? codes[4 * o + i] : codes[4 * o + i] >> 4 * half & 15;
+                        for (int r = 0; r < R; ++r) sum[r][o] += code * q[4 * r + i];
+                    }
+                }
+            }
+        }
+        for (int o = 0; o < TILE; ++o) {
+            const size_t place = g * TILE + o;
+            const float scale = number(tile.scale, place, tile.half);
+            const float zero = tile.zero ? tile.zero[place] : 0;
+            const float minimum = tile.minimum ? number(tile.minimum, place, tile.half) : 0;
+            for (int r = 0; r < R; ++r) {
+                const float q_sum = rows.sum[g * R + r];
+                total[r][o] += minimum * q_sum;
+                total[r][o] += scale * rows.scale[g * R + r] * (static_cast<float>(sum[r][o]) - zero * q_sum);
+            }
+        }
+    }
+    for (int r = 0; r < R; ++r) std::copy(total[r], total[r] + TILE, y + r * stride);
+}
+
+constexpr Code CODE = {4,
+                       {0, 0},
+                       quantize,
+                       {{product<4, 1>, product<4, 2>, product<4, 3>, product<4, 4>},
+                        {product<8, 1>, product<8, 2>, product<8, 3>, product<8, 4>}}};
+#undef TARGET
+}  // namespace plain
+
+const Code& code(Isa isa) {
+    switch (isa) {
+        default: return plain::CODE;
+    }
+}
+
+// ------------------------------------------------------------------------------------------------------- the weight
+
+// Constant inputs of a node, as ONNX has them.
+struct Source {
+    Sizes sizes;
+    const uint8_t* codes;    // [out, in] of 4 or 8 bits
+    const uint8_t* scale;    // [out, groups]
+    const uint8_t* zero;     // [out, groups], or null
+    const uint8_t* minimum;  // [out, groups], or null
+    const uint8_t* bias;     // [out] float32, or null
+};
+
+// Codes of tile `t` in the order of the kernels: [in / (32 / bits), 16, 4 bytes].
+void pack_codes(const Source& from, size_t t, uint8_t* into) {
+    const Sizes& sizes = from.sizes;
+    const size_t lines = sizes.row_bytes() / 4;
+    for (size_t o = 0; o < TILE; ++o) {
+        const size_t row = t * TILE + o;
+        for (size_t line = 0; line < lines; ++line) {
+            uint32_t word = 0;
+            if (row < sizes.out) std::memcpy(&word, from.codes + row * sizes.row_bytes() + 4 * line, 4);
+            if (sizes.bits == 4) {
+                // Byte i gets input i in its low half and input i + 4 in its high half.
+                uint32_t low = word & 0xffff, high = word >> 16;
+                low = (low | low << 8) & 0x00ff00ff, high = (high | high << 8) & 0x00ff00ff;
+                low = (low | low << 4) & 0x0f0f0f0f, high = (high | high << 4) & 0x0f0f0f0f;
+                word = low | high << 4;
+            }
+            std::memcpy(into + (line * TILE + o) * 4, &word, 4);
+        }
+    }
+}
+
+// Numbers of tile `t`: [columns, 16], zero where the tile is beyond the last output.
+void pack_numbers(const uint8_t* from, const Sizes& sizes, size_t columns, size_t bytes, size_t t, uint8_t* into) {
+    for (size_t o = 0; o < TILE; ++o) {
+        const size_t row = t * TILE + o;
+        for (size_t column = 0; column < columns; ++column) {
+            uint8_t* to = into + (column * TILE + o) * bytes;
+            if (row < sizes.out) {
+                std::memcpy(to, from + (row * columns + column) * bytes, bytes);
+            } else {
+                std::memset(to, 0, bytes);
+            }
+        }
+    }
+}
+
+// Bytes for one tile of everything a kernel reads, and where each part begins; a tile starts at a cache line.
+struct Layout {
+    explicit Layout(const Sizes& sizes, bool has_bias) {
+        const auto line = [](size_t bytes) { return (bytes + 63) / 64 * 64; };
+        const size_t numbers = sizes.groups() * TILE;
+        scale = line(sizes.row_bytes() * TILE);
+        zero = scale + line(numbers * sizes.float_bytes());
+        minimum = zero + (sizes.zero ? line(numbers) : 0);
+        bias = minimum + (sizes.minimum ? line(numbers * sizes.float_bytes()) : 0);
+        bytes = bias + (has_bias ? line(TILE * 4) : 0);
+    }
+    size_t scale, zero, minimum, bias, bytes;  // the codes are first
+};
+
+std::atomic<size_t> packed{0};
+
+// A weight in the order of the kernels.
+class Weight {
+  public:
+    explicit Weight(const Source& from)
+        : sizes(from.sizes), has_bias(from.bias), layout(sizes, has_bias), bytes(layout.bytes * sizes.tiles()) {
+        constexpr size_t PAGE = size_t(1) << 21;
+        void* memory = nullptr;
+        if (posix_memalign(&memory, bytes >= PAGE ? PAGE : 64, bytes)) throw std::bad_alloc();
+        data = static_cast<uint8_t*>(memory);
+#if defined(__linux__)
+        if (bytes >= PAGE) madvise(data, bytes, MADV_HUGEPAGE);  // a wish: without it, more is translated
+#endif
+        for (size_t t = 0; t < sizes.tiles(); ++t) pack(from, t, data + t * layout.bytes);
+        packed += bytes;
+    }
+    ~Weight() {
+        std::free(data);
+        packed -= bytes;
+    }
+    Weight(const Weight&) = delete;
+    Weight& operator=(const Weight&) = delete;
+
+    // Whether packing `from` would give this.
+    bool holds(const Source& from) const {
+        const Sizes& other = from.sizes;
+        if (sizes.in != other.in || sizes.out != other.out || sizes.group != other.group || sizes.bits != other.bits ||
+            sizes.half != other.half || sizes.zero != other.zero || sizes.minimum != other.minimum ||
+            has_bias != (from.bias != nullptr))
+            return false;
+        std::vector<uint8_t> own(layout.bytes);
+        for (size_t t = 0; t < sizes.tiles(); ++t) {
+            pack(from, t, own.data());
+            if (std::memcmp(own.data(), data + t * layout.bytes, layout.bytes)) return false;
+        }
+        return true;
+    }
+
+    Tile tile(size_t t) const {
+        const uint8_t* from = data + t * layout.bytes;
+        return {from,
+                from + layout.scale,
+                sizes.zero ? from + layout.zero : nullptr,
+                sizes.minimum ? from + layout.minimum : nullptr,
+                has_bias ? reinterpret_cast<const float*>(from + layout.bias) : nullptr,
+                sizes.groups(),
+                sizes.group / CHUNK,
+                sizes.half};
+    }
+
+    const Sizes sizes;
+
+  private:
+    void pack(const Source& from, size_t t, uint8_t* into) const {
+        std::memset(into, 0, layout.bytes);  // what lies between the parts is compared too
+        pack_codes(from, t, into);
+        pack_numbers(from.scale, sizes, sizes.groups(), sizes.float_bytes(), t, into + layout.scale);
+        if (sizes.zero) pack_numbers(from.zero, sizes, sizes.groups(), 1, t, into + layout.zero);
+        if (sizes.minimum)
+            pack_numbers(from.minimum, sizes, sizes.groups(), sizes.float_bytes(), t, into + layout.minimum);
+        if (has_bias) pack_numbers(from.bias, sizes, 1, 4, t, into + layout.bias);
+    }
+
+    const bool has_bias;
+    const Layout layout;
+    const size_t bytes;
+    uint8_t* data;
+};
+
+uint64_t mixed(uint64_t hash, const uint8_t* data, size_t bytes) {
+    for (; bytes >= 8; data += 8, bytes -= 8) {
+        uint64_t word;
+        std::memcpy(&word, data, 8);
+        hash = (hash ^ word) * 0x9e3779b97f4a7c15u;
+        hash ^= hash >> 29;
+    }
+    for (; bytes; ++data, --bytes) hash = (hash ^ *data) * 0x9e3779b97f4a7c15u;
+    return hash;
+}
+
+// The packed form of `from`, the same object for all sessions of the process that have this weight.
+std::shared_ptr<const Weight> shared(const Source& from) {
+    // Never destroyed: a session may outlive the library's own static objects.
+    static auto& mutex = *new std::mutex;
+    static auto& known = *new std::unordered_multimap<uint64_t, std::weak_ptr<const Weight>>;
+    const Sizes& sizes = from.sizes;
+    uint64_t key = mixed(sizes.in, from.codes, sizes.out * sizes.row_bytes());
+    key = mixed(key, from.scale, sizes.out * sizes.groups() * sizes.float_bytes());
+    const std::lock_guard<std::mutex> lock(mutex);
+    for (auto [found, end] = known.equal_range(key); found != end;) {
+        const std::shared_ptr<const Weight> weight = found->second.lock();
+        if (weight && weight->holds(from)) return weight;
+        found = weight ? std::next(found) : known.erase(found);
+    }
+    auto weight = std::make_shared<const Weight>(from);
+    known.emplace(key, weight);
+    return weight;
+}
+
+// ------------------------------------------------------------------------------------------------------- the kernel
+
+// Memory of a thread that calls kernels; it grows and is kept.
+class Scratch {
+  public:
+    ~Scratch() { std::free(data); }
+    uint8_t* of(size_t bytes) {
+        if (bytes > size) {
+            std::free(data);
+            data = nullptr, size = 0;
+            void* memory = nullptr;
+            if (posix_memalign(&memory, 64, bytes)) throw std::bad_alloc();
+            data = static_cast<uint8_t*>(memory), size = bytes;
+        }
+        return data;
+    }
+
+  private:
+    uint8_t* data = nullptr;
+    size_t size = 0;
+};
+
+struct Kernel {
+    Api api;
+    const Code* code;
+    std::shared_ptr<const Weight> weight;
+};
+
+// One call: rows of x, rounded, times the weight. Rows are worked on in blocks, and the weight in tiles.
+class Call {
+  public:
+    Call(const Kernel& kernel, const char* x, size_t rows, char* y)
+        : code(*kernel.code), weight(*kernel.weight), sizes(weight.sizes), x(x), rows(rows), y(y) {
+        static thread_local Scratch scratch;
+        const size_t groups = sizes.groups();
+        into.scale = reinterpret_cast<float*>(scratch.of(rows * (12 * groups + sizes.in)));
+        into.start = reinterpret_cast<int32_t*>(into.scale + rows * groups);
+        into.sum = reinterpret_cast<float*>(into.start + rows * groups);
+        into.q = reinterpret_cast<int8_t*>(into.sum + rows * groups);
+    }
+
+    void run(const Api& api, const OrtKernelContext* context) {
+        const size_t blocks = (rows + code.rows - 1) / code.rows;
+        if (rows * sizes.in < SERIAL) {
+            for (size_t block = 0; block < blocks; ++block) quantize(block);
+        } else {
+            api.parallel(context, [](void* call, size_t block) { static_cast<Call*>(call)->quantize(block); }, blocks, this);
+        }
+        parts = (rows + PART - 1) / PART;
+        api.parallel(context, [](void* call, size_t i) { static_cast<Call*>(call)->multiply(i); }, sizes.tiles() * parts,
+                     this);
+    }
+
+  private:
+    static constexpr size_t SERIAL = 16384;  // numbers that one thread rounds sooner than it could share them out
+    static constexpr size_t PART = 64;       // rows whose rounded numbers stay in a core's cache
+
+    size_t in_block(size_t block) const { return std::min(code.rows, rows - block * code.rows); }
+
+    // Block `block` of the rounded rows: those before it are all full.
+    Quantized block_of(size_t block) const {
+        const size_t first = block * code.rows, groups = sizes.groups();
+        return {into.q + first * sizes.in, into.scale + first * groups, into.start + first * groups,
+                into.sum + first * groups};
+    }
+
+    void quantize(size_t block) const {
+        const int added = code.offset[sizes.bits == 8];
+        const int offset = sizes.zero || sizes.minimum ? added : added - (1 << (sizes.bits - 1));
+        const size_t R = in_block(block);
+        for (size_t r = 0; r < R; ++r)
+            code.quantize(x + (block * code.rows + r) * sizes.in * 4, sizes, offset, block_of(block), R, r);
+    }
+
+    // Part `i % parts` of the rows, times tile `i / parts`.
+    void multiply(size_t i) const {
+        const size_t t = i / parts, part = i % parts;
+        const Tile tile = weight.tile(t);
+        const size_t valid = std::min<size_t>(TILE, sizes.out - t * TILE);
+        const size_t end = std::min((part + 1) * PART, rows);
+        for (size_t row = part * PART; row < end; row += code.rows) {
+            const size_t block = row / code.rows, R = in_block(block);
+            const Quantized own = block_of(block);
+            float out[MOST_ROWS * TILE];
+            code.products[sizes.bits == 8][R - 1](tile, {own.q, own.scale, own.start, own.sum}, out, TILE);
+            for (size_t r = 0; r < R; ++r) {
+                std::memcpy(y + ((row + r) * sizes.out + t * TILE) * 4, out + r * TILE, valid * 4);
+            }
+        }
+    }
+
+    const Code& code;
+    const Weight& weight;
+    const Sizes& sizes;
+    const char* x;  // [rows, in] of float32, at any address
+    const size_t rows;
+    char* y;  // [rows, out] of float32
+    size_t parts = 0;
+    Quantized into;
+};
+
+// ----------------------------------------------------------------------------------------------- reading the node
+
+enum Input : size_t { X, CODES, SCALE, ZERO, MINIMUM, BIAS, INPUTS };
+const char* const INPUT_NAMES[INPUTS] = {"x", "codes", "scale", "zero", "minimum", "bias"};
+
+using Shape = std::vector<int64_t>;
+
+std::string text(const Shape& shape) {
+    std::string joined;
+    for (int64_t size : shape) joined += (joined.empty() ? "" : ", ") + std::to_string(size);
+    return "[" + joined + "]";
+}
+
+struct Constant {
+    const uint8_t* data = nullptr;
+    int element = 0;
+    Shape shape;
+};
+
+// Reads a node, and refuses what the kernels could not compute.
+class Node {
+  public:
+    Node(const Api& api, const OrtKernelInfo* info) : api(api), info(info) {}
+
+    Source read() const {
+        const int64_t bits = attribute("bits"), group = attribute("group");
+        if (bits != 4 && bits != 8) refuse("bits=" + std::to_string(bits) + " must be 4 or 8");
+        if (group != 32 && group != 64 && group != 128)
+            refuse("group=" + std::to_string(group) + " must be 32, 64 or 128");
+        const Constant codes = constant(CODES), scale = constant(SCALE), zero = constant(ZERO);
+        const Constant minimum = constant(MINIMUM), bias = constant(BIAS);
+        if (codes.element != UINT8 || codes.shape.size() != 2)
+            refuse("codes must be bytes [out, in * bits / 8], got " + text(codes.shape));
+        if (scale.element != FLOAT && scale.element != FLOAT16) refuse("scale must be float32 or float16");
+        if (zero.data && minimum.data) refuse("zero and minimum exclude each other; give one of them");
+        const int64_t out = codes.shape[0], in = codes.shape[1] * 8 / bits;
+        if (out < 1 || in < 1 || in % group)
+            refuse("codes " + text(codes.shape) + " of " + std::to_string(bits) + " bits are not outputs of whole groups of " +
+                   std::to_string(group) + " inputs");
+        const Shape numbers = {out, in / group};
+        fit(SCALE, scale, scale.element, numbers);
+        if (zero.data) fit(ZERO, zero, UINT8, numbers);
+        if (minimum.data) fit(MINIMUM, minimum, scale.element, numbers);
+        if (bias.data) fit(BIAS, bias, FLOAT, {out});
+        const Sizes sizes = {size_t(in), size_t(out), size_t(group), int(bits), scale.element == FLOAT16,
+                             zero.data != nullptr, minimum.data != nullptr};
+        return {sizes, codes.data, scale.data, zero.data, minimum.data, bias.data};
+    }
+
+  private:
+    [[noreturn]] void refuse(const std::string& what) const {
+        throw Refused("tokopt.cpu::QuantizedLinear '" + api.node_name(info) + "': " + what + ".");
+    }
+
+    int64_t attribute(const char* name) const {
+        int64_t value = 0;
+        if (!api.integer(info, name, &value)) refuse("attribute " + std::string(name) + " is missing");
+        return value;
+    }
+
+    // Without data where an optional input is left out.
+    Constant constant(Input place) const {
+        if (place >= api.inputs(info) || api.input_name(info, place).empty()) {
+            if (place == CODES || place == SCALE) refuse(std::string(INPUT_NAMES[place]) + " is missing");
+            return {};
+        }
+        const OrtValue* value = api.constant(info, place);
+        if (!value) refuse(std::string(INPUT_NAMES[place]) + " must be a constant");
+        OrtShapeInfo* shape_info = api.shape_info(value);
+        Constant found;
+        found.element = api.element(shape_info);
+        found.shape.resize(api.rank(shape_info));
+        api.dimensions(shape_info, found.shape.data(), found.shape.size());
+        api.release(shape_info);
+        found.data = static_cast<const uint8_t*>(api.data(value));
+        return found;
+    }
+
+    void fit(Input place, const Constant& given, int element, const Shape& shape) const {
+        const std::string name = INPUT_NAMES[place];
+        if (given.element != element) refuse(name + (place == MINIMUM ? " must have the type of scale" : " is of another type"));
+        if (given.shape != shape) refuse(name + " must be " + text(shape) + ", got " + text(given.shape));
+    }
+
+    const Api& api;
+    const OrtKernelInfo* info;
+};
+
+OrtStatus* create(Isa isa, void* const* table, const OrtKernelInfo* info, void** kernel) {
+    const Api api(table);
+    return guarded(api, [&] { *kernel = new Kernel{api, &code(isa), shared(Node(api, info).read())}; });
+}
+
+OrtStatus* compute(void* opaque, OrtKernelContext* context) {
+    const Kernel& kernel = *static_cast<Kernel*>(opaque);
+    const Api& api = kernel.api;
+    return guarded(api, [&] {
+        constexpr size_t MOST_AXES = 16;
+        const OrtValue* x = api.input(context, X);
+        int64_t shape[MOST_AXES];
+        OrtShapeInfo* info = api.shape_info(x);
+        const size_t rank = api.rank(info);
+        if (rank <= MOST_AXES) api.dimensions(info, shape, rank);
+        api.release(info);
+        const Sizes& sizes = kernel.weight->sizes;
+        if (rank < 1 || rank > MOST_AXES || shape[rank - 1] != int64_t(sizes.in))
+            throw Refused("tokopt.cpu::QuantizedLinear: x must be [..., " + std::to_string(sizes.in) + "], got " +
+                          (rank < 1 || rank > MOST_AXES ? std::to_string(rank) + " axes" : text({shape, shape + rank})) + ".");
+        size_t rows = 1;
+        for (size_t axis = 0; axis + 1 < rank; ++axis) rows *= size_t(shape[axis]);
+        shape[rank - 1] = int64_t(sizes.out);
+        char* y = static_cast<char*>(api.output(context, 0, shape, rank));
+        if (rows) Call(kernel, static_cast<const char*>(api.data(x)), rows, y).run(api, context);
+    });
+}
+
+template <Isa ISA>
+constexpr OrtCustomOp op() {
+    OrtCustomOp op = {};
+    op.version = ORT_VERSION;
+    op.GetName = [](const OrtCustomOp*) { return "QuantizedLinear"; };
+    op.GetExecutionProviderType = [](const OrtCustomOp*) -> const char* { return "CPUExecutionProvider"; };
+    op.GetInputTypeCount = [](const OrtCustomOp*) { return size_t(INPUTS); };
+    op.GetInputType = [](const OrtCustomOp*, size_t place) -> int {
+        return place == SCALE || place == MINIMUM ? ANY : place == CODES || place == ZERO ? UINT8 : FLOAT;
+    };
+    op.GetInputCharacteristic = [](const OrtCustomOp*, size_t place) -> int { return place >= ZERO ? OPTIONAL : REQUIRED; };
+    op.GetInputMemoryType = [](const OrtCustomOp*, size_t) { return 0; };
+    op.GetOutputTypeCount = [](const OrtCustomOp*) { return size_t(1); };
+    op.GetOutputType = [](const OrtCustomOp*, size_t) -> int { return FLOAT; };
+    op.GetOutputCharacteristic = [](const OrtCustomOp*, size_t) -> int { return REQUIRED; };
+    op.GetVariadicInputMinArity = [](const OrtCustomOp*) { return 0; };
+    op.GetVariadicInputHomogeneity = [](const OrtCustomOp*) { return 0; };
+    op.GetVariadicOutputMinArity = [](const OrtCustomOp*) { return 0; };
+    op.GetVariadicOutputHomogeneity = [](const OrtCustomOp*) { return 0; };
+    op.GetStartVersion = [](const OrtCustomOp*) { return 1; };
+    op.GetEndVersion = [](const OrtCustomOp*) { return VERSION; };
+    op.CreateKernelV2 = [](const OrtCustomOp*, void* const* api, const OrtKernelInfo* info, void** kernel) {
+        return create(ISA, api, info, kernel);
+    };
+    op.KernelComputeV2 = compute;
+    op.KernelDestroy = [](void* kernel) { delete static_cast<Kernel*>(kernel); };
+    return op;
+}
+
+}  // namespace
+
+const OrtCustomOp* quantized_linear(Isa isa) {
+    static const OrtCustomOp ops[ISAS] = {op<Isa::PLAIN>(), op<Isa::NEON>(), op<Isa::AVX2>(), op<Isa::AVX_VNNI>(),
+                                          op<Isa::AVX512_VNNI>()};
+    return &ops[static_cast<int>(isa)];
+}
+
+size_t packed_bytes() { return packed; }
+
+}  // namespace tokopt

@@ -1,0 +1,78 @@
+// The products of one tile of 16 outputs, for each instruction set anew: cpu.cpp includes this in one namespace after
+// another. A namespace says what TARGET is, how many outputs (WIDTH) a vector holds, how many ROWS are worked on at
+// once, and defines the vectors and functions that are used here:
+//
+//   Int, Float   WIDTH sums, as 32-bit integers and as floats
+//   Codes        weights of WIDTH outputs and 8 inputs (4 bits) or 4 inputs (8 bits), ready to be multiplied
+//   Part         sums over up to 32 inputs
+//
+// Rows of activations are interleaved, four inputs of one row beside the same inputs of the next.
+
+template <int BITS, int R, int H>
+TARGET static void strip(const Tile& tile, const Rows& rows, int first, float* y, size_t stride) {
+    constexpr int STEPS = BITS;       // lines of 64 bytes for 32 inputs
+    constexpr int DWORDS = 8 / STEPS;  // of four inputs each, in a line
+    Float total[R][H];
+    UNROLL for (int h = 0; h < H; ++h) {
+        const Float bias = tile.bias ? load(tile.bias + first + h * WIDTH) : none();
+        UNROLL for (int r = 0; r < R; ++r) total[r][h] = bias;
+    }
+    const uint8_t* codes = tile.codes + 4 * first;
+    const int8_t* q = rows.q;
+    for (size_t g = 0; g < tile.groups; ++g) {
+        Int sum[R][H];
+        UNROLL for (int r = 0; r < R; ++r) {
+            const Int start = all(rows.start[g * R + r]);
+            UNROLL for (int h = 0; h < H; ++h) sum[r][h] = start;
+        }
+        for (size_t chunk = 0; chunk < tile.chunks; ++chunk) {
+            Part part[R][H];
+            UNROLL for (int r = 0; r < R; ++r) {
+                UNROLL for (int h = 0; h < H; ++h) part[r][h] = begin(sum[r][h]);
+            }
+            UNROLL for (int step = 0; step < STEPS; ++step) {
+                UNROLL for (int h = 0; h < H; ++h) {
+                    const Codes w = split<BITS>(codes + 64 * step + 4 * h * WIDTH);
+                    UNROLL for (int r = 0; r < R; ++r) {
+                        dot<BITS>(part[r][h], w, q + 4 * (DWORDS * step * R + r), 4 * R);
+                    }
+                }
+            }
+            __builtin_prefetch(codes + AHEAD);
+            UNROLL for (int line = 1; line < STEPS; ++line) __builtin_prefetch(codes + AHEAD + 64 * line);
+            codes += 64 * STEPS;
+            q += 32 * R;
+            UNROLL for (int r = 0; r < R; ++r) {
+                UNROLL for (int h = 0; h < H; ++h) sum[r][h] = end<BITS>(sum[r][h], part[r][h]);
+            }
+        }
+        UNROLL for (int h = 0; h < H; ++h) {
+            const size_t place = g * TILE + first + h * WIDTH;
+            const Float scale = tile.half ? load_half(tile.scale, place) : load_full(tile.scale, place);
+            Float value[R];
+            UNROLL for (int r = 0; r < R; ++r) value[r] = floats(sum[r][h]);
+            if (tile.zero) {
+                const Float zero = load_byte(tile.zero + place);
+                UNROLL for (int r = 0; r < R; ++r) value[r] = less(value[r], zero, all(rows.sum[g * R + r]));
+            } else if (tile.minimum) {
+                const Float minimum = tile.half ? load_half(tile.minimum, place) : load_full(tile.minimum, place);
+                UNROLL for (int r = 0; r < R; ++r) {
+                    total[r][h] = plus(total[r][h], minimum, all(rows.sum[g * R + r]));
+                }
+            }
+            UNROLL for (int r = 0; r < R; ++r) {
+                total[r][h] = plus(total[r][h], times(scale, all(rows.scale[g * R + r])), value[r]);
+            }
+        }
+    }
+    UNROLL for (int r = 0; r < R; ++r) {
+        UNROLL for (int h = 0; h < H; ++h) store(y + r * stride + first + h * WIDTH, total[r][h]);
+    }
+}
+
+template <int BITS, int R>
+TARGET static void product(const Tile& tile, const Rows& rows, float* y, size_t stride) {
+    constexpr int VECTORS = TILE / WIDTH;
+    constexpr int H = R * VECTORS <= ROWS ? VECTORS : R * 2 <= ROWS && VECTORS > 1 ? 2 : 1;
+    for (int first = 0; first < TILE; first += H * WIDTH) strip<BITS, R, H>(tile, rows, first, y, stride);
+}
