@@ -8,13 +8,14 @@
 //
 // Rows of activations are interleaved, four inputs of one row beside the same inputs of the next.
 
-template <int BITS, int R, int H>
+// With CHUNKS = 0 the tile says how many chunks of 32 inputs a group has.
+template <int BITS, int R, int H, size_t CHUNKS>
 TARGET static void strip(const Tile& tile, const Rows& rows, int first, float* y, size_t stride) {
     constexpr int STEPS = BITS;       // lines of 64 bytes for 32 inputs
     constexpr int DWORDS = 8 / STEPS;  // of four inputs each, in a line
     Float total[R][H];
     UNROLL for (int h = 0; h < H; ++h) {
-        const Float bias = tile.bias ? load(tile.bias + first + h * WIDTH) : none();
+        const Float bias = tile.bias ? load(tile.bias + first + h * WIDTH) : all(0.f);
         UNROLL for (int r = 0; r < R; ++r) total[r][h] = bias;
     }
     const uint8_t* codes = tile.codes + 4 * first;
@@ -25,7 +26,7 @@ TARGET static void strip(const Tile& tile, const Rows& rows, int first, float* y
             const Int start = all(rows.start[g * R + r]);
             UNROLL for (int h = 0; h < H; ++h) sum[r][h] = start;
         }
-        for (size_t chunk = 0; chunk < tile.chunks; ++chunk) {
+        for (size_t chunk = 0; chunk < (CHUNKS ? CHUNKS : tile.chunks); ++chunk) {
             Part part[R][H];
             UNROLL for (int r = 0; r < R; ++r) {
                 UNROLL for (int h = 0; h < H; ++h) part[r][h] = begin(sum[r][h]);
@@ -38,8 +39,7 @@ TARGET static void strip(const Tile& tile, const Rows& rows, int first, float* y
                     }
                 }
             }
-            __builtin_prefetch(codes + AHEAD);
-            UNROLL for (int line = 1; line < STEPS; ++line) __builtin_prefetch(codes + AHEAD + 64 * line);
+            UNROLL for (int line = 0; line < STEPS; ++line) __builtin_prefetch(codes + AHEAD + 64 * line);
             codes += 64 * STEPS;
             q += 32 * R;
             UNROLL for (int r = 0; r < R; ++r) {
@@ -48,14 +48,14 @@ TARGET static void strip(const Tile& tile, const Rows& rows, int first, float* y
         }
         UNROLL for (int h = 0; h < H; ++h) {
             const size_t place = g * TILE + first + h * WIDTH;
-            const Float scale = tile.half ? load_half(tile.scale, place) : load_full(tile.scale, place);
+            const Float scale = tile.half ? load_half(tile.scale + 2 * place) : load_full(tile.scale + 4 * place);
             Float value[R];
             UNROLL for (int r = 0; r < R; ++r) value[r] = floats(sum[r][h]);
             if (tile.zero) {
                 const Float zero = load_byte(tile.zero + place);
-                UNROLL for (int r = 0; r < R; ++r) value[r] = less(value[r], zero, all(rows.sum[g * R + r]));
+                UNROLL for (int r = 0; r < R; ++r) value[r] = minus(value[r], zero, all(rows.sum[g * R + r]));
             } else if (tile.minimum) {
-                const Float minimum = tile.half ? load_half(tile.minimum, place) : load_full(tile.minimum, place);
+                const Float minimum = tile.half ? load_half(tile.minimum + 2 * place) : load_full(tile.minimum + 4 * place);
                 UNROLL for (int r = 0; r < R; ++r) {
                     total[r][h] = plus(total[r][h], minimum, all(rows.sum[g * R + r]));
                 }
@@ -74,5 +74,7 @@ template <int BITS, int R>
 TARGET static void product(const Tile& tile, const Rows& rows, float* y, size_t stride) {
     constexpr int VECTORS = TILE / WIDTH;
     constexpr int H = R * VECTORS <= ROWS ? VECTORS : R * 2 <= ROWS && VECTORS > 1 ? 2 : 1;
-    for (int first = 0; first < TILE; first += H * WIDTH) strip<BITS, R, H>(tile, rows, first, y, stride);
+    for (int first = 0; first < TILE; first += H * WIDTH) {
+        (tile.chunks == 1 ? strip<BITS, R, H, 1> : strip<BITS, R, H, 0>)(tile, rows, first, y, stride);
+    }
 }
