@@ -65,15 +65,16 @@ struct Sizes {
     size_t float_bytes() const { return half ? 2 : 4; }
 };
 
-// What a kernel reads of one tile of 16 outputs.
+// What a kernel reads of one tile of 16 outputs, group after group: the codes, as lines of 64 bytes that hold 4 bytes of
+// each output, then the 16 scales, and 16 zero points or minima.
 struct Tile {
-    const uint8_t* codes;    // [in / (32 / bits)] lines of 64 bytes, each 16 outputs x 4 bytes
-    const uint8_t* scale;    // [groups, 16] of 16 or 32 bits
-    const uint8_t* zero;     // [groups, 16], or null
-    const uint8_t* minimum;  // as scale, or null
-    const float* bias;       // [16], or null
-    size_t groups, chunks;   // in the row, in a group
-    bool half;
+    const uint8_t* groups;
+    const float* bias;      // [16], or null
+    size_t count, bytes;    // of groups, of one group
+    size_t chunks;          // of 32 inputs, in a group
+    bool half, zero, minimum;
+
+    size_t scale_bytes() const { return TILE * (half ? 2 : 4); }
 };
 
 // R rows of x in 8 bits, interleaved.
@@ -170,9 +171,9 @@ void product(const Tile& tile, const Rows& rows, float* y, size_t stride) {
     for (auto& row : total) {
         for (int o = 0; o < TILE; ++o) row[o] = tile.bias ? tile.bias[o] : 0;
     }
-    const uint8_t* codes = tile.codes;
     const int8_t* q = rows.q;
-    for (size_t g = 0; g < tile.groups; ++g) {
+    for (size_t g = 0; g < tile.count; ++g) {
+        const uint8_t* codes = tile.groups + g * tile.bytes;
         int32_t sum[R][TILE];
         for (int r = 0; r < R; ++r) std::fill(sum[r], sum[r] + TILE, rows.start[g * R + r]);
         for (size_t line = 0; line < tile.chunks * BITS; ++line, codes += 4 * TILE) {
@@ -186,10 +187,10 @@ void product(const Tile& tile, const Rows& rows, float* y, size_t stride) {
             }
         }
         for (int o = 0; o < TILE; ++o) {
-            const size_t place = g * TILE + o;
-            const float scale = number(tile.scale, place, tile.half);
-            const float zero = tile.zero ? tile.zero[place] : 0;
-            const float minimum = tile.minimum ? number(tile.minimum, place, tile.half) : 0;
+            const uint8_t* others = codes + tile.scale_bytes();
+            const float scale = number(codes, o, tile.half);
+            const float zero = tile.zero ? others[o] : 0;
+            const float minimum = tile.minimum ? number(others, o, tile.half) : 0;
             for (int r = 0; r < R; ++r) {
                 const float q_sum = rows.sum[g * R + r];
                 total[r][o] += minimum * q_sum;
@@ -509,15 +510,14 @@ struct Source {
     const uint8_t* bias;     // [out] float32, or null
 };
 
-// Codes of tile `t` in the order of the kernels: [in / (32 / bits), 16, 4 bytes].
-void pack_codes(const Source& from, size_t t, uint8_t* into) {
-    const Sizes& sizes = from.sizes;
-    const size_t lines = sizes.row_bytes() / 4;
-    for (size_t o = 0; o < TILE; ++o) {
-        const size_t row = t * TILE + o;
-        for (size_t line = 0; line < lines; ++line) {
-            uint32_t word = 0;
-            if (row < sizes.out) std::memcpy(&word, from.codes + row * sizes.row_bytes() + 4 * line, 4);
+// Codes of group `g` of tile `t`, in lines of 64 bytes.
+void pack_codes(const uint8_t* from, const Sizes& sizes, size_t t, size_t g, uint8_t* into) {
+    const size_t bytes = sizes.group * sizes.bits / 8;  // of one output
+    for (size_t o = 0; o < TILE && t * TILE + o < sizes.out; ++o) {
+        const uint8_t* row = from + ((t * TILE + o) * sizes.groups() + g) * bytes;
+        for (size_t line = 0; line < bytes / 4; ++line) {
+            uint32_t word;
+            std::memcpy(&word, row + 4 * line, 4);
             if (sizes.bits == 4) {
                 // Byte i gets input i in its low half and input i + 4 in its high half.
                 uint32_t low = word & 0xffff, high = word >> 16;
@@ -530,58 +530,79 @@ void pack_codes(const Source& from, size_t t, uint8_t* into) {
     }
 }
 
-// Numbers of tile `t`: [columns, 16], zero where the tile is beyond the last output.
-void pack_numbers(const uint8_t* from, const Sizes& sizes, size_t columns, size_t bytes, size_t t, uint8_t* into) {
+// Numbers of group `g` of tile `t`, or zero where the tile is beyond the last output.
+void pack_numbers(const uint8_t* from, const Sizes& sizes, size_t bytes, size_t t, size_t g, uint8_t* into) {
     for (size_t o = 0; o < TILE; ++o) {
         const size_t row = t * TILE + o;
-        for (size_t column = 0; column < columns; ++column) {
-            uint8_t* to = into + (column * TILE + o) * bytes;
-            if (row < sizes.out) {
-                std::memcpy(to, from + (row * columns + column) * bytes, bytes);
-            } else {
-                std::memset(to, 0, bytes);
-            }
-        }
+        if (row < sizes.out) std::memcpy(into + o * bytes, from + (row * sizes.groups() + g) * bytes, bytes);
     }
 }
 
-// Bytes for one tile of everything a kernel reads, and where each part begins; a tile starts at a cache line.
-struct Layout {
-    explicit Layout(const Sizes& sizes, bool has_bias) {
-        const auto line = [](size_t bytes) { return (bytes + 63) / 64 * 64; };
-        const size_t numbers = sizes.groups() * TILE;
-        scale = line(sizes.row_bytes() * TILE);
-        zero = scale + line(numbers * sizes.float_bytes());
-        minimum = zero + (sizes.zero ? line(numbers) : 0);
-        bias = minimum + (sizes.minimum ? line(numbers * sizes.float_bytes()) : 0);
-        bytes = bias + (has_bias ? line(TILE * 4) : 0);
+std::atomic<size_t> packed{0};
+
+// Memory that weights lie in one after another: with large pages, fewer addresses are translated.
+class Slab {
+  public:
+    static constexpr size_t PAGE = size_t(1) << 21, SIZE = 16 * PAGE;
+
+    explicit Slab(size_t bytes) : size((bytes + PAGE - 1) / PAGE * PAGE) {
+        void* memory = nullptr;
+        if (posix_memalign(&memory, PAGE, size)) throw std::bad_alloc();
+        data = static_cast<uint8_t*>(memory);
+#if defined(__linux__)
+        madvise(data, size, MADV_HUGEPAGE);  // a wish, which the system may not grant
+#endif
     }
-    size_t scale, zero, minimum, bias, bytes;  // the codes are first
+    ~Slab() { std::free(data); }
+    Slab(const Slab&) = delete;
+    Slab& operator=(const Slab&) = delete;
+
+    // Null where `bytes` more do not fit.
+    uint8_t* next(size_t bytes) {
+        if (bytes > size - used) return nullptr;
+        used += bytes;
+        return data + used - bytes;
+    }
+
+  private:
+    const size_t size;
+    size_t used = 0;
+    uint8_t* data;
 };
 
-std::atomic<size_t> packed{0};
+// A part of a slab; the slab is freed with the last of its parts.
+struct Packed {
+    explicit Packed(size_t bytes) : bytes(bytes) {
+        static auto& mutex = *new std::mutex;
+        static auto& newest = *new std::weak_ptr<Slab>;
+        const std::lock_guard<std::mutex> lock(mutex);
+        slab = newest.lock();
+        data = slab ? slab->next(bytes) : nullptr;
+        if (!data) {
+            slab = std::make_shared<Slab>(std::max(bytes, Slab::SIZE));
+            data = slab->next(bytes);
+            newest = slab;
+        }
+        packed += bytes;
+    }
+    ~Packed() { packed -= bytes; }
+    Packed(const Packed&) = delete;
+    Packed& operator=(const Packed&) = delete;
+
+    const size_t bytes;
+    uint8_t* data;
+
+  private:
+    std::shared_ptr<Slab> slab;
+};
 
 // A weight in the order of the kernels.
 class Weight {
   public:
     explicit Weight(const Source& from)
-        : sizes(from.sizes), has_bias(from.bias), layout(sizes, has_bias), bytes(layout.bytes * sizes.tiles()) {
-        constexpr size_t PAGE = size_t(1) << 21;
-        void* memory = nullptr;
-        if (posix_memalign(&memory, bytes >= PAGE ? PAGE : 64, bytes)) throw std::bad_alloc();
-        data = static_cast<uint8_t*>(memory);
-#if defined(__linux__)
-        if (bytes >= PAGE) madvise(data, bytes, MADV_HUGEPAGE);  // a wish: without it, more is translated
-#endif
-        for (size_t t = 0; t < sizes.tiles(); ++t) pack(from, t, data + t * layout.bytes);
-        packed += bytes;
+        : sizes(from.sizes), has_bias(from.bias), memory(tile_bytes() * sizes.tiles()) {
+        for (size_t t = 0; t < sizes.tiles(); ++t) pack(from, t, memory.data + t * tile_bytes());
     }
-    ~Weight() {
-        std::free(data);
-        packed -= bytes;
-    }
-    Weight(const Weight&) = delete;
-    Weight& operator=(const Weight&) = delete;
 
     // Whether packing `from` would give this.
     bool holds(const Source& from) const {
@@ -590,43 +611,49 @@ class Weight {
             sizes.half != other.half || sizes.zero != other.zero || sizes.minimum != other.minimum ||
             has_bias != (from.bias != nullptr))
             return false;
-        std::vector<uint8_t> own(layout.bytes);
+        std::vector<uint8_t> own(tile_bytes());
         for (size_t t = 0; t < sizes.tiles(); ++t) {
             pack(from, t, own.data());
-            if (std::memcmp(own.data(), data + t * layout.bytes, layout.bytes)) return false;
+            if (std::memcmp(own.data(), memory.data + t * own.size(), own.size())) return false;
         }
         return true;
     }
 
     Tile tile(size_t t) const {
-        const uint8_t* from = data + t * layout.bytes;
-        return {from,
-                from + layout.scale,
-                sizes.zero ? from + layout.zero : nullptr,
-                sizes.minimum ? from + layout.minimum : nullptr,
-                has_bias ? reinterpret_cast<const float*>(from + layout.bias) : nullptr,
-                sizes.groups(),
-                sizes.group / CHUNK,
-                sizes.half};
+        const uint8_t* data = memory.data + t * tile_bytes();
+        const float* bias = has_bias ? reinterpret_cast<const float*>(data + bias_place()) : nullptr;
+        return {data, bias, sizes.groups(), group_bytes(), sizes.group / CHUNK, sizes.half, sizes.zero, sizes.minimum};
     }
 
     const Sizes sizes;
 
   private:
+    size_t code_bytes() const { return TILE * sizes.group * sizes.bits / 8; }
+    size_t scale_bytes() const { return TILE * sizes.float_bytes(); }
+    size_t group_bytes() const {
+        return code_bytes() + scale_bytes() + (sizes.zero ? TILE : sizes.minimum ? scale_bytes() : 0);
+    }
+    size_t bias_place() const { return sizes.groups() * group_bytes(); }
+    size_t tile_bytes() const { return (bias_place() + (has_bias ? 4 * TILE : 0) + 63) / 64 * 64; }
+
     void pack(const Source& from, size_t t, uint8_t* into) const {
-        std::memset(into, 0, layout.bytes);  // what lies between the parts is compared too
-        pack_codes(from, t, into);
-        pack_numbers(from.scale, sizes, sizes.groups(), sizes.float_bytes(), t, into + layout.scale);
-        if (sizes.zero) pack_numbers(from.zero, sizes, sizes.groups(), 1, t, into + layout.zero);
-        if (sizes.minimum)
-            pack_numbers(from.minimum, sizes, sizes.groups(), sizes.float_bytes(), t, into + layout.minimum);
-        if (has_bias) pack_numbers(from.bias, sizes, 1, 4, t, into + layout.bias);
+        std::memset(into, 0, tile_bytes());  // what lies between the parts, and beyond the last output
+        for (size_t g = 0; g < sizes.groups(); ++g) {
+            uint8_t* group = into + g * group_bytes();
+            uint8_t* numbers = group + code_bytes();
+            pack_codes(from.codes, sizes, t, g, group);
+            pack_numbers(from.scale, sizes, sizes.float_bytes(), t, g, numbers);
+            if (sizes.zero) pack_numbers(from.zero, sizes, 1, t, g, numbers + scale_bytes());
+            if (sizes.minimum) pack_numbers(from.minimum, sizes, sizes.float_bytes(), t, g, numbers + scale_bytes());
+        }
+        if (has_bias) {
+            const size_t valid = std::min<size_t>(TILE, sizes.out - t * TILE);
+            std::memcpy(into + bias_place(), from.bias + 4 * TILE * t, 4 * valid);
+        }
     }
 
     const bool has_bias;
-    const Layout layout;
-    const size_t bytes;
-    uint8_t* data;
+    const Packed memory;
 };
 
 uint64_t mixed(uint64_t hash, const uint8_t* data, size_t bytes) {

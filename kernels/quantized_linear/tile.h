@@ -18,9 +18,9 @@ TARGET static void strip(const Tile& tile, const Rows& rows, int first, float* y
         const Float bias = tile.bias ? load(tile.bias + first + h * WIDTH) : all(0.f);
         UNROLL for (int r = 0; r < R; ++r) total[r][h] = bias;
     }
-    const uint8_t* codes = tile.codes + 4 * first;
     const int8_t* q = rows.q;
-    for (size_t g = 0; g < tile.groups; ++g) {
+    for (size_t g = 0; g < tile.count; ++g) {
+        const uint8_t* codes = tile.groups + g * tile.bytes;
         Int sum[R][H];
         UNROLL for (int r = 0; r < R; ++r) {
             const Int start = all(rows.start[g * R + r]);
@@ -33,7 +33,7 @@ TARGET static void strip(const Tile& tile, const Rows& rows, int first, float* y
             }
             UNROLL for (int step = 0; step < STEPS; ++step) {
                 UNROLL for (int h = 0; h < H; ++h) {
-                    const Codes w = split<BITS>(codes + 64 * step + 4 * h * WIDTH);
+                    const Codes w = split<BITS>(codes + 64 * step + 4 * (first + h * WIDTH));
                     UNROLL for (int r = 0; r < R; ++r) {
                         dot<BITS>(part[r][h], w, q + 4 * (DWORDS * step * R + r), 4 * R);
                     }
@@ -47,15 +47,16 @@ TARGET static void strip(const Tile& tile, const Rows& rows, int first, float* y
             }
         }
         UNROLL for (int h = 0; h < H; ++h) {
-            const size_t place = g * TILE + first + h * WIDTH;
-            const Float scale = tile.half ? load_half(tile.scale + 2 * place) : load_full(tile.scale + 4 * place);
+            const int output = first + h * WIDTH;
+            const uint8_t* others = codes + tile.scale_bytes();  // beside the scales
+            const Float scale = tile.half ? load_half(codes + 2 * output) : load_full(codes + 4 * output);
             Float value[R];
             UNROLL for (int r = 0; r < R; ++r) value[r] = floats(sum[r][h]);
             if (tile.zero) {
-                const Float zero = load_byte(tile.zero + place);
+                const Float zero = load_byte(others + output);
                 UNROLL for (int r = 0; r < R; ++r) value[r] = minus(value[r], zero, all(rows.sum[g * R + r]));
             } else if (tile.minimum) {
-                const Float minimum = tile.half ? load_half(tile.minimum + 2 * place) : load_full(tile.minimum + 4 * place);
+                const Float minimum = tile.half ? load_half(others + 2 * output) : load_full(others + 4 * output);
                 UNROLL for (int r = 0; r < R; ++r) {
                     total[r][h] = plus(total[r][h], minimum, all(rows.sum[g * R + r]));
                 }
