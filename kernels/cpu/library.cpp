@@ -1,4 +1,5 @@
 // What the shared library exports: the registration of its ops with ONNX Runtime, and what Python asks it.
+#include <atomic>
 #include <mutex>
 #include <string>
 
@@ -7,6 +8,8 @@
 #include "ort.h"
 
 namespace {
+
+std::atomic<void* const*> table{nullptr};
 
 // One domain for each instruction set; sessions refer to it as long as they live, so it is never released.
 OrtCustomOpDomain* domain(const tokopt::Api& api, tokopt::Isa isa) {
@@ -24,15 +27,18 @@ OrtCustomOpDomain* domain(const tokopt::Api& api, tokopt::Isa isa) {
 
 }  // namespace
 
+void* const* tokopt::registered() { return table; }
+
 #define EXPORTED extern "C" __attribute__((visibility("default")))
 
 EXPORTED OrtStatus* RegisterCustomOps(OrtSessionOptions* options, const OrtApiBase* base) {
-    void* const* table = base->GetApi(tokopt::ORT_VERSION);
-    if (!table) {
+    void* const* offered = base->GetApi(tokopt::ORT_VERSION);
+    if (!offered) {
         const tokopt::Api oldest(base->GetApi(1));
         return oldest.status(1, "tokopt.cpu: needs ONNX Runtime 1.22 or newer; update it.");
     }
-    const tokopt::Api api(table);
+    table = offered;
+    const tokopt::Api api(offered);
     return tokopt::guarded(api, [&] { api.add(options, domain(api, tokopt::chosen())); });
 }
 

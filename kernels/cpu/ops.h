@@ -11,6 +11,9 @@ namespace tokopt {
 // Of the domain tokopt.cpu: raised when an op's inputs, attributes or meaning change.
 constexpr int VERSION = 1;
 
+// The table of functions that the library was registered with.
+void* const* registered();
+
 const OrtCustomOp* quantized_linear(Isa isa);
 
 // Bytes of packed weights that this process holds now.

@@ -10,6 +10,8 @@
 #include <exception>
 #include <new>
 #include <string>
+#include <utility>
+#include <vector>
 
 extern "C" {
 
@@ -119,6 +121,24 @@ class Api {
     }
     void dimensions(const OrtShapeInfo* info, int64_t* into, size_t rank) const { call(62, info, into, rank); }
 
+    // "" for an axis that has a size, or no name.
+    void symbols(const OrtShapeInfo* info, const char** into, size_t rank) const { call(63, info, into, rank); }
+    const OrtShapeInfo* input_shape(OrtShapeInferContext* context, size_t place) const {
+        OrtShapeInfo* info = nullptr;
+        call(268, context, place, &info);
+        return info;
+    }
+    void set_output_shape(OrtShapeInferContext* context, size_t place, int element, const std::vector<int64_t>& shape,
+                          const std::vector<const char*>& names) const {
+        OrtShapeInfo* info = nullptr;
+        call(57, &info);
+        const Owned owned{*this, info};
+        call(58, info, element);
+        call(59, info, shape.data(), shape.size());
+        call(271, info, const_cast<const char**>(names.data()), names.size());
+        call(270, context, place, static_cast<const OrtShapeInfo*>(info));
+    }
+
     bool integer(const OrtKernelInfo* info, const char* name, int64_t* into) const {
         OrtStatus* failed = at<OrtStatus* (*)(const OrtKernelInfo*, const char*, int64_t*)>(86)(info, name, into);
         if (failed) release(failed);
@@ -167,6 +187,12 @@ class Api {
     }
 
   private:
+    struct Owned {
+        const Api& api;
+        OrtShapeInfo* info;
+        ~Owned() { api.release(info); }
+    };
+
     template <class Function>
     Function at(size_t place) const {
         return reinterpret_cast<Function>(table[place]);

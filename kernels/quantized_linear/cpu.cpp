@@ -51,7 +51,7 @@ namespace {
 constexpr int TILE = 16;          // outputs that are interleaved
 constexpr size_t CHUNK = 32;      // inputs, the smallest group
 constexpr int MOST_ROWS = 8;      // that a kernel works on at once
-constexpr size_t AHEAD = 1024;    // bytes between what is read and what is fetched
+constexpr size_t AHEAD = 4096;    // bytes between what is read and what is fetched
 
 struct Sizes {
     size_t in, out, group;
@@ -83,6 +83,7 @@ struct Rows {
     const float* scale;    // [groups, R]
     const int32_t* start;  // [groups, R] what the integer sum begins with
     const float* sum;      // [groups, R] of q; times scale where the weight has minima
+    bool first;            // of the blocks that the tile is multiplied with: it comes from memory
 };
 
 // How the numbers of a group are rounded: to `scale` times an integer.
@@ -770,7 +771,8 @@ class Call {
             const size_t block = row / code.rows, R = in_block(block);
             const Quantized own = block_of(block);
             float out[MOST_ROWS * TILE];
-            code.products[sizes.bits == 8][R - 1](tile, {own.q, own.scale, own.start, own.sum}, out, TILE);
+            const Rows block_rows = {own.q, own.scale, own.start, own.sum, row == 0};
+            code.products[sizes.bits == 8][R - 1](tile, block_rows, out, TILE);
             for (size_t r = 0; r < R; ++r) {
                 std::memcpy(y + ((row + r) * sizes.out + t * TILE) * 4, out + r * TILE, valid * 4);
             }
@@ -880,6 +882,22 @@ OrtStatus* create(Isa isa, void* const* table, const OrtKernelInfo* info, void**
     return guarded(api, [&] { *kernel = new Kernel{api, &code(isa), shared(Node(api, info).read())}; });
 }
 
+// The output has the shape of x, but for its last axis.
+OrtStatus* infer(const OrtCustomOp*, OrtShapeInferContext* context) {
+    const Api api(registered());
+    return guarded(api, [&] {
+        const OrtShapeInfo *x = api.input_shape(context, X), *codes = api.input_shape(context, CODES);
+        Shape shape(api.rank(x)), sizes(api.rank(codes));
+        if (shape.empty() || sizes.empty()) return;  // not known
+        api.dimensions(x, shape.data(), shape.size());
+        api.dimensions(codes, sizes.data(), sizes.size());
+        std::vector<const char*> names(shape.size());
+        api.symbols(x, names.data(), names.size());
+        shape.back() = sizes[0], names.back() = "";
+        api.set_output_shape(context, 0, FLOAT, shape, names);
+    });
+}
+
 OrtStatus* compute(void* opaque, OrtKernelContext* context) {
     const Kernel& kernel = *static_cast<Kernel*>(opaque);
     const Api& api = kernel.api;
@@ -928,6 +946,7 @@ constexpr OrtCustomOp op() {
         return create(ISA, api, info, kernel);
     };
     op.KernelComputeV2 = compute;
+    op.InferOutputShapeFn = infer;
     op.KernelDestroy = [](void* kernel) { delete static_cast<Kernel*>(kernel); };
     return op;
 }

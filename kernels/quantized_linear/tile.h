@@ -19,6 +19,7 @@ TARGET static void strip(const Tile& tile, const Rows& rows, int first, float* y
         UNROLL for (int r = 0; r < R; ++r) total[r][h] = bias;
     }
     const int8_t* q = rows.q;
+    const bool fetch = rows.first && first == 0;
     for (size_t g = 0; g < tile.count; ++g) {
         const uint8_t* codes = tile.groups + g * tile.bytes;
         Int sum[R][H];
@@ -39,7 +40,9 @@ TARGET static void strip(const Tile& tile, const Rows& rows, int first, float* y
                     }
                 }
             }
-            UNROLL for (int line = 0; line < STEPS; ++line) __builtin_prefetch(codes + AHEAD + 64 * line);
+            if (fetch) {
+                UNROLL for (int line = 0; line < STEPS; ++line) __builtin_prefetch(codes + AHEAD + 64 * line);
+            }
             codes += 64 * STEPS;
             q += 32 * R;
             UNROLL for (int r = 0; r < R; ++r) {
