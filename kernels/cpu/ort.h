@@ -85,9 +85,7 @@ class Api {
   public:
     explicit Api(void* const* table) : table(table) {}
 
-    OrtStatus* status(int code, const char* text) const {
-        return at<OrtStatus* (*)(int, const char*)>(0)(code, text);
-    }
+    OrtStatus* status(int code, const char* text) const { return at<OrtStatus* (*)(int, const char*)>(0)(code, text); }
     void release(OrtStatus* status) const { at<void (*)(OrtStatus*)>(93)(status); }
 
     OrtCustomOpDomain* create_domain(const char* name) const {

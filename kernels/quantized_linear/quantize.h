@@ -1,5 +1,5 @@
-// Rounds row `r` of `R` to 8 bits. Included in one namespace of cpu.cpp after another, so that the compiler uses the
-// instructions of each TARGET.
+// Rounds row `r` of `R` to 8 bits. Included in the namespaces of instruction sets, for which the compiler
+// finds the instructions of TARGET.
 
 TARGET static void quantize(const char* x, const Sizes& sizes, int offset, Quantized into, size_t R, size_t r) {
     constexpr float ROUND = 12582912;  // 1.5 * 2^23: adding it rounds to an integer, in the lowest bits of the sum

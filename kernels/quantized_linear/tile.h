@@ -1,6 +1,6 @@
-// The products of one tile of 16 outputs, for each instruction set anew: cpu.cpp includes this in one namespace after
-// another. A namespace says what TARGET is, how many outputs (WIDTH) a vector holds, how many ROWS are worked on at
-// once, and defines the vectors and functions that are used here:
+// The products of one tile of 16 outputs. Included in the namespace of one instruction set after another, which says
+// what TARGET is, how many outputs (WIDTH) a vector holds and how many vectors of sums there is room for (ROWS), and
+// defines what is used here:
 //
 //   Int, Float   WIDTH sums, as 32-bit integers and as floats
 //   Codes        weights of WIDTH outputs and 8 inputs (4 bits) or 4 inputs (8 bits), ready to be multiplied
@@ -11,12 +11,13 @@
 // With CHUNKS = 0 the tile says how many chunks of 32 inputs a group has.
 template <int BITS, int R, int H, size_t CHUNKS>
 TARGET static void strip(const Tile& tile, const Rows& rows, int first, float* y, size_t stride) {
-    constexpr int STEPS = BITS;       // lines of 64 bytes for 32 inputs
+    constexpr int STEPS = BITS;        // lines of 64 bytes for 32 inputs
     constexpr int DWORDS = 8 / STEPS;  // of four inputs each, in a line
     Float total[R][H];
     UNROLL for (int h = 0; h < H; ++h) {
         const Float bias = tile.bias ? load(tile.bias + first + h * WIDTH) : all(0.f);
-        UNROLL for (int r = 0; r < R; ++r) total[r][h] = bias;
+        UNROLL for (int r = 0; r < R; ++r)
+            total[r][h] = bias;
     }
     const int8_t* q = rows.q;
     const bool fetch = rows.first && first == 0;
@@ -25,12 +26,14 @@ TARGET static void strip(const Tile& tile, const Rows& rows, int first, float* y
         Int sum[R][H];
         UNROLL for (int r = 0; r < R; ++r) {
             const Int start = all(rows.start[g * R + r]);
-            UNROLL for (int h = 0; h < H; ++h) sum[r][h] = start;
+            UNROLL for (int h = 0; h < H; ++h)
+                sum[r][h] = start;
         }
         for (size_t chunk = 0; chunk < (CHUNKS ? CHUNKS : tile.chunks); ++chunk) {
             Part part[R][H];
             UNROLL for (int r = 0; r < R; ++r) {
-                UNROLL for (int h = 0; h < H; ++h) part[r][h] = begin(sum[r][h]);
+                UNROLL for (int h = 0; h < H; ++h)
+                    part[r][h] = begin(sum[r][h]);
             }
             UNROLL for (int step = 0; step < STEPS; ++step) {
                 UNROLL for (int h = 0; h < H; ++h) {
@@ -41,12 +44,14 @@ TARGET static void strip(const Tile& tile, const Rows& rows, int first, float* y
                 }
             }
             if (fetch) {
-                UNROLL for (int line = 0; line < STEPS; ++line) __builtin_prefetch(codes + AHEAD + 64 * line);
+                UNROLL for (int line = 0; line < STEPS; ++line)
+                    __builtin_prefetch(codes + AHEAD + 64 * line);
             }
             codes += 64 * STEPS;
             q += 32 * R;
             UNROLL for (int r = 0; r < R; ++r) {
-                UNROLL for (int h = 0; h < H; ++h) sum[r][h] = end<BITS>(sum[r][h], part[r][h]);
+                UNROLL for (int h = 0; h < H; ++h)
+                    sum[r][h] = end<BITS>(sum[r][h], part[r][h]);
             }
         }
         UNROLL for (int h = 0; h < H; ++h) {
@@ -54,10 +59,12 @@ TARGET static void strip(const Tile& tile, const Rows& rows, int first, float* y
             const uint8_t* others = codes + tile.scale_bytes();  // beside the scales
             const Float scale = tile.half ? load_half(codes + 2 * output) : load_full(codes + 4 * output);
             Float value[R];
-            UNROLL for (int r = 0; r < R; ++r) value[r] = floats(sum[r][h]);
+            UNROLL for (int r = 0; r < R; ++r)
+                value[r] = floats(sum[r][h]);
             if (tile.zero) {
                 const Float zero = load_byte(others + output);
-                UNROLL for (int r = 0; r < R; ++r) value[r] = minus(value[r], zero, all(rows.sum[g * R + r]));
+                UNROLL for (int r = 0; r < R; ++r)
+                    value[r] = minus(value[r], zero, all(rows.sum[g * R + r]));
             } else if (tile.minimum) {
                 const Float minimum = tile.half ? load_half(others + 2 * output) : load_full(others + 4 * output);
                 UNROLL for (int r = 0; r < R; ++r) {
@@ -70,7 +77,8 @@ TARGET static void strip(const Tile& tile, const Rows& rows, int first, float* y
         }
     }
     UNROLL for (int r = 0; r < R; ++r) {
-        UNROLL for (int h = 0; h < H; ++h) store(y + r * stride + first + h * WIDTH, total[r][h]);
+        UNROLL for (int h = 0; h < H; ++h)
+            store(y + r * stride + first + h * WIDTH, total[r][h]);
     }
 }
 
