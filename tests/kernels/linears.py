@@ -83,7 +83,7 @@ def random_linear(
 
 
 def random_rows(seed: int, rows: int, linear: Linear) -> np.ndarray:
-    """``x`` [rows, in] of numbers that every arithmetic rounds alike, as they are far from half-way between two steps."""
+    """``x`` [rows, in] of numbers far from half-way between two steps: every arithmetic rounds them alike."""
     random = np.random.default_rng(seed)
     shape = (rows, linear.inputs // linear.group, linear.group)
     whole = random.integers(-126, 127, shape) + random.uniform(-0.4, 0.4, shape)

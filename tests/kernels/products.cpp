@@ -1,5 +1,5 @@
-// Compares the kernels of every instruction set of this processor with plain C, without ONNX Runtime: for processors that
-// are emulated. Prints their names; returns 1 where numbers differ.
+// Compares the kernels of every instruction set of this processor with plain C, without ONNX Runtime: for processors
+// that are emulated. Prints their names; returns 1 where numbers differ.
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
@@ -36,8 +36,8 @@ static bool agree(const Code& code, const Code& plain, const Sizes& sizes, size_
     std::vector<float> full(numbers), x(R * sizes.in), bias(sizes.out, 0.5f);
     for (auto& number : full) number = 0.1f + static_cast<float>(std::rand() % 100) / 1000;
     for (auto& number : x) number = static_cast<float>(std::rand() % 2001 - 1000) / 100;
-    const auto* scales = sizes.half ? reinterpret_cast<const uint8_t*>(half.data())
-                                    : reinterpret_cast<const uint8_t*>(full.data());
+    const auto* scales =
+        sizes.half ? reinterpret_cast<const uint8_t*>(half.data()) : reinterpret_cast<const uint8_t*>(full.data());
     const Weight weight({sizes, codes.data(), scales, sizes.zero ? zero.data() : nullptr,
                          sizes.minimum ? scales : nullptr, reinterpret_cast<const uint8_t*>(bias.data())});
     const int middle = sizes.zero || sizes.minimum ? 0 : 1 << (sizes.bits - 1);
@@ -46,11 +46,12 @@ static bool agree(const Code& code, const Code& plain, const Sizes& sizes, size_
     if (own.q != other.q || own.scale != other.scale || own.sum != other.sum) return false;
     for (size_t t = 0; t < sizes.tiles(); ++t) {
         std::vector<float> got(R * TILE), want(R * TILE);
-        code.products[eight][R - 1](weight.tile(t), {own.q.data(), own.scale.data(), own.start.data(), own.sum.data(), true},
-                                    got.data(), TILE);
+        code.products[eight][R - 1](
+            weight.tile(t), {own.q.data(), own.scale.data(), own.start.data(), own.sum.data(), true}, got.data(), TILE);
         for (size_t r = 0; r < R; ++r) {  // plain C may take fewer rows at once
             const Rounded row(plain, {x.begin() + r * sizes.in, x.begin() + (r + 1) * sizes.in}, sizes, -middle, 1);
-            plain.products[eight][0](weight.tile(t), {row.q.data(), row.scale.data(), row.start.data(), row.sum.data(), true},
+            plain.products[eight][0](weight.tile(t),
+                                     {row.q.data(), row.scale.data(), row.start.data(), row.sum.data(), true},
                                      want.data() + r * TILE, TILE);
         }
         double error = 0, size = 0;
@@ -77,7 +78,8 @@ int main() {
                         for (size_t R = 1; R <= code(isa).rows; ++R) {
                             const Sizes sizes = {3 * group, 21, group, bits, half, offset == 1, offset == 2};
                             if (agree(code(isa), code(Isa::PLAIN), sizes, R)) continue;
-                            std::printf("bits %d, group %zu, offset %d, half %d, rows %zu\n", bits, group, offset, half, R);
+                            std::printf("bits %d, group %zu, offset %d, half %d, rows %zu\n", bits, group, offset, half,
+                                        R);
                             all = false;
                         }
     }
