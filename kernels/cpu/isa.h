@@ -6,8 +6,8 @@
 
 namespace tokopt {
 
-enum class Isa { PLAIN, NEON, AVX2, AVX_VNNI, AVX512_VNNI };
-constexpr int ISAS = 5;
+enum class Isa { PLAIN, NEON, AVX2, AVX_VNNI, AVX512_VNNI, AMX_INT8 };
+constexpr int ISAS = 6;
 
 const char* name(Isa isa);
 

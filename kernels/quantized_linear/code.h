@@ -11,6 +11,9 @@
 #if defined(__x86_64__) || defined(__i386__)
 #include <immintrin.h>
 #define X86 1
+#if defined(__linux__) && defined(__x86_64__)
+#define AMX 1
+#endif
 #elif defined(__aarch64__)
 #include <arm_neon.h>
 #define ARM 1
@@ -28,7 +31,7 @@ namespace {
 
 constexpr int TILE = 16;        // outputs that are interleaved
 constexpr size_t CHUNK = 32;    // inputs, the smallest group
-constexpr int MOST_ROWS = 8;    // that a kernel works on at once
+constexpr int MOST_ROWS = 16;   // that a kernel works on at once
 constexpr size_t AHEAD = 4096;  // bytes between what is read and what is fetched
 
 struct Sizes {
@@ -85,12 +88,13 @@ struct Quantized {
     float* scale;
     int32_t* start;
     float* sum;
+    bool chunks;  // interleave 32 inputs of each row, and not 4
 
     // 32 integers of row `r`, from input `first` on.
     void put(const int8_t* from, size_t first, size_t R, size_t r) const {
         int8_t* to = q + first * R + 4 * r;
-        if (R == 1) {
-            std::memcpy(to, from, CHUNK);
+        if (R == 1 || chunks) {
+            std::memcpy(q + first * R + CHUNK * r, from, CHUNK);
         } else {
             for (size_t i = 0; i < CHUNK / 4; ++i) std::memcpy(to + 4 * i * R, from + 4 * i, 4);
         }
@@ -113,6 +117,9 @@ struct Code {
     int offset[2];  // subtracted from codes of 4 and of 8 bits before they are multiplied
     Quantize quantize;
     Product products[2][MOST_ROWS];  // [4 or 8 bits][rows - 1]
+    bool full = false;               // always works on all `rows`, whose 32 inputs lie together
+    void (*enter)() = nullptr;       // called by a thread before products, and `leave` after them
+    void (*leave)() = nullptr;
 };
 
 INLINE int32_t four(const int8_t* q) {
@@ -128,8 +135,12 @@ INLINE int32_t four(const int8_t* q) {
 #include "arm.h"
 #endif
 
-const Code& code(Isa isa) {
+// What multiplies `rows` rows fastest.
+const Code& code(Isa isa, size_t rows) {
     switch (isa) {
+#if AMX
+        case Isa::AMX_INT8: return rows > avx512_vnni::CODE.rows ? amx_int8::CODE : avx512_vnni::CODE;
+#endif
 #if X86
         case Isa::AVX2: return avx2::CODE;
         case Isa::AVX_VNNI: return avx_vnni::CODE;
@@ -138,7 +149,7 @@ const Code& code(Isa isa) {
 #if ARM
         case Isa::NEON: return neon::CODE;
 #endif
-        default: return plain::CODE;
+        default: return (void)rows, plain::CODE;
     }
 }
 

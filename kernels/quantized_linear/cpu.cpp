@@ -19,7 +19,7 @@ namespace {
 
 struct Kernel {
     Api api;
-    const Code* code;
+    Isa isa;
     std::shared_ptr<const Weight> weight;
 };
 
@@ -27,17 +27,19 @@ struct Kernel {
 class Call {
   public:
     Call(const Kernel& kernel, const char* x, size_t rows, char* y)
-        : code(*kernel.code), weight(*kernel.weight), sizes(weight.sizes), x(x), rows(rows), y(y) {
+        : code(tokopt::code(kernel.isa, rows)), weight(*kernel.weight), sizes(weight.sizes), x(x), rows(rows), y(y) {
         static thread_local Scratch scratch;
-        const size_t groups = sizes.groups();
-        into.scale = reinterpret_cast<float*>(scratch.of(rows * (12 * groups + sizes.in)));
-        into.start = reinterpret_cast<int32_t*>(into.scale + rows * groups);
-        into.sum = reinterpret_cast<float*>(into.start + rows * groups);
-        into.q = reinterpret_cast<int8_t*>(into.sum + rows * groups);
+        blocks = (rows + code.rows - 1) / code.rows;
+        const size_t room = code.full ? blocks * code.rows : rows;
+        const size_t numbers = room * sizes.groups();
+        into.scale = reinterpret_cast<float*>(scratch.of(12 * numbers + room * sizes.in));
+        into.start = reinterpret_cast<int32_t*>(into.scale + numbers);
+        into.sum = reinterpret_cast<float*>(into.start + numbers);
+        into.q = reinterpret_cast<int8_t*>(into.sum + numbers);
+        into.chunks = code.full;
     }
 
     void run(const Api& api, const OrtKernelContext* context) {
-        const size_t blocks = (rows + code.rows - 1) / code.rows;
         if (rows * sizes.in < SERIAL) {
             for (size_t block = 0; block < blocks; ++block) quantize(block);
         } else {
@@ -45,46 +47,61 @@ class Call {
                 context, [](void* call, size_t block) { static_cast<Call*>(call)->quantize(block); }, blocks, this);
         }
         parts = (rows + PART - 1) / PART;
+        if (blocks > 1 || code.enter) strip = std::clamp<size_t>(STRIP / weight.tile_bytes(), 1, 4);
+        const size_t strips = (sizes.tiles() + strip - 1) / strip;
         api.parallel(
-            context, [](void* call, size_t i) { static_cast<Call*>(call)->multiply(i); }, sizes.tiles() * parts, this);
+            context, [](void* call, size_t i) { static_cast<Call*>(call)->multiply(i); }, strips * parts, this);
     }
 
   private:
     static constexpr size_t SERIAL = 16384;  // numbers that one thread rounds sooner than it could share them out
-    static constexpr size_t PART = 64;       // rows whose rounded numbers stay in a core's cache
+    static constexpr size_t PART = 64;       // rows whose rounded numbers stay in a core's second cache
+    static constexpr size_t STRIP = 32768;   // bytes of weights that stay in its first cache, for all blocks of rows
 
-    size_t in_block(size_t block) const { return std::min(code.rows, rows - block * code.rows); }
+    // Rows of a block: those that are there, and those that it is interleaved for.
+    size_t given(size_t block) const { return std::min(code.rows, rows - block * code.rows); }
+    size_t in_block(size_t block) const { return code.full ? code.rows : given(block); }
 
     // Block `block` of the rounded rows: those before it are all full.
     Quantized block_of(size_t block) const {
         const size_t first = block * code.rows, groups = sizes.groups();
         return {into.q + first * sizes.in, into.scale + first * groups, into.start + first * groups,
-                into.sum + first * groups};
+                into.sum + first * groups, into.chunks};
     }
 
     void quantize(size_t block) const {
         const int added = code.offset[sizes.bits == 8];
         const int offset = sizes.zero || sizes.minimum ? added : added - (1 << (sizes.bits - 1));
-        const size_t R = in_block(block);
-        for (size_t r = 0; r < R; ++r)
-            code.quantize(x + (block * code.rows + r) * sizes.in * 4, sizes, offset, block_of(block), R, r);
+        const size_t R = in_block(block), some = given(block);
+        const Quantized own = block_of(block);
+        if (some < R) {
+            std::fill(own.q, own.q + R * sizes.in, int8_t(0));
+            std::fill(own.scale, own.scale + R * sizes.groups(), 0.f);
+            std::fill(own.sum, own.sum + R * sizes.groups(), 0.f);
+        }
+        for (size_t r = 0; r < some; ++r)
+            code.quantize(x + (block * code.rows + r) * sizes.in * 4, sizes, offset, own, R, r);
     }
 
-    // Part `i % parts` of the rows, times tile `i / parts`.
+    // Part `i % parts` of the rows, times strip `i / parts` of tiles.
     void multiply(size_t i) const {
-        const size_t t = i / parts, part = i % parts;
-        const Tile tile = weight.tile(t);
+        const size_t first = i / parts * strip, last = std::min(first + strip, sizes.tiles());
+        const size_t row = i % parts * PART, end = std::min(row + PART, rows);
+        if (code.enter) code.enter();
+        for (size_t block = row / code.rows; block * code.rows < end; ++block) {
+            for (size_t t = first; t < last; ++t) multiply(block, t);
+        }
+        if (code.leave) code.leave();
+    }
+
+    void multiply(size_t block, size_t t) const {
+        const Quantized own = block_of(block);
+        const Rows block_rows = {own.q, own.scale, own.start, own.sum, block == 0};
+        float out[MOST_ROWS * TILE];
+        code.products[sizes.bits == 8][in_block(block) - 1](weight.tile(t), block_rows, out, TILE);
         const size_t valid = std::min<size_t>(TILE, sizes.out - t * TILE);
-        const size_t end = std::min((part + 1) * PART, rows);
-        for (size_t row = part * PART; row < end; row += code.rows) {
-            const size_t block = row / code.rows, R = in_block(block);
-            const Quantized own = block_of(block);
-            float out[MOST_ROWS * TILE];
-            const Rows block_rows = {own.q, own.scale, own.start, own.sum, row == 0};
-            code.products[sizes.bits == 8][R - 1](tile, block_rows, out, TILE);
-            for (size_t r = 0; r < R; ++r) {
-                std::memcpy(y + ((row + r) * sizes.out + t * TILE) * 4, out + r * TILE, valid * 4);
-            }
+        for (size_t r = 0; r < given(block); ++r) {
+            std::memcpy(y + ((block * code.rows + r) * sizes.out + t * TILE) * 4, out + r * TILE, valid * 4);
         }
     }
 
@@ -94,7 +111,7 @@ class Call {
     const char* x;  // [rows, in] of float32, at any address
     const size_t rows;
     char* y;  // [rows, out] of float32
-    size_t parts = 0;
+    size_t blocks = 0, parts = 0, strip = 1;
     Quantized into;
 };
 
@@ -192,7 +209,7 @@ class Node {
 
 OrtStatus* create(Isa isa, void* const* table, const OrtKernelInfo* info, void** kernel) {
     const Api api(table);
-    return guarded(api, [&] { *kernel = new Kernel{api, &code(isa), shared(Node(api, info).read())}; });
+    return guarded(api, [&] { *kernel = new Kernel{api, isa, shared(Node(api, info).read())}; });
 }
 
 // The output has the shape of x, but for its last axis.
@@ -270,8 +287,8 @@ constexpr OrtCustomOp op() {
 }  // namespace
 
 const OrtCustomOp* quantized_linear(Isa isa) {
-    static const OrtCustomOp ops[ISAS] = {op<Isa::PLAIN>(), op<Isa::NEON>(), op<Isa::AVX2>(), op<Isa::AVX_VNNI>(),
-                                          op<Isa::AVX512_VNNI>()};
+    static const OrtCustomOp ops[ISAS] = {op<Isa::PLAIN>(),    op<Isa::NEON>(),        op<Isa::AVX2>(),
+                                          op<Isa::AVX_VNNI>(), op<Isa::AVX512_VNNI>(), op<Isa::AMX_INT8>()};
     return &ops[static_cast<int>(isa)];
 }
 

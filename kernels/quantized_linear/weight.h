@@ -81,6 +81,8 @@ class Weight {
         return {data, bias, sizes.groups(), group_bytes(), sizes.group / CHUNK, sizes.half, sizes.zero, sizes.minimum};
     }
 
+    size_t tile_bytes() const { return (bias_place() + (has_bias ? 4 * TILE : 0) + 63) / 64 * 64; }
+
     const Sizes sizes;
 
   private:
@@ -90,7 +92,6 @@ class Weight {
         return code_bytes() + scale_bytes() + (sizes.zero ? TILE : sizes.minimum ? scale_bytes() : 0);
     }
     size_t bias_place() const { return sizes.groups() * group_bytes(); }
-    size_t tile_bytes() const { return (bias_place() + (has_bias ? 4 * TILE : 0) + 63) / 64 * 64; }
 
     void pack(const Source& from, size_t t, uint8_t* into) const {
         std::memset(into, 0, tile_bytes());  // what lies between the parts, and beyond the last output

@@ -206,3 +206,116 @@ constexpr Code CODE = {ROWS,
                          product<8, 7>, product<8, 8>}}};
 #undef TARGET
 }  // namespace avx512_vnni
+
+#if AMX
+// AVX-512, and products of matrices: 16 rows times 16 outputs, 32 inputs at once. The weights of a tile are unpacked
+// and its sums are read through memory, which pays from some 9 rows on.
+namespace amx_int8 {
+#define TARGET __attribute__((target("avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,amx-tile,amx-int8")))
+using namespace avx512_vnni;
+
+constexpr int R = 16;
+
+// Of the tile registers: 0 to 3 have the sums of as many groups, 4 and 6 codes, 5 and 7 rows of x.
+struct alignas(64) Shapes {
+    uint8_t palette = 1, start_row = 0, reserved[14] = {};
+    uint16_t columns[16] = {64, 64, 64, 64, 64, CHUNK, 64, CHUNK};  // in bytes
+    uint8_t rows[16] = {R, R, R, R, CHUNK / 4, R, CHUNK / 4, R};
+};
+
+template <int BITS>
+TARGET INLINE void fetch(const uint8_t* lines) {
+    UNROLL for (int line = 0; line < BITS; ++line)
+        __builtin_prefetch(lines + 64 * line);
+}
+
+constexpr size_t PANEL = 4;                 // groups that are worked on at once
+constexpr size_t GROUP_BYTES = 128 * TILE;  // of the largest group, unpacked
+
+// Codes of 4 bits of the groups from `g` on, as bytes.
+TARGET INLINE void unpack(const Tile& tile, size_t g, bool first, uint8_t (*into)[GROUP_BYTES]) {
+    for (size_t i = 0; i < PANEL && g + i < tile.count; ++i) {
+        const uint8_t* codes = tile.groups + (g + i) * tile.bytes;
+        for (size_t line = 0; line < 4 * tile.chunks; ++line) {
+            const Codes halves = split<4>(codes + 64 * line);
+            _mm512_store_si512(into[i] + 128 * line, halves.low);
+            _mm512_store_si512(into[i] + 128 * line + 64, halves.high);
+            if (first) __builtin_prefetch(codes + AHEAD + 64 * line);
+        }
+    }
+}
+
+// Tile register SUMS becomes the products of all chunks of a group. Registers can only be written out.
+#define PRODUCTS(SUMS, CODES, X)                                                                               \
+    if (g + SUMS < tile.count) {                                                                               \
+        const uint8_t* codes = BITS == 4 ? lines[g / PANEL % 2][SUMS] : tile.groups + (g + SUMS) * tile.bytes; \
+        _tile_zero(SUMS);                                                                                      \
+        for (size_t chunk = 0; chunk < tile.chunks; ++chunk, q += CHUNK * R, codes += CHUNK * TILE) {          \
+            if (BITS == 8 && rows.first) fetch<8>(codes + AHEAD);                                              \
+            _tile_loadd(CODES, codes, 64);                                                                     \
+            _tile_loadd(X, q, CHUNK);                                                                          \
+            _tile_dpbsud(SUMS, X, CODES);                                                                      \
+        }                                                                                                      \
+        _tile_stored(SUMS, sums[SUMS], 64);                                                                    \
+    }
+
+template <int BITS>
+TARGET static void product(const Tile& tile, const Rows& rows, float* y, size_t stride) {
+    alignas(64) int32_t sums[PANEL][R][TILE];
+    alignas(64) uint8_t lines[2][PANEL][GROUP_BYTES];  // of this panel and of the next
+    Float total[R];
+    UNROLL for (int r = 0; r < R; ++r)
+        total[r] = tile.bias ? load(tile.bias) : all(0.f);
+    const Float middle = all(BITS == 4 ? 8.f : 128.f);
+    const int8_t* q = rows.q;
+    if constexpr (BITS == 4) unpack(tile, 0, rows.first, lines[0]);
+    for (size_t g = 0; g < tile.count; g += PANEL) {
+        if constexpr (BITS == 4) unpack(tile, g + PANEL, rows.first, lines[(g / PANEL + 1) % 2]);
+        asm volatile("" ::: "memory");  // the compiler does not know what a tile is loaded from
+        PRODUCTS(0, 4, 5)
+        PRODUCTS(1, 6, 7)
+        PRODUCTS(2, 4, 5)
+        PRODUCTS(3, 6, 7)
+        for (size_t i = g; i < std::min(g + PANEL, tile.count); ++i) {
+            const int32_t (*own)[TILE] = sums[i - g];
+            const uint8_t* numbers = tile.groups + i * tile.bytes + 64 * BITS * tile.chunks;
+            const uint8_t* others = numbers + tile.scale_bytes();
+            const Float scale = tile.half ? load_half(numbers) : load_full(numbers);
+            if (tile.minimum) {
+                const Float minimum = tile.half ? load_half(others) : load_full(others);
+                UNROLL for (int r = 0; r < R; ++r) {
+                    const Float step = times(scale, all(rows.scale[i * R + r]));
+                    total[r] = plus(total[r], minimum, all(rows.sum[i * R + r]));
+                    total[r] = plus(total[r], step, floats(_mm512_load_si512(own[r])));
+                }
+            } else {
+                const Float zero = tile.zero ? load_byte(others) : middle;
+                UNROLL for (int r = 0; r < R; ++r) {
+                    const Float step = times(scale, all(rows.scale[i * R + r]));
+                    const Float value = minus(floats(_mm512_load_si512(own[r])), zero, all(rows.sum[i * R + r]));
+                    total[r] = plus(total[r], step, value);
+                }
+            }
+        }
+    }
+    UNROLL for (int r = 0; r < R; ++r)
+        store(y + r * stride, total[r]);
+}
+#undef PRODUCTS
+
+TARGET static void enter() {
+    static const Shapes shapes;
+    _tile_loadconfig(&shapes);
+}
+TARGET static void leave() { _tile_release(); }
+
+constexpr Code of_sixteen() {
+    Code code = {R, {0, 0}, avx2::quantize, {}, true, enter, leave};
+    code.products[0][R - 1] = product<4>;
+    code.products[1][R - 1] = product<8>;
+    return code;
+}
+constexpr Code CODE = of_sixteen();
+#undef TARGET
+}  // namespace amx_int8
+#endif
