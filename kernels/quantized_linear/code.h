@@ -29,10 +29,9 @@
 namespace tokopt {
 namespace {
 
-constexpr int TILE = 16;        // outputs that are interleaved
-constexpr size_t CHUNK = 32;    // inputs, the smallest group
-constexpr int MOST_ROWS = 16;   // that a kernel works on at once
-constexpr size_t AHEAD = 4096;  // bytes between what is read and what is fetched
+constexpr int TILE = 16;       // outputs that are interleaved
+constexpr size_t CHUNK = 32;   // inputs, the smallest group
+constexpr int MOST_ROWS = 16;  // that a kernel works on at once
 
 struct Sizes {
     size_t in, out, group;
@@ -58,13 +57,24 @@ struct Tile {
     size_t scale_bytes() const { return TILE * (half ? 2 : 4); }
 };
 
+// Memory that will be needed next, fetched piece by piece while something else is computed.
+struct Fetch {
+    const uint8_t* from;
+    size_t bytes;
+
+    Fetch part(size_t i, size_t parts) const { return {from + bytes / parts * i, bytes / parts}; }
+    void now() const {
+        for (size_t i = 0; i < bytes; i += 64) __builtin_prefetch(from + i);
+    }
+};
+
 // R rows of x in 8 bits, interleaved.
 struct Rows {
     const int8_t* q;       // [in / 4, R, 4]
     const float* scale;    // [groups, R]
     const int32_t* start;  // [groups, R] what the integer sum begins with
     const float* sum;      // [groups, R] of q; times scale where the weight has minima
-    bool first;            // of the blocks that the tile is multiplied with: it comes from memory
+    Fetch next;            // meanwhile
 };
 
 // How the numbers of a group are rounded: to `scale` times an integer.

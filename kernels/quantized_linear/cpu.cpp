@@ -83,20 +83,23 @@ class Call {
             code.quantize(x + (block * code.rows + r) * sizes.in * 4, sizes, offset, own, R, r);
     }
 
-    // Part `i % parts` of the rows, times strip `i / parts` of tiles.
+    // Part `i % parts` of the rows, times strip `i / parts` of tiles. Meanwhile the next strip comes from memory.
     void multiply(size_t i) const {
         const size_t first = i / parts * strip, last = std::min(first + strip, sizes.tiles());
-        const size_t row = i % parts * PART, end = std::min(row + PART, rows);
+        const size_t row = i % parts * PART, end = (std::min(row + PART, rows) + code.rows - 1) / code.rows;
+        const size_t begin = row / code.rows, products = (end - begin) * (last - first);
+        const Fetch next = {weight.tile(last).groups, (last - first) * weight.tile_bytes()};
         if (code.enter) code.enter();
-        for (size_t block = row / code.rows; block * code.rows < end; ++block) {
-            for (size_t t = first; t < last; ++t) multiply(block, t);
+        size_t product = 0;
+        for (size_t block = begin; block < end; ++block) {
+            for (size_t t = first; t < last; ++t) multiply(block, t, next.part(product++, products));
         }
         if (code.leave) code.leave();
     }
 
-    void multiply(size_t block, size_t t) const {
+    void multiply(size_t block, size_t t, Fetch next) const {
         const Quantized own = block_of(block);
-        const Rows block_rows = {own.q, own.scale, own.start, own.sum, block == 0};
+        const Rows block_rows = {own.q, own.scale, own.start, own.sum, next};
         float out[MOST_ROWS * TILE];
         code.products[sizes.bits == 8][in_block(block) - 1](weight.tile(t), block_rows, out, TILE);
         const size_t valid = std::min<size_t>(TILE, sizes.out - t * TILE);

@@ -20,8 +20,9 @@ TARGET static void strip(const Tile& tile, const Rows& rows, int first, float* y
             total[r][h] = bias;
     }
     const int8_t* q = rows.q;
-    const bool fetch = rows.first && first == 0;
-    for (size_t g = 0; g < tile.count; ++g) {
+    Fetch next = rows.next.part(first / (H * WIDTH), TILE / (H * WIDTH)).part(0, tile.count);
+    for (size_t g = 0; g < tile.count; ++g, next.from += next.bytes) {
+        next.now();
         const uint8_t* codes = tile.groups + g * tile.bytes;
         Int sum[R][H];
         UNROLL for (int r = 0; r < R; ++r) {
@@ -42,10 +43,6 @@ TARGET static void strip(const Tile& tile, const Rows& rows, int first, float* y
                         dot<BITS>(part[r][h], w, q + 4 * (DWORDS * step * R + r), 4 * R);
                     }
                 }
-            }
-            if (fetch) {
-                UNROLL for (int line = 0; line < STEPS; ++line)
-                    __builtin_prefetch(codes + AHEAD + 64 * line);
             }
             codes += 64 * STEPS;
             q += 32 * R;

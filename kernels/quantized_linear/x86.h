@@ -223,24 +223,17 @@ struct alignas(64) Shapes {
     uint8_t rows[16] = {R, R, R, R, CHUNK / 4, R, CHUNK / 4, R};
 };
 
-template <int BITS>
-TARGET INLINE void fetch(const uint8_t* lines) {
-    UNROLL for (int line = 0; line < BITS; ++line)
-        __builtin_prefetch(lines + 64 * line);
-}
-
 constexpr size_t PANEL = 4;                 // groups that are worked on at once
 constexpr size_t GROUP_BYTES = 128 * TILE;  // of the largest group, unpacked
 
 // Codes of 4 bits of the groups from `g` on, as bytes.
-TARGET INLINE void unpack(const Tile& tile, size_t g, bool first, uint8_t (*into)[GROUP_BYTES]) {
+TARGET INLINE void unpack(const Tile& tile, size_t g, uint8_t (*into)[GROUP_BYTES]) {
     for (size_t i = 0; i < PANEL && g + i < tile.count; ++i) {
         const uint8_t* codes = tile.groups + (g + i) * tile.bytes;
         for (size_t line = 0; line < 4 * tile.chunks; ++line) {
             const Codes halves = split<4>(codes + 64 * line);
             _mm512_store_si512(into[i] + 128 * line, halves.low);
             _mm512_store_si512(into[i] + 128 * line + 64, halves.high);
-            if (first) __builtin_prefetch(codes + AHEAD + 64 * line);
         }
     }
 }
@@ -251,7 +244,6 @@ TARGET INLINE void unpack(const Tile& tile, size_t g, bool first, uint8_t (*into
         const uint8_t* codes = BITS == 4 ? lines[g / PANEL % 2][SUMS] : tile.groups + (g + SUMS) * tile.bytes; \
         _tile_zero(SUMS);                                                                                      \
         for (size_t chunk = 0; chunk < tile.chunks; ++chunk, q += CHUNK * R, codes += CHUNK * TILE) {          \
-            if (BITS == 8 && rows.first) fetch<8>(codes + AHEAD);                                              \
             _tile_loadd(CODES, codes, 64);                                                                     \
             _tile_loadd(X, q, CHUNK);                                                                          \
             _tile_dpbsud(SUMS, X, CODES);                                                                      \
@@ -268,9 +260,11 @@ TARGET static void product(const Tile& tile, const Rows& rows, float* y, size_t 
         total[r] = tile.bias ? load(tile.bias) : all(0.f);
     const Float middle = all(BITS == 4 ? 8.f : 128.f);
     const int8_t* q = rows.q;
-    if constexpr (BITS == 4) unpack(tile, 0, rows.first, lines[0]);
-    for (size_t g = 0; g < tile.count; g += PANEL) {
-        if constexpr (BITS == 4) unpack(tile, g + PANEL, rows.first, lines[(g / PANEL + 1) % 2]);
+    if constexpr (BITS == 4) unpack(tile, 0, lines[0]);
+    Fetch next = rows.next.part(0, (tile.count + PANEL - 1) / PANEL);
+    for (size_t g = 0; g < tile.count; g += PANEL, next.from += next.bytes) {
+        next.now();
+        if constexpr (BITS == 4) unpack(tile, g + PANEL, lines[(g / PANEL + 1) % 2]);
         asm volatile("" ::: "memory");  // the compiler does not know what a tile is loaded from
         PRODUCTS(0, 4, 5)
         PRODUCTS(1, 6, 7)

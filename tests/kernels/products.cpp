@@ -46,12 +46,13 @@ static bool agree(const Code& code, const Code& plain, const Sizes& sizes, size_
     if (own.q != other.q || own.scale != other.scale || own.sum != other.sum) return false;
     for (size_t t = 0; t < sizes.tiles(); ++t) {
         std::vector<float> got(R * TILE), want(R * TILE);
-        code.products[eight][R - 1](
-            weight.tile(t), {own.q.data(), own.scale.data(), own.start.data(), own.sum.data(), true}, got.data(), TILE);
+        code.products[eight][R - 1](weight.tile(t),
+                                    {own.q.data(), own.scale.data(), own.start.data(), own.sum.data(), {nullptr, 0}},
+                                    got.data(), TILE);
         for (size_t r = 0; r < R; ++r) {  // plain C may take fewer rows at once
             const Rounded row(plain, {x.begin() + r * sizes.in, x.begin() + (r + 1) * sizes.in}, sizes, -middle, 1);
             plain.products[eight][0](weight.tile(t),
-                                     {row.q.data(), row.scale.data(), row.start.data(), row.sum.data(), true},
+                                     {row.q.data(), row.scale.data(), row.start.data(), row.sum.data(), {nullptr, 0}},
                                      want.data() + r * TILE, TILE);
         }
         double error = 0, size = 0;
