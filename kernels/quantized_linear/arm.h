@@ -13,6 +13,7 @@ namespace neon {
 using Int = int32x4_t;
 using Float = float32x4_t;
 constexpr int WIDTH = 4, ROWS = 8;
+constexpr bool STARTS = true;
 
 TARGET INLINE Int all(int32_t value) { return vdupq_n_s32(value); }
 TARGET INLINE Float all(float value) { return vdupq_n_f32(value); }
@@ -47,7 +48,7 @@ using Part = Int;
 TARGET INLINE Part begin(Int sum) { return sum; }
 TARGET INLINE int8x16_t repeated(const int8_t* q) { return vreinterpretq_s8_s32(all(four(q))); }
 template <int BITS>
-TARGET INLINE void dot(Part& part, const Codes& codes, const int8_t* q, size_t next) {
+TARGET INLINE void dot(Part& part, const Codes& codes, const int8_t* q, size_t next, bool) {
     part = vdotq_s32(part, codes.low, repeated(q));
     if (BITS == 4) part = vdotq_s32(part, codes.high, repeated(q + next));
 }

@@ -5,6 +5,7 @@
 //   Int, Float   WIDTH sums, as 32-bit integers and as floats
 //   Codes        weights of WIDTH outputs and 8 inputs (4 bits) or 4 inputs (8 bits), ready to be multiplied
 //   Part         sums over up to 32 inputs
+//   STARTS       whether sums begin with what Rows says, which accounts for the zero point where all have the same
 //
 // Rows of activations are interleaved, four inputs of one row beside the same inputs of the next.
 
@@ -26,7 +27,7 @@ TARGET static void strip(const Tile& tile, const Rows& rows, int first, float* y
         const uint8_t* codes = tile.groups + g * tile.bytes;
         Int sum[R][H];
         UNROLL for (int r = 0; r < R; ++r) {
-            const Int start = all(rows.start[g * R + r]);
+            const Int start = all(STARTS ? rows.start[g * R + r] : 0);
             UNROLL for (int h = 0; h < H; ++h)
                 sum[r][h] = start;
         }
@@ -40,7 +41,7 @@ TARGET static void strip(const Tile& tile, const Rows& rows, int first, float* y
                 UNROLL for (int h = 0; h < H; ++h) {
                     const Codes w = split<BITS>(codes + 64 * step + 4 * (first + h * WIDTH));
                     UNROLL for (int r = 0; r < R; ++r) {
-                        dot<BITS>(part[r][h], w, q + 4 * (DWORDS * step * R + r), 4 * R);
+                        dot<BITS>(part[r][h], w, q + 4 * (DWORDS * step * R + r), 4 * R, step == 0);
                     }
                 }
             }
@@ -58,8 +59,8 @@ TARGET static void strip(const Tile& tile, const Rows& rows, int first, float* y
             Float value[R];
             UNROLL for (int r = 0; r < R; ++r)
                 value[r] = floats(sum[r][h]);
-            if (tile.zero) {
-                const Float zero = load_byte(others + output);
+            if (tile.zero || !(STARTS || tile.minimum)) {
+                const Float zero = tile.zero ? load_byte(others + output) : all(BITS == 4 ? 8.f : 128.f);
                 UNROLL for (int r = 0; r < R; ++r)
                     value[r] = minus(value[r], zero, all(rows.sum[g * R + r]));
             } else if (tile.minimum) {

@@ -9,6 +9,7 @@ namespace avx2 {
 using Int = __m256i;
 using Float = __m256;
 constexpr int WIDTH = 8, ROWS = 4;
+constexpr bool STARTS = false;
 
 TARGET INLINE Int all(int32_t value) { return _mm256_set1_epi32(value); }
 TARGET INLINE Float all(float value) { return _mm256_set1_ps(value); }
@@ -90,13 +91,13 @@ struct Part {
 };
 TARGET INLINE Part begin(Int) { return {_mm256_setzero_si256(), _mm256_setzero_si256()}; }
 template <int BITS>
-TARGET INLINE void dot(Part& part, const Codes& codes, const int8_t* q, size_t next) {
+TARGET INLINE void dot(Part& part, const Codes& codes, const int8_t* q, size_t next, bool first) {
     const Int low = _mm256_maddubs_epi16(codes.low, all(four(q)));
     const Int high = _mm256_maddubs_epi16(codes.high, all(four(BITS == 4 ? q + next : q)));
-    part.low = _mm256_add_epi16(part.low, low);
-    Int& other = BITS == 4 ? part.low : part.high;
+    part.low = first ? low : _mm256_add_epi16(part.low, low);
     KEEP(part.low);
-    other = _mm256_add_epi16(other, high);
+    Int& other = BITS == 4 ? part.low : part.high;
+    other = BITS == 8 && first ? high : _mm256_add_epi16(other, high);
     KEEP(other);
 }
 template <int BITS>
@@ -120,6 +121,7 @@ namespace avx_vnni {
 using avx2::Int, avx2::Float, avx2::WIDTH, avx2::all, avx2::load, avx2::store, avx2::load_full, avx2::load_half;
 using avx2::load_byte, avx2::floats, avx2::times, avx2::plus, avx2::minus, avx2::bytes, avx2::low_half, avx2::high_half;
 constexpr int ROWS = 4;
+constexpr bool STARTS = true;
 
 struct Codes {
     Int low, high;
@@ -133,7 +135,7 @@ TARGET INLINE Codes split(const uint8_t* from) {
 using Part = Int;
 TARGET INLINE Part begin(Int sum) { return sum; }
 template <int BITS>
-TARGET INLINE void dot(Part& part, const Codes& codes, const int8_t* q, size_t next) {
+TARGET INLINE void dot(Part& part, const Codes& codes, const int8_t* q, size_t next, bool) {
     part = _mm256_dpbusd_avx_epi32(part, codes.low, all(four(q)));
     if (BITS == 4) part = _mm256_dpbusd_avx_epi32(part, codes.high, all(four(q + next)));
 }
@@ -157,6 +159,7 @@ namespace avx512_vnni {
 using Int = __m512i;
 using Float = __m512;
 constexpr int WIDTH = 16, ROWS = 8;
+constexpr bool STARTS = true;
 
 TARGET INLINE Int all(int32_t value) { return _mm512_set1_epi32(value); }
 TARGET INLINE Float all(float value) { return _mm512_set1_ps(value); }
@@ -187,7 +190,7 @@ TARGET INLINE Codes split(const uint8_t* from) {
 using Part = Int;
 TARGET INLINE Part begin(Int sum) { return sum; }
 template <int BITS>
-TARGET INLINE void dot(Part& part, const Codes& codes, const int8_t* q, size_t next) {
+TARGET INLINE void dot(Part& part, const Codes& codes, const int8_t* q, size_t next, bool) {
     part = _mm512_dpbusd_epi32(part, codes.low, all(four(q)));
     if (BITS == 4) part = _mm512_dpbusd_epi32(part, codes.high, all(four(q + next)));
 }
