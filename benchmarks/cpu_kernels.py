@@ -16,6 +16,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 from unittest.mock import patch
 
 import numpy as np
@@ -77,7 +78,7 @@ class Graph:
         self.bytes += array.nbytes
         return name
 
-    def _node(self, op: str, inputs: int, constants: list[str], domain: str, **attributes: int) -> None:
+    def _node(self, op: str, inputs: int, constants: list[str], domain: str, **attributes: Any) -> None:
         output = f"y{len(self.nodes)}"
         self.nodes.append(
             helper.make_node(op, [f"x{inputs}", *constants], [output], domain=domain, **attributes)

@@ -113,7 +113,7 @@ def naive(linear: Linear, x: np.ndarray) -> np.ndarray:
     return y + constants["bias"] if "bias" in constants else y
 
 
-def onnx_model(linear: Linear, *, computed: str = "", **attributes: int) -> ModelProto:
+def onnx_model(linear: Linear, *, computed: str = "", **attributes: Any) -> ModelProto:
     """One node of the op; ``computed`` names a constant that becomes an input of the model."""
     given = {name: array for name, array in linear.constants.items() if name != computed}
     inputs = ["x", *(name if name in linear.constants else "" for name in CONSTANTS)]

@@ -11,10 +11,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-import onnxruntime
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from onnxruntime.capi.onnxruntime_pybind11_state import Fail, InvalidArgument, RuntimeException
 
 from tests.kernels.linears import (
     FORMS,
@@ -32,6 +32,7 @@ from tokopt.kernels import cpu
 
 ROOT = Path(__file__).resolve().parents[2]
 forms = pytest.mark.parametrize("form", FORMS)
+FAILURES = (Fail, InvalidArgument, RuntimeException)
 
 
 def nmse(got: np.ndarray, want: np.ndarray) -> float:
@@ -212,23 +213,16 @@ BAD: dict[str, tuple[Callable[[], Linear], str]] = {
 def test_bad_constants_are_refused(form: str, name: str) -> None:
     """When the session is created, in one sentence that names the op."""
     make, words = BAD[name]
-    with pytest.raises((InputError, *_FAILURES), match=words) as caught:
+    with pytest.raises((InputError, *FAILURES), match=words) as caught:
         FORMS[form](make(), np.zeros((1, 128), np.float32), 1)
     if form != "reference":
         assert "tokopt.cpu::QuantizedLinear 'proj': " in str(caught.value)
 
 
-_FAILURES = (
-    onnxruntime.capi.onnxruntime_pybind11_state.InvalidArgument,
-    onnxruntime.capi.onnxruntime_pybind11_state.Fail,
-    onnxruntime.capi.onnxruntime_pybind11_state.RuntimeException,
-)
-
-
 @needs_library
 @pytest.mark.parametrize("name", ["codes", "scale", "zero", "bias"])
 def test_weights_that_are_computed_are_refused(name: str) -> None:
-    with pytest.raises(_FAILURES, match=f"'proj': {name} must be a constant"):
+    with pytest.raises(FAILURES, match=f"'proj': {name} must be a constant"):
         session(onnx_model(GOOD, computed=name))
 
 
@@ -245,19 +239,19 @@ def test_weights_that_are_computed_are_refused(name: str) -> None:
     ids=["scale", "minimum"],
 )
 def test_other_types_are_refused(linear: Linear, words: str) -> None:
-    with pytest.raises(_FAILURES, match=words):
+    with pytest.raises(FAILURES, match=words):
         session(onnx_model(linear))
 
 
 @needs_library
 def test_a_missing_attribute_is_refused() -> None:
-    with pytest.raises(_FAILURES, match="attribute group is missing"):
+    with pytest.raises(FAILURES, match="attribute group is missing"):
         session(onnx_model(GOOD, bits=4))
 
 
 @forms
 def test_x_of_another_width_is_refused(form: str) -> None:
-    with pytest.raises((InputError, *_FAILURES), match="128"):
+    with pytest.raises((InputError, *FAILURES), match="128"):
         FORMS[form](GOOD, np.zeros((3, 96), np.float32), 1)
 
 
