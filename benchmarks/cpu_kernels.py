@@ -131,7 +131,7 @@ def least(calls: dict[str, Callable[[], object]], rounds: int, threads: int) -> 
 
 def decoding(rounds: int, threads: int) -> Iterator[str]:
     """The table of few rows: milliseconds, and the ratio to the same kernel's single row."""
-    yield "| weights | kernel | reading the bytes | " + " | ".join(f"{rows} rows" for rows in ROWS) + " |"
+    yield "| weights | kernel | reading the bytes | " + " | ".join(f"rows: {rows}" for rows in ROWS) + " |"
     yield "|---" * (len(ROWS) + 3) + "|"
     for form in FORMATS:
         graph = Graph(form, [*LINEARS * LAYERS, HEAD])
@@ -178,6 +178,9 @@ def main() -> None:
         "Made by `python -m benchmarks.cpu_kernels`.",
         "",
         *decoding(options.rounds, options.threads),
+        "",
+        "`amx_int8` is `avx512_vnni` up to eight rows. Float32 products use whatever the processor has; kernels of older "
+        "instruction sets compete with it at a disadvantage that a processor without the newer ones does not have.",
         "",
         *reading(options.rounds, options.threads),
         "",
