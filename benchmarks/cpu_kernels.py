@@ -179,8 +179,8 @@ def main() -> None:
         "",
         *decoding(options.rounds, options.threads),
         "",
-        "`amx_int8` is `avx512_vnni` up to eight rows. Float32 products use whatever the processor has; kernels of "
-        "older instruction sets compete with it at a disadvantage that a processor without the newer ones does not have.",
+        "`amx_int8` is `avx512_vnni` up to eight rows. Float32 products use whatever the processor has; kernels "
+        "of older instruction sets compete with it at a disadvantage that processors without newer ones do not have.",
         "",
         *reading(options.rounds, options.threads),
         "",
