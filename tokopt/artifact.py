@@ -372,7 +372,7 @@ def _load_program(path: Path, manifest: Manifest, name: str) -> Program:
             f"{path} was exported for {', '.join(entry.files)}, which cannot become a bundle again; export "
             "the bundle with target='torch' too"
         )
-    import tokopt.kernels  # noqa: F401  # registers the ops that the program may call
+    import tokopt.kernels.registry  # noqa: F401  # registers the ops that the program may call
     from tokopt.frontend.pt2 import load_pt2
     from tokopt.ir.export import unlifted
 

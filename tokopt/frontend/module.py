@@ -142,7 +142,7 @@ def _as_module(
             raise CaptureError(
                 f"no such file: {model}; capture takes a module, an ExportedProgram or a .pt2 file"
             )
-        import tokopt.kernels  # noqa: F401  # registers the ops that the file may call
+        import tokopt.kernels.registry  # noqa: F401  # registers the ops that the file may call
 
         try:
             model = load_pt2(Path(model))

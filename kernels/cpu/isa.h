@@ -1,0 +1,20 @@
+// The instruction sets that kernels are written for, and which of them this processor has.
+#pragma once
+
+#include <string>
+#include <vector>
+
+namespace tokopt {
+
+enum class Isa { PLAIN, NEON, AVX2, AVX_VNNI, AVX512_VNNI, AMX_INT8 };
+constexpr int ISAS = 6;
+
+const char* name(Isa isa);
+
+// Fastest first; PLAIN is always the last.
+const std::vector<Isa>& available();
+
+// What TOKOPT_ISA names, else the fastest; throws Refused where the processor lacks it.
+Isa chosen();
+
+}  // namespace tokopt

@@ -1,0 +1,22 @@
+// The ops of the library, each defined in kernels/<op>/cpu.cpp.
+#pragma once
+
+#include <cstddef>
+
+#include "isa.h"
+#include "ort.h"
+
+namespace tokopt {
+
+// Of the domain tokopt.cpu: raised when an op's inputs, attributes or meaning change.
+constexpr int VERSION = 1;
+
+// The table of functions that the library was registered with.
+void* const* registered();
+
+const OrtCustomOp* quantized_linear(Isa isa);
+
+// Bytes of packed weights that this process holds now.
+size_t packed_bytes();
+
+}  // namespace tokopt

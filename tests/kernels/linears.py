@@ -1,0 +1,178 @@
+"""Block-quantized linears: random ones, what they compute in float64, and every form of the op behind one call.
+
+Needs no torch outside of the reference, so that the sanitizers need not follow it.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import numpy as np
+import onnxruntime
+import pytest
+from onnx import ModelProto, TensorProto, helper, numpy_helper
+
+from tokopt.kernels import cpu
+
+LIBRARY = Path(os.environ["TOKOPT_TEST_LIBRARY"]) if "TOKOPT_TEST_LIBRARY" in os.environ else cpu.library()
+"""The library under test: the installed one, or one that was built with sanitizers."""
+
+needs_library = pytest.mark.skipif(LIBRARY is None, reason=cpu.problem())
+
+
+def packed_bytes() -> int:
+    """Bytes of packed weights that the library under test holds for all sessions of this process."""
+    count = ctypes.CDLL(str(LIBRARY)).tokopt_cpu_packed_bytes
+    count.restype = ctypes.c_size_t
+    return count()
+
+
+CONSTANTS = ("codes", "scale", "zero", "minimum", "bias")
+
+
+@dataclass(frozen=True)
+class Linear:
+    """The constants of the op by name, and its attributes; ``bits`` and ``group`` may be wrong on purpose."""
+
+    constants: Mapping[str, np.ndarray]
+    bits: int
+    group: int
+
+    @property
+    def inputs(self) -> int:
+        return self.constants["codes"].shape[1] * 8 // self.bits
+
+    def but(self, **constants: np.ndarray | None) -> Linear:
+        """With other constants; None removes one."""
+        changed = {**self.constants, **constants}
+        return replace(self, constants={name: given for name, given in changed.items() if given is not None})
+
+
+def random_linear(
+    seed: int,
+    outputs: int,
+    groups: int,
+    *,
+    bits: int = 4,
+    group: int = 32,
+    offset: str = "symmetric",
+    half: bool = True,
+    bias: bool = False,
+) -> Linear:
+    """Codes, scales and offsets at random; ``offset`` is symmetric, zero or minimum."""
+    random = np.random.default_rng(seed)
+    dtype = np.float16 if half else np.float32
+    shape = (outputs, groups)
+    constants = {
+        "codes": random.integers(0, 256, (outputs, groups * group * bits // 8), dtype=np.uint8),
+        "scale": random.uniform(-0.1, 0.1, shape).astype(dtype),
+    }
+    if offset == "zero":
+        constants["zero"] = random.integers(0, 2**bits, shape, dtype=np.uint8)
+    if offset == "minimum":
+        constants["minimum"] = random.uniform(-1, 1, shape).astype(dtype)
+    if bias:
+        constants["bias"] = random.standard_normal(outputs).astype(np.float32)
+    return Linear(constants, bits, group)
+
+
+def random_rows(seed: int, rows: int, linear: Linear) -> np.ndarray:
+    """``x`` [rows, in] of numbers far from half-way between two steps: every arithmetic rounds them alike."""
+    random = np.random.default_rng(seed)
+    shape = (rows, linear.inputs // linear.group, linear.group)
+    whole = random.integers(-126, 127, shape) + random.uniform(-0.4, 0.4, shape)
+    whole[..., random.integers(linear.group)] = 127 * random.choice([-1, 1])
+    steps = np.exp(random.normal(0, 3, (*shape[:2], 1)))
+    return (whole * steps).astype(np.float32).reshape(rows, linear.inputs)
+
+
+def naive(linear: Linear, x: np.ndarray) -> np.ndarray:
+    """The op in float64: ``x`` [..., in] -> [..., out], one sentence of the definition a line."""
+    constants, bits, group = linear.constants, linear.bits, linear.group
+    packed = constants["codes"]
+    codes = np.stack([packed % 16, packed // 16], axis=-1).reshape(len(packed), -1) if bits == 4 else packed
+    codes = codes.reshape(len(packed), -1, group).astype(np.float64)
+    scale = constants["scale"].astype(np.float64)[..., None]
+    if "minimum" in constants:
+        weight = codes * scale + constants["minimum"].astype(np.float64)[..., None]
+    else:
+        zero = constants["zero"][..., None].astype(np.float64) if "zero" in constants else 2.0 ** (bits - 1)
+        weight = (codes - zero) * scale
+    grouped = x.astype(np.float64).reshape(*x.shape[:-1], x.shape[-1] // group, group)
+    step = np.abs(grouped).max(-1, keepdims=True) / 127
+    step[step < np.finfo(np.float32).tiny] = 0
+    step[~np.isfinite(step)] = np.nan
+    rounded = np.rint(np.divide(grouped, step, out=np.zeros_like(grouped), where=step != 0)) * step
+    y = np.einsum("...gi,ogi->...o", rounded, weight)
+    return y + constants["bias"] if "bias" in constants else y
+
+
+def onnx_model(linear: Linear, *, computed: str = "", **attributes: Any) -> ModelProto:
+    """One node of the op; ``computed`` names a constant that becomes an input of the model."""
+    given = {name: array for name, array in linear.constants.items() if name != computed}
+    inputs = ["x", *(name if name in linear.constants else "" for name in CONSTANTS)]
+    while not inputs[-1]:
+        inputs.pop()
+    node = helper.make_node(
+        "QuantizedLinear",
+        inputs,
+        ["y"],
+        name="proj",
+        domain=cpu.DOMAIN,
+        **(attributes or {"bits": linear.bits, "group": linear.group}),
+    )
+    values = [helper.make_tensor_value_info("x", TensorProto.FLOAT, None)]
+    if computed:
+        array = linear.constants[computed]
+        kind = helper.np_dtype_to_tensor_dtype(array.dtype)
+        values.append(helper.make_tensor_value_info(computed, kind, array.shape))
+    graph = helper.make_graph(
+        [node],
+        "linear",
+        values,
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, None)],
+        [numpy_helper.from_array(array, name) for name, array in given.items()],
+    )
+    opsets = [helper.make_opsetid("", 21), helper.make_opsetid(cpu.DOMAIN, cpu.VERSION)]
+    return helper.make_model(graph, opset_imports=opsets, ir_version=10)
+
+
+def session(model: ModelProto, isa: str = "", threads: int = 1) -> onnxruntime.InferenceSession:
+    """A session of the library under test; ``isa`` is forced."""
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    with patch.dict(os.environ, {"TOKOPT_ISA": isa}):
+        options.register_custom_ops_library(str(LIBRARY))
+    return onnxruntime.InferenceSession(
+        model.SerializeToString(), options, providers=["CPUExecutionProvider"]
+    )
+
+
+def reference_form(linear: Linear, x: np.ndarray, threads: int) -> np.ndarray:
+    import torch
+
+    from tokopt.kernels.quantized_linear.reference import quantized_linear
+
+    constants: dict[str, Any] = {name: torch.from_numpy(array) for name, array in linear.constants.items()}
+    return quantized_linear(torch.from_numpy(x), **constants, bits=linear.bits, group=linear.group).numpy()
+
+
+def library_form(isa: str) -> Callable[[Linear, np.ndarray, int], np.ndarray]:
+    def run(linear: Linear, x: np.ndarray, threads: int) -> np.ndarray:
+        (y,) = session(onnx_model(linear), isa, threads).run(None, {"x": x})
+        return np.asarray(y)
+
+    return run
+
+
+FORMS: dict[str, Callable[[Linear, np.ndarray, int], np.ndarray]] = {
+    "reference": reference_form,
+    **({f"library-{isa}": library_form(isa) for isa in cpu.isas()} if LIBRARY else {}),
+}
+"""``(linear, x [..., in], threads) -> y [..., out]``: the reference, and the library on each instruction set."""
