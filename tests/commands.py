@@ -88,7 +88,7 @@ def _write_models(folder: Path) -> None:
 
 def short_dinov2(image_size: int) -> Any:
     """``dinov2_small`` of four layers."""
-    sizes = {"hidden_size": 384, "num_attention_heads": 6, "image_size": image_size, "patch_size": 14}
+    sizes: Any = {"hidden_size": 384, "num_attention_heads": 6, "image_size": image_size, "patch_size": 14}
     model: Any = Dinov2Model(Dinov2Config(num_hidden_layers=4, **sizes)).eval().requires_grad_(False)
     assert not model.load_state_dict(dinov2_small(image_size).state_dict(), strict=False).missing_keys
     return model

@@ -176,7 +176,7 @@ def _decomposition(node: Node, table: Table) -> GraphModule:
 
 def _likeness(node: Node) -> object:
     """What calls that decompose into the same graph have in common: operator, arguments, and their sizes."""
-    place = {operand: _Operand(place) for place, operand in enumerate(node.all_input_nodes)}
+    place: dict[Node, Any] = {operand: _Operand(place) for place, operand in enumerate(node.all_input_nodes)}
     args, kwargs = map_arg((node.args, node.kwargs), place.__getitem__)
     sizes = tuple(described(operand.meta.get("val")) for operand in place)
     return node.target, repr(args), repr(kwargs), sizes

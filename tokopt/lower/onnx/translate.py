@@ -18,6 +18,7 @@ import onnx_ir as ir
 import torch
 from onnxscript import version_converter
 from torch._dispatch.python import enable_python_dispatcher
+from torch._guards import detect_fake_mode
 from torch.export import ExportedProgram
 from torch.fx import GraphModule, traceback
 from torch.fx.experimental import _config
@@ -33,7 +34,8 @@ def translate(program: ExportedProgram, opset: int) -> ir.Model:
 
     Raises :class:`torch.onnx.errors.OnnxExporterError` when an operator has no ONNX form.
     """
-    with _config.patch(backed_size_oblivious=True):  # a size of one is like any other
+    settings: Any = _config
+    with settings.patch(backed_size_oblivious=True):  # a size of one is like any other
         program = program.run_decompositions(dict(_decompositions(opset)))
         for module in program.graph_module.modules():
             assert isinstance(module, GraphModule)
@@ -69,7 +71,7 @@ def _promote(module: GraphModule) -> None:
     """Make every promotion of an operand to another dtype a node of its own, in place."""
     rules = _rules()
     known = {node: node.meta.get("val") for node in module.graph.nodes}
-    mode = torch._guards.detect_fake_mode(list(known.values()))
+    mode = detect_fake_mode(list(known.values()))
     if mode is None:
         return
     interpreter = type_promotion._TypePromotionInterpreter(module, rules)
