@@ -35,6 +35,7 @@ from tokopt.lower.onnx.fusions import MergeProducts, MergeSums
 from tokopt.lower.onnx.real_tokens import assume_real_tokens
 from tokopt.lower.onnx.rule import Outcome, apply_rule
 from tokopt.lower.onnx.translate import translate
+from tokopt.lower.onnx.storage import store_weights
 from tokopt.lower.onnx.weights import pack_weights
 from tokopt.lower.parity.check import check_parity
 
@@ -140,6 +141,8 @@ def lower(
         if report is not None and outcome.candidates:
             report(outcome)
     assume_real_tokens(model)
+    passes.RemoveUnusedNodesPass()(model)
+    store_weights(model.graph)
     passes.RemoveUnusedNodesPass()(model)
     # Only now: shape inference inside a body, where inputs have no shape, gets the rank of Max wrong.
     tokopt.kernels.attach_functions(model)
