@@ -26,7 +26,7 @@ from tokopt.cli import main
 from tokopt.errors import LoweringError
 from tokopt.ir.bundle import Bundle
 from tokopt.runtime import load
-from tokopt.runtime.engines.onnxruntime import IN_FLOAT, Sessions
+from tokopt.runtime.engines.onnxruntime import Sessions
 from tokopt.runtime.format.manifest import read_manifest
 from tokopt.runtime.selftest import read_selftest
 
@@ -60,8 +60,8 @@ def as_other_machine(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     """Let ONNX Runtime's own arithmetic be that of a processor with other kernels; in float32 nothing changes."""
     run = Sessions.run
 
-    def other(self: Sessions, program: str, feed: Arrays, form: str = "onnx") -> dict[str, np.ndarray]:
-        if self.settings == IN_FLOAT:
+    def other(self: Sessions, program: str, feed: Arrays, form: str | None = None) -> dict[str, np.ndarray]:
+        if not self.rounds:
             return run(self, program, feed, form)
         if name == "rounds nothing":
             return run(self.in_float(), program, feed, form)

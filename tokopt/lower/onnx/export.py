@@ -93,6 +93,13 @@ class WeightFile:
             base_dir=self.directory,
         )
 
+    def place_all(self, graph: ir.Graph) -> None:
+        """Let every large constant of a graph be a reference to where it lies."""
+        for value in graph.initializers.values():
+            tensor = value.const_value
+            if tensor is not None and tensor.nbytes > 1024 and not isinstance(tensor, ir.ExternalTensor):
+                value.const_value = self.place(tensor)
+
     def _append(self, data: bytes) -> int:
         with (self.directory / self.name).open("ab") as stream:
             alignment = 4096 if len(data) >= 4096 else 64  # whole pages can be memory-mapped
@@ -147,9 +154,7 @@ def lower(
     # Only now: shape inference inside a body, where inputs have no shape, gets the rank of Max wrong.
     tokopt.kernels.attach_functions(model)
     weights = weights or WeightFile(directory)
-    for value in model.graph.initializers.values():
-        if value.const_value is not None and value.const_value.nbytes > 1024:
-            value.const_value = weights.place(value.const_value)
+    weights.place_all(model.graph)
     path = directory / f"{name}.onnx"
     ir.save(model, path)
     try:
