@@ -16,13 +16,12 @@ from tokopt.lower.onnx.rule import Candidate, Rule, Unfit
 from tokopt.lower.onnx.storage import (
     Blocks,
     Offset,
+    added_to,
     as_stored,
     blocks_of,
     is_product,
     minimum_of,
     offset_of,
-    only_reader,
-    other_input,
 )
 from tokopt.lower.onnx.weights import put_initializer, take_over
 
@@ -64,18 +63,24 @@ class QuantizedLinear(Rule[_Site]):
         (product,) = candidate
         blocks = blocks_of(_dequantized(product))
         if blocks is None:
-            raise Unfit("its weight has a scale per output, or none that is constant")
+            raise Unfit("its weight has no blocks, or is not constant")
         if blocks.group not in GROUPS:
             raise Unfit(f"its weight has blocks of {blocks.group}, not of 32, 64 or 128")
         if input_at(product, 0).dtype not in (ir.DataType.FLOAT, None):
             raise Unfit("what it multiplies is not float32")
         end, minimum, bias = product, None, None
         offset = offset_of(product) if blocks.symmetric else None
-        if offset is not None and (minimum := _minimum(graph, offset)) is not None:
-            end = offset.total
-        added = only_reader(end.outputs[0], "Add")
-        if added is not None and _is_bias(other_input(added, end.outputs[0]), blocks):
-            end, bias = added, other_input(added, end.outputs[0])
+        for total, other in added_to(product):
+            if (
+                offset is not None
+                and total is offset.total
+                and (minimum := _minimum(graph, offset)) is not None
+            ):
+                end = total
+            elif bias is None and _is_bias(other, blocks):
+                end, bias = total, other
+            else:
+                break
         return _Site(product, end, blocks, minimum, bias)
 
     def fuse(self, graph: ir.Graph, site: _Site) -> None:

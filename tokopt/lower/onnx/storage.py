@@ -191,17 +191,25 @@ class Offset:
 
 
 def offset_of(product: ir.Node) -> Offset | None:
-    """The offset that is added to a product with a weight in blocks."""
+    """The offset that is added to a product with a weight in blocks, before or after its bias."""
     weight = input_at(product, 1).producer() if is_product(product) else None
     blocks = blocks_of(weight) if weight is not None else None
-    total = only_reader(product.outputs[0], "Add")
-    second = other_input(total, product.outputs[0]).producer() if total is not None else None
-    if blocks is None or total is None or second is None or not is_product(second):
-        return None
-    means = input_at(second, 0).producer()
-    if means is None or not _averages(means, blocks.group) or means.inputs[0] is not product.inputs[0]:
-        return None
-    return Offset(total, second, blocks)
+    for total, other in added_to(product) if blocks is not None else ():
+        second = other.producer()
+        means = input_at(second, 0).producer() if second is not None and is_product(second) else None
+        if second is not None and means is not None and _averages(means, blocks.group):
+            return Offset(total, second, blocks) if means.inputs[0] is product.inputs[0] else None
+        if other.const_value is None:
+            return None
+    return None
+
+
+def added_to(node: ir.Node) -> Iterator[tuple[ir.Node, ir.Value]]:
+    """Every sum of a node's result that nothing else reads, in turn, and what is added in it."""
+    value = node.outputs[0]
+    while (total := only_reader(value, "Add")) is not None:
+        yield total, other_input(total, value)
+        value = total.outputs[0]
 
 
 def is_product(node: ir.Node) -> bool:
