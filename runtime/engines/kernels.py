@@ -45,8 +45,9 @@ def choose_kernels(manifest: Manifest, wanted: bool, on_cpu: bool) -> Kernels:
     library = cpu.library()
     if library is None:
         return Kernels(reason=cpu.problem())
+    isa = cpu.isa()
     try:
         onnxruntime.SessionOptions().register_custom_ops_library(str(library))
     except Exception as error:  # ONNX Runtime raises several unrelated classes
         return Kernels(reason=f"ONNX Runtime cannot load them ({' '.join(str(error).split())})")
-    return Kernels(library, cpu.isa())
+    return Kernels(library, isa)
