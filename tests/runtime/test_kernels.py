@@ -45,7 +45,7 @@ def test_what_is_used_can_be_seen(copy: Path) -> None:
 
 
 def test_a_flag_is_a_flag(copy: Path) -> None:
-    with pytest.raises(InputError, match="kernels is 1 .int., it must be True or False"):
+    with pytest.raises(InputError, match=r"kernels is 1 \(int\), it must be True or False"):
         load(copy, kernels=1)  # type: ignore[arg-type]
 
 
