@@ -22,6 +22,7 @@ from tokopt.lower.onnx.storage import (
     is_product,
     minimum_of,
     offset_of,
+    stored_bytes,
 )
 from tokopt.lower.onnx.weights import put_initializer, take_over
 
@@ -88,7 +89,7 @@ class QuantizedLinear(Rule[_Site]):
         blocks, scale = site.blocks, as_stored(site.blocks.scale)
         given: dict[str, ir.Value] = {
             "x": input_at(site.product, 0),
-            "codes": _bytes(graph, blocks),
+            "codes": stored_bytes(graph, blocks),
             "scale": scale,
         }
         if site.minimum is not None:
@@ -96,9 +97,7 @@ class QuantizedLinear(Rule[_Site]):
             if site.minimum.dtype != scale.dtype:  # the kernel takes both in one dtype
                 given |= {name: _wide(graph, given[name]) for name in ("scale", "minimum")}
         elif not blocks.symmetric:
-            given["zero"] = put_initializer(
-                graph, f"{blocks.zero.name}_bytes", array(blocks.zero).astype(np.uint8)
-            )
+            given["zero"] = put_initializer(graph, f"{blocks.zero.name}_bytes", blocks.zeros())
         if site.bias is not None:
             given["bias"] = site.bias
         node = self._node(given, blocks)
@@ -113,8 +112,7 @@ class QuantizedLinear(Rule[_Site]):
         optional = [name for name in INPUTS[3:] if name in given]
         version = self.model.opset_imports[""]
         body = quantized_linear(blocks.bits, optional, version)
-        if body.identifier() not in self.model.functions:
-            self.model.functions[body.identifier()] = body
+        self.model.functions.setdefault(body.identifier(), body)
         return ir.node(
             OP,
             [given.get(name) for name in INPUTS],
@@ -145,21 +143,8 @@ def _minimum(graph: ir.Graph, offset: Offset) -> ir.Value | None:
 
 def _is_bias(value: ir.Value, blocks: Blocks) -> bool:
     """Whether a value is a constant [out]."""
-    return value.const_value is not None and list(value.const_value.shape) == [_outputs(blocks)]
-
-
-def _outputs(blocks: Blocks) -> int:
-    return len(array(blocks.codes))
+    return value.const_value is not None and list(value.const_value.shape) == [blocks.outputs]
 
 
 def _wide(graph: ir.Graph, value: ir.Value) -> ir.Value:
     return put_initializer(graph, f"{value.name}_wide", array(value).astype(np.float32))
-
-
-def _bytes(graph: ir.Graph, blocks: Blocks) -> ir.Value:
-    """The codes as bytes, two of 4 bits in one: the same in the file, under another type."""
-    tensor = blocks.codes.const_value
-    if blocks.bits == 8 or tensor is None:
-        return blocks.codes
-    packed = np.frombuffer(tensor.tobytes(), np.uint8).reshape(_outputs(blocks), -1)
-    return put_initializer(graph, f"{blocks.codes.name}_bytes", packed)

@@ -31,11 +31,12 @@ from tokopt.ir.assemble import assemble
 from tokopt.ir.bundle import fresh
 from tokopt.ir.export import axis_names, user_inputs
 from tokopt.ir.program import Program
+from tokopt.lower.onnx.embedding import EmbeddingOfHead
 from tokopt.lower.onnx.fusions import MergeProducts, MergeSums
 from tokopt.lower.onnx.real_tokens import assume_real_tokens
 from tokopt.lower.onnx.rule import Outcome, apply_rule
 from tokopt.lower.onnx.translate import translate
-from tokopt.lower.onnx.storage import store_weights
+from tokopt.lower.onnx.storage import StoreByOutput, StoreMinimum
 from tokopt.lower.onnx.weights import pack_weights
 from tokopt.lower.parity.check import check_parity
 
@@ -149,7 +150,11 @@ def lower(
             report(outcome)
     assume_real_tokens(model)
     passes.RemoveUnusedNodesPass()(model)
-    store_weights(model.graph)
+    for rule in (StoreByOutput(), StoreMinimum()):
+        apply_rule(rule, model.graph)
+    embeddings = apply_rule(EmbeddingOfHead(model), model.graph)
+    if report is not None and embeddings.candidates:
+        report(embeddings)
     passes.RemoveUnusedNodesPass()(model)
     # Only now: shape inference inside a body, where inputs have no shape, gets the rank of Max wrong.
     tokopt.kernels.attach_functions(model)

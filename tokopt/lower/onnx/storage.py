@@ -17,7 +17,7 @@ import numpy as np
 import onnx_ir as ir
 
 from tokopt.lower.onnx.nodes import array, input_at, maker
-from tokopt.lower.onnx.rule import Candidate, Rule, Unfit, apply_rule
+from tokopt.lower.onnx.rule import Candidate, Rule, Unfit
 from tokopt.lower.onnx.weights import SWAP, put_initializer
 
 FOUR_BITS = (ir.DataType.INT4, ir.DataType.UINT4)
@@ -28,7 +28,7 @@ SIGNED = (ir.DataType.INT4, ir.DataType.INT8)
 class Blocks:
     """A weight as it is stored: codes [out, in], float32 scales and codes of zero points [out, in / group].
 
-    ``scale`` and ``minimum`` may be computed from what is stored, ``zero`` is None where all are half the range.
+    ``scale`` may be widened from what is stored, and ``zero`` be one number for all.
     """
 
     codes: ir.Value
@@ -47,19 +47,29 @@ class Blocks:
         return 1 << (self.bits - 1)
 
     @property
+    def outputs(self) -> int:
+        """Rows of the weight."""
+        return self.size[0]
+
+    @property
+    def size(self) -> tuple[int, ...]:
+        """[out, in]."""
+        assert self.codes.const_value is not None
+        return tuple(self.codes.const_value.shape.numpy())
+
+    @property
     def symmetric(self) -> bool:
         """Whether every zero point is half the range."""
-        return bool((array(self.zero) == self.middle).all())
+        return bool((self.zeros() == self.middle).all())
+
+    def zeros(self) -> np.ndarray:
+        """The zero points, uint8 [out, in / group]."""
+        made = self.zero.producer()
+        return array(self.zero).astype(np.uint8) if made is None else _computed(made)
 
     def scales(self) -> np.ndarray:
         """The numbers of ``scale``, float32 [out, in / group]."""
         return array(as_stored(self.scale)).astype(np.float32)
-
-
-def store_weights(graph: ir.Graph) -> None:
-    """Bring all weights in blocks into that form, in place."""
-    apply_rule(StoreByOutput(), graph)
-    apply_rule(StoreMinimum(), graph)
 
 
 def is_blocks(node: ir.Node) -> bool:
@@ -119,19 +129,26 @@ class StoreByOutput(Rule[ir.Node]):
         stored = [
             put_initializer(graph, f"{name}_by_output", unsigned),
             put_narrow(graph, site, f"{name}_scale_by_output", scale),
-            _zeros(graph, f"{name}_zero_by_output", zero),
+            _zeros(graph, site, f"{name}_zero_by_output", zero),
         ]
         site.resize_inputs(len(stored))
         for place, value in enumerate(stored):
             site.replace_input_with(place, turn(graph, site, value))
 
 
-def _zeros(graph: ir.Graph, name: str, zero: np.ndarray) -> ir.Value:
-    """Zero points; weights of one size whose zero points are all the same share them."""
-    flat = zero.astype(np.uint8).ravel()
-    if flat.size and (flat == flat[0]).all():
-        name = f"zero_{flat[0]}_{zero.dtype}_{zero.shape[0]}_{zero.shape[1]}"
-    return put_initializer(graph, name, zero)
+def _zeros(graph: ir.Graph, before: ir.Node, name: str, zero: np.ndarray) -> ir.Value:
+    """Zero points; where all are one number, weights of a size share them, and of bytes the number alone is stored."""
+    numbers = np.unique(zero.astype(np.uint8))
+    if len(numbers) != 1:
+        return put_initializer(graph, name, zero)
+    name, size = f"zero_{numbers[0]}_{zero.dtype}", zero.shape
+    if zero.dtype != np.uint8:
+        return put_initializer(graph, f"{name}_{size[0]}_{size[1]}", zero)
+    number = put_initializer(graph, name, numbers)
+    shape = put_initializer(graph, f"size_{size[0]}_{size[1]}", np.array(size, np.int64))
+    expanded = _insert(graph, before, "Expand", [number, shape], size)
+    expanded.dtype = ir.DataType.UINT8
+    return expanded
 
 
 def put_narrow(graph: ir.Graph, before: ir.Node, name: str, numbers: np.ndarray) -> ir.Value:
@@ -300,7 +317,16 @@ def minimum_of(offset: Offset) -> ir.Value | None:
     return as_stored(input_at(offsets, 0))
 
 
-STORED = ("Cast", "Mul", "Add", "Transpose")
+def stored_bytes(graph: ir.Graph, blocks: Blocks) -> ir.Value:
+    """The codes as bytes, two of 4 bits in one: the same in the file, under another type."""
+    tensor = blocks.codes.const_value
+    if blocks.bits == 8 or tensor is None:
+        return blocks.codes
+    packed = np.frombuffer(tensor.tobytes(), np.uint8).reshape(blocks.outputs, -1)
+    return put_initializer(graph, f"{blocks.codes.name}_bytes", packed)
+
+
+STORED = ("Cast", "Mul", "Add", "Transpose", "Expand")
 """What the file leaves for an engine to compute of constants, once."""
 
 
@@ -323,4 +349,6 @@ def _computed(node: ir.Node) -> np.ndarray:
         return first.astype(ir.DataType(node.attributes.get_int("to")).numpy())
     if node.op_type == "Transpose":
         return first.transpose(node.attributes["perm"].as_ints())
+    if node.op_type == "Expand":
+        return np.broadcast_to(first, second[0])
     return first * second[0] if node.op_type == "Mul" else first + second[0]

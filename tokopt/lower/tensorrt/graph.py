@@ -20,6 +20,7 @@ from onnx_ir.serde import deserialize_function
 from onnxscript import INT8, OnnxFunction
 
 from tokopt.kernels.opset import FLOAT, INT64, TOKOPT, TensorType, op, script
+from tokopt.lower.onnx.embedding import expand_embeddings
 from tokopt.lower.onnx.nodes import array, input_at, maker
 from tokopt.lower.onnx.storage import load_constants
 from tokopt.lower.onnx.weights import put_initializer, take_over
@@ -31,6 +32,7 @@ FLOATS = (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
 def rewrite_for_tensorrt(model: ir.Model, fixed: Mapping[str, int]) -> None:
     """Rewrite ``model`` in place; ``fixed`` gives the sizes of the named axes that are no longer free."""
     _fix_axes(model.graph, fixed)
+    expand_embeddings(model.graph)
     load_constants(model.graph)
     for node in list(model.graph):
         if node.domain == "tokopt" and node.op_type == "cache_write":
