@@ -12,7 +12,15 @@ import onnx_ir as ir
 from tokopt.lower.onnx.expand import LAST, Body
 from tokopt.lower.onnx.nodes import array, input_at
 from tokopt.lower.onnx.rule import Candidate, Rule, Unfit
-from tokopt.lower.onnx.storage import Blocks, as_stored, blocks_of, minimum_of, offset_of, stored_bytes
+from tokopt.lower.onnx.storage import (
+    Blocks,
+    Offset,
+    as_stored,
+    blocks_of,
+    minimum_of,
+    offset_of,
+    stored_bytes,
+)
 from tokopt.lower.onnx.weights import put_initializer, take_over
 
 CLOSE = 1e-6
@@ -62,7 +70,7 @@ class EmbeddingOfHead(Rule[_Site]):
 
     def candidates(self, graph: ir.Graph) -> Iterator[Candidate]:
         """Every embedding with the sizes of a quantized weight."""
-        sizes = {head.blocks.size for head in _heads(graph)}
+        sizes = {blocks.size for blocks, _ in _heads(graph)}
         for node in list(graph):
             table = node.inputs[0] if node.op_type == "Gather" and not node.domain else None
             if table is not None and table.const_value is not None and _size(table) in sizes:
@@ -77,10 +85,16 @@ class EmbeddingOfHead(Rule[_Site]):
         if any(use.node.op_type != "Gather" for use in table.uses()):
             raise Unfit("its table is multiplied too")
         numbers = array(table)
-        for head in _heads(graph):
-            if head.blocks.size == numbers.shape and _same(numbers, head):
+        reason = "its rows are not those of the quantized weight of its size"
+        for blocks, offset in _heads(graph):
+            if blocks.size != numbers.shape:
+                continue
+            head = Head(blocks, None if offset is None else minimum_of(offset))
+            if offset is not None and head.minimum is None:
+                reason = "the quantized weight of its size has minima that are no numbers of 16 bits"
+            elif _same(numbers, head):
                 return _Site(gather, head)
-        raise Unfit("its rows are not those of the quantized weight of its size")
+        raise Unfit(reason)
 
     def fuse(self, graph: ir.Graph, site: _Site) -> None:
         """A call of the function, whose body the file holds."""
@@ -98,17 +112,13 @@ def _size(table: ir.Value) -> tuple[int, ...]:
     return tuple(table.const_value.shape.numpy())
 
 
-def _heads(graph: ir.Graph) -> Iterator[Head]:
-    """The weights in blocks whose rows can be gathered."""
+def _heads(graph: ir.Graph) -> Iterator[tuple[Blocks, Offset | None]]:
+    """The weights in blocks that are around half the range, or have minima."""
     for node in graph:
         weight = input_at(node, 1).producer() if node.op_type == "MatMul" and not node.domain else None
         blocks = blocks_of(weight) if weight is not None else None
-        if blocks is None or not blocks.symmetric:
-            continue
-        offset = offset_of(node)
-        minimum = None if offset is None else minimum_of(offset)
-        if offset is None or minimum is not None:
-            yield Head(blocks, minimum)
+        if blocks is not None and blocks.symmetric:
+            yield blocks, offset_of(node)
 
 
 def _same(table: np.ndarray, head: Head) -> bool:
