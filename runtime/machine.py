@@ -1,5 +1,8 @@
 """What times were measured on: the processor, its instructions, and the engine."""
 
+# ONNX Runtime is untyped.
+# pyright: reportMissingTypeStubs=false
+
 from __future__ import annotations
 
 import os

@@ -1,5 +1,8 @@
 """tokopt's own CPU kernels, where they can run an artifact: those installed with tokopt, never a library out of it."""
 
+# ONNX Runtime is untyped.
+# pyright: reportMissingTypeStubs=false, reportUnknownMemberType=false
+
 from __future__ import annotations
 
 from dataclasses import dataclass

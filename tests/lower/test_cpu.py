@@ -141,8 +141,8 @@ def test_the_kernel_gets_the_operands_of_the_reference(pipeline: str, bias: bool
     given: dict[str, Any] = {
         name: held[value] for name, value in zip(names, node.input[1:], strict=False) if value
     }
-    numbers = {a.name: a.i for a in node.attribute}
-    wanted = quantized_linear(x.double(), **given, **numbers)
+    given |= {a.name: a.i for a in node.attribute}
+    wanted = quantized_linear(x.double(), **given)
     torch.testing.assert_close(torch.from_numpy(model(x.numpy())).double(), wanted, atol=1e-5, rtol=1e-5)
     assert nmse(wanted.numpy(), made(x)[0].double().numpy()) > 1e-8  # the rounding is seen
 

@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 
 import numpy as np
+import numpy._core._multiarray_umath as multiarray
 import onnx
 import onnxruntime
 import pytest
@@ -72,7 +73,7 @@ def test_no_kernels(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_library_without_the_symbol(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What is there is a shared library, and no kernels of ONNX Runtime."""
-    other = Path(str(np._core._multiarray_umath.__file__))
+    other = Path(str(multiarray.__file__))
     monkeypatch.setattr(cpu, "library", lambda: other)
     model: Model = load(copy, threads=1)
     assert model.kernels.library is None and "ONNX Runtime cannot load them" in model.kernels.reason

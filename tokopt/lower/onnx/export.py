@@ -150,8 +150,8 @@ def lower(
             report(outcome)
     assume_real_tokens(model)
     passes.RemoveUnusedNodesPass()(model)
-    for rule in (StoreByOutput(), StoreMinimum()):
-        apply_rule(rule, model.graph)
+    apply_rule(StoreByOutput(), model.graph)
+    apply_rule(StoreMinimum(), model.graph)
     embeddings = apply_rule(EmbeddingOfHead(model), model.graph)
     if report is not None and embeddings.candidates:
         report(embeddings)

@@ -65,7 +65,9 @@ class Blocks:
     def zeros(self) -> np.ndarray:
         """The zero points, uint8 [out, in / group]."""
         made = self.zero.producer()
-        return array(self.zero).astype(np.uint8) if made is None else _computed(made)
+        return (
+            array(self.zero).astype(np.uint8) if made is None else _computed(made, *map(array, made.inputs))
+        )
 
     def scales(self) -> np.ndarray:
         """The numbers of ``scale``, float32 [out, in / group]."""
@@ -88,7 +90,7 @@ def blocks_of(node: ir.Node) -> Blocks | None:
             return None
         parts.append(input_at(turn, 0))
     codes, scale, zero = parts
-    return Blocks(codes, scale, zero, node.attributes.get_int("block_size"))
+    return Blocks(codes, scale, zero, node.attributes["block_size"].as_int())
 
 
 def as_stored(value: ir.Value) -> ir.Value:
@@ -171,7 +173,7 @@ def turn(graph: ir.Graph, before: ir.Node, value: ir.Value) -> ir.Value:
     """The transposition of a matrix."""
     assert value.shape is not None
     turned = _insert(graph, before, "Transpose", [value], tuple(value.shape)[::-1], perm=SWAP)
-    turned.dtype = value.dtype
+    turned.type = value.type
     return turned
 
 
@@ -211,7 +213,9 @@ def offset_of(product: ir.Node) -> Offset | None:
     """The offset that is added to a product with a weight in blocks, before or after its bias."""
     weight = input_at(product, 1).producer() if is_product(product) else None
     blocks = blocks_of(weight) if weight is not None else None
-    for total, other in added_to(product) if blocks is not None else ():
+    if blocks is None:
+        return None
+    for total, other in added_to(product):
         second = other.producer()
         means = input_at(second, 0).producer() if second is not None and is_product(second) else None
         if second is not None and means is not None and _averages(means, blocks.group):
@@ -331,20 +335,29 @@ STORED = ("Cast", "Mul", "Add", "Transpose", "Expand")
 
 
 def load_constants(graph: ir.Graph) -> None:
-    """Compute what is stored in another form than it is used in, in place, as an engine does when it loads the file."""
+    """Compute weights and tables of offsets from what is stored, in place, as an engine does when it loads the file."""
     for node in list(graph):
-        if (
-            node.op_type in STORED
-            and not node.domain
-            and all(v is not None and v.const_value is not None for v in node.inputs)
-        ):
-            name, value = f"{node.outputs[0].name}_loaded", node.outputs[0]
-            value.replace_all_uses_with(put_initializer(graph, name, _computed(node)))
-            graph.remove(node, safe=True)
+        places = range(len(node.inputs)) if is_blocks(node) else (1,) if is_product(node) else ()
+        for place in places:
+            known = _load(graph, input_at(node, place))
+            if known is not None:
+                node.replace_input_with(place, known)
 
 
-def _computed(node: ir.Node) -> np.ndarray:
-    first, *second = map(array, node.inputs)
+def _load(graph: ir.Graph, value: ir.Value) -> ir.Value | None:
+    """A constant, or what follows from constants by the operations of :data:`STORED`; None for any other value."""
+    node = value.producer()
+    if node is None:
+        return value if value.const_value is not None else None
+    if node.op_type not in STORED or node.domain:
+        return None
+    known = [_load(graph, given) for given in node.inputs if given is not None]
+    if None in known:
+        return None
+    return put_initializer(graph, f"{value.name}_loaded", _computed(node, *map(array, known)))
+
+
+def _computed(node: ir.Node, first: np.ndarray, *second: np.ndarray) -> np.ndarray:
     if node.op_type == "Cast":
         return first.astype(ir.DataType(node.attributes.get_int("to")).numpy())
     if node.op_type == "Transpose":

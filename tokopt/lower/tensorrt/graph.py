@@ -88,7 +88,9 @@ def _quantizes(value: ir.Value) -> bool:
 def _convert(graph: ir.Graph, value: ir.Value, old: ir.DataType | None, new: ir.DataType | None) -> ir.Node:
     """Bytes to floats or back: signed ones TensorRT does not cast, but quantizes with a scale of 1."""
     if ir.DataType.INT8 in (old, new):
-        one = put_initializer(graph, "bytes_step", np.array(1, np.float32))
+        one = put_initializer(
+            graph, "bytes_step", np.array([1], np.float32)
+        )  # of a scalar the builder crashes
         attributes = {"output_dtype": new} if new == ir.DataType.INT8 else {}
         made = ir.node(
             "QuantizeLinear" if attributes else "DequantizeLinear", [value, one], attributes=attributes
