@@ -35,6 +35,9 @@ ACTIVATIONS = ("session.qdq_matmulnbits_accuracy_level", "4")
 IN_FLOAT = (("session.qdq_matmulnbits_accuracy_level", "1"), ("session.disable_quant_qdq", "1"))
 """Weights are expanded and multiplied in float32, which gives the same on every processor up to float32 rounding."""
 
+UNFOLDED = ["ConstantFolding"]
+"""What ONNX Runtime must not do with bodies of ops that expand weights: together they may not fit into memory."""
+
 _CPU = "CPUExecutionProvider"
 
 
@@ -170,13 +173,16 @@ def _session(path: Path, opener: Sessions, own: bool) -> onnxruntime.InferenceSe
     settings.log_severity_level = 3  # errors only: what matters is raised
     for entry in (ACTIVATIONS,) if opener.rounds else IN_FLOAT:
         settings.add_session_config_entry(*entry)
+    disabled = UNFOLDED if own and not opener.rounds else None
     own = own and opener.rounds  # else what is executed are the bodies in the file
     if own:
         settings.register_custom_ops_library(str(opener.kernels.library))
     if opener.threads is not None:
         settings.intra_op_num_threads = opener.threads
     try:
-        session = onnxruntime.InferenceSession(path, settings, providers=names, provider_options=options)
+        session = onnxruntime.InferenceSession(
+            path, settings, providers=names, provider_options=options, disabled_optimizers=disabled
+        )
     except Exception as error:  # ONNX Runtime raises several unrelated classes
         reason = " ".join(str(error).split())
         remedy = "; load it with kernels=False" if own else ""

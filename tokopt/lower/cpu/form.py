@@ -51,7 +51,13 @@ def lower_with_kernels(
     if check:
         cut, shared = (one_row, program.aliases) if form == ONE_ROW else (_as_it_is, {})
         check_parity(
-            cut(original or program), target, name, lowered=cut(program), tolerance=tolerance, shared=shared
+            cut(original or program),
+            target,
+            name,
+            lowered=cut(program),
+            tolerance=tolerance,
+            shared=shared,
+            bodies=True,
         )
     return target
 
