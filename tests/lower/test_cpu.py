@@ -16,13 +16,14 @@ from onnx import numpy_helper
 from torch import Tensor, nn
 
 import tokopt
+from tests.matrix import language
 from tests.matrix.test_quantize import on_grid
 from tokopt.kernels import cpu
 from tokopt.kernels.quantized_linear.reference import quantized_linear
 from tokopt.runtime import Model, load
 from tokopt.runtime.engines.onnxruntime import Sessions
-from tokopt.runtime.format.manifest import PORTABLE, WITH_KERNELS
-from tokopt.runtime.numerics import nmse
+from tokopt.runtime.format.manifest import ONE_ROW, PORTABLE, WITH_KERNELS
+from tokopt.runtime.numerics import divergences, nmse
 
 OWN = WITH_KERNELS[PORTABLE]
 
@@ -169,6 +170,27 @@ def test_a_program_in_float_has_no_other_form(tmp_path: Path) -> None:
     path = tokopt.export(bundle(""), tmp_path / "model.tokopt", progress=lines.append)
     assert set(load(path).manifest.programs["forward"].files) == {PORTABLE}
     assert not any("CPU kernels" in line for line in lines)
+
+
+@built
+def test_a_language_model_takes_the_form_that_fits_its_rows_and_mask() -> None:
+    model = language.artifact("llama", "rtn{group=32}")
+    sessions, ids = model.sessions, np.array([language.prompt(4)])
+    positions, rows = np.arange(4)[None], np.arange(4)
+    both = ~np.eye(4, dtype=bool)[None] | np.eye(4, dtype=bool)
+    found = {}
+    for name, batch, mask in (("causal", 1, None), ("open", 1, both), ("rows", 2, None)):
+        request = model.open(batch, 4)
+        tokens, places = (array.repeat(batch, 0) for array in (ids, positions))
+        made = request.step(tokens, places, rows, mask=mask).logits
+        assert made is not None
+        bound = getattr(request.program, "bound", request.program)
+        form = WITH_KERNELS[ONE_ROW if name == "causal" else PORTABLE]
+        assert bound.session is sessions.get("step", form)
+        found[name] = made[0].copy()
+    np.testing.assert_allclose(found["rows"], found["causal"], atol=1e-4)  # the same rounding, by either form
+    plain = load(model.path, threads=1, kernels=False).open(1, 4).step(ids, positions, rows).logits
+    assert divergences(plain[0], found["causal"]).max() < 1e-3
 
 
 def test_a_wrong_operand_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
