@@ -35,8 +35,8 @@ from tokopt.lower.onnx.embedding import EmbeddingOfHead
 from tokopt.lower.onnx.fusions import MergeProducts, MergeSums
 from tokopt.lower.onnx.real_tokens import assume_real_tokens
 from tokopt.lower.onnx.rule import Outcome, apply_rule
-from tokopt.lower.onnx.translate import translate
 from tokopt.lower.onnx.storage import StoreByOutput, StoreMinimum
+from tokopt.lower.onnx.translate import translate
 from tokopt.lower.onnx.weights import pack_weights
 from tokopt.lower.parity.check import check_parity
 
