@@ -18,8 +18,12 @@ from torch import Tensor, nn
 import tokopt
 from tests.matrix import language
 from tests.matrix.test_quantize import on_grid
+from tokopt.errors import LoweringError
 from tokopt.kernels import cpu
 from tokopt.kernels.quantized_linear.reference import quantized_linear
+from tokopt.lower.cpu import quantized_linear as lowering
+from tokopt.lower.onnx.storage import Offset
+from tokopt.lower.onnx.weights import put_initializer
 from tokopt.runtime import Model, load
 from tokopt.runtime.engines.onnxruntime import Sessions
 from tokopt.runtime.format.manifest import ONE_ROW, PORTABLE, WITH_KERNELS
@@ -195,15 +199,11 @@ def test_a_language_model_takes_the_form_that_fits_its_rows_and_mask() -> None:
 
 def test_a_wrong_operand_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Were the minima forgotten, export would say so."""
-    from tokopt.lower.cpu import quantized_linear as lowering
 
-    monkeypatch.setattr(
-        lowering, "_minimum", lambda graph, offset: None if offset is None else _zeros(graph, offset)
-    )
+    def zeros(graph: Any, offset: Offset) -> Any:
+        nothing = np.zeros(offset.blocks.scales().shape, np.float16)
+        return put_initializer(graph, f"{offset.table.name}_none", nothing)
 
-    def _zeros(graph: Any, offset: Any) -> Any:
-        shape = offset.blocks.scales().shape
-        return lowering.put_initializer(graph, f"{offset.table.name}_none", np.zeros(shape, np.float16))
-
-    with pytest.raises(tokopt.TokoptError, match="differs between ONNX Runtime and the exported program"):
+    monkeypatch.setattr(lowering, "_minimum", zeros)
+    with pytest.raises(LoweringError, match="differs between ONNX Runtime and the exported program"):
         tokopt.export(bundle("keep_grid"), tmp_path / "model.tokopt")

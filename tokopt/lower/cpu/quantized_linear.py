@@ -34,13 +34,13 @@ GROUPS = (32, 64, 128)
 class _Site:
     """One product with a weight in blocks, and what is added to it.
 
-    ``end`` is the node whose result the op gives; ``minimum`` and ``bias`` are None where there is none.
+    ``end`` is the node whose result the op gives; ``offset`` and ``bias`` are None where there is none.
     """
 
     product: ir.Node
     end: ir.Node
     blocks: Blocks
-    minimum: ir.Value | None
+    offset: Offset | None
     bias: ir.Value | None
 
 
@@ -69,20 +69,16 @@ class QuantizedLinear(Rule[_Site]):
             raise Unfit(f"its weight has blocks of {blocks.group}, not of 32, 64 or 128")
         if input_at(product, 0).dtype not in (ir.DataType.FLOAT, None):
             raise Unfit("what it multiplies is not float32")
-        end, minimum, bias = product, None, None
+        end, taken, bias = product, None, None
         offset = offset_of(product) if blocks.symmetric else None
         for total, other in added_to(product):
-            if (
-                offset is not None
-                and total is offset.total
-                and (minimum := _minimum(graph, offset)) is not None
-            ):
-                end = total
+            if offset is not None and total is offset.total and _is_known(offset):
+                end, taken = total, offset
             elif bias is None and _is_bias(other, blocks):
                 end, bias = total, other
             else:
                 break
-        return _Site(product, end, blocks, minimum, bias)
+        return _Site(product, end, blocks, taken, bias)
 
     def fuse(self, graph: ir.Graph, site: _Site) -> None:
         """One node, whose body the file holds."""
@@ -92,9 +88,9 @@ class QuantizedLinear(Rule[_Site]):
             "codes": stored_bytes(graph, blocks),
             "scale": scale,
         }
-        if site.minimum is not None:
-            given["minimum"] = site.minimum
-            if site.minimum.dtype != scale.dtype:  # the kernel takes both in one dtype
+        if site.offset is not None:
+            given["minimum"] = minimum = _minimum(graph, site.offset)
+            if minimum.dtype != scale.dtype:  # the kernel takes both in one dtype
                 given |= {name: _wide(graph, given[name]) for name in ("scale", "minimum")}
         elif not blocks.symmetric:
             given["zero"] = put_initializer(graph, f"{blocks.zero.name}_bytes", blocks.zeros())
@@ -128,12 +124,15 @@ def _dequantized(product: ir.Node) -> ir.Node:
     return node
 
 
-def _minimum(graph: ir.Graph, offset: Offset) -> ir.Value | None:
-    """What a weight's codes of 0 stand for [out, in / group], as it is stored or follows from the offset's table."""
+def _is_known(offset: Offset) -> bool:
+    """Whether the minima of a weight are stored, or follow from a constant table."""
+    return minimum_of(offset) is not None or offset.table.const_value is not None
+
+
+def _minimum(graph: ir.Graph, offset: Offset) -> ir.Value:
+    """What a weight's codes of 0 stand for [out, in / group]."""
     if (stored := minimum_of(offset)) is not None:
         return stored
-    if offset.table.const_value is None:
-        return None
     blocks = offset.blocks
     offsets = array(offset.table).T / np.float32(blocks.group)
     return put_initializer(

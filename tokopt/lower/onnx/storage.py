@@ -16,7 +16,7 @@ import ml_dtypes
 import numpy as np
 import onnx_ir as ir
 
-from tokopt.lower.onnx.nodes import array, input_at, maker
+from tokopt.lower.onnx.nodes import array, input_at
 from tokopt.lower.onnx.rule import Candidate, Rule, Unfit
 from tokopt.lower.onnx.weights import SWAP, put_initializer
 
@@ -314,18 +314,21 @@ class StoreMinimum(Rule[_Minimum]):
 
 def minimum_of(offset: Offset) -> ir.Value | None:
     """The minima that :class:`StoreMinimum` stored; None where the table is stored itself."""
-    turned = offset.table.producer()
-    if turned is None:
-        return None
-    offsets = maker(input_at(maker(input_at(turned, 0)), 0))
-    return as_stored(input_at(offsets, 0))
+    value = offset.table
+    for operation in ("Transpose", "Mul", "Add", "Cast"):
+        node = value.producer()
+        if node is None or node.op_type != operation or node.domain:
+            return None
+        value = input_at(node, 0)
+    return value if value.const_value is not None else None
 
 
 def stored_bytes(graph: ir.Graph, blocks: Blocks) -> ir.Value:
     """The codes as bytes, two of 4 bits in one: the same in the file, under another type."""
     tensor = blocks.codes.const_value
-    if blocks.bits == 8 or tensor is None:
+    if blocks.bits == 8:
         return blocks.codes
+    assert tensor is not None
     packed = np.frombuffer(tensor.tobytes(), np.uint8).reshape(blocks.outputs, -1)
     return put_initializer(graph, f"{blocks.codes.name}_bytes", packed)
 
