@@ -12,6 +12,7 @@ from tokopt.arguments import check_choice, check_flag, check_path
 from tokopt.errors import ArtifactError, InputError, TokoptError
 from tokopt.runtime.encode import encode
 from tokopt.runtime.engines.base import Programs
+from tokopt.runtime.engines.kernels import Kernels
 from tokopt.runtime.engines.onnxruntime import (
     BACKENDS,
     Backend,
@@ -35,6 +36,7 @@ def load(
     providers: Sequence[Provider] | None = None,
     threads: int | None = None,
     verify: bool = True,
+    kernels: bool = True,
 ) -> Any:
     """Load an artifact directory written by ``tokopt.export(..., target="onnx")``.
 
@@ -47,12 +49,15 @@ def load(
     are here (extra ``tokopt[tensorrt-rtx]``, or ``tokopt[tensorrt]``). ``providers`` are ONNX Runtime execution
     providers in order of preference, by default the CPU alone; ``threads`` bounds the threads of one operator
     (default: all cores). ``verify=False`` skips the SHA-256 of every file, not the checks of the manifest.
+    ``kernels=False`` leaves out tokopt's own CPU kernels, which ONNX Runtime otherwise calls where they are installed
+    in the version that the artifact takes; the property ``kernels`` of what is loaded says what is used.
 
     Raises ArtifactError when the artifact is damaged, foreign, newer or reaches outside its folder,
     InputError for an unknown provider or thread count, MissingDependencyError for a provider that is not
     installed.
     """
     folder, verify = check_path("path", path), check_flag("verify", verify)
+    check_flag("kernels", kernels)
     name, options = named_options("backend", backend, f"one of {', '.join(BACKENDS)}")
     check_choice("backend", name, BACKENDS)
     if options and name != "openvino":
@@ -71,7 +76,7 @@ def load(
         return _load_engines(folder, manifest, providers, threads)
     if name == "openvino":
         return _load_openvino(folder, manifest, options, providers, threads)
-    sessions = Sessions(folder, manifest, providers, threads)
+    sessions = Sessions(folder, manifest, providers, threads, kernels=kernels)
     if manifest.schedule.generates:
         return LanguageModel(folder, manifest, sessions)
     return Model(folder, manifest, sessions)
@@ -124,6 +129,11 @@ class Model:
         for entry in entries:
             sessions.best(entry.program, batch=1)  # what cannot be loaded is refused now
         self._single = entries[0].program if len(entries) == 1 and not manifest.states else None
+
+    @property
+    def kernels(self) -> Kernels:
+        """What is used of tokopt's own CPU kernels, and why not."""
+        return self.sessions.kernels
 
     def __call__(self, *arrays: Any, **named: Any) -> Any:
         """Run the programs; returns an array, or :class:`Outputs` when there are several.

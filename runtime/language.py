@@ -14,6 +14,7 @@ from tokopt.errors import InputError
 from tokopt.runtime.chat import Message, choose_template, render_chat
 from tokopt.runtime.encode import encode
 from tokopt.runtime.engines.base import Stateful
+from tokopt.runtime.engines.kernels import Kernels
 from tokopt.runtime.format.manifest import Manifest, file_path
 from tokopt.runtime.format.schedule import emits_tokens
 from tokopt.runtime.generate import Draw, Generating, Limits, Stream, Text
@@ -51,6 +52,11 @@ class LanguageModel:
         batch = check_integer("batch", batch, 1, LARGEST)
         slots = check_integer("slots", slots, 0, LARGEST)
         return self._request(batch, slots, self._feed(batch, inputs))
+
+    @property
+    def kernels(self) -> Kernels:
+        """What is used of tokopt's own CPU kernels, and why not."""
+        return self.sessions.kernels
 
     @property
     def tokenizer(self) -> Tokenizer:

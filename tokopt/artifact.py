@@ -18,6 +18,7 @@ from tokopt.arguments import check_callable, check_flag, check_kind, check_numbe
 from tokopt.errors import ArtifactError, InputError, TokoptError
 from tokopt.ir.bundle import AppliedPass, Bundle, check_bundle
 from tokopt.ir.program import Program
+from tokopt.kernels import cpu
 from tokopt.place import check_place, replacing
 from tokopt.runtime.engines.onnxruntime import Sessions
 from tokopt.runtime.format.check_files import check_files, find_faults
@@ -28,6 +29,7 @@ from tokopt.runtime.format.manifest import (
     OUTLINE,
     PORTABLE,
     SELFTEST,
+    WITH_KERNELS,
     EngineEntry,
     FileEntry,
     Manifest,
@@ -318,6 +320,7 @@ def _lower_programs(
     tolerance: float | None,
 ) -> dict[str, dict[str, str]]:
     """Write every program in ONNX; return the file of each form. ``originals`` are what they were before cleanup."""
+    from tokopt.lower.cpu.form import lower_with_kernels
     from tokopt.lower.onnx.export import WeightFile, lower
     from tokopt.lower.onnxruntime.cpu import lower_for_cpu
 
@@ -348,7 +351,21 @@ def _lower_programs(
             original=originals.programs[name],
             report=report,
         )
-        files[name] = {PORTABLE: path.name} | ({ONE_ROW: fused.name} if fused else {})
+        forms = {PORTABLE: path} | ({ONE_ROW: fused} if fused else {})
+        for form, known in tuple(forms.items()):
+            own = lower_with_kernels(
+                program,
+                known,
+                name,
+                form,
+                weights,
+                check=check,
+                tolerance=tolerance,
+                original=originals.programs[name],
+                report=report if form == PORTABLE else None,
+            )
+            forms |= {WITH_KERNELS[form]: own} if own else {}
+        files[name] = {form: made.name for form, made in forms.items()}
     return files
 
 
@@ -404,6 +421,7 @@ def _manifest(
             files[name],
             engine=engines.get(name),
             aliases=program.aliases,
+            kernels=cpu.VERSION if any(form in files[name] for form in WITH_KERNELS.values()) else None,
         )
         for name, program in bundle.programs.items()
     }

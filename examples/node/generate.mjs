@@ -160,7 +160,7 @@ class Request {
 
 async function load(folder) {
   const manifest = JSON.parse(await readFile(path.join(folder, 'manifest.json'), 'utf8'));
-  if (manifest.format_version !== 4) throw new Error(`${folder} is of another format; export it again`);
+  if (![4, 5].includes(manifest.format_version)) throw new Error(`${folder} is of another format; export it again`);
   if (!manifest.schedule.entries.some(({ role }) => role === 'decode')) throw new Error(`${folder} writes no texts`);
   const sessions = {};
   for (const [name, program] of Object.entries(manifest.programs)) {

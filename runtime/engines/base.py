@@ -7,11 +7,17 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from tokopt.runtime.engines.kernels import Kernels
 from tokopt.runtime.format.manifest import PORTABLE
 
 
 class Programs(Protocol):
     """The programs of an artifact on one engine, opened when first asked for."""
+
+    @property
+    def kernels(self) -> Kernels:
+        """What is used of tokopt's own CPU kernels."""
+        ...
 
     def forms(self, program: str) -> tuple[str, ...]:
         """The forms of a program that are executed here."""
@@ -26,9 +32,9 @@ class Programs(Protocol):
         ...
 
     def run(
-        self, program: str, feed: Mapping[str, np.ndarray], form: str = PORTABLE
+        self, program: str, feed: Mapping[str, np.ndarray], form: str | None = None
     ) -> dict[str, np.ndarray]:
-        """The outputs of a program for arrays, states among them."""
+        """The outputs of a program for arrays, states among them; by default of the fastest form for any inputs."""
         ...
 
     def in_float(self) -> Programs | None:

@@ -14,9 +14,11 @@ import onnxruntime
 
 from tokopt.arguments import check_integer, check_items, is_integer, wrong
 from tokopt.errors import ArtifactError, InputError, MissingDependencyError
+from tokopt.kernels import cpu
 from tokopt.runtime.buffers import Bound, Buffers, check_reading, run_in_place
+from tokopt.runtime.engines.kernels import choose_kernels
 from tokopt.runtime.format.check_files import check_onnx
-from tokopt.runtime.format.manifest import ONE_ROW, PORTABLE, Manifest
+from tokopt.runtime.format.manifest import ONE_ROW, PORTABLE, WITH_KERNELS, Manifest
 from tokopt.runtime.format.signature import find_role
 
 Provider = str | tuple[str, Mapping[str, object]]
@@ -33,6 +35,9 @@ ACTIVATIONS = ("session.qdq_matmulnbits_accuracy_level", "4")
 IN_FLOAT = (("session.qdq_matmulnbits_accuracy_level", "1"), ("session.disable_quant_qdq", "1"))
 """Weights are expanded and multiplied in float32, which gives the same on every processor up to float32 rounding."""
 
+UNFOLDED = ["ConstantFolding"]
+"""What ONNX Runtime must not do with bodies of ops that expand weights: together they may not fit into memory."""
+
 _CPU = "CPUExecutionProvider"
 
 
@@ -46,33 +51,49 @@ class Sessions:
         providers: Sequence[Provider] | None = None,
         threads: int | None = None,
         *,
-        settings: Sequence[tuple[str, str]] = (ACTIVATIONS,),
+        kernels: bool = True,
+        rounds: bool = True,
     ) -> None:
+        """``kernels`` asks for the forms that call tokopt's own CPU kernels, ``rounds`` for activations of 8 bits."""
         self.folder, self.manifest, self.threads = folder, manifest, check_threads(threads)
-        self.providers, self.settings = providers, settings
+        self.providers, self.rounds = providers, rounds
         self.names, self.options = _providers(providers)
+        self.kernels = choose_kernels(manifest, kernels, self._cpu)
         self._open: dict[tuple[str, str], onnxruntime.InferenceSession] = {}
 
     def in_float(self) -> Sessions:
-        """The same programs in :data:`IN_FLOAT` arithmetic, none of them open."""
-        return Sessions(self.folder, self.manifest, self.providers, self.threads, settings=IN_FLOAT)
+        """The same programs in :data:`IN_FLOAT` arithmetic, none of them open.
+
+        Those that call tokopt's own kernels are executed by the bodies in their files.
+        """
+        wanted = self.kernels.library is not None
+        return Sessions(
+            self.folder, self.manifest, self.providers, self.threads, kernels=wanted, rounds=False
+        )
 
     def forms(self, program: str) -> tuple[str, ...]:
-        """The forms of a program that this machine's provider executes."""
-        files = self.manifest.programs[program].files
-        return tuple(
-            form for form in (PORTABLE, ONE_ROW) if form in files and (form == PORTABLE or self._cpu)
-        )
+        """The forms of a program that this machine's provider and the installed kernels execute."""
+        entry = self.manifest.programs[program]
+        forms = [form for form in (PORTABLE, ONE_ROW) if form == PORTABLE or self._cpu]
+        if self.kernels.library is not None and entry.kernels == cpu.VERSION:
+            forms += WITH_KERNELS.values()
+        return tuple(form for form in forms if form in entry.files)
 
     def best(self, program: str, batch: int) -> onnxruntime.InferenceSession:
         """The fastest session for so many rows."""
-        return self.get(program, ONE_ROW if batch == 1 and ONE_ROW in self.forms(program) else PORTABLE)
+        one = batch == 1 and ONE_ROW in self.forms(program)
+        return self.get(program, self.fastest(program, ONE_ROW if one else PORTABLE))
+
+    def fastest(self, program: str, form: str) -> str:
+        """A form, or the one in its place that calls tokopt's own kernels."""
+        faster = WITH_KERNELS[form]
+        return faster if faster in self.forms(program) else form
 
     def get(self, program: str, form: str = PORTABLE) -> onnxruntime.InferenceSession:
         """The session of one form; raises ArtifactError when ONNX Runtime cannot load it."""
         if (program, form) not in self._open:
             path = check_onnx(self.folder, self.manifest.programs[program], form, self.manifest.files)
-            self._open[program, form] = _session(path, self)
+            self._open[program, form] = _session(path, self, form in WITH_KERNELS.values())
         return self._open[program, form]
 
     def buffers(self, batch: int, slots: int) -> Buffers:
@@ -92,12 +113,14 @@ class Sessions:
         return Bound(self.best(program, buffers.batch), entry, buffers)
 
     def run(
-        self, program: str, feed: Mapping[str, np.ndarray], form: str = PORTABLE
+        self, program: str, feed: Mapping[str, np.ndarray], form: str | None = None
     ) -> dict[str, np.ndarray]:
         """The outputs of a program for arrays, states among them."""
+        form = self.fastest(program, PORTABLE) if form is None else form
         entry, session = self.manifest.programs[program], cast(Any, self.get(program, form))
         mask = find_role(entry.inputs, "mask")
-        if form == ONE_ROW and mask is not None and not hides_later(feed[mask.name]):
+        one = form in (ONE_ROW, WITH_KERNELS[ONE_ROW])
+        if one and mask is not None and not hides_later(feed[mask.name]):
             raise InputError(
                 f"in {mask.name!r} a token sees a later one, which this form of program {program!r} hides; run the "
                 f"form {PORTABLE!r}"
@@ -134,7 +157,7 @@ class Fitting:
         return self.bound.run(feed)
 
     def _open(self, form: str) -> Bound:
-        session = self.sessions.get(self.program, form)
+        session = self.sessions.get(self.program, self.sessions.fastest(self.program, form))
         return Bound(session, self.sessions.manifest.programs[self.program], self.buffers)
 
 
@@ -143,19 +166,29 @@ def hides_later(mask: np.ndarray) -> bool:
     return mask.shape[-1] == 1 or not np.triu(mask, 1).any()
 
 
-def _session(path: Path, opener: Sessions) -> onnxruntime.InferenceSession:
+def _session(path: Path, opener: Sessions, own: bool) -> onnxruntime.InferenceSession:
+    """A file, opened; ``own`` says that it calls tokopt's own kernels."""
     names, options = opener.names, opener.options
     settings = onnxruntime.SessionOptions()
     settings.log_severity_level = 3  # errors only: what matters is raised
-    for entry in opener.settings:
+    for entry in (ACTIVATIONS,) if opener.rounds else IN_FLOAT:
         settings.add_session_config_entry(*entry)
+    disabled = UNFOLDED if own and not opener.rounds else None
+    own = own and opener.rounds  # else what is executed are the bodies in the file
+    if own:
+        settings.register_custom_ops_library(str(opener.kernels.library))
     if opener.threads is not None:
         settings.intra_op_num_threads = opener.threads
     try:
-        session = onnxruntime.InferenceSession(path, settings, providers=names, provider_options=options)
+        session = onnxruntime.InferenceSession(
+            path, settings, providers=names, provider_options=options, disabled_optimizers=disabled
+        )
     except Exception as error:  # ONNX Runtime raises several unrelated classes
         reason = " ".join(str(error).split())
-        raise ArtifactError(f"ONNX Runtime {onnxruntime.__version__} cannot load {path}: {reason}") from error
+        remedy = "; load it with kernels=False" if own else ""
+        raise ArtifactError(
+            f"ONNX Runtime {onnxruntime.__version__} cannot load {path}: {reason}{remedy}"
+        ) from error
     if names[0] not in session.get_providers():
         raise MissingDependencyError(
             f"{names[0]} could not start and ONNX Runtime fell back to {', '.join(session.get_providers())}; "

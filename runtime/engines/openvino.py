@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from tokopt.errors import ArtifactError, InputError, MissingDependencyError
+from tokopt.runtime.engines.kernels import Kernels
 from tokopt.runtime.format.check_files import check_onnx
 from tokopt.runtime.format.manifest import PORTABLE, Manifest
 
@@ -23,6 +24,8 @@ DEFAULTS: Mapping[str, object] = {"INFERENCE_PRECISION_HINT": "f32", "PERFORMANC
 
 class OpenVINOSessions:
     """The programs of an encoder, opened when first asked for; what :class:`.Sessions` is for ONNX Runtime."""
+
+    kernels = Kernels(reason="OpenVINO has its own")
 
     def __init__(
         self, folder: Path, manifest: Manifest, options: Mapping[str, object], threads: int | None
@@ -46,11 +49,11 @@ class OpenVINOSessions:
         return self.get(program)
 
     def run(
-        self, program: str, feed: Mapping[str, np.ndarray], form: str = PORTABLE
+        self, program: str, feed: Mapping[str, np.ndarray], form: str | None = None
     ) -> dict[str, np.ndarray]:
         """The outputs of a program for arrays."""
         names = [tensor.name for tensor in self.manifest.programs[program].outputs]
-        return dict(zip(names, self.get(program, form).run(names, feed), strict=True))
+        return dict(zip(names, self.get(program, form or PORTABLE).run(names, feed), strict=True))
 
     def in_float(self) -> None:
         """None: how OpenVINO multiplies quantized weights is its own choice."""

@@ -17,6 +17,7 @@ import numpy as np
 from tokopt.errors import ArtifactError, InputError, MissingDependencyError, TokoptError
 from tokopt.runtime.buffers import Buffers, shared_states
 from tokopt.runtime.engines.cuda import DeviceArray, Staged, bindings, call, device_arch, free_memory
+from tokopt.runtime.engines.kernels import Kernels
 from tokopt.runtime.format.manifest import (
     ENGINE,
     EngineEntry,
@@ -90,6 +91,8 @@ def narrowed(folder: Path, manifest: Manifest) -> Manifest:
 class Engines:
     """The engines of an artifact, opened when first asked for; what :class:`.Sessions` is for ONNX Runtime."""
 
+    kernels = Kernels(reason="TensorRT runs on the GPU")
+
     def __init__(self, folder: Path, manifest: Manifest) -> None:
         """``manifest`` is :func:`narrowed`. Raises ArtifactError for engines that cannot run here, InputError without a
         GPU, MissingDependencyError without TensorRT."""
@@ -132,9 +135,11 @@ class Engines:
         """A program whose states stay in ``buffers``."""
         return BoundEngine(self.get(program), buffers)
 
-    def run(self, program: str, feed: Mapping[str, np.ndarray], form: str = ENGINE) -> dict[str, np.ndarray]:
+    def run(
+        self, program: str, feed: Mapping[str, np.ndarray], form: str | None = None
+    ) -> dict[str, np.ndarray]:
         """The outputs of a program for arrays, states among them."""
-        engine = self.get(program, form)
+        engine = self.get(program, form or ENGINE)
         given = {name: DeviceArray.of(feed[name]) for name in set(engine.entry.aliases.values())}
         kept = {output: given[name] for output, name in engine.entry.aliases.items()}
         results = engine.call({n: a for n, a in feed.items() if n not in given}, given, kept)

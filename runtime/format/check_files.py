@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 
 from tokopt.errors import ArtifactError
-from tokopt.runtime.format.entries import ONE_ROW, PORTABLE, Manifest, ProgramEntry
+from tokopt.runtime.format.entries import ONNX_FORMS, Manifest, ProgramEntry
 from tokopt.runtime.format.files import file_fault, file_path
 from tokopt.runtime.format.onnx_file import Malformed, OnnxFile, OnnxValue, read_onnx
 from tokopt.runtime.format.reader import first_double, short
@@ -29,7 +29,7 @@ def find_faults(folder: Path, manifest: Manifest) -> Iterator[str]:
             damaged.add(name)
             yield fault
     for program in manifest.programs.values():
-        for form in (PORTABLE, ONE_ROW):
+        for form in ONNX_FORMS:
             if program.files.get(form, "") in manifest.files.keys() - damaged:
                 try:
                     check_onnx(folder, program, form, manifest.files)

@@ -7,6 +7,7 @@ import json
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
+from types import MappingProxyType
 from typing import Any
 
 from tokopt.runtime.format.files import FileEntry
@@ -31,11 +32,11 @@ from tokopt.runtime.format.schedule import Schedule
 from tokopt.runtime.format.signature import DTYPES, Axis, Range, Tensor
 from tokopt.runtime.format.state import State
 
-FORMAT_VERSION = 4
+FORMAT_VERSION = 5
 """The newest format that this version reads and the one it writes; any change to the keys raises it.
 
 2: programs may have the key ``engine``. 3: states, links and a schedule say what names and flags said before. 4: the
-manifest has a hash of itself.
+manifest has a hash of itself. 5: programs may have forms for tokopt's own CPU kernels, with the key ``kernels``.
 """
 
 SEAL = "sha256"
@@ -47,6 +48,12 @@ PORTABLE, ONE_ROW, ENGINE = "onnx", "onnxruntime", "tensorrt"
 The second takes a batch of one and, where the program has an input of role ``mask``, one that is lower-triangular: its
 attention lets no new token see a later one.
 """
+
+WITH_KERNELS: Mapping[str, str] = MappingProxyType({PORTABLE: "cpu", ONE_ROW: "cpu-onnxruntime"})
+"""Form -> the same with the products of quantized weights as ops of tokopt's own CPU kernels, and all else alike."""
+
+ONNX_FORMS = (PORTABLE, ONE_ROW, *WITH_KERNELS.values())
+"""The forms that are ONNX files."""
 
 SEMANTICS = ("exact", "lossless", "approximate")
 BUILDERS = ("tensorrt", "tensorrt-rtx")
@@ -96,7 +103,8 @@ class EngineEntry:
 class ProgramEntry:
     """One program: its :class:`.Signature`, and the file of each form it has (``{"onnx": "forward.onnx"}``).
 
-    ``engine`` describes the form ``"tensorrt"``.
+    ``engine`` describes the form ``"tensorrt"``, ``kernels`` is the version of tokopt's CPU kernels that the forms of
+    :data:`WITH_KERNELS` call.
     """
 
     inputs: tuple[Tensor, ...]
@@ -105,6 +113,7 @@ class ProgramEntry:
     files: Mapping[str, str]
     engine: EngineEntry | None = None
     aliases: Mapping[str, str] = field(default_factory=dict[str, str])
+    kernels: int | None = None
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ fault is an :class:`ArtifactError` of one sentence: what is wrong, where, and wh
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import cast
 
@@ -16,8 +17,10 @@ from tokopt.runtime.format.entries import (
     ENGINE,
     FORMAT_VERSION,
     ONE_ROW,
+    ONNX_FORMS,
     PORTABLE,
     SEAL,
+    WITH_KERNELS,
     EngineEntry,
     Manifest,
     PassEntry,
@@ -66,8 +69,10 @@ __all__ = [
     "FORMAT_VERSION",
     "MANIFEST",
     "ONE_ROW",
+    "ONNX_FORMS",
     "PORTABLE",
     "SELFTEST",
+    "WITH_KERNELS",
     "EngineEntry",
     "FileEntry",
     "Generation",
@@ -96,6 +101,8 @@ _ROLES = tuple(dict.fromkeys((*INPUT_ROLES, *OUTPUT_ROLES)))
 _MAX_MANIFEST_BYTES = 16 * 2**20
 _MAX_LAYERS = 100_000
 _SEALED = 4  # the first format with a hash of the manifest
+_KERNELS = 5  # the first with forms for tokopt's CPU kernels
+_MAX_KERNELS = 2**31 - 1
 
 
 def read_manifest(folder: Path) -> Manifest:
@@ -158,12 +165,13 @@ def _manifest(value: Json) -> Manifest:
 
 def _current(value: Json) -> Manifest:
     keys = "format_version programs files states links schedule generation semantics pipeline passes"
-    sealed = cast(dict[str, int], value)["format_version"] >= _SEALED
+    version = cast(dict[str, int], value)["format_version"]
+    sealed = version >= _SEALED
     top = read_object(value, "the manifest", f"{keys} tokenizer selftest versions {SEAL if sealed else ''}")
     if sealed:
         read_digest(top[SEAL], SEAL)
     return Manifest(
-        programs=read_mapping(top["programs"], "programs", _program),
+        programs=read_mapping(top["programs"], "programs", _program if version >= _KERNELS else _program_4),
         states=read_items(top["states"], "states", _state),
         links=read_items(top["links"], "links", _link),
         schedule=_schedule(top["schedule"], "schedule"),
@@ -186,6 +194,11 @@ def _check_files(manifest: Manifest) -> None:
             raise Invalid(
                 f"{where} has {'no engine' if entry.engine is None else 'an engine'}, which its files contradict"
             )
+        if (entry.kernels is None) == any(form in entry.files for form in WITH_KERNELS.values()):
+            raise Invalid(
+                f"{where} has {'no version' if entry.kernels is None else 'a version'} of tokopt's CPU kernels, which "
+                "its files contradict"
+            )
         for axis in entry.engine.profiles if entry.engine else ():
             if axis not in entry.ranges:
                 raise Invalid(f"{where}.engine.profiles names {short(axis)}, which is no axis of an input")
@@ -195,7 +208,21 @@ def _check_files(manifest: Manifest) -> None:
 
 
 def _program(value: Json, where: str) -> ProgramEntry:
-    entry = read_object(value, where, "inputs outputs ranges files engine aliases")
+    entry = dict(read_object(value, where, f"{_PROGRAM_4} kernels"))
+    kernels = read_optional(entry.pop("kernels"), f"{where}.kernels", _kernels)
+    return replace(_program_4(entry, where), kernels=kernels)
+
+
+def _kernels(value: Json, where: str) -> int:
+    return read_integer(value, where, 1, _MAX_KERNELS)
+
+
+_PROGRAM_4 = "inputs outputs ranges files engine aliases"
+
+
+def _program_4(value: Json, where: str) -> ProgramEntry:
+    """A program of formats 3 and 4."""
+    entry = read_object(value, where, _PROGRAM_4)
     return ProgramEntry(
         read_items(entry["inputs"], f"{where}.inputs", _tensor),
         read_items(entry["outputs"], f"{where}.outputs", _tensor),

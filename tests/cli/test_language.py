@@ -173,3 +173,16 @@ def test_a_tokenizer_of_another_vocabulary_is_refused(
     assert main(["capture", str(tmp_path / "llama"), "-o", str(tmp_path / "out.tokopt")]) == 2
     assert "tokenizer" in capsys.readouterr().err
     assert not (tmp_path / "out.tokopt").exists()
+
+
+def test_bench_counts_new_tokens(capsys: pytest.CaptureFixture[str], artifacts: Path) -> None:
+    """Every form that runs here, with the machine it was timed on."""
+    path = artifacts / "full.tokopt"
+    found = answer(capsys, "bench", "--rows", "1,2", "--prompt", 6, "--rounds", 1, "--threads", 1, path)
+    assert [(r["artifact"], r["form"]) for r in found["results"]] == [
+        (str(path), form) for form in load(path).sessions.forms("step")
+    ]
+    assert all(set(r["ms"]) == {"1", "2"} and r["ratio"]["1"] == 1 for r in found["results"])
+    assert found["machine"]["threads"] == 1 and found["kernels"][str(path)].startswith("none: ")
+    said = complaint(capsys, 2, "bench", "--rows", "1,2", "--batch", 2, path)
+    assert "--rows counts the new tokens of one text" in said

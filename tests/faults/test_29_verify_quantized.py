@@ -26,7 +26,7 @@ from tokopt.cli import main
 from tokopt.errors import LoweringError
 from tokopt.ir.bundle import Bundle
 from tokopt.runtime import load
-from tokopt.runtime.engines.onnxruntime import IN_FLOAT, Sessions
+from tokopt.runtime.engines.onnxruntime import Sessions
 from tokopt.runtime.format.manifest import read_manifest
 from tokopt.runtime.selftest import read_selftest
 
@@ -60,8 +60,8 @@ def as_other_machine(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     """Let ONNX Runtime's own arithmetic be that of a processor with other kernels; in float32 nothing changes."""
     run = Sessions.run
 
-    def other(self: Sessions, program: str, feed: Arrays, form: str = "onnx") -> dict[str, np.ndarray]:
-        if self.settings == IN_FLOAT:
+    def other(self: Sessions, program: str, feed: Arrays, form: str | None = None) -> dict[str, np.ndarray]:
+        if not self.rounds:
             return run(self, program, feed, form)
         if name == "rounds nothing":
             return run(self.in_float(), program, feed, form)
@@ -83,25 +83,35 @@ def as_other_machine(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
 
 def spoil_one_scale(folder: Path) -> None:
     """Let one output channel of one quantized weight be half as large again in every form."""
-    for path in folder.glob("*.onnx"):
+    portable, *others = sorted(folder.glob("*.onnx"), key=lambda path: path.name.count("."))
+    name = scale_of(onnx.load(portable, load_external_data=False).graph)
+    for path in (portable, *others):
         model = onnx.load(path, load_external_data=False)
-        held = {tensor.name: tensor for tensor in model.graph.initializer}
-        scales = [held[n.input[1]] for n in model.graph.node if n.op_type == "DequantizeLinear"]
-        inline = [tensor for tensor in scales if tensor.data_location != onnx.TensorProto.EXTERNAL]
-        if inline:
-            array = numpy_helper.to_array(inline[1]).copy()
-            array[..., 3] *= 1.5
-            inline[1].CopyFrom(numpy_helper.from_array(array, inline[1].name))
+        (scale,) = (tensor for tensor in model.graph.initializer if tensor.name == name)
+        if scale.data_location != onnx.TensorProto.EXTERNAL:
+            array = numpy_helper.to_array(scale).copy()
+            array[3] *= 1.5
+            scale.CopyFrom(numpy_helper.from_array(array, scale.name))
             path.write_bytes(model.SerializeToString())
-            continue
-        place = {entry.key: entry.value for entry in scales[1].external_data}
-        whole = np.memmap(
-            folder / place["location"], np.float32, "r+", int(place["offset"]), tuple(scales[1].dims)
-        )
-        if path.name.count(".") == 1:  # forms share their weights
-            whole[..., 3] *= 1.5
+        elif path == portable:  # forms share their weights
+            place = {entry.key: entry.value for entry in scale.external_data}
+            dtype = onnx.helper.tensor_dtype_to_np_dtype(scale.data_type)
+            whole = np.memmap(
+                folder / place["location"], dtype, "r+", int(place["offset"]), tuple(scale.dims)
+            )
+            whole[3] *= 1.5
             whole.flush()
     rehash(folder)
+
+
+def scale_of(graph: onnx.GraphProto) -> str:
+    """The name of the second weight's scales as they are stored, [out] or [out, blocks]."""
+    held = {tensor.name for tensor in graph.initializer}
+    makers = {name: node for node in graph.node for name in node.output}
+    name = [node.input[1] for node in graph.node if node.op_type == "DequantizeLinear"][1]
+    while name not in held:
+        name = makers[name].input[0]
+    return name
 
 
 @EVERY

@@ -66,7 +66,9 @@ def test_both_forms_give_the_same_logits(name: str) -> None:
     np.testing.assert_allclose(fused, portable, atol=2e-4 * np.abs(portable).max())
 
 
-@pytest.mark.parametrize("passes", ["streaming{budget=8}", "h2o{budget=8}", "rtn{bits=8 group=16}", "kivi"])
+@pytest.mark.parametrize(
+    "passes", ["streaming{budget=8}", "h2o{budget=8}", "rtn{bits=8 group=16}", "rtn{group=32}", "kivi"]
+)
 def test_passes_before_it_compose(passes: str) -> None:
     """Portable and fused generate the same from what a pass left."""
     model = artifact("llama", passes)

@@ -34,6 +34,7 @@ def document(inputs: list[Json], outputs: list[Json], ranges: Json, **more: obje
         "files": {"onnx": "forward.onnx"},
         "engine": None,
         "aliases": {},
+        "kernels": None,
     }
     return {
         "format_version": FORMAT_VERSION,

@@ -51,7 +51,7 @@ def state(name: str, kind: str, dtype: str, *axes: str | int, **more: object) ->
 
 def program(inputs: list[Json], outputs: list[Json], ranges: Json, **more: object) -> Json:
     known = {"inputs": inputs, "outputs": outputs, "ranges": ranges, "files": {"onnx": "forward.onnx"}}
-    return {**known, "engine": None, "aliases": {}, **more}
+    return {**known, "engine": None, "aliases": {}, "kernels": None, **more}
 
 
 def good() -> Json:
@@ -165,8 +165,29 @@ def test_format_1_knows_no_engines() -> None:
     assert parse_manifest(encode(doc)).programs["step"].engine is None
 
 
+def older(version: int) -> Json:
+    """The good manifest in a format without CPU kernels of its own."""
+    doc = put("format_version", version)
+    for program in doc["programs"].values():
+        del program["kernels"]
+    return doc
+
+
+def test_format_4_knows_no_kernels() -> None:
+    doc = older(4)
+    assert parse_manifest(json.dumps(sealed(doc)).encode()) == parse_manifest(encode(good()))
+    put(f"{FORWARD}/kernels", 1, doc)
+    with pytest.raises(ArtifactError, match="unknown key 'kernels'"):
+        parse_manifest(json.dumps(sealed(doc)).encode())
+
+
+def test_a_program_says_the_version_of_the_kernels_that_its_form_calls() -> None:
+    doc = put(f"{FORWARD}/files/cpu", "forward.onnx")
+    assert parse_manifest(encode(put(f"{FORWARD}/kernels", 3, doc))).programs["step"].kernels == 3
+
+
 def test_format_3_has_no_hash_of_itself() -> None:
-    doc = put("format_version", 3)
+    doc = older(3)
     assert parse_manifest(json.dumps(doc).encode()) == parse_manifest(encode(good()))
     with pytest.raises(ArtifactError, match="unknown key 'sha256'"):
         parse_manifest(json.dumps({**doc, "sha256": "0" * 64}).encode())
@@ -193,9 +214,19 @@ def put(path: str, value: object, doc: Json | None = None) -> Json:
 FORWARD = "programs/step"
 
 FAULTS = {
-    "newer": (put("format_version", FORMAT_VERSION + 1), "newer than 4.*update tokopt"),
+    "newer": (put("format_version", FORMAT_VERSION + 1), "newer than 5.*update tokopt"),
     "version-text": (put("format_version", "1"), "format_version is \"1\"|format_version is '1'"),
     "version-zero": (put("format_version", 0), "format_version is 0"),
+    "kernels-of-no-form": (
+        put(f"{FORWARD}/kernels", 1),
+        "has a version of tokopt's CPU kernels, which its files",
+    ),
+    "form-of-no-kernels": (
+        put(f"{FORWARD}/files/cpu", "forward.onnx"),
+        "has no version of tokopt's CPU kernels, which its files contradict",
+    ),
+    "kernels-as-text": (put(f"{FORWARD}/kernels", "1"), "kernels is \"1\"|kernels is '1'"),
+    "kernels-zero": (put(f"{FORWARD}/kernels", 0), "kernels is 0"),
     "unknown-key": (put("extra", 1), "unknown key 'extra'"),
     "no-program": (put("programs", {}), "programs is empty"),
     "programs-list": (put("programs", []), "programs is a list, it must be an object"),

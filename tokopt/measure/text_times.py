@@ -12,8 +12,9 @@ import numpy as np
 from tokopt.errors import InputError
 from tokopt.runtime import LanguageModel, load
 from tokopt.runtime.engines.onnxruntime import Backend
-from tokopt.runtime.format.signature import find_role
+from tokopt.runtime.format.manifest import WITH_KERNELS
 from tokopt.runtime.loop import Emission, Request
+from tokopt.runtime.rows import RowTimer, reads
 
 STEPS = 8
 """Tokens that one timed call decodes."""
@@ -51,7 +52,7 @@ class TextTimer:
         """Open an artifact; raises InputError for one that draws its tokens itself."""
         model = _load(path, self.threads, self.backend)
         ids = (np.arange(self.prompt) % model.settings.vocabulary).tolist()
-        counts = [count for count in ROWS if _reads(model, count)]
+        counts = [count for count in ROWS if reads(model, count)]
 
         def measure() -> TextTimes:
             request = model.open(self.batch, self.prompt + STEPS + sum(counts))
@@ -97,6 +98,22 @@ class DecodeTimer:
         return measure
 
 
+@dataclass(frozen=True)
+class FormTimer:
+    """What calls with these numbers of new tokens take after ``prompt`` tokens, in one form; see :class:`.RowTimer`."""
+
+    form: str
+    rows: tuple[int, ...]
+    prompt: int
+    threads: int | None = None
+
+    def open(self, path: str) -> Callable[[], dict[int, float]]:
+        """Open an artifact and read the prompt; raises InputError as :class:`.RowTimer` does."""
+        own = self.form in WITH_KERNELS.values()
+        model: LanguageModel = load(path, threads=self.threads, kernels=own)
+        return RowTimer(model, self.rows, self.prompt, self.form).measure
+
+
 def decode(request: Request, state: tuple[np.ndarray, int]) -> tuple[np.ndarray, int]:
     """Decode :data:`STEPS` tokens greedily; ``state`` is the next token of every row [batch] and its position."""
     token, position = state
@@ -122,17 +139,6 @@ def _load(path: str, threads: int | None, backend: Backend) -> LanguageModel:
             f"{path} draws its tokens itself, so a token of it has no time of its own; time generate"
         )
     return model
-
-
-def _reads(model: LanguageModel, count: int) -> bool:
-    """Whether one call of the program that decodes takes so many new tokens."""
-    entry = model.manifest.schedule.entry("decode")
-    assert entry is not None
-    program = model.manifest.programs[entry.program]
-    tokens = find_role(program.inputs, "tokens")
-    axis = None if tokens is None else tokens.axes[1]
-    most = program.ranges[axis].max if isinstance(axis, str) else 1
-    return most is None or count <= most
 
 
 def _likeliest(emission: Emission) -> np.ndarray:

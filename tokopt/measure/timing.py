@@ -188,16 +188,21 @@ class EncoderTimer:
 
 
 def interleaved(paths: Sequence[str], rounds: int, timer: Timer[Answer]) -> Iterator[tuple[Answer, ...]]:
-    """Yield, per round, what ``timer`` measured of each artifact.
+    """Yield, per round, what ``timer`` measured of each artifact; they take turns as :func:`in_turns` says."""
+    return in_turns([(path, timer) for path in paths], rounds)
 
-    Every artifact runs in a process of its own, so that the thread pools of two engines do not disturb each
+
+def in_turns(jobs: Sequence[tuple[str, Timer[Answer]]], rounds: int) -> Iterator[tuple[Answer, ...]]:
+    """Yield, per round, what every job's timer measured of its artifact.
+
+    Every job runs in a process of its own, so that the thread pools of two engines do not disturb each
     other; within a round they take turns, and the order is reversed every other round, so that a machine that
     slows down slows all of them. The first measurement of each, which allocates, is dropped.
     """
     context = multiprocessing.get_context("spawn")
     with ExitStack() as stack:
         workers: list[Connection] = []
-        for path in paths:
+        for path, timer in jobs:
             here, there = context.Pipe()
             process = context.Process(target=_worker, args=(there, path, timer), daemon=True)
             process.start()
@@ -207,12 +212,12 @@ def interleaved(paths: Sequence[str], rounds: int, timer: Timer[Answer]) -> Iter
             _answer(here, path)
             workers.append(here)
         for number in range(rounds):
-            order = range(len(paths)) if number % 2 == 0 else reversed(range(len(paths)))
+            order = range(len(jobs)) if number % 2 == 0 else reversed(range(len(jobs)))
             answers: dict[int, Answer] = {}
             for index in order:
                 workers[index].send("run")
-                answers[index] = _answer(workers[index], paths[index])
-            yield tuple(answers[index] for index in range(len(paths)))
+                answers[index] = _answer(workers[index], jobs[index][0])
+            yield tuple(answers[index] for index in range(len(jobs)))
 
 
 def _answer(worker: Connection, path: str) -> Any:

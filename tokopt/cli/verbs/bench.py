@@ -8,7 +8,7 @@ from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
-from tokopt.cli.options import add_backend, add_batch, add_prompt, add_threads, positive
+from tokopt.cli.options import add_backend, add_batch, add_prompt, add_threads, positive, shape
 from tokopt.cli.screen import Screen
 from tokopt.cli.verb import OK, Verb
 from tokopt.errors import InputError
@@ -17,8 +17,8 @@ from tokopt.runtime.format.manifest import read_manifest
 if TYPE_CHECKING:
     from tokopt.measure.text_times import TextTimes
 
-ROUNDS, TEXT_ROUNDS = 20, 5
-"""Rounds of encoders, and of language models, each of which reads a prompt."""
+ROUNDS, TEXT_ROUNDS, ROWS_ROUNDS = 20, 5, 9
+"""Rounds of encoders, of language models, each of which reads a prompt, and of calls by their new tokens."""
 
 
 def add_options(parser: ArgumentParser) -> None:
@@ -28,6 +28,12 @@ def add_options(parser: ArgumentParser) -> None:
         type=positive,
         metavar="N",
         help=f"default: {ROUNDS}, for language models {TEXT_ROUNDS}",
+    )
+    parser.add_argument(
+        "--rows",
+        type=shape,
+        metavar="N,N,...",
+        help="time calls of a language model with so many new tokens of a text, in every form that runs here",
     )
     add_batch(parser)
     add_prompt(parser)
@@ -40,12 +46,18 @@ def run(args: Namespace, screen: Screen) -> int:
     kinds = {read_manifest(Path(path)).schedule.generates for path in args.artifacts}
     if len(kinds) > 1:
         raise InputError("some of the artifacts are language models and some are not; time them apart")
+    if args.rows:
+        return _rows(args, screen, True in kinds)
     rounds = args.rounds or (TEXT_ROUNDS if True in kinds else ROUNDS)
     with screen.step(f"Timing {len(args.artifacts)} artifacts, {rounds} rounds"):
         results = _texts(args, rounds) if True in kinds else _encoders(args, rounds)
     (_show_texts if True in kinds else _show_encoders)(results, args, screen)
     if len(results) > 1:
         screen.line("Speed-up: the median, over rounds, of the first artifact's time by this one's.")
+    if args.backend == "onnxruntime":
+        for result in results:
+            result["kernels"] = _kernels(result["artifact"])
+            screen.line(f"{result['artifact']}: CPU kernels of tokopt: {result['kernels']}")
     settings = {"rounds": rounds, "batch": args.batch, "threads": args.threads}
     screen.finish(settings | ({"prompt": args.prompt} if True in kinds else {}) | {"results": results})
     return OK
@@ -130,6 +142,80 @@ def _show_texts(results: Sequence[dict[str, Any]], args: Namespace, screen: Scre
         screen.line(
             f"x{counts[0]}: what one call with {counts[0]} new tokens of a text costs, in calls with one of them."
         )
+
+
+# --- by the number of new tokens ----------------------------------------------------------------------------
+
+
+def _rows(args: Namespace, screen: Screen, texts: bool) -> int:
+    """The cost of a call by the number of its new tokens, for every artifact and form."""
+    from tokopt.measure.text_times import FormTimer
+    from tokopt.measure.timing import in_turns
+    from tokopt.runtime.machine import describe_machine
+
+    if not texts or args.backend != "onnxruntime" or args.batch not in (None, 1):
+        raise InputError(
+            "--rows counts the new tokens of one text of a language model on ONNX Runtime; leave out --rows, or "
+            "--backend and --batch, or name language models"
+        )
+    rounds = args.rounds or ROWS_ROUNDS
+    jobs = [(path, form) for path in args.artifacts for form in _forms(path)]
+    timers = [(path, FormTimer(form, args.rows, args.prompt, args.threads)) for path, form in jobs]
+    with screen.step(f"Timing {len(jobs)} forms, {rounds} rounds"):
+        times = list(in_turns(timers, rounds))
+    results = [_row_result(path, form, [r[index] for r in times]) for index, (path, form) in enumerate(jobs)]
+    counts = list(dict.fromkeys(count for r in results for count in r["ms"]))
+    rows = [(r["artifact"], r["form"], *(_cost(r, count) for count in counts)) for r in results]
+    screen.table(
+        ("artifact", "form", *(f"{count} tokens" if count > 1 else "1 token" for count in counts)), rows
+    )
+    screen.line("ms of one call, and what it costs in calls with the fewest new tokens.")
+    screen.finish(
+        {
+            "rounds": rounds,
+            "threads": args.threads,
+            "prompt": args.prompt,
+            "machine": describe_machine(args.threads),
+            "kernels": {path: _kernels(path) for path in args.artifacts},
+            "results": results,
+        }
+    )
+    return OK
+
+
+def _forms(path: str) -> tuple[str, ...]:
+    """The forms of the program that decodes which run here."""
+    from tokopt.runtime.engines.onnxruntime import Sessions
+
+    folder = Path(path)
+    manifest = read_manifest(folder)
+    entry = manifest.schedule.entry("decode")
+    assert entry is not None
+    return Sessions(folder, manifest).forms(entry.program)
+
+
+def _kernels(path: str) -> str:
+    """What is used here of tokopt's own CPU kernels."""
+    from tokopt.runtime.engines.kernels import choose_kernels
+
+    return str(choose_kernels(read_manifest(Path(path)), wanted=True, on_cpu=True))
+
+
+def _row_result(path: str, form: str, times: Sequence[dict[int, float]]) -> dict[str, Any]:
+    """The medians of a form's rounds."""
+    ms = {count: 1e3 * median(turn[count] for turn in times) for count in times[0]}
+    return {
+        "artifact": path,
+        "form": form,
+        "ms": ms,
+        "ratio": {count: time / ms[min(ms)] for count, time in ms.items()},
+    }
+
+
+def _cost(result: dict[str, Any], count: int) -> str:
+    if count not in result["ms"]:
+        return "-"
+    return f"{result['ms'][count]:.3g} ({result['ratio'][count]:.2f}x)"
 
 
 VERB = Verb(

@@ -31,9 +31,11 @@ from tokopt.ir.assemble import assemble
 from tokopt.ir.bundle import fresh
 from tokopt.ir.export import axis_names, user_inputs
 from tokopt.ir.program import Program
+from tokopt.lower.onnx.embedding import EmbeddingOfHead
 from tokopt.lower.onnx.fusions import MergeProducts, MergeSums
 from tokopt.lower.onnx.real_tokens import assume_real_tokens
 from tokopt.lower.onnx.rule import Outcome, apply_rule
+from tokopt.lower.onnx.storage import StoreByOutput, StoreMinimum
 from tokopt.lower.onnx.translate import translate
 from tokopt.lower.onnx.weights import pack_weights
 from tokopt.lower.parity.check import check_parity
@@ -92,6 +94,13 @@ class WeightFile:
             base_dir=self.directory,
         )
 
+    def place_all(self, graph: ir.Graph) -> None:
+        """Let every large constant of a graph be a reference to where it lies."""
+        for value in graph.initializers.values():
+            tensor = value.const_value
+            if tensor is not None and tensor.nbytes > 1024 and not isinstance(tensor, ir.ExternalTensor):
+                value.const_value = self.place(tensor)
+
     def _append(self, data: bytes) -> int:
         with (self.directory / self.name).open("ab") as stream:
             alignment = 4096 if len(data) >= 4096 else 64  # whole pages can be memory-mapped
@@ -141,12 +150,16 @@ def lower(
             report(outcome)
     assume_real_tokens(model)
     passes.RemoveUnusedNodesPass()(model)
+    apply_rule(StoreByOutput(), model.graph)
+    apply_rule(StoreMinimum(), model.graph)
+    embeddings = apply_rule(EmbeddingOfHead(model), model.graph)
+    if report is not None and embeddings.candidates:
+        report(embeddings)
+    passes.RemoveUnusedNodesPass()(model)
     # Only now: shape inference inside a body, where inputs have no shape, gets the rank of Max wrong.
     tokopt.kernels.attach_functions(model)
     weights = weights or WeightFile(directory)
-    for value in model.graph.initializers.values():
-        if value.const_value is not None and value.const_value.nbytes > 1024:
-            value.const_value = weights.place(value.const_value)
+    weights.place_all(model.graph)
     path = directory / f"{name}.onnx"
     ir.save(model, path)
     try:

@@ -133,7 +133,7 @@ def put_initializer(graph: ir.Graph, name: str, array: np.ndarray) -> ir.Value:
     """The initializer of that name, made if it is not there."""
     if name in graph.initializers:
         return graph.initializers[name]
-    tensor = ir.Tensor(np.ascontiguousarray(array), name=name)
+    tensor = ir.Tensor(np.asarray(array, order="C"), name=name)
     value = ir.Value(
         name=name, shape=ir.Shape(array.shape), type=ir.TensorType(tensor.dtype), const_value=tensor
     )

@@ -48,17 +48,17 @@ def lower_for_cpu(
     ir.save(model, fused)
     if check:
         check_parity(
-            _one_row(original or program),
+            one_row(original or program),
             fused,
             path.stem,
-            lowered=_one_row(program),
+            lowered=one_row(program),
             tolerance=tolerance,
             shared=program.aliases,
         )
     return fused
 
 
-def _one_row(program: Program) -> Program:
+def one_row(program: Program) -> Program:
     """The program for a batch of one."""
     return replace(
         program,

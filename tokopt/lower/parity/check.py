@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +21,7 @@ from tokopt.lower.parity.selections import (
     selects,
 )
 from tokopt.runtime.buffers import run_in_place
+from tokopt.runtime.engines.onnxruntime import UNFOLDED
 from tokopt.runtime.numerics import SELFTEST_LIMITS, check_output
 
 ACTIVATIONS = "session.qdq_matmulnbits_accuracy_level"
@@ -36,6 +38,7 @@ def check_parity(
     lowered: Program | None = None,
     tolerance: float | None = None,
     shared: Mapping[str, str] | None = None,
+    bodies: bool = False,
 ) -> None:
     """Compare the ONNX file at ``path`` with ``program`` on the example and other sizes of its named axes.
 
@@ -43,13 +46,15 @@ def check_parity(
     :mod:`tokopt.lower.parity.precision`). Where the program chooses tokens and rounding alone made the two choose
     differently, they are compared again with the same choice (see :mod:`tokopt.lower.parity.selections`). ``lowered``
     is the program that the file was made of, where that is ``program`` cleaned up. ``tolerance`` replaces the largest
-    NMSE that the dtype of an output allows. ``shared`` (``{output: input}``) are caches written in place. Raises
-    LoweringError naming the output, its NMSE and the sizes.
+    NMSE that the dtype of an output allows. ``shared`` (``{output: input}``) are caches written in place.
+    ``bodies`` says that the file is another one, compared in all sizes, with calls of ops whose bodies it holds: the
+    example is enough, and weights are expanded when they are multiplied, since together they may not fit into memory.
+    Raises LoweringError naming the output, its NMSE and the sizes.
     """
-    session = _session(path, name)
+    session = _session(path, name, unfolded=bodies)
     tolerance = half_precision_limit(program) if tolerance is None else tolerance
     exported = program.module
-    for sizes, inputs in resized_examples(program):
+    for sizes, inputs in islice(resized_examples(program), 1 if bodies else None):
         try:
             with torch.no_grad():
                 expected = exported(*inputs)
@@ -214,7 +219,9 @@ _UNFUSED = "session.disable_quant_qdq"
 """Whether quantized products are computed in float."""
 
 
-def _session(path: Path, name: str, entries: Mapping[str, str] | None = None) -> onnxruntime.InferenceSession:
+def _session(
+    path: Path, name: str, entries: Mapping[str, str] | None = None, *, unfolded: bool = False
+) -> onnxruntime.InferenceSession:
     settings = onnxruntime.SessionOptions()
     settings.log_severity_level = 4  # what fails is raised
     settings.add_session_config_entry("session.intra_op.allow_spinning", "0")  # torch uses the same cores
@@ -222,7 +229,12 @@ def _session(path: Path, name: str, entries: Mapping[str, str] | None = None) ->
     for entry in (entries or {}).items():
         settings.add_session_config_entry(*entry)
     try:
-        return onnxruntime.InferenceSession(path, settings, providers=["CPUExecutionProvider"])
+        return onnxruntime.InferenceSession(
+            path,
+            settings,
+            providers=["CPUExecutionProvider"],
+            disabled_optimizers=UNFOLDED if unfolded else None,
+        )
     except Exception as error:  # ONNX Runtime raises several unrelated classes
         raise LoweringError(
             f"ONNX Runtime cannot load program {name!r}: {_line(error)}; report it"

@@ -20,7 +20,9 @@ from onnx_ir.serde import deserialize_function
 from onnxscript import INT8, OnnxFunction
 
 from tokopt.kernels.opset import FLOAT, INT64, TOKOPT, TensorType, op, script
+from tokopt.lower.onnx.embedding import expand_embeddings
 from tokopt.lower.onnx.nodes import array, input_at, maker
+from tokopt.lower.onnx.storage import load_constants
 from tokopt.lower.onnx.weights import put_initializer, take_over
 
 BYTES = (ir.DataType.UINT8, ir.DataType.INT8)
@@ -30,6 +32,8 @@ FLOATS = (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
 def rewrite_for_tensorrt(model: ir.Model, fixed: Mapping[str, int]) -> None:
     """Rewrite ``model`` in place; ``fixed`` gives the sizes of the named axes that are no longer free."""
     _fix_axes(model.graph, fixed)
+    expand_embeddings(model.graph)
+    load_constants(model.graph)
     for node in list(model.graph):
         if node.domain == "tokopt" and node.op_type == "cache_write":
             _write_by_index(model, node)
@@ -84,7 +88,9 @@ def _quantizes(value: ir.Value) -> bool:
 def _convert(graph: ir.Graph, value: ir.Value, old: ir.DataType | None, new: ir.DataType | None) -> ir.Node:
     """Bytes to floats or back: signed ones TensorRT does not cast, but quantizes with a scale of 1."""
     if ir.DataType.INT8 in (old, new):
-        one = put_initializer(graph, "bytes_step", np.array(1, np.float32))
+        one = put_initializer(
+            graph, "bytes_step", np.array([1], np.float32)
+        )  # of a scalar the builder crashes
         attributes = {"output_dtype": new} if new == ir.DataType.INT8 else {}
         made = ir.node(
             "QuantizeLinear" if attributes else "DequantizeLinear", [value, one], attributes=attributes
@@ -219,7 +225,7 @@ def _make_symmetric(graph: ir.Graph, node: ir.Node) -> None:
         signed = np.where(negative.repeat(len(codes) // blocks, 0), -1 - signed, signed)
         offset = np.where(negative, zero - middle + 1, middle - zero) * np.abs(scale)
         sums = put_initializer(graph, f"{name}_offset", offset.astype(scale.dtype))
-        for product in products:
+        for product in products if offset.any() else ():
             _add_block_sums(graph, product, sums, blocks)
     steps = np.maximum(np.abs(scale), np.finfo(scale.dtype).tiny)  # a step of 0 is refused; its codes are 0
     operands = {

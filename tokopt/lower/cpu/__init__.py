@@ -1,0 +1,1 @@
+"""Programs for tokopt's own CPU kernels: a form beside each that ONNX Runtime's CPU kernels run."""
