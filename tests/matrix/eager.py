@@ -491,21 +491,9 @@ def restated(model: nn.Module, reduce: Reduction) -> Iterator[None]:
 
 
 @torch.no_grad()
-def run_eager(
-    name: str,
-    model: nn.Module,
-    inputs: Mapping[str, Tensor],
-    method: str,
-    r: Sequence[int],
-    options: Mapping[str, Any] | None = None,
-) -> Any:
-    """The outputs of zoo model ``name``, in the model's own structure, with tokens reduced by ``method``.
-
-    ``r`` gives the tokens removed in each block. ``options``: ``prefix`` (protected leading tokens; the
-    entry's by default), ``proportional`` (default True), ``margin`` (pitome: in the first block, 0.75),
-    ``seed`` (random: 0). Raises KeyError for a model with blocks that have no restatement.
-    """
-    return run_and_tell(name, model, inputs, method, r, options)[0]
+def run_eager(*reduced: Any) -> Any:
+    """The outputs alone of :func:`run_and_tell`, whose arguments it takes."""
+    return run_and_tell(*reduced)[0]
 
 
 def run_and_tell(
@@ -516,7 +504,12 @@ def run_and_tell(
     r: Sequence[int],
     options: Mapping[str, Any] | None = None,
 ) -> tuple[Any, Reduction]:
-    """The outputs as :func:`run_eager` gives them, and what was done to the tokens."""
+    """The outputs of zoo model ``name``, with tokens reduced by ``method``, and what was done to the tokens.
+
+    Outputs are in the model's own structure. ``r`` gives the tokens removed in each block. ``options``: ``prefix``
+    (protected leading tokens; the entry's by default), ``proportional`` (default True), ``margin`` (pitome: in the
+    first block, 0.75), ``seed`` (random: 0). Raises KeyError for a model with blocks that have no restatement.
+    """
     entry = ZOO[name]
     assert len(r) == entry.layers
     batch = next(iter(inputs.values())).shape[0]
