@@ -28,6 +28,7 @@ from tests.commands import inputs
 from tokopt.errors import MissingDependencyError
 from tokopt.passes import Int8KV
 from tokopt.passes.quantize.base import Quantization
+from tokopt.runtime import machine as runtime_machine
 
 
 def test_neighbours_classify_separate_clusters_perfectly() -> None:
@@ -53,7 +54,7 @@ def test_neighbours_classify_separate_clusters_perfectly() -> None:
 def test_bfloat16_is_read_from_the_processor(
     monkeypatch: pytest.MonkeyPatch, field: str, names: str, found: bool
 ) -> None:
-    monkeypatch.setattr(machine, "_reported", lambda asked: names if asked == field else "")
+    monkeypatch.setattr(runtime_machine, "_reported", lambda asked: names if asked == field else "")
     assert machine.has_bfloat16() is found
 
 
