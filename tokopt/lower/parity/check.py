@@ -68,7 +68,7 @@ def check_parity(
         if fault and selects(program):
             chooser = _chooser(program, lowered or program)
             fault = _cleanup_fault(program, chooser, inputs, expected, tolerance) or _fault_given_selections(
-                chooser, path, name, inputs, tolerance, shared or {}
+                chooser, path, name, inputs, tolerance, shared or {}, unfolded=bodies
             )
         if fault and tolerance is None and rounds_alike(program, inputs, expected, actual):
             continue
@@ -151,11 +151,13 @@ def _fault_given_selections(
     inputs: Example,
     tolerance: float | None,
     shared: Mapping[str, str],
+    *,
+    unfolded: bool,
 ) -> str | None:
     """The first output or selection that still differs when both forms choose the same tokens."""
     copy, names = expose_selections(path)
     try:
-        session = _session(copy, name)
+        session = _session(copy, name, unfolded=unfolded)
     finally:
         copy.unlink()
     every = [value.name for value in session.get_outputs()]
