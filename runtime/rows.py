@@ -29,6 +29,11 @@ class RowCosts:
     seconds: Mapping[int, float]
     machine: Mapping[str, object]
 
+    @classmethod
+    def of(cls, turns: Sequence[Mapping[int, float]], machine: Mapping[str, object]) -> RowCosts:
+        """The medians over turns, each of which timed the same numbers of new tokens."""
+        return cls({count: median(turn[count] for turn in turns) for count in turns[0]}, machine)
+
     def ratio(self, rows: int) -> float:
         """What a call with so many new tokens costs, in calls with the fewest that were measured."""
         return self.seconds[rows] / self.seconds[min(self.seconds)]
@@ -52,9 +57,7 @@ def measure_rows(
     measure = RowTimer(model, rows, prompt).measure
     measure()  # the first turn allocates
     found = [measure() for _ in range(turns)]
-    return RowCosts(
-        {count: median(turn[count] for turn in found) for count in found[0]}, describe_machine(threads)
-    )
+    return RowCosts.of(found, describe_machine(threads))
 
 
 class RowTimer:

@@ -30,7 +30,7 @@ class Kernels:
         return f"{cpu.DOMAIN} {cpu.VERSION} ({self.isa})" if self.library else f"none: {self.reason}"
 
 
-def choose_kernels(manifest: Manifest, wanted: bool, on_cpu: bool) -> Kernels:
+def choose_kernels(manifest: Manifest, wanted: bool = True, on_cpu: bool = True) -> Kernels:
     """The installed kernels, if an artifact has forms for their version and they are wanted.
 
     Raises TokoptError where the environment variable TOKOPT_ISA names what this processor lacks.

@@ -8,7 +8,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -34,7 +34,7 @@ from torch.utils import _pytree as pytree
 
 from tokopt.ir.graph import function_of, results
 from tokopt.ir.program import Program
-from tokopt.ir.shapes import Shapes, attribute, described, distinct, makes_symbols, with_shapes
+from tokopt.ir.shapes import Shapes, attribute, described, distinct, traced_once, with_shapes
 from tokopt.ir.splice import splice
 
 Table = Mapping[Any, Callable[..., Any]]
@@ -147,10 +147,7 @@ def _decomposed(module: GraphModule, table: Table) -> Graph:
         if node.target is operator.getitem and isinstance(known[node.args[0]], (tuple, list)):
             known[node] = known[node.args[0]][node.args[1]]
         elif node.target in table or _is_composite(node.target):
-            key = _likeness(node)
-            decomposition = traced.get(key) or _decomposition(node, table)
-            if not makes_symbols(decomposition):
-                traced[key] = decomposition
+            decomposition = traced_once(traced, _likeness(node), partial(_decomposition, node, table))
             operands = [known[operand] for operand in node.all_input_nodes]
             known[node] = splice(graph, decomposition, operands, like=node)
         else:

@@ -434,7 +434,19 @@ def distinct(values: Sequence[Any]) -> list[Any]:
     return made
 
 
-def makes_symbols(module: GraphModule) -> bool:
+def traced_once(
+    traces: dict[object, GraphModule], key: object, trace: Callable[[], GraphModule]
+) -> GraphModule:
+    """What was traced for ``key`` before, or is now; a graph that makes symbols of its own stands for no other."""
+    if key in traces:
+        return traces[key]
+    made = trace()
+    if not _makes_symbols(made):
+        traces[key] = made
+    return made
+
+
+def _makes_symbols(module: GraphModule) -> bool:
     """Whether a graph has a size that depends on data and is not its operands'."""
     values = [node.meta.get("val") for node in module.graph.nodes if node.op == "placeholder"]
     known = free_unbacked_symbols(values)

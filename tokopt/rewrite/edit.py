@@ -25,7 +25,7 @@ from torch.utils import _pytree as pytree
 from tokopt.ir.export import copied, output_specs
 from tokopt.ir.graph import aten, is_call
 from tokopt.ir.program import AxisRange, Program, TensorSpec
-from tokopt.ir.shapes import Shapes, described, distinct, makes_symbols, with_shapes
+from tokopt.ir.shapes import Shapes, described, distinct, traced_once, with_shapes
 from tokopt.ir.splice import drop_lifts, splice
 
 
@@ -91,9 +91,8 @@ def call(graph: Graph, function: Callable[..., Any], *args: Any, like: Node, **k
     constants = tuple(Node if isinstance(leaf, Node) else (type(leaf), leaf) for leaf in leaves)
     values = [node.meta["val"] for node in nodes]
     key = (function, spec, constants, tuple(described(value) for value in values))
-    traced = shapes.traces.get(key) or _trace(partial(_filled, function, leaves, spec), values, shapes)
-    if not makes_symbols(traced):
-        shapes.traces[key] = traced
+    filled = partial(_filled, function, leaves, spec)
+    traced = traced_once(shapes.traces, key, partial(_trace, filled, values, shapes))
     before = set(graph.nodes)
     made = splice(graph, traced, nodes, like=like)
     shapes.derived(node for node in graph.nodes if node not in before)

@@ -163,7 +163,11 @@ def _rows(args: Namespace, screen: Screen, texts: bool) -> int:
     timers = [(path, FormTimer(form, args.rows, args.prompt, args.threads)) for path, form in jobs]
     with screen.step(f"Timing {len(jobs)} forms, {rounds} rounds"):
         times = list(in_turns(timers, rounds))
-    results = [_row_result(path, form, [r[index] for r in times]) for index, (path, form) in enumerate(jobs)]
+    machine = describe_machine(args.threads)
+    results = [
+        _row_result(path, form, [turn[index] for turn in times], machine)
+        for index, (path, form) in enumerate(jobs)
+    ]
     counts = list(dict.fromkeys(count for r in results for count in r["ms"]))
     rows = [(r["artifact"], r["form"], *(_cost(r, count) for count in counts)) for r in results]
     screen.table(
@@ -175,7 +179,7 @@ def _rows(args: Namespace, screen: Screen, texts: bool) -> int:
             "rounds": rounds,
             "threads": args.threads,
             "prompt": args.prompt,
-            "machine": describe_machine(args.threads),
+            "machine": machine,
             "kernels": {path: _kernels(path) for path in args.artifacts},
             "results": results,
         }
@@ -198,17 +202,21 @@ def _kernels(path: str) -> str:
     """What is used here of tokopt's own CPU kernels."""
     from tokopt.runtime.engines.kernels import choose_kernels
 
-    return str(choose_kernels(read_manifest(Path(path)), wanted=True, on_cpu=True))
+    return str(choose_kernels(read_manifest(Path(path))))
 
 
-def _row_result(path: str, form: str, times: Sequence[dict[int, float]]) -> dict[str, Any]:
+def _row_result(
+    path: str, form: str, times: Sequence[dict[int, float]], machine: dict[str, object]
+) -> dict[str, Any]:
     """The medians of a form's rounds."""
-    ms = {count: 1e3 * median(turn[count] for turn in times) for count in times[0]}
+    from tokopt.runtime.rows import RowCosts
+
+    costs = RowCosts.of(times, machine)
     return {
         "artifact": path,
         "form": form,
-        "ms": ms,
-        "ratio": {count: time / ms[min(ms)] for count, time in ms.items()},
+        "ms": {count: 1e3 * seconds for count, seconds in costs.seconds.items()},
+        "ratio": {count: costs.ratio(count) for count in costs.seconds},
     }
 
 

@@ -113,17 +113,13 @@ def _inspect_manifest(manifest: Manifest, screen: Screen) -> int:
             screen.line(f"  {note}")
     _show_engines(manifest, screen)
     if any(program.kernels is not None for program in manifest.programs.values()):
-        screen.line(f"CPU kernels of tokopt, on this machine: {_kernels(manifest)}")
+        from tokopt.runtime.engines.kernels import choose_kernels
+
+        screen.line(f"CPU kernels of tokopt, on this machine: {choose_kernels(manifest)}")
         screen.line()
     screen.table(("file", "bytes", "sha256"), [(n, f.size, f.sha256[:16]) for n, f in manifest.files.items()])
     screen.finish(dataclasses.asdict(manifest))
     return OK
-
-
-def _kernels(manifest: Manifest) -> str:
-    from tokopt.runtime.engines.kernels import choose_kernels
-
-    return str(choose_kernels(manifest, wanted=True, on_cpu=True))
 
 
 def _show_engines(manifest: Manifest, screen: Screen) -> None:
