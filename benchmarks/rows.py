@@ -1,0 +1,231 @@
+"""What a call with several new tokens costs: ``python -m benchmarks.rows``.
+
+SmolLM2-135M with the weights of its file (``keep_grid``), by every instruction set of tokopt's CPU kernels that the
+machine has, by ONNX Runtime's own kernels, and by llama.cpp where it is installed (extra ``peers``). Every engine has
+its own process and they take turns; a turn times all numbers of rows. Finished parts are kept, so a run that was cut
+off goes on where it was. Writes ``rows.json``, ``rows.md`` and ``rows.png`` in ``benchmarks/results``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack, closing
+from dataclasses import asdict, dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+
+from benchmarks.machine import describe
+from benchmarks.progress import Progress
+from examples.data import cache_folder, smollm2_gguf, write_atomically
+from tokopt.kernels import cpu
+
+RESULTS = Path(__file__).parent / "results"
+MODEL = "SmolLM2-135M-Instruct"
+METHODS = ("keep_grid", "keep_grid, 8-bit cache")
+PROMPTS = (64, 1024)
+ROWS = (1, 2, 4, 8, 16, 32)
+
+LLAMA, NONE = "llama.cpp", "ONNX Runtime's own"
+
+Measure = Callable[[], Mapping[int, float]]
+"""One turn: the seconds of a call by its number of new tokens."""
+
+
+@dataclass(frozen=True)
+class Engine:
+    """A process to time: ``name`` is an instruction set of the CPU kernels, :data:`NONE` or :data:`LLAMA`."""
+
+    name: str
+    artifact: str
+    prompt: int
+    threads: int
+
+
+class Worker:
+    """An engine in its own process, which answers every line with one turn."""
+
+    def __init__(self, engine: Engine) -> None:
+        self.engine = engine
+        environment = dict(os.environ)
+        if engine.name in cpu.isas():
+            environment["TOKOPT_ISA"] = engine.name
+        command = [sys.executable, "-m", "benchmarks.rows", "--serve", json.dumps(asdict(engine))]
+        self.process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
+        )
+        self.turn()  # the first allocates
+
+    def turn(self) -> dict[int, float]:
+        """Seconds by rows."""
+        assert self.process.stdin and self.process.stdout
+        self.process.stdin.write("\n")
+        self.process.stdin.flush()
+        line = self.process.stdout.readline()
+        if not line:
+            raise RuntimeError(f"{self.engine.name} ended with status {self.process.wait()}")
+        return {int(rows): seconds for rows, seconds in json.loads(line).items()}
+
+    def close(self) -> None:
+        assert self.process.stdin
+        self.process.stdin.close()
+        self.process.wait(timeout=30)
+
+
+def serve(engine: Engine) -> None:
+    """Answer every line on stdin with a turn."""
+    measure = llama(engine) if engine.name == LLAMA else artifact(engine)
+    for _ in sys.stdin:
+        print(json.dumps(dict(measure())), flush=True)
+
+
+def artifact(engine: Engine) -> Measure:
+    """A turn of tokopt's runtime."""
+    from tokopt.runtime import LanguageModel, load
+    from tokopt.runtime.rows import RowTimer
+
+    model = load(engine.artifact, threads=engine.threads, kernels=engine.name != NONE, verify=False)
+    assert isinstance(model, LanguageModel)
+    return RowTimer(model, ROWS, engine.prompt).measure
+
+
+def llama(engine: Engine) -> Measure:
+    """A turn of llama.cpp, which gives the logits of every new token, too."""
+    from benchmarks import timing
+    from benchmarks.peers.language import _llama
+
+    given = timing.Engine(LLAMA, "llama.cpp", Path(engine.artifact), 1, engine.prompt, engine.threads)
+    model = _llama(given, logits_all=True)
+    model.eval((np.arange(engine.prompt) % 49152).tolist())
+
+    def call(rows: int) -> float:
+        model.n_tokens = engine.prompt
+        clock = time.perf_counter()
+        model.eval([0] * rows)
+        return time.perf_counter() - clock
+
+    def measure() -> Mapping[int, float]:
+        call(max(ROWS))
+        return {rows: (call(rows), call(rows))[1] for rows in ROWS}
+
+    return measure
+
+
+def compare(engines: Sequence[Engine], rounds: int) -> dict[str, dict[int, float]]:
+    """Median seconds by engine and rows; the engines take turns."""
+    turns: dict[str, list[dict[int, float]]] = {engine.name: [] for engine in engines}
+    with ExitStack() as stack:
+        workers = [stack.enter_context(closing(Worker(engine))) for engine in engines]
+        for _ in range(rounds):
+            for worker in workers:
+                turns[worker.engine.name].append(worker.turn())
+    return {name: {rows: median(turn[rows] for turn in own) for rows in ROWS} for name, own in turns.items()}
+
+
+def engines(method: str, prompt: int, threads: int) -> list[Engine]:
+    """What is timed on one artifact; llama.cpp reads the file that it was made of."""
+    from benchmarks.quantize import artifact
+
+    path = str(artifact(MODEL, method))
+    names = [name for name in cpu.isas() if name != "plain"]
+    made = [Engine(name, path, prompt, threads) for name in [NONE, *names]]
+    if find_spec("llama_cpp") and method == METHODS[0]:
+        made.insert(0, Engine(LLAMA, str(smollm2_gguf()), prompt, threads))
+    return made
+
+
+# --- report -----------------------------------------------------------------------------------------------
+
+
+def markdown(report: Mapping[str, Any]) -> str:
+    """A table for each artifact and prompt."""
+    lines = [f"# What several tokens at once cost: {MODEL}", ""]
+    lines += [
+        "Milliseconds of a call by its new tokens, and the ratio to one; every new token's logits are computed."
+    ]
+    lines += ["Instruction sets are forced with `TOKOPT_ISA`; `amx_int8` is `avx512_vnni` for few rows.", ""]
+    lines += ["![Milliseconds and ratios by the number of new tokens](rows.png)", ""]
+    for title, found in parts(report):
+        lines += [f"## {title}", "", "| engine | " + " | ".join(map(str, ROWS)) + " |", "|---" * 7 + "|"]
+        for name, seconds in found.items():
+            cells = [f"{1e3 * own:.1f} ({own / seconds['1']:.2f})" for own in seconds.values()]
+            lines.append(f"| {label(name)} | " + " | ".join(cells) + " |")
+        lines.append("")
+    return "\n".join([*lines, "```json", json.dumps(report["machine"], indent=1), "```", ""])
+
+
+def parts(report: Mapping[str, Any]) -> list[tuple[str, Mapping[str, Mapping[str, float]]]]:
+    """Title and times of every table."""
+    return [
+        (f"`{method}`, after {prompt} tokens", report[f"{method}/{prompt}"])
+        for method in METHODS
+        for prompt in PROMPTS
+    ]
+
+
+def label(name: str) -> str:
+    """An engine's name in a table."""
+    return name if name == LLAMA else f"tokopt, {name}" if name == NONE else f"tokopt, `{name}`"
+
+
+def draw(report: Mapping[str, Any], path: Path) -> None:
+    """The first artifact's curves: milliseconds, and ratios to one row."""
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(2, len(PROMPTS), figsize=(11, 7), sharex=True, constrained_layout=True)
+    for column, (title, found) in enumerate(parts(report)[: len(PROMPTS)]):
+        for name, seconds in found.items():
+            times = np.array(list(seconds.values()))
+            style = "--" if name in (LLAMA, NONE) else "-"
+            axes[0, column].plot(ROWS, 1e3 * times, style, marker="o", label=name)
+            axes[1, column].plot(ROWS, times / times[0], style, marker="o", label=name)
+        axes[0, column].set_title(title.replace("`", ""))
+        axes[1, column].set_xlabel("new tokens in a call")
+    axes[0, 0].set_ylabel("milliseconds")
+    axes[1, 0].set_ylabel("calls with one token")
+    for axis in axes.flat:
+        axis.set_xscale("log", base=2)
+        axis.set_xticks(ROWS, map(str, ROWS))
+        axis.grid(alpha=0.3)
+        axis.set_ylim(bottom=0)
+    axes[0, 0].legend()
+    figure.savefig(path, dpi=110, format="png")
+    pyplot.close(figure)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.rows", description=__doc__)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--serve", metavar="ENGINE", help="be the process of one engine (JSON)")
+    options = parser.parse_args()
+    if options.serve:
+        serve(Engine(**json.loads(options.serve)))
+        return
+    folder = cache_folder() / "benchmark-rows"
+    folder.mkdir(parents=True, exist_ok=True)
+    progress = Progress(folder)
+    for method in METHODS:
+        for prompt in PROMPTS:
+            print(f"{method}, after {prompt} tokens", file=sys.stderr, flush=True)
+            made = engines(method, prompt, options.threads)
+            progress.once(f"{method}/{prompt}", lambda own=made: compare(own, options.rounds))
+    report = json.loads(json.dumps({"machine": describe(options.threads), **progress.values}))
+    text = markdown(report)
+    write_atomically(RESULTS / "rows.json", lambda path: path.write_text(json.dumps(report, indent=1) + "\n"))
+    write_atomically(RESULTS / "rows.md", lambda path: path.write_text(text))
+    write_atomically(RESULTS / "rows.png", lambda path: draw(report, path))
+    print(text)
+
+
+if __name__ == "__main__":
+    main()
