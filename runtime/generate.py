@@ -41,8 +41,8 @@ class Generated:
 
     ``finish`` is ``"stop"`` (an end token or a stop string), ``"length"``, or empty for a stream that still goes on.
     ``statistics`` are those of the call that made it, which all texts of a batch share; they do not count when two
-    texts are compared. Nor do ``logprobs``, the logarithms of the probabilities that the model gave the tokens, where it
-    draws them itself and says so; None elsewhere.
+    texts are compared. Nor do ``logprobs``, the logarithms of the probabilities that the model gave the tokens, where
+    it draws them itself and says so; None elsewhere.
     """
 
     tokens: tuple[int, ...]

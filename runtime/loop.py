@@ -364,7 +364,8 @@ class Request:
                 f"program {entry.program!r} committed {count[row]} of {most} tokens in row {row}, which may have "
                 "one or more; the artifact is damaged"
             )
-        undrawn = (emission.tokens < 0) & (np.arange(most) < count[:, None])
+        tokens: NDArray[np.int64] = emission.tokens
+        undrawn = (tokens < 0) & (np.arange(most) < count[:, None])
         if undrawn.any():
             raise TokoptError(
                 f"program {entry.program!r} found NaN or infinity where it draws a token of row "

@@ -14,9 +14,9 @@ def uniforms(
 ) -> NDArray[np.float32]:
     """The numbers ``counter .. counter + count - 1`` of every row's stream [batch, count], in [0, 1).
 
-    ``seed``, ``stream`` and ``counter`` are [batch]. Threefry-2x32 with 20 rounds (Salmon et al., SC 2011), keyed by the
-    lower word of the seed and the stream; what is encrypted is the counter and the upper word of the seed. The upper 24
-    bits of the first word of the result count.
+    ``seed``, ``stream`` and ``counter`` are [batch]. Threefry-2x32 with 20 rounds (Salmon et al., SC 2011), keyed by
+    the lower word of the seed and the stream; what is encrypted is the counter and the upper word of the seed. The
+    upper 24 bits of the first word of the result count.
     """
     first, second = (words.astype(np.uint32)[:, None] for words in (seed, stream))
     keys = (first, second, first ^ second ^ np.uint32(_PARITY))

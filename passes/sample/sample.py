@@ -68,7 +68,15 @@ class SampleTokens(Pass):
 
 def _inputs(edit: ProgramEdit, batch: int) -> Iterator[tuple[TensorSpec, Tensor]]:
     """What says how many tokens a row may have, and how they are drawn; examples in which all of it matters."""
-    example = {"limit": 1, "temperature": 0.8, "top_k": 5, "top_p": 0.9, "min_p": 0.05, "seed": 7, "stream": 1}
+    example = {
+        "limit": 1,
+        "temperature": 0.8,
+        "top_k": 5,
+        "top_p": 0.9,
+        "min_p": 0.05,
+        "seed": 7,
+        "stream": 1,
+    }
     for role, dtype in (("limit", "int64"), *((role, dtype) for role, (dtype, _) in DRAWING.items())):
         spec = TensorSpec(edit.free(role), dtype, (BATCH,), role)
         yield spec, torch.full((batch,), example[role], dtype=getattr(torch, dtype))

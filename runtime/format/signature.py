@@ -45,12 +45,12 @@ class Tensor:
     The other roles of inputs are ``"input"`` (an array of the caller), ``"tokens"`` [batch, n] and ``"positions"``
     [batch, n] (int64; the position of padding is -1), ``"mask"`` [batch, n, n] (which new token sees which), ``"rows"``
     [k] (the tokens whose logits are wanted), ``"limit"`` [batch] (the most tokens that a row may commit in this call),
-    ``"due"`` [batch] (the rows that a triggered program acts on), those of :data:`DRAWING` [batch] (how tokens are drawn;
-    of the streams of random numbers that a seed has, ``"stream"`` is the row's) and ``"link"`` (another program's
-    output). Those of outputs are ``"output"`` (an array for the caller), ``"logits"`` [batch, rows, vocabulary], ``"tokens"`` [batch, n]
-    with ``"count"`` [batch] (the first so many tokens of a row were committed) and perhaps ``"logprobs"`` [batch, n] (the
-    logarithms of the probabilities that the model gave them), ``"done"`` [batch] (the rows that leave after this program)
-    and ``"link"``.
+    ``"due"`` [batch] (the rows that a triggered program acts on), those of :data:`DRAWING` [batch] (how tokens are
+    drawn; ``"stream"`` says which of the seed's streams of random numbers is the row's) and ``"link"`` (another
+    program's output). Those of outputs are ``"output"`` (an array for the caller), ``"logits"`` [batch, rows,
+    vocabulary], ``"tokens"`` [batch, n] with ``"count"`` [batch] (the first so many tokens of a row were committed) and
+    perhaps ``"logprobs"`` [batch, n] (logarithms of the probabilities that the model gave them), ``"done"`` [batch]
+    (the rows that leave after this program) and ``"link"``.
     """
 
     name: str

@@ -28,11 +28,15 @@ def case(op: str) -> Case:
 def run(form: str, op: str, *tensors: torch.Tensor) -> np.ndarray:
     found = case(op)
     names = [name for name in found.arguments if name not in found.static]
-    return FORMS[form](found, dict(zip(names, tensors, strict=True)) | found.static)[0]
+    return FORMS[form](found, {**dict(zip(names, tensors, strict=True)), **found.static})[0]
 
 
 def integers(*values: int) -> torch.Tensor:
     return torch.tensor(values)
+
+
+def words(first: int, second: int) -> tuple[torch.Tensor, torch.Tensor]:
+    return torch.tensor(first), torch.tensor(second)
 
 
 def floats(*values: float) -> torch.Tensor:
@@ -41,8 +45,7 @@ def floats(*values: float) -> torch.Tensor:
 
 @pytest.mark.parametrize(("key", "block", "answer"), KNOWN)
 def test_known_answers(key: tuple[int, int], block: tuple[int, int], answer: int) -> None:
-    first, second = (tuple(torch.tensor(word) for word in words) for words in (key, block))
-    assert int(threefry(first, second)) == answer
+    assert int(threefry(words(*key), words(*block))) == answer
 
 
 @pytest.mark.parametrize("form", [*FORMS, "numpy"])
@@ -57,7 +60,7 @@ def test_a_seed_a_stream_and_a_counter_are_the_key_and_the_block(
         got = uniforms(seed.numpy(), stream.numpy(), counter.numpy(), 5)
     else:
         got = run(form, "uniforms", seed, stream, counter)
-    want = threefry(tuple(map(torch.tensor, key)), (torch.tensor(block[0]), torch.tensor(upper)))
+    want = threefry(words(*key), words(block[0], upper))
     assert got.dtype == np.float32
     assert got[0, 0] == (int(want) >> 8) / 2**24
     if upper == block[1]:
@@ -67,9 +70,9 @@ def test_a_seed_a_stream_and_a_counter_are_the_key_and_the_block(
 @settings(max_examples=50)
 @given(st.integers(0, 2**63 - 1), st.integers(0, 2**32 - 1), st.integers(0, 2**40))
 def test_the_host_draws_the_numbers_of_the_op(seed: int, stream: int, counter: int) -> None:
-    words = [np.array([seed]), np.array([stream]), np.array([counter])]
-    want = ops.uniforms(*map(torch.from_numpy, words), 5).numpy()
-    np.testing.assert_array_equal(uniforms(*words, 5), want)
+    want = ops.uniforms(integers(seed), integers(stream), integers(counter), 5).numpy()
+    got = uniforms(np.array([seed]), np.array([stream]), np.array([counter]), 5)
+    np.testing.assert_array_equal(got, want)
 
 
 def test_uniforms_are_uniform() -> None:
