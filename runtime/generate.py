@@ -12,7 +12,7 @@ import numpy as np
 from tokopt.arguments import described
 from tokopt.errors import InputError, TokoptError
 from tokopt.runtime.loop import NO_LIMIT, PADDING, Emission, Request
-from tokopt.runtime.sampling import Logits, LogitsProcessor, Sampling, TokenIds, choose
+from tokopt.runtime.sampling import Logits, LogitsProcessor, Sampling, Streams, TokenIds, choose
 from tokopt.runtime.text import TextStream
 
 Item = TypeVar("Item")
@@ -41,13 +41,15 @@ class Generated:
 
     ``finish`` is ``"stop"`` (an end token or a stop string), ``"length"``, or empty for a stream that still goes on.
     ``statistics`` are those of the call that made it, which all texts of a batch share; they do not count when two
-    texts are compared.
+    texts are compared. Nor do ``logprobs``, the logarithms of the probabilities that the model gave the tokens, where
+    it draws them itself and says so; None elsewhere.
     """
 
     tokens: tuple[int, ...]
     text: str | None
     finish: str
     statistics: Statistics = field(default_factory=Statistics, compare=False, repr=False)
+    logprobs: tuple[float, ...] | None = field(default=None, compare=False, repr=False)
 
 
 @dataclass
@@ -59,6 +61,7 @@ class Text:
     stream: TextStream | None = None
     finish: str = ""
     pieces: list[str] = field(default_factory=list[str])
+    logprobs: list[float] = field(default_factory=list[float])
 
     @property
     def new(self) -> int:
@@ -86,7 +89,7 @@ class Draw:
     """The next tokens of every text: those that the model drew, or one that is chosen by its logits."""
 
     def __init__(self, sampling: Sampling, processors: Sequence[LogitsProcessor], batch: int) -> None:
-        self.temperature, self.streams = sampling.temperature, sampling.streams(batch)
+        self.temperature, self.streams = sampling.temperature, Streams(sampling.seed, batch)
         self.own, self.usual = tuple(processors), tuple(sampling.processors())
         self.step = 0
 
@@ -170,7 +173,8 @@ class Generating:
         """What there is of one text."""
         text = self.texts[row]
         shown = "".join(text.pieces) if text.stream else None
-        return Generated(tuple(text.history[text.prompt :]), shown, text.finish, self.statistics)
+        logprobs = tuple(text.logprobs) if text.logprobs else None
+        return Generated(tuple(text.history[text.prompt :]), shown, text.finish, self.statistics, logprobs)
 
     def __iter__(self) -> Iterator[None]:
         """Yield whenever the texts that are not finished have new tokens."""
@@ -184,10 +188,12 @@ class Generating:
         emission = request.prefill([text.history for text in texts], self._left())
         read = time.perf_counter()
         while True:
-            for text, tokens in zip(texts, self.draw(texts, emission), strict=True):
-                for token in tokens:
+            for row, (text, tokens) in enumerate(zip(texts, self.draw(texts, emission), strict=True)):
+                for place, token in enumerate(tokens):
                     if not text.finish:
                         self._take(text, token)
+                        if emission.logprobs is not None:
+                            text.logprobs.append(float(emission.logprobs[row, place]))
             self._note(request, read - start, time.perf_counter() - read)
             yield
             if all(text.finish for text in texts):

@@ -17,6 +17,7 @@ from tokopt.runtime.engines.base import Stateful
 from tokopt.runtime.engines.kernels import Kernels
 from tokopt.runtime.format.manifest import Manifest, file_path
 from tokopt.runtime.format.schedule import emits_tokens
+from tokopt.runtime.format.signature import DRAWING
 from tokopt.runtime.generate import Draw, Generating, Limits, Stream, Text
 from tokopt.runtime.inputs import Interface, count_rows
 from tokopt.runtime.loop import Request, chunk_size, prompt_slots
@@ -44,6 +45,8 @@ class LanguageModel:
         self.settings, self.endless = manifest.generation, manifest.schedule.endless
         entries = [entry for entry in manifest.schedule.entries if entry.role != "encode"]
         self.draws = any(emits_tokens(manifest.programs[entry.program]) for entry in entries)
+        read = {tensor.role for entry in entries for tensor in manifest.programs[entry.program].inputs}
+        self._takes = read & set(DRAWING)
         self.interface = Interface.of(manifest)
         self._tokenizer: Tokenizer | None = None
 
@@ -198,8 +201,7 @@ class LanguageModel:
         if stops:
             self.tokenizer  # noqa: B018  # stop strings need text
         most, sampling, processors = options.checked()
-        if self.draws and (sampling != Sampling() or processors):
-            raise InputError(f"{self.path} draws its tokens itself; leave sampling and processors out")
+        drawing = self._drawing(sampling, processors, len(prompts)) if self.draws else None
         texts: list[Text] = []
         for i, prompt in enumerate(prompts):
             ids = self._ids("the prompt" if len(prompts) == 1 else f"prompt {i}", prompt)
@@ -214,7 +216,7 @@ class LanguageModel:
             texts,
             Limits(most, context, self.settings.eos),
             Draw(sampling, processors, len(texts)),
-            lambda: self._request(len(texts), slots, feed),
+            lambda: self._request(len(texts), slots, feed, drawing),
         )
 
     def _ids(self, name: str, prompt: object) -> list[int]:
@@ -244,10 +246,26 @@ class LanguageModel:
             )
         return feed
 
-    def _request(self, batch: int, slots: int, feed: dict[str, np.ndarray] | None) -> Request:
+    def _drawing(
+        self, sampling: Sampling, processors: Sequence[LogitsProcessor], batch: int
+    ) -> dict[str, np.ndarray]:
+        """How a model draws tokens that does so itself; raises InputError for what it cannot be told."""
+        if processors:
+            raise InputError(f"{self.path} draws its tokens itself; leave processors out")
+        if sampling != Sampling() and not self._takes:
+            raise InputError(f"{self.path} draws its tokens itself and takes no options; leave sampling out")
+        return sampling.drawing(batch)
+
+    def _request(
+        self,
+        batch: int,
+        slots: int,
+        feed: dict[str, np.ndarray] | None,
+        drawing: Mapping[str, np.ndarray] | None = None,
+    ) -> Request:
         """A request, after the programs that come before the prompt have run on the caller's arrays."""
         encoded = None if feed is None else encode(self.manifest, self.sessions, feed, batch)
-        return Request(self.manifest, self.sessions, batch, slots, encoded)
+        return Request(self.manifest, self.sessions, batch, slots, encoded, drawing)
 
 
 @dataclass(frozen=True)

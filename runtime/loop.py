@@ -18,6 +18,7 @@ from tokopt.runtime.format.link import Port
 from tokopt.runtime.format.manifest import Manifest, ProgramEntry
 from tokopt.runtime.format.schedule import Entry, Trigger
 from tokopt.runtime.format.signature import SEVERAL, find_role, with_role
+from tokopt.runtime.sampling import Sampling
 
 PREFILL = 256
 """Prompt tokens per call; bounds the memory that a long prompt's attention takes."""
@@ -35,12 +36,14 @@ LAST = np.array([-1])
 class Emission:
     """What a call gave: logits [batch, rows, vocabulary], or tokens [batch, n] of which the first count [batch] count.
 
-    Arrays are valid until the next call.
+    ``logprobs`` [batch, n] are the logarithms of the tokens' probabilities, where the program gives them. Arrays are
+    valid until the next call.
     """
 
     logits: np.ndarray | None = None
     tokens: np.ndarray | None = None
     count: np.ndarray | None = None
+    logprobs: np.ndarray | None = None
 
 
 @dataclass(frozen=True)
@@ -92,11 +95,21 @@ class Request:
     """One batch on its way: the states, the values of links, and how far the triggers have counted."""
 
     def __init__(
-        self, manifest: Manifest, programs: Stateful, batch: int, slots: int, encoded: Encoded | None = None
+        self,
+        manifest: Manifest,
+        programs: Stateful,
+        batch: int,
+        slots: int,
+        encoded: Encoded | None = None,
+        drawing: Mapping[str, np.ndarray] | None = None,
     ) -> None:
-        """``slots`` are those to begin with. Raises InputError when the states do not fit into memory."""
+        """``slots`` are those to begin with; ``drawing`` tells a program that draws tokens how, by default greedily.
+
+        Raises InputError when the states do not fit into memory.
+        """
         self.manifest, self.programs, self.batch = manifest, programs, batch
         self.schedule = manifest.schedule
+        self.drawing = Sampling().drawing(batch) if drawing is None else drawing
         self.buffers: Any = programs.buffers(batch, capacity(slots))
         self.links: dict[Port, np.ndarray] = {}
         self.used: dict[str, int] = dict.fromkeys(self.buffers.slots, 0)
@@ -255,7 +268,11 @@ class Request:
             self._occupy(tokens.shape[1])
             found = results[roles.made["logits"]]
             return Emission(found if "rows" in roles.given else found[:, rows])
-        emission = Emission(tokens=results[roles.made["tokens"]], count=results[roles.made["count"]].copy())
+        emission = Emission(
+            tokens=results[roles.made["tokens"]],
+            count=results[roles.made["count"]].copy(),
+            logprobs=results.get(roles.made.get("logprobs", "")),
+        )
         self._check_counts(entry, emission, limit)
         assert emission.count is not None
         self._occupy(int(emission.count.max()) + (tokens.shape[1] if entry.role == "prefill" else 0))
@@ -288,6 +305,7 @@ class Request:
             "tokens": np.ascontiguousarray(tokens),
             "positions": np.ascontiguousarray(positions),
             "rows": rows,
+            **self.drawing,
         }
         if "limit" in roles.given:
             values["limit"] = np.full(self.batch, NO_LIMIT) if limit is None else limit
@@ -336,7 +354,7 @@ class Request:
         self.used = {axis: used + slots for axis, used in self.used.items()}
 
     def _check_counts(self, entry: Entry, emission: Emission, limit: np.ndarray | None) -> None:
-        """A call gives at least one token to every row that may have one, so that every text ends."""
+        """A call gives at least one token to every row that may have one, so that every text ends; none below 0."""
         assert emission.tokens is not None and emission.count is not None
         count, most = emission.count, emission.tokens.shape[1]
         wrong = (count < 0) | (count > most) | ((count == 0) & (limit is None or limit > 0))
@@ -345,6 +363,13 @@ class Request:
             raise TokoptError(
                 f"program {entry.program!r} committed {count[row]} of {most} tokens in row {row}, which may have "
                 "one or more; the artifact is damaged"
+            )
+        tokens: NDArray[np.int64] = emission.tokens
+        undrawn = (tokens < 0) & (np.arange(most) < count[:, None])
+        if undrawn.any():
+            raise TokoptError(
+                f"program {entry.program!r} found NaN or infinity where it draws a token of row "
+                f"{int(undrawn.any(axis=1).argmax())}; its weights or its input are damaged"
             )
 
     # ------------------------------------------------------------------------------------------ triggers

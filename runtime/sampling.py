@@ -6,6 +6,7 @@ usual chain, in the order that Hugging Face's ``generate`` uses; a processor of 
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -14,13 +15,19 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tokopt.arguments import check_integer, check_number
+from tokopt.errors import InputError
+from tokopt.runtime.format.signature import DRAWING
 from tokopt.runtime.numerics import log_softmax
+from tokopt.runtime.threefry import uniforms
 
 Logits = NDArray[np.floating]
 """[batch, vocabulary]."""
 
 History = Sequence[Sequence[int]]
 """Per row, the ids of its prompt and of what was generated so far."""
+
+SEED_BITS = 63
+"""A seed is not negative and fits into an int64."""
 
 TOP_H_TOKENS = 100
 """Top-H looks at no more than this many tokens."""
@@ -171,8 +178,8 @@ class Sampling:
     """How the next token is chosen; the default is greedy.
 
     ``temperature`` 0 takes the most likely token. Above 0 it draws, after ``top_k`` (0: off), ``top_p`` (1),
-    ``min_p`` (0), ``typical_p`` (1) and ``top_h`` (0). ``repetition_penalty`` (1) applies to both. ``seed``
-    makes the draws repeatable: row i of a batch draws from its own stream, whatever the other rows are.
+    ``min_p`` (0), ``typical_p`` (1) and ``top_h`` (0). ``repetition_penalty`` (1) applies to both. ``seed``, below
+    2**63, makes the draws repeatable: row i of a batch draws from its own stream, whatever the other rows are.
 
     Numbers are kept as Python's own. Raises InputError for a value that is none, or out of range.
     """
@@ -200,7 +207,7 @@ class Sampling:
         keep("repetition_penalty", penalty)
         keep("top_k", check_integer("top_k", self.top_k, least=0))
         if self.seed is not None:
-            keep("seed", check_integer("seed", self.seed, least=0))
+            keep("seed", check_integer("seed", self.seed, 0, 2**SEED_BITS - 1))
 
     def processors(self) -> Iterator[LogitsProcessor]:
         """The processors that do something, in order."""
@@ -221,18 +228,48 @@ class Sampling:
         if self.top_h:
             yield TopH(self.top_h)
 
-    def streams(self, batch: int) -> list[np.random.Generator]:
-        """One source of random numbers per row."""
-        return [np.random.default_rng(None if self.seed is None else (self.seed, i)) for i in range(batch)]
+    def drawing(self, batch: int) -> dict[str, np.ndarray]:
+        """What a program that draws tokens itself is told, by role, a number for each row.
+
+        Without a seed one is taken from the system. Raises InputError for options that no such program has.
+        """
+        for name, off in _HOST_ONLY.items():
+            if getattr(self, name) != off:
+                raise InputError(f"the model draws its tokens itself, without {name}; leave {name} out")
+        seed = secrets.randbits(SEED_BITS) if self.seed is None else self.seed
+        values = {name: getattr(self, name) for name in DRAWING if hasattr(self, name)} | {"seed": seed}
+        made = {role: np.full(batch, values.get(role, 0), dtype) for role, (dtype, _) in DRAWING.items()}
+        return made | {"stream": np.arange(batch)}
 
 
-def choose(logits: Logits, temperature: float, streams: Sequence[np.random.Generator]) -> NDArray[np.int64]:
-    """The next token of every row [batch]: the likeliest at temperature 0, else drawn from softmax(logits)."""
+_HOST_ONLY = {"typical_p": 1.0, "top_h": 0.0, "repetition_penalty": 1.0}
+"""Options that only the host has -> the value that changes nothing."""
+
+
+class Streams:
+    """Random numbers for the rows of a batch, one for each token that is drawn; those of a drawing program."""
+
+    def __init__(self, seed: int | None, batch: int) -> None:
+        self._seed = np.full(batch, secrets.randbits(SEED_BITS) if seed is None else seed)
+        self._drawn = 0
+
+    def next(self) -> NDArray[np.float32]:
+        """The next number of every row [batch], in [0, 1)."""
+        counter = np.full(len(self._seed), self._drawn)
+        self._drawn += 1
+        return uniforms(self._seed, np.arange(len(self._seed)), counter, 1)[:, 0]
+
+
+def choose(logits: Logits, temperature: float, streams: Streams) -> NDArray[np.int64]:
+    """The next token of every row [batch]: the likeliest at temperature 0, else drawn from softmax(logits).
+
+    A token is the first at which the cumulative distribution exceeds a random number: none of probability 0 is drawn.
+    """
     if not temperature:
         return logits.argmax(axis=-1)
-    # Gumbel-max: argmax(log p + noise) is distributed as p, and a token of probability 0 is never drawn.
-    noise: list[NDArray[np.float64]] = [stream.gumbel(size=logits.shape[-1]) for stream in streams]
-    return (logits + np.stack(noise)).argmax(axis=-1)
+    cumulative = np.cumsum(softmax(logits), axis=-1)
+    reached = streams.next().astype(np.float64) * cumulative[:, -1]
+    return (cumulative <= reached[:, None]).sum(axis=-1)
 
 
 def softmax(logits: Logits) -> NDArray[np.float64]:

@@ -27,15 +27,18 @@ def host() -> Path:
 
 
 def generate(
-    artifact: Path, prompt: Sequence[int], count: int, inputs: Mapping[str, np.ndarray] | None = None
+    artifact: Path,
+    prompt: Sequence[int],
+    count: int,
+    inputs: Mapping[str, np.ndarray] | None = None,
+    sampling: Mapping[str, float] | None = None,
 ) -> list[int]:
-    """The greedy tokens after a prompt, as the host in Node.js prints them."""
+    """The tokens after a prompt, as the host in Node.js prints them."""
     command: list[str | Path] = ["node", host(), artifact, ",".join(map(str, prompt)), str(count)]
     with tempfile.TemporaryDirectory() as folder:
-        if inputs:
-            file = Path(folder) / "inputs.json"
-            file.write_text(json.dumps({name: array.tolist() for name, array in inputs.items()}))
-            command.append(file)
+        file = Path(folder) / "inputs.json"
+        file.write_text(json.dumps({name: array.tolist() for name, array in (inputs or {}).items()}))
+        command += [file, json.dumps(sampling or {})]
         return [int(token) for token in _run(*command).strip().split(",")]
 
 

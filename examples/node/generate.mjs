@@ -1,9 +1,10 @@
-// Greedy generation from a tokopt artifact in Node.js. It follows only the artifact's manifest: the schedule says which
+// Generation from a tokopt artifact in Node.js, greedy unless the model draws its tokens itself. It follows only the artifact's manifest: the schedule says which
 // program runs when, and the roles of inputs and outputs what they are. No name means anything.
 //
 //   npm install
 //   node generate.mjs model.tokopt 504,3575,282,4649 32      # artifact, prompt's token ids, new tokens
 //   node generate.mjs model.tokopt 504,3575 32 inputs.json   # and what a model takes beside it: {"images": [[...]]}
+//   node generate.mjs model.tokopt 504,3575 32 '{}' '{"temperature": 0.8, "seed": 1}'   # of pass `sample`
 //
 // prints the new token ids, separated by commas.
 
@@ -19,6 +20,9 @@ const ARRAYS = {
 };
 
 const PADDING = -1; // position of padding
+
+/** What a program that draws tokens is told, by role, and what a greedy choice takes. */
+const DRAWING = { temperature: 0, top_k: 0, top_p: 1, min_p: 0, seed: 0, stream: 0 };
 
 const values = (dtype, array) => ARRAYS[dtype].from(array, dtype === 'int64' ? BigInt : Number);
 const tensor = (dtype, array, shape) => new ort.Tensor(dtype, values(dtype, array), shape);
@@ -42,8 +46,8 @@ const shapeOf = (nested) => (Array.isArray(nested) ? [nested.length, ...shapeOf(
 
 /** One text on its way through the schedule. */
 class Request {
-  constructor(manifest, sessions, slots, inputs) {
-    Object.assign(this, { manifest, sessions, inputs, states: {}, links: {} });
+  constructor(manifest, sessions, slots, { inputs, sampling }) {
+    Object.assign(this, { manifest, sessions, inputs, sampling: { ...DRAWING, ...sampling }, states: {}, links: {} });
     this.counting = manifest.schedule.triggers.filter((trigger) => trigger.after === 'tokens');
     this.since = this.counting.map(() => 0); // committed tokens since each of them ran
     const size = (axis) => (typeof axis === 'number' ? axis : axis === 'batch' ? 1 : slots);
@@ -64,6 +68,7 @@ class Request {
       if (input.role === 'state') feeds[input.name] = this.states[input.state];
       else if (input.role === 'link') feeds[input.name] = this.links[JSON.stringify([name, input.name])];
       else if (input.role === 'input') feeds[input.name] = this.array(input);
+      else if (input.role in DRAWING) feeds[input.name] = tensor(input.dtype, [this.sampling[input.role]], [1]);
       else feeds[input.name] = given[input.role];
     }
     const results = await this.sessions[name].run(feeds);
@@ -169,11 +174,11 @@ async function load(folder) {
   return { manifest, sessions };
 }
 
-async function generate({ manifest, sessions }, prompt, count, inputs) {
+async function generate({ manifest, sessions }, prompt, count, given) {
   const { entries } = manifest.schedule;
   const spare = Math.max(0, ...entries.map(({ slots }) => (typeof slots === 'number' ? slots : 0)));
   const slots = prompt.length + count + 2 * spare; // a call's own slots, and the padding of a fixed number of tokens
-  const request = new Request(manifest, sessions, slots, inputs);
+  const request = new Request(manifest, sessions, slots, given);
   for (const { program, role } of entries) if (role === 'encode') await request.run(program);
   const made = [];
   const take = (tokens) => {
@@ -190,10 +195,16 @@ async function generate({ manifest, sessions }, prompt, count, inputs) {
   return made;
 }
 
-const [folder, prompt, count = '32', inputs] = process.argv.slice(2);
+const [folder, prompt, count = '32', inputs = '{}', sampling = '{}'] = process.argv.slice(2);
 if (!prompt) {
-  console.error('usage: node generate.mjs ARTIFACT TOKEN,TOKEN,... [NEW_TOKENS] [INPUTS.json]');
+  console.error('usage: node generate.mjs ARTIFACT TOKEN,TOKEN,... [NEW_TOKENS] [INPUTS] [SAMPLING]');
+  console.error('INPUTS and SAMPLING are JSON, or a file of it');
   process.exit(2);
 }
-const given = inputs ? JSON.parse(await readFile(inputs, 'utf8')) : {};
-console.log((await generate(await load(folder), prompt.split(',').map(Number), Number(count), given)).join(','));
+const read = async (text) => JSON.parse(text.startsWith('{') ? text : await readFile(text, 'utf8'));
+const model = await load(folder);
+const given = { inputs: await read(inputs), sampling: await read(sampling) };
+const takes = new Set(Object.values(model.manifest.programs).flatMap((program) => program.inputs.map(({ role }) => role)));
+const unknown = Object.keys(given.sampling).find((role) => !(role in DRAWING && takes.has(role)));
+if (unknown) throw new Error(`${folder} does not take ${unknown}; export it with the pass sample`);
+console.log((await generate(model, prompt.split(',').map(Number), Number(count), given)).join(','));

@@ -8,6 +8,7 @@ from tokopt.runtime.format.fault import FormatError, require
 from tokopt.runtime.format.reader import first_double, short
 from tokopt.runtime.format.signature import (
     BATCH,
+    DRAWING,
     INPUT_ROLES,
     OUTPUT_ROLES,
     SEVERAL,
@@ -23,11 +24,13 @@ _INPUTS = {
     "rows": ("int64", "[k]"),
     "limit": ("int64", "[batch]"),
     "due": ("bool", "[batch]"),
+    **{role: (dtype, "[batch]") for role, (dtype, _) in DRAWING.items()},
 }
 _OUTPUTS = {
     "logits": ("float", "[batch, rows, vocabulary]"),
     "tokens": ("int64", "[batch, n]"),
     "count": ("int64", "[batch]"),
+    "logprobs": ("float", "[batch, n]"),
     "done": ("bool", "[batch]"),
 }
 """Role -> dtype (or its beginning) and axes."""
@@ -93,7 +96,7 @@ def _check_ranges(where: str, program: Signature) -> None:
 
 
 def _check_new_tokens(where: str, program: Signature) -> None:
-    """Positions and mask are those of the tokens, and a count is that of emitted tokens."""
+    """Positions and mask are those of the tokens, and count and log-probabilities those of emitted tokens."""
     tokens = find_role(program.inputs, "tokens")
     for role in ("positions", "mask"):
         given = find_role(program.inputs, role)
@@ -105,6 +108,11 @@ def _check_new_tokens(where: str, program: Signature) -> None:
             )
     emitted = [find_role(program.outputs, role) is not None for role in ("tokens", "count")]
     require(emitted[0] == emitted[1], f"{where} must emit tokens and their count, or neither")
+    made, logprobs = find_role(program.outputs, "tokens"), find_role(program.outputs, "logprobs")
+    require(
+        logprobs is None or (made is not None and made.axes[1] == logprobs.axes[1]),
+        f"{where} gives log-probabilities of other tokens than it emits",
+    )
 
 
 def _check_aliases(where: str, program: Signature) -> None:

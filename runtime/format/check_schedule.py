@@ -8,10 +8,10 @@ from tokopt.runtime.format.fault import FormatError, require
 from tokopt.runtime.format.generation import Generation
 from tokopt.runtime.format.reader import first_double, short
 from tokopt.runtime.format.schedule import AFTER, ENTRY_ROLES, Entry, Schedule, Trigger, emits_tokens
-from tokopt.runtime.format.signature import BATCH, Signature, TensorLike, find_role, with_role
+from tokopt.runtime.format.signature import BATCH, DRAWING, Signature, TensorLike, find_role, with_role
 
-_READS = frozenset(("tokens", "positions", "mask", "rows", "limit", "link", "state"))
-_WRITES = frozenset(("logits", "tokens", "count", "link", "state"))
+_READS = frozenset(("tokens", "positions", "mask", "rows", "limit", *DRAWING, "link", "state"))
+_WRITES = frozenset(("logits", "tokens", "count", "logprobs", "link", "state"))
 
 _INPUTS = {"encode": frozenset(("input", "link", "state")), "prefill": _READS, "decode": _READS}
 _OUTPUTS = {"encode": frozenset(("output", "link", "done", "state")), "prefill": _WRITES, "decode": _WRITES}

@@ -17,8 +17,18 @@ DTYPES = frozenset(
     + ("float16", "bfloat16", "float32", "float64")
 )
 
-INPUT_ROLES = ("input", "tokens", "positions", "mask", "rows", "limit", "due", "link", "state")
-OUTPUT_ROLES = ("output", "logits", "tokens", "count", "done", "link", "state")
+DRAWING = {
+    "temperature": ("float32", 0.0),
+    "top_k": ("int64", 0),
+    "top_p": ("float32", 1.0),
+    "min_p": ("float32", 0.0),
+    "seed": ("int64", 0),
+    "stream": ("int64", 0),
+}
+"""Roles of the inputs [batch] that tell a program how to draw tokens -> dtype, and what a greedy choice takes."""
+
+INPUT_ROLES = ("input", "tokens", "positions", "mask", "rows", "limit", "due", *DRAWING, "link", "state")
+OUTPUT_ROLES = ("output", "logits", "tokens", "count", "logprobs", "done", "link", "state")
 
 SEVERAL = frozenset(("input", "output", "link", "state"))
 """Roles that more than one input or output of a program may have."""
@@ -35,10 +45,12 @@ class Tensor:
     The other roles of inputs are ``"input"`` (an array of the caller), ``"tokens"`` [batch, n] and ``"positions"``
     [batch, n] (int64; the position of padding is -1), ``"mask"`` [batch, n, n] (which new token sees which), ``"rows"``
     [k] (the tokens whose logits are wanted), ``"limit"`` [batch] (the most tokens that a row may commit in this call),
-    ``"due"`` [batch] (the rows that a triggered program acts on) and ``"link"`` (another program's output). Those of
-    outputs are ``"output"`` (an array for the caller), ``"logits"`` [batch, rows, vocabulary], ``"tokens"`` [batch, n]
-    with ``"count"`` [batch] (the first so many tokens of a row were committed), ``"done"`` [batch] (the rows that leave
-    after this program) and ``"link"``.
+    ``"due"`` [batch] (the rows that a triggered program acts on), those of :data:`DRAWING` [batch] (how tokens are
+    drawn; ``"stream"`` says which of the seed's streams of random numbers is the row's) and ``"link"`` (another
+    program's output). Those of outputs are ``"output"`` (an array for the caller), ``"logits"`` [batch, rows,
+    vocabulary], ``"tokens"`` [batch, n] with ``"count"`` [batch] (the first so many tokens of a row were committed) and
+    perhaps ``"logprobs"`` [batch, n] (logarithms of the probabilities that the model gave them), ``"done"`` [batch]
+    (the rows that leave after this program) and ``"link"``.
     """
 
     name: str

@@ -165,6 +165,36 @@ def weight_world(group: int) -> dict[str, Callable[[dict], Tensor]]:
     }
 
 
+def sampling_world() -> dict[str, Callable[[dict], Tensor]]:
+    """Two rows of logits over as many tokens as the world has, options of every kind, and random numbers."""
+
+    def batch(world: dict) -> int:
+        return world["size"].shape[0]
+
+    def chosen(world: dict, *values: float) -> Tensor:
+        index = torch.randint(len(values), (batch(world),), generator=world["generator"])
+        return torch.tensor(values)[index]
+
+    def rows(world: dict) -> Tensor:
+        return torch.randn(batch(world), 2, world["size"].shape[1], generator=world["generator"])
+
+    def words(world: dict, most: int) -> Tensor:
+        return torch.randint(most, (batch(world),), generator=world["generator"])
+
+    return {
+        "logits": lambda world: 3 * rows(world),
+        "temperature": lambda world: chosen(world, 0.0, 0.7, 1.0),
+        "top_k": lambda world: words(world, 4),
+        "top_p": lambda world: chosen(world, 0.3, 0.9, 1.0),
+        "min_p": lambda world: chosen(world, 0.0, 0.2, 1.0),
+        "probabilities": lambda world: rows(world).clamp_min(0),
+        "uniform": lambda world: torch.rand(batch(world), 2, generator=world["generator"]),
+        "seed": lambda world: words(world, 2**40),
+        "stream": lambda world: words(world, 2**32),
+        "counter": lambda world: words(world, 2**33),
+    }
+
+
 CASES = (
     Case("attention_mass", {"scale": 0.5}, inputs=attention_world(1), most=lambda free: free - 1),
     Case("attention_mass", {"scale": 2.0}, inputs=attention_world(4), most=lambda free: free - 1),
@@ -199,6 +229,9 @@ CASES = (
     Case("dequantize_weight", {"group": 1}, inputs=weight_world(1)),
     Case("fake_quantize", {"scale": 0.25, "zero": 0}),
     Case("fake_quantize", {"scale": 0.0078125, "zero": -128}),
+    Case("draw", inputs=sampling_world()),
+    Case("truncated_softmax", inputs=sampling_world()),
+    Case("uniforms", {"count": 5}, inputs=sampling_world()),
     Case("gather_tokens", {"dim": 1}),
     Case("gather_tokens", {"dim": 1}, inputs=side(1, "tokens", 4)),
     Case("gather_tokens", {"dim": 2}, inputs=side(1, 3, "tokens", 4, dtype=torch.int64)),

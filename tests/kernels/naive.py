@@ -276,3 +276,53 @@ def attention_mass(
         return (mass.astype(np.float32),)
 
     return per_row(len(query), one)
+
+
+def draw(probabilities: np.ndarray, uniform: np.ndarray) -> np.ndarray:
+    result = np.full(uniform.shape, -1)
+    for place in np.ndindex(uniform.shape):
+        weights = [float(p) for p in probabilities[place]]
+        reached = float(uniform[place]) * sum(weights)
+        if sum(weights) > 0:
+            result[place] = next(i for i in range(len(weights)) if sum(weights[: i + 1]) > reached)
+    return result
+
+
+def truncated_softmax(
+    logits: np.ndarray, temperature: np.ndarray, top_k: np.ndarray, top_p: np.ndarray, min_p: np.ndarray
+) -> np.ndarray:
+    result = np.zeros(logits.shape)
+    for b, r in np.ndindex(logits.shape[:2]):
+        order = sorted(range(logits.shape[2]), key=lambda token: -logits[b, r, token])
+        if not temperature[b]:
+            result[b, r, order[0]] = 1
+            continue
+        weight = np.exp((logits[b, r].astype(np.float64) - logits[b, r].max()) / temperature[b])
+        kept = order[: int(top_k[b]) or None]
+        mass, likely = 0.0, []
+        for token in kept:
+            if mass < top_p[b] * weight[kept].sum():
+                likely.append(token)
+                mass += weight[token]
+        likely = [token for token in likely if weight[token] >= min_p[b]]
+        result[b, r, likely] = weight[likely] / weight[likely].sum()
+    return result.astype(np.float32)
+
+
+def uniforms(seed: np.ndarray, stream: np.ndarray, counter: np.ndarray, count: int) -> np.ndarray:
+    """Threefry-2x32 with 20 rounds, as its authors write it, in Python's own integers."""
+    word, rotations = 2**32, [13, 15, 26, 6, 17, 29, 16, 24]
+    result = np.zeros((len(seed), count), np.float32)
+    for row, i in np.ndindex(result.shape):
+        key = [int(seed[row]) % word, int(stream[row]) % word]
+        key.append(key[0] ^ key[1] ^ 0x1BD11BDA)
+        x = [(int(counter[row]) + i + key[0]) % word, ((int(seed[row]) >> 32) + key[1]) % word]
+        for turn in range(20):
+            x[0] = (x[0] + x[1]) % word
+            bits = rotations[turn % 8]
+            x[1] = (x[1] << bits | x[1] >> (32 - bits)) % word ^ x[0]
+            if turn % 4 == 3:
+                s = turn // 4 + 1
+                x = [(x[0] + key[s % 3]) % word, (x[1] + key[(s + 1) % 3] + s) % word]
+        result[row, i] = (x[0] >> 8) / 2**24
+    return result

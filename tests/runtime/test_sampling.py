@@ -13,7 +13,7 @@ from scipy import stats
 
 from tokopt.errors import InputError
 from tokopt.runtime import Sampling
-from tokopt.runtime.sampling import MinP, RepetitionPenalty, TopH, TopK, TopP, Typical, choose
+from tokopt.runtime.sampling import MinP, RepetitionPenalty, Streams, TopH, TopK, TopP, Typical, choose
 
 logits = arrays.arrays(
     np.float32,
@@ -118,13 +118,13 @@ def test_something_is_always_left(x: np.ndarray) -> None:
 
 def test_temperature_zero_takes_the_likeliest() -> None:
     x = np.array([[0.0, 3.0, 1.0], [5.0, -1.0, 0.0]], np.float32)
-    assert choose(x, 0.0, []).tolist() == [1, 0]
+    assert choose(x, 0.0, Streams(0, 2)).tolist() == [1, 0]
 
 
 def test_draws_follow_the_probabilities() -> None:
     row = np.array([0.0, 1.0, -np.inf, 2.0, -1.0], np.float32)
-    (stream,) = Sampling(temperature=1.0, seed=5).streams(1)
-    drawn = [int(choose(row[None], 1.0, [stream])[0]) for _ in range(20_000)]
+    streams = Streams(5, 1)
+    drawn = [int(choose(row[None], 1.0, streams)[0]) for _ in range(20_000)]
     counts = np.bincount(drawn, minlength=5)
     assert counts[2] == 0
     want = np.array(probabilities(row)) * len(drawn)
@@ -133,8 +133,8 @@ def test_draws_follow_the_probabilities() -> None:
 
 def test_a_row_draws_the_same_whatever_stands_beside_it() -> None:
     x = np.zeros((3, 50), np.float32)
-    alone = choose(x[:1], 1.0, Sampling(seed=1).streams(1))
-    assert choose(x, 1.0, Sampling(seed=1).streams(3))[0] == alone[0]
+    alone = choose(x[:1], 1.0, Streams(1, 1))
+    assert choose(x, 1.0, Streams(1, 3))[0] == alone[0]
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ from tokopt.errors import InputError
 from tokopt.ir.graph import dtype_name
 from tokopt.ir.program import AxisRange, Program, TensorSpec
 from tokopt.runtime.format.link import Link, Port
-from tokopt.runtime.format.signature import BATCH, find_role, with_role
+from tokopt.runtime.format.signature import BATCH, DRAWING, find_role, with_role
 from tokopt.runtime.format.state import State, slot_axis
 
 
@@ -152,13 +152,15 @@ def call_inputs(
         "rows": torch.arange(count),
         "limit": torch.full((batch,), count),
     }
+    for role, (dtype, value) in DRAWING.items():
+        values[role] = torch.full((batch,), value, dtype=getattr(torch, dtype))
 
-    def value(spec: TensorSpec) -> Tensor:
+    def given(spec: TensorSpec) -> Tensor:
         if spec.state is not None:
             return states[spec.state]
         return values[spec.role] if spec.role in values else (linked or {})[spec.name]
 
-    return tuple(map(value, program.inputs))
+    return tuple(map(given, program.inputs))
 
 
 def initial(state: State, batch: int, slots: int) -> Tensor:

@@ -2,12 +2,13 @@
 
 from tokopt.runtime.format.generation import Generation
 from tokopt.runtime.format.link import Link, Port
-from tokopt.runtime.format.schedule import Entry, Schedule, Trigger
-from tokopt.runtime.format.signature import BATCH, find_role
+from tokopt.runtime.format.schedule import Entry, Schedule, Trigger, emits_tokens
+from tokopt.runtime.format.signature import BATCH, DRAWING, find_role
 from tokopt.runtime.format.state import Occupancy, State, slot_axis
 
 __all__ = [
     "BATCH",
+    "DRAWING",
     "Entry",
     "Generation",
     "Link",
@@ -16,6 +17,7 @@ __all__ = [
     "Schedule",
     "State",
     "Trigger",
+    "emits_tokens",
     "find_role",
     "slot_axis",
 ]

@@ -24,7 +24,7 @@ from tokopt.ir.graph import argument, is_call, results
 from tokopt.ir.program import Axis, AxisRange, Program, TensorSpec
 from tokopt.ir.shapes import Shapes
 from tokopt.kernels import ops
-from tokopt.rewrite.edit import after, call, close_graph, new_graph, redirect
+from tokopt.rewrite.edit import after, call, close_graph, new_graph, put_parameter, redirect
 
 
 @dataclass(frozen=True)
@@ -170,16 +170,30 @@ class ProgramEdit:
 
     def take(self, state: State, example: Tensor) -> Node:
         """A new state as an input."""
-        graph = self.module.graph
-        last = placeholders(self.module)[-1]
-        with graph.inserting_after(last):
-            node = graph.placeholder(state.name)
         self.states[state.name] = state
-        self.inputs.append(TensorSpec(state.name, state.dtype, state.axes, "state", state.name))
-        node.meta["val"] = self._blank_value(self.inputs[-1], example)
+        spec = TensorSpec(state.name, state.dtype, state.axes, "state", state.name)
+        self.nodes[state.name] = self.add_input(spec, example)
+        return self.nodes[state.name]
+
+    def add_input(self, spec: TensorSpec, example: Tensor) -> Node:
+        """A new input, after those that there are."""
+        graph = self.module.graph
+        with graph.inserting_after(placeholders(self.module)[-1]):
+            node = graph.placeholder(spec.name)
+        self.inputs.append(spec)
+        node.meta["val"] = self._blank_value(spec, example)
         self.example.append(example)
-        self.nodes[state.name] = node
         return node
+
+    def fix_input(self, role: str, value: Tensor) -> None:
+        """Let an input be a constant."""
+        node = self.of_role(role)
+        place = next(i for i, spec in enumerate(self.inputs) if spec.role == role)
+        first = next(node for node in self.module.graph.nodes if node.op != "placeholder")
+        constant = put_parameter(self.module, first, None, value)
+        node.replace_all_uses_with(constant)
+        self.module.graph.erase_node(node)
+        del self.inputs[place], self.example[place]
 
     def give(self, state: State, node: Node, *, written: bool = False) -> None:
         """The next value of a state as an output; ``written``: it is the state with new entries written into it."""

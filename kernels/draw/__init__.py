@@ -1,0 +1,5 @@
+"""tokopt::draw."""
+
+from tokopt.kernels.declaration import Op
+
+OP = Op()

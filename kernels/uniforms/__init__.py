@@ -1,0 +1,5 @@
+"""tokopt::uniforms."""
+
+from tokopt.kernels.declaration import Op
+
+OP = Op()

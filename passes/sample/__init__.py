@@ -1,0 +1,1 @@
+"""Passes that let a program draw the next token itself."""
