@@ -14,8 +14,8 @@ def most_accepted(p: Floats, q: Floats, drafts: int) -> float:
     """The largest probability with which one of ``drafts`` independent drafts from ``q`` [vocabulary] can be accepted
     while the output follows ``p`` [vocabulary].
 
-    It is the smallest 1 + p(H) - q(H)^drafts over all sets H of tokens, which is found among the sets of the tokens with
-    the lowest p / q.
+    It is the smallest 1 + p(H) - q(H)^drafts over all sets H of tokens; the set that gives it holds the tokens with the
+    lowest p / q.
     """
     p, q = _pair(p, q)
     drafts = check_integer("drafts", drafts, 1)

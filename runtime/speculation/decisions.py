@@ -44,10 +44,10 @@ class Uniforms:
 
     def draw(self, distribution: Floats) -> int:
         """The token where the cumulative sum of ``distribution`` passes the next number."""
-        total = np.cumsum(distribution)
-        token = int(np.searchsorted(total, self._next() * total[-1], side="right"))
+        total: Floats = np.cumsum(distribution)
+        token = int(np.searchsorted(total, self._next() * float(total[-1]), side="right"))
         # A product that rounds up to the whole sum stays at the last token that can be drawn.
-        return min(token, int(np.searchsorted(total, total[-1])))
+        return min(token, int(np.searchsorted(total, float(total[-1]))))
 
     def _next(self) -> float:
         if self.used == len(self._uniforms):

@@ -35,7 +35,8 @@ def without(distribution: Floats, token: int) -> Floats:
 def residual(p: Floats, q: Floats) -> Floats:
     """What is left of p where q took its part, ``[p - q]+``, normalised.
 
-    Where p exceeds q nowhere, the two are equal up to rounding, and a rejection has a probability of that size: p stays.
+    Where p exceeds q nowhere, the two are equal up to rounding, and a rejection has a probability of that size: then p
+    stays.
     """
     rest = np.maximum(p - q, 0)
     total = rest.sum()

@@ -57,8 +57,8 @@ class Tree:
     def children(self) -> tuple[tuple[int, ...], ...]:
         """The children of every node, in the order of their indices."""
         found: list[list[int]] = [[] for _ in range(self.nodes)]
-        for node, parent in enumerate(self.parent.tolist()[1:], 1):
-            found[parent].append(node)
+        for node in range(1, self.nodes):
+            found[int(self.parent[node])].append(node)
         return tuple(map(tuple, found))
 
     @cached_property
@@ -80,9 +80,9 @@ class Tree:
     @cached_property
     def mask(self) -> NDArray[np.bool_]:
         """Whether a node (first axis) sees another (second): itself and its ancestors."""
-        found = np.eye(self.nodes, dtype=bool)
+        found: NDArray[np.bool_] = np.eye(self.nodes, dtype=bool)
         for node in range(1, self.nodes):
-            found[node] |= found[self.parent[node]]
+            found[node, found[self.parent[node]]] = True
         return found
 
     @cached_property
@@ -147,9 +147,11 @@ def merge_duplicates(tree: Tree, tokens: Sequence[int] | Ints) -> tuple[Tree, In
     The first of equal siblings keeps its place; the others' children follow its own. For drafts whose number of copies
     counts (drawn independently of each other), siblings must stay as they are.
     """
-    ids = np.asarray(tokens).tolist()
+    ids = [int(token) for token in tokens]
+    if len(ids) != tree.nodes:
+        raise InputError(f"there are {len(ids)} tokens, the tree has {tree.nodes} nodes; give one per node")
     merged = Branches(ids[0])
     new = [0]
-    for node, parent in enumerate(tree.parent.tolist()[1:], 1):
-        new.append(merged.add(new[parent], ids[node]))
+    for node in range(1, tree.nodes):
+        new.append(merged.add(new[int(tree.parent[node])], ids[node]))
     return merged.tree, np.array(merged.tokens), np.array(new)

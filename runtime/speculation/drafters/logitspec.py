@@ -18,10 +18,11 @@ OWN = 20
 
 @dataclass(frozen=True)
 class LogitSpec:
-    """Chains below the root (arXiv 2507.01449): first the lookup of the text, of at most 20 tokens; then one per id that
-    was likely where the root was chosen, the likeliest first, each continued by its own lookup.
+    """Chains below the root (arXiv 2507.01449), each continued by a lookup in the text.
 
-    A chain has 4 tokens for the 8 likeliest, 3 up to the 32nd, then 1. Common beginnings are one node.
+    The first is the text's own lookup, of at most 20 tokens; then follows one per id that was likely where the root was
+    chosen, the likeliest first. Such a chain has 4 tokens for the 8 likeliest, 3 up to the 32nd, then 1. Common
+    beginnings are one node.
     """
 
     longest: int = 3

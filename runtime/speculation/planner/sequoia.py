@@ -28,8 +28,8 @@ class Sequoia:
     """The best tree of every number of nodes up to ``most``, by dynamic programming.
 
     ``below[depth, nodes]`` is the most that a subtree of so many nodes gives whose root is that deep and accepted;
-    ``rows[depth, rank, nodes]`` the most that siblings from that rank on give together. A tree is no deeper and no wider
-    than ``shares`` [depth, rank]: a number of nodes for which there is none has expectation -inf.
+    ``rows[depth, rank, nodes]`` the most that siblings from that rank on give together. A tree is no deeper and no
+    wider than ``shares`` [depth, rank]: a number of nodes for which there is none has expectation -inf.
     """
 
     def __init__(self, shares: Floats, most: int) -> None:

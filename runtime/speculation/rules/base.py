@@ -22,8 +22,8 @@ from tokopt.runtime.speculation.tree import Ints
 class Accepted:
     """What one call commits.
 
-    ``path`` [n] are the nodes whose cache entries stay, from the root down; ``tokens`` [n] are the tokens that follow the
-    root: those of the accepted nodes, and the one that the rule chose behind them, which is the next root.
+    ``path`` [n] are the nodes whose cache entries stay, from the root down; ``tokens`` [n] are the tokens that follow
+    the root: those of the accepted nodes, and the one that the rule chose behind them, which is the next root.
     """
 
     path: Ints
@@ -40,7 +40,7 @@ class Prefix:
     """One place in the tree: candidates for the next token in the order of drawing, and the target's and the drafter's
     distributions [vocabulary]; ``q`` is None where the rule does not read it, or where nothing was drawn."""
 
-    candidates: tuple[int, ...]
+    candidates: Sequence[int]
     p: Floats
     q: Floats | None
 

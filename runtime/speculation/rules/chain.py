@@ -27,7 +27,7 @@ class Chain(WalkingRule):
             raise InputError(
                 f"a node has {len(prefix.candidates)} children, the rule 'chain' takes one; use a rule for trees"
             )
-        (token,), q = prefix.candidates, prefix.drawn_from
+        token, q = prefix.candidates[0], prefix.drawn_from
         if decisions.bernoulli(prefix.ratio(token, prefix.p, q)):
             return Step(token, token)
         return Step(decisions.draw(residual(prefix.p, q)))

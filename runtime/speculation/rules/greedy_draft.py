@@ -15,11 +15,12 @@ class GreedyDraft(WalkingRule):
     """All children but the last are q's likeliest tokens, the last is drawn from the rest d of q (arXiv 2502.18779).
 
     The random child is tried first, by min(1, p / d); then the others, each by its share of what is left. So p(top) +
-    sum over the rest of min(p, d) is accepted, which is the most that any verifier of such drafts can accept.
+    sum over the rest of min(p, d) is accepted, which is the most that any verifier of such drafts can accept. It does
+    not matter how the other children were chosen, as long as the last was drawn from the rest of q.
     """
 
     name = "greedy_draft"
-    exact_for = frozenset({Drawn.TOP_AND_ONE})
+    exact_for = frozenset({Drawn.TOP_AND_ONE, Drawn.WITHOUT_REPLACEMENT})
 
     def step(self, prefix: Prefix, decisions: Decisions) -> Step:
         """One decision per child that is tried, and a draw when none is accepted."""

@@ -18,10 +18,10 @@ from tokopt.runtime.speculation.tree import Ints
 class Lantern(WalkingRule):
     """Accept x with the probability of x and of its nearest neighbours (arXiv 2410.03355), for deterministic children.
 
-    ``neighbours`` [vocabulary, k] are token ids, the nearest first; as many are counted as keep the probability moved at
-    one place at ``delta`` or below, whichever children are tried, so that the output's total variation distance from p is
-    at most ``delta`` at every token. A rejection removes x and the neighbours that were counted with it; the published
-    code removes all k, which is not exact at ``delta`` 0.
+    ``neighbours`` [vocabulary, k] are token ids, the nearest first. As many are counted as keep the probability that is
+    moved at one place at ``delta`` or below, whichever children are tried, so that at every token the output's total
+    variation distance from p is at most ``delta``. A rejection removes x and the neighbours that were counted with it;
+    the published code removes all k, which is not exact at ``delta`` 0.
     """
 
     neighbours: Ints
