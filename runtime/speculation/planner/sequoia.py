@@ -73,7 +73,8 @@ class Sequoia:
         rows, child = self._rows[depth], self._below[depth + 1]
         rows[:, 0] = 0
         for rank in reversed(range(self.shares.shape[1])):
-            gain = np.where(np.isfinite(child), self.shares[depth, rank] * child, -np.inf)
+            possible = np.isfinite(child)
+            gain = np.where(possible, self.shares[depth, rank] * np.where(possible, child, 0), -np.inf)
             for nodes in range(1, self.most + 1):
                 split = gain[1 : nodes + 1] + rows[rank + 1, nodes - 1 :: -1]
                 size = int(split.argmax())

@@ -66,7 +66,8 @@ def toy(vocabulary: int, seed: int, sharpness: float = 1.5, zeros: float = 0.0) 
 
     @cache
     def next_token(text: Text) -> Floats:
-        source = np.random.default_rng((seed, *text))
+        # A seed that only ends in more zeros is the same seed.
+        source = np.random.default_rng((seed, *(token + 1 for token in text)))
         weight = np.exp(sharpness * source.normal(size=vocabulary))
         weight *= source.random(vocabulary) >= zeros
         weight[source.integers(vocabulary)] += 1e-3
