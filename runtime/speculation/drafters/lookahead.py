@@ -18,8 +18,8 @@ class Lookahead:
 
     The guesses are nodes of the tree: those of the oldest call are a chain below the root, and below each of them hangs
     the chain of what later calls guessed for the positions after it. What the model finds likeliest behind such a
-    chain makes an n-gram of ``level`` tokens, and is the newest guess for its position. Up to ``guesses`` n-grams that
-    begin with the root are proposed, those seen last first.
+    chain makes an n-gram of ``level`` tokens, and is the newest guess for its position. The text's own n-grams count too.
+    Up to ``guesses`` n-grams that begin with the root are proposed, those seen last first.
     """
 
     window: int = 7
@@ -65,18 +65,17 @@ class LookaheadText:
     """
 
     def __init__(self, method: Lookahead, prompt: list[int]) -> None:
-        self.method, self.root, self.prompt, self._given = method, prompt[-1], prompt, 0
-        self.pool = Pool(method.guesses)
-        for end in range(method.level, len(prompt) + 1):
-            self.pool.add(prompt[end - method.level : end])
+        self.method, self.prompt, self._given = method, prompt, 0
+        self.pool, self._last = Pool(method.guesses), list[int]()
+        self._append(prompt)
         self.window = [[self._fill() for _ in range(method.window)] for _ in range(method.level - 1)]
         self._columns: list[int] = []  # the last node of each column that is in the tree
 
     def propose(self, plan: Tree, decisions: Decisions) -> Draft:
         """N-grams of the pool on up to half of the plan's nodes, then the window's columns while they fit."""
-        branches = Branches(self.root)
+        branches = Branches(self._last[-1])
         share = 1 + (plan.nodes - 1) // 2
-        for gram in self.pool.follow(self.root):
+        for gram in self.pool.follow(self._last[-1]):
             branches.extend(gram, share)
         self._columns, top = [], 0
         for column in range(self.method.window):
@@ -98,7 +97,15 @@ class LookaheadText:
             self.window = [*self.window[1:], newest]
             moved -= 1  # the rows went up by one: each is now for one position further
         self.window = [self._resize(row[moved:]) for row in self.window]
-        self.root, self._columns = int(verified.accepted.tokens[-1]), []
+        self._append(verified.accepted.tokens.tolist())
+        self._columns = []
+
+    def _append(self, tokens: Sequence[int]) -> None:
+        """Take the n-grams that tokens of the text complete."""
+        for token in tokens:
+            self._last = [*self._last, token][-self.method.level :]
+            if len(self._last) == self.method.level:
+                self.pool.add(self._last)
 
     def _resize(self, row: list[int]) -> list[int]:
         return [*row, *(self._fill() for _ in range(self.method.window - len(row)))]

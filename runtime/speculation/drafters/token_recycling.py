@@ -60,10 +60,13 @@ class TokenRecycling:
 
     def write(self, verified: Verified) -> None:
         """Store what is likely after every node, accepted or not, node after node: the last one of a token stays."""
+        vocabulary, width = self.table.shape
         for node, token in enumerate(verified.draft.tokens.tolist()):
-            ids = verified.top_of(node, self.tops)
-            if len(ids) != self.tops:
-                raise InputError(f"top has {len(ids)} ids after node {node}, the table takes {self.tops}")
+            ids = verified.top_of(node, width)
+            if len(ids) != width or not 0 <= min(ids) <= max(ids) < vocabulary:
+                raise InputError(
+                    f"top has {ids} after node {node}, the table takes {width} ids below {vocabulary}"
+                )
             self.table[token] = ids
 
 

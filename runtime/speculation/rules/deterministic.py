@@ -14,12 +14,14 @@ from tokopt.runtime.speculation.rules.base import Prefix, Step, WalkingRule
 class Deterministic(WalkingRule):
     """Accept x with probability p(x); a rejected token leaves p, which is normalised anew.
 
-    The output follows p given any tree, so it does for every way of drawing one.
+    The output follows p given any tree, so it does for every way of drawing one. A second copy of a token has nothing
+    left to be accepted with.
     """
 
     name = "deterministic"
     exact_for = frozenset(Drawn)
     reads_q = False
+    counts_copies = True
 
     def step(self, prefix: Prefix, decisions: Decisions) -> Step:
         """One decision per child that is tried, and a draw when none is accepted."""

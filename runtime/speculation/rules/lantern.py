@@ -30,6 +30,7 @@ class Lantern(WalkingRule):
     name = "lantern"
     exact_for = frozenset(Drawn)
     reads_q = False
+    counts_copies = True
 
     def __post_init__(self) -> None:
         check_number("delta", self.delta, lambda x: 0 <= x <= 1, "from 0 to 1")

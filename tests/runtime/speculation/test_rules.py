@@ -67,24 +67,11 @@ def name(value: object) -> str | None:
     return value.name if isinstance(value, Rule | Drawn) else None
 
 
-def merged(rule: Rule, drawn: Drawn, plan: Tree, size: int, seed: int):
-    """Drafting from a toy; copies are merged where the rule wants none."""
-    draft = drawing(plan, toy(size, seed + 100, zeros=0.25), drawn)
-    if not isinstance(rule, Deterministic) or drawn is not Drawn.INDEPENDENT:
-        return draft
-
-    def run(decisions: Decisions) -> Draft:
-        found = draft(decisions)
-        tree, tokens, _ = merge_duplicates(found.tree, found.tokens)
-        return Draft(tree, tokens, drawn)
-
-    return run
-
-
 def bias(rule: Rule, drawn: Drawn, plan: Tree, size: int, seed: int) -> float:
     """How far the output is from the target's sequence probabilities."""
     target, length = toy(size, seed, zeros=0.25), int(plan.depth.max()) + 1
-    found = distribution_of(rule, merged(rule, drawn, plan, size, seed), target, length)
+    drafting = drawing(plan, toy(size, seed + 100, zeros=0.25), drawn)
+    found = distribution_of(rule, drafting, target, length)
     return error_of(found, sequences(target, (0,), length))
 
 
@@ -519,7 +506,7 @@ def test_tokens_outside_of_the_vocabulary_are_refused(rule: Rule) -> None:
         rule.verify(draft, [ROW, ROW], Uniforms(np.full(4, 0.5)))
 
 
-@pytest.mark.parametrize("rule", [WithoutReplacement(), Deterministic(), GreedyDraft()], ids=name)
+@pytest.mark.parametrize("rule", [WithoutReplacement(), GreedyDraft()], ids=name)
 def test_copies_are_refused_where_they_do_not_count(rule: Rule) -> None:
     draft = Draft(Tree(np.array([-1, 0, 0])), np.array([0, 1, 1]), Drawn.INDEPENDENT, [ROW])
     with pytest.raises(InputError, match="merge duplicates"):
