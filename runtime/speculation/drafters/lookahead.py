@@ -18,8 +18,8 @@ class Lookahead:
 
     The guesses are nodes of the tree: those of the oldest call are a chain below the root, and below each of them hangs
     the chain of what later calls guessed for the positions after it. What the model finds likeliest behind such a
-    chain makes an n-gram of ``level`` tokens, and is the newest guess for its position. The text's own n-grams count too.
-    Up to ``guesses`` n-grams that begin with the root are proposed, those seen last first.
+    chain makes an n-gram of ``level`` tokens, and is the newest guess for its position. The text's own n-grams count
+    too. Up to ``guesses`` n-grams that begin with the root are proposed, those seen last first.
     """
 
     window: int = 7

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -39,9 +41,9 @@ class KSeq(WalkingRule):
 
 def smallest_rho(p: Floats, q: Floats, k: int) -> float:
     """The solution of 1 - (1 - b(rho))^k = rho b(rho) in [1, k], from above, to the last bit."""
-    low, high = 1.0, float(k)
+    low, high, share = 1.0, float(k), accepted_share(p, q, k)
     while low < (middle := (low + high) / 2) < high:
-        taken = _taken(p, q, middle)
+        taken = share(middle)
         if 1 - (1 - taken) ** k > middle * taken:
             low = middle
         else:
@@ -49,16 +51,32 @@ def smallest_rho(p: Floats, q: Floats, k: int) -> float:
     return high
 
 
+def accepted_share(p: Floats, q: Floats, k: int) -> Callable[[float], float]:
+    """b(rho) for rho in [1, k], as a function that looks at each token once.
+
+    Tokens whose p / q is at least rho give q, the others p / rho; which is which changes for those between 1 and k.
+    """
+    drafted = q > 0
+    p, q = p[drafted], q[drafted]
+    ratio = p / q
+    between = (ratio > 1) & (ratio < k)
+    order = np.argsort(ratio[between])
+    limits = ratio[between][order].tolist()
+    below = (np.append(0, np.cumsum(p[between][order])) + p[ratio <= 1].sum()).tolist()
+    above = (np.append(0, np.cumsum(q[between][order][::-1]))[::-1] + q[ratio >= k].sum()).tolist()
+
+    def share(rho: float) -> float:
+        place = bisect_left(limits, rho)
+        return min(1.0, below[place] / rho + above[place])
+
+    return share
+
+
 def remainder(p: Floats, q: Floats, k: int, rho: float) -> Floats:
     """The distribution after ``k`` rejections; p where these have no probability beyond rounding."""
-    taken = _taken(p, q, rho)
+    taken = min(1.0, float(np.minimum(q, p / rho).sum()))
     if taken <= 0:
         return p
     left = np.maximum(p - np.minimum(q, p / rho) * ((1 - (1 - taken) ** k) / taken), 0)
     total = left.sum()
     return left / total if total > 0 else p
-
-
-def _taken(p: Floats, q: Floats, rho: float) -> float:
-    """Probability that one draft is accepted."""
-    return min(1.0, float(np.minimum(q, p / rho).sum()))

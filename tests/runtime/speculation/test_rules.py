@@ -30,7 +30,7 @@ from tokopt.runtime.speculation.rules.chain import Chain
 from tokopt.runtime.speculation.rules.deterministic import Deterministic
 from tokopt.runtime.speculation.rules.greedy import Greedy
 from tokopt.runtime.speculation.rules.greedy_draft import GreedyDraft
-from tokopt.runtime.speculation.rules.k_seq import KSeq, remainder, smallest_rho
+from tokopt.runtime.speculation.rules.k_seq import KSeq, accepted_share, remainder, smallest_rho
 from tokopt.runtime.speculation.rules.lantern import Lantern
 from tokopt.runtime.speculation.rules.typical import Typical
 from tokopt.runtime.speculation.rules.with_replacement import WithReplacement
@@ -317,7 +317,7 @@ def test_a_drafter_equal_to_the_target_is_always_accepted(rule: Rule, drawn: Dra
 def test_rounding_between_p_and_q_leaves_no_bias(rule: Rule, drawn: Drawn) -> None:
     """p and q that differ in their last bits: residuals of rounding errors, or of none at all."""
     plan = Tree.chain(2) if isinstance(rule, Chain) else Tree(np.array([-1, 0, 0]))
-    for seed in range(20):
+    for seed in range(8):
         target = toy(4, seed, zeros=0.3)
         noise = np.random.default_rng(seed).choice([-1e-16, 0, 2e-16], size=4)
 
@@ -382,6 +382,9 @@ def test_rho_solves_its_equation_and_leaves_nothing_negative(k: int, seed: int) 
     rho = smallest_rho(p, q, k)
     taken = np.minimum(q, p / rho).sum()
     assert 1 <= rho <= k and abs(1 - (1 - taken) ** k - rho * taken) < 1e-12
+    share = accepted_share(p, q, k)
+    for other in (1.0, rho, (1 + k) / 2, float(k), *(p[q > 0] / q[q > 0]).clip(1, k)):
+        assert share(other) == pytest.approx(np.minimum(q, p / other).sum(), abs=1e-14)
     wanted = np.maximum(p - rho * q, 0)
     if wanted.sum() > 1e-9:  # at rho, the residual is that of a chain with rho q
         np.testing.assert_allclose(remainder(p, q, k, rho), wanted / wanted.sum(), atol=1e-9)

@@ -59,6 +59,8 @@ def test_greedy_speculation_is_greedy_decoding(drafter: str, seed: int) -> None:
 def test_sampled_tokens_follow_the_model(drafter: str, rule: Rule) -> None:
     """After some calls, the next two tokens: every way of drafting and verifying, over as many calls as they take."""
     plan = Tree.chain(3) if isinstance(rule, Chain) else Tree(np.array([-1, 0, 0, 1]))
+    if drafter == "suffix, independent":
+        plan = Tree(plan.parent[:3])
     drafted = 0
     for seed in range(2):
         model = by_two(3, seed)
