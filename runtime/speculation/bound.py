@@ -19,7 +19,7 @@ def most_accepted(p: Floats, q: Floats, drafts: int) -> float:
     """
     p, q = _pair(p, q)
     drafts = check_integer("drafts", drafts, 1)
-    with np.errstate(divide="ignore", invalid="ignore"):
+    with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
         order = np.argsort(np.where(q > 0, p / q, np.inf), kind="stable")
     bounds = 1 + np.cumsum(p[order]) - np.cumsum(q[order]) ** drafts
     return float(min(1.0, bounds.min()))

@@ -80,9 +80,9 @@ class Tree:
     @cached_property
     def mask(self) -> NDArray[np.bool_]:
         """Whether a node (first axis) sees another (second): itself and its ancestors."""
-        found: NDArray[np.bool_] = np.eye(self.nodes, dtype=bool)
-        for node in range(1, self.nodes):
-            found[node, found[self.parent[node]]] = True
+        found = np.zeros((self.nodes, self.nodes), np.bool_)
+        for node in range(self.nodes):
+            found[node, list(self.path(node))] = True
         return found
 
     @cached_property
@@ -98,9 +98,14 @@ class Tree:
         return tuple(reversed(found))
 
     def keep(self, kept: NDArray[np.bool_]) -> tuple[Tree, Ints]:
-        """The tree of the nodes where ``kept`` [nodes] and whose ancestors are all kept, and their old indices."""
-        whole = ~(self.mask & ~np.asarray(kept, bool)).any(axis=1)
+        """The tree of the nodes where ``kept`` [nodes] and whose ancestors are all kept, and their old indices.
+
+        The root always is.
+        """
+        whole = np.array(kept, np.bool_)
         whole[0] = True
+        for node in range(1, self.nodes):
+            whole[node] &= whole[self.parent[node]]
         new = np.cumsum(whole) - 1
         parent = new[self.parent[whole]]
         parent[0] = -1

@@ -8,7 +8,7 @@ from typing import Protocol
 
 import numpy as np
 
-from tokopt.arguments import check_integer, check_items
+from tokopt.arguments import check_items
 from tokopt.errors import InputError
 from tokopt.runtime.speculation.decisions import Decisions
 from tokopt.runtime.speculation.draft import Draft, Drawn, Rows
@@ -78,13 +78,14 @@ class Drafter(Protocol):
 
 def read_prompt(prompt: Sequence[int]) -> list[int]:
     """The ids of a prompt as a list of its own."""
-    ids = [
-        check_integer("a token of the prompt", token, 0)
-        for token in check_items("prompt", prompt, "token ids")
-    ]
-    if not ids:
+    ids = np.asarray(check_items("prompt", prompt, "token ids"))
+    if not ids.size:
         raise InputError("prompt is empty, a drafter starts with at least one token")
-    return ids
+    if ids.ndim != 1 or ids.dtype.kind not in "iu" or ids.min() < 0:
+        raise InputError(
+            f"prompt has shape {ids.shape} and dtype {ids.dtype}, it must be token ids of at least 0"
+        )
+    return ids.tolist()
 
 
 def fixed(branches: Branches) -> Draft:

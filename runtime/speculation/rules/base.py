@@ -59,7 +59,7 @@ class Prefix:
             raise InputError(
                 f"token {candidate} was drafted though its q is 0; give the distribution that it was drawn from"
             )
-        return min(1.0, float(p[candidate] / q[candidate]))
+        return 1.0 if p[candidate] >= q[candidate] else float(p[candidate] / q[candidate])
 
 
 @dataclass(frozen=True)

@@ -58,7 +58,8 @@ def accepted_share(p: Floats, q: Floats, k: int) -> Callable[[float], float]:
     """
     drafted = q > 0
     p, q = p[drafted], q[drafted]
-    ratio = p / q
+    with np.errstate(over="ignore"):
+        ratio = p / q
     between = (ratio > 1) & (ratio < k)
     order = np.argsort(ratio[between])
     limits = ratio[between][order].tolist()

@@ -18,6 +18,12 @@ from tokopt.runtime.speculation.drafters.prompt_lookup import PromptLookup
 from tokopt.runtime.speculation.drafters.suffix import Suffix
 from tokopt.runtime.speculation.drafters.token_recycling import TokenRecycling
 from tokopt.runtime.speculation.rules.base import Accepted, Rule
+from tokopt.runtime.speculation.rules.chain import Chain
+from tokopt.runtime.speculation.rules.deterministic import Deterministic
+from tokopt.runtime.speculation.rules.greedy_draft import GreedyDraft
+from tokopt.runtime.speculation.rules.k_seq import KSeq
+from tokopt.runtime.speculation.rules.with_replacement import WithReplacement
+from tokopt.runtime.speculation.rules.without_replacement import WithoutReplacement
 from tokopt.runtime.speculation.tree import Tree
 
 CORPUS = [[0, 1, 2, 0, 1, 1], [2, 1, 0, 1]]
@@ -35,6 +41,10 @@ DRAFTERS: dict[str, Callable[[int], Drafter]] = {
     "hybrid": lambda size: Hybrid(Suffix(size), TokenRecycling(size, min(size, 8)), 2),
 }
 """Drafters for a vocabulary of some size."""
+
+
+RULES: list[Rule] = [Chain(), WithReplacement(), WithoutReplacement(), Deterministic(), KSeq(), GreedyDraft()]
+"""Rules that sample and are exact for some way of drawing."""
 
 
 class Host:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import pytest
 
+from tests.runtime.speculation.simulation import RULES
 from tests.runtime.speculation.toys import (
     Scripted,
     branches,
@@ -52,7 +53,6 @@ TREES = [
 PLANS = [(Tree.chain(nodes), size) for nodes, size in CHAINS]
 PLANS += [(Tree(np.array(parent)), size) for parent, size in TREES]
 
-RULES = [Chain(), WithReplacement(), WithoutReplacement(), Deterministic(), KSeq(), GreedyDraft()]
 EXACT = [(rule, drawn) for rule in RULES for drawn in Drawn if drawn in rule.exact_for]
 DRAWN_FROM_Q = [(rule, drawn) for rule, drawn in EXACT if not isinstance(rule, Deterministic)]
 CASES = [
@@ -537,7 +537,7 @@ def test_greedy_refuses_what_has_no_largest_entry() -> None:
         lambda: Typical(alpha=np.nan),
         lambda: Lantern(np.zeros((3, 1), int), delta=-0.1),
         lambda: Lantern(np.full((3, 1), 3)),
-        lambda: Lantern(np.zeros((3, 1))),
+        lambda: Lantern(np.zeros((3, 1))),  # type: ignore[arg-type]
     ],
 )
 def test_options_out_of_range_are_refused(make) -> None:

@@ -9,8 +9,7 @@ from functools import cache
 import numpy as np
 import pytest
 
-from tests.runtime.speculation.simulation import DRAFTERS, Host, random_uniforms, written
-from tests.runtime.speculation.test_rules import RULES
+from tests.runtime.speculation.simulation import DRAFTERS, RULES, Host, random_uniforms, written
 from tests.runtime.speculation.toys import Scripted, branches, error_of, sequences, toy
 from tokopt.runtime.speculation.acceptance import Acceptance
 from tokopt.runtime.speculation.decisions import Decisions, Uniforms
