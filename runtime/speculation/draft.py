@@ -37,7 +37,7 @@ class Draft:
     """The tokens of a tree's nodes [nodes], how they were drawn, and from which distributions.
 
     Token 0 is the root's, the last of the text. ``q`` [nodes, vocabulary] is the distribution that a node's children
-    were drawn from; None where nothing was drawn.
+    were drawn from, and may lack nodes that have none; None where nothing was drawn.
     """
 
     tree: Tree

@@ -20,17 +20,6 @@ def read_draft_distribution(node: int, row: Floats) -> Floats | None:
     return read_distribution(f"q of node {node}", row) if np.any(row) else None
 
 
-class DrawnRows:
-    """The distribution that each node's children were drawn from, computed when it is asked for."""
-
-    def __init__(self, tree: Tree, tokens: list[int], next_token: NextToken) -> None:
-        self._tree, self._tokens, self._next_token = tree, tokens, next_token
-
-    def __getitem__(self, node: int, /) -> Floats:
-        """The row [vocabulary] of a node."""
-        return self._next_token(tuple(self._tokens[i] for i in self._tree.path(node)))
-
-
 def draw_children(q: Floats, count: int, drawn: Drawn, decisions: Decisions) -> list[int]:
     """At most ``count`` tokens from ``q`` [vocabulary]; fewer where they are distinct and q has no more."""
     possible = count if drawn is Drawn.INDEPENDENT else min(count, int(np.count_nonzero(q)))
@@ -45,18 +34,18 @@ def draw_children(q: Floats, count: int, drawn: Drawn, decisions: Decisions) -> 
 
 def draw_tree(plan: Tree, root: int, next_token: NextToken, drawn: Drawn, decisions: Decisions) -> Draft:
     """Give every node of a planned tree a token, parents first; nodes for which q has no token left are dropped."""
-    tokens = [-1] * plan.nodes
+    tokens, rows = [-1] * plan.nodes, dict[int, Floats]()
     tokens[0] = root
     for node, children in enumerate(plan.children):
         if not children or tokens[node] < 0:
             continue
-        prefix = tuple(tokens[i] for i in plan.path(node))
-        q = read_draft_distribution(node, next_token(prefix))
+        q = read_draft_distribution(node, next_token(tuple(tokens[i] for i in plan.path(node))))
         if q is None:
             continue
+        rows[node] = q
         for child, token in zip(children, draw_children(q, len(children), drawn, decisions), strict=False):
             tokens[child] = token
     tree, kept = plan.keep(np.array(tokens) >= 0)
-    ids = np.array(tokens)[kept]
-    q = None if drawn is Drawn.DETERMINISTIC else DrawnRows(tree, ids.tolist(), next_token)
-    return Draft(tree, ids, drawn, q)
+    old = kept.tolist()
+    q = {new: rows[node] for new, node in enumerate(old) if node in rows}
+    return Draft(tree, np.array(tokens)[kept], drawn, None if drawn is Drawn.DETERMINISTIC else q)

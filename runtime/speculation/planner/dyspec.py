@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import heapq
 from dataclasses import dataclass, field
+from itertools import count
 
 import numpy as np
 
@@ -11,7 +12,7 @@ from tokopt.arguments import check_integer, check_number
 from tokopt.runtime.speculation.decisions import Decisions, Floats
 from tokopt.runtime.speculation.distribution import without
 from tokopt.runtime.speculation.draft import Draft, Drawn
-from tokopt.runtime.speculation.drawing import DrawnRows, NextToken, read_draft_distribution
+from tokopt.runtime.speculation.drawing import NextToken, read_draft_distribution
 from tokopt.runtime.speculation.tree import Branches
 
 
@@ -45,22 +46,26 @@ def grow_tree(
     """
     nodes = check_integer("nodes", nodes, 1)
     least = check_number("least", least, lambda x: 0 <= x <= 1, "from 0 to 1")
-    branches, age = Branches(root), 0
-    first = read_draft_distribution(0, next_token((root,)))
-    slots = [] if first is None else [Slot(-1.0, age, 0, (root,), first)]
+    branches, rows, slots = Branches(root), dict[int, Floats](), list[Slot]()
+    ages = count()
+
+    def offer(value: float, parent: int, prefix: tuple[int, ...], rest: Floats) -> None:
+        heapq.heappush(slots, Slot(-value, next(ages), parent, prefix, rest))
+
+    def expand(value: float, node: int, prefix: tuple[int, ...]) -> None:
+        q = read_draft_distribution(node, next_token(prefix))
+        if q is not None:
+            rows[node] = q
+            offer(value, node, prefix, q)
+
+    expand(1.0, 0, (root,))
     while slots and len(branches) < nodes and slots[0].value >= least:
         slot = heapq.heappop(slots)
         token = decisions.draw(slot.rest)
-        share = float(slot.rest[token])
-        node, prefix = branches.add(slot.parent, token), (*slot.prefix, token)
-        if len(branches) == nodes:
-            break
-        q = read_draft_distribution(node, next_token(prefix))
-        if q is not None:
-            heapq.heappush(slots, Slot(-slot.value * share, age := age + 1, node, prefix, q))
-        rest = without(slot.rest, token)
+        share, rest = float(slot.rest[token]), without(slot.rest, token)
+        node = branches.add(slot.parent, token)
+        if len(branches) < nodes:
+            expand(slot.value * share, node, (*slot.prefix, token))
         if rest.any():
-            after = -slot.value * (1 - share)
-            heapq.heappush(slots, Slot(after, age := age + 1, slot.parent, slot.prefix, rest))
-    rows = DrawnRows(branches.tree, branches.tokens, next_token)
+            offer(slot.value * (1 - share), slot.parent, slot.prefix, rest)
     return Draft(branches.tree, np.array(branches.tokens), Drawn.WITHOUT_REPLACEMENT, rows)

@@ -51,7 +51,7 @@ class Host:
     """One text that a toy model writes with a drafter and a rule."""
 
     def __init__(self, drafter: Drafter, rule: Rule, model: NextToken, prompt: list[int]) -> None:
-        self.rule, self.model, self.tops = rule, model, drafter.tops
+        self.rule, self.model, self.drafter = rule, model, drafter
         self.text: TextDrafter = drafter.open(prompt)
         self.tokens, self.calls = list(prompt), 0
 
@@ -63,13 +63,15 @@ class Host:
         """Propose, verify, commit."""
         draft = self.text.propose(plan, decisions)
         assert draft.tokens[0] == self.tokens[-1] and draft.tree.nodes <= plan.nodes
+        assert draft.drawn is self.drafter.drawn
         return self._verify(draft, decisions)
 
     def _verify(self, draft: Draft, decisions: Decisions) -> Accepted:
         before = tuple(self.tokens[:-1])
         p = rows(lambda text: self.model((*before, *text)), draft)
         accepted = self.rule.verify(draft, p, decisions)
-        top = np.argsort(-p, axis=1, kind="stable")[:, : self.tops] if self.tops else None
+        tops = self.drafter.tops
+        top = np.argsort(-p, axis=1, kind="stable")[:, :tops] if tops else None
         self.text.observe(Verified(draft, accepted, top))
         self.tokens += accepted.tokens.tolist()
         self.calls += 1
