@@ -45,9 +45,8 @@ class Uniforms:
     def draw(self, distribution: Floats) -> int:
         """The token where the cumulative sum of ``distribution`` passes the next number."""
         total: Floats = np.cumsum(distribution)
-        token = int(np.searchsorted(total, self._next() * float(total[-1]), side="right"))
-        # A product that rounds up to the whole sum stays at the last token that can be drawn.
-        return min(token, int(np.searchsorted(total, float(total[-1]))))
+        # The largest number below 1 times the sum rounds to less than the sum, so that the search finds a token.
+        return int(np.searchsorted(total, self._next() * float(total[-1]), side="right"))
 
     def _next(self) -> float:
         if self.used == len(self._uniforms):

@@ -38,6 +38,13 @@ def test_certain_outcomes_are_certain(uniform: float) -> None:
     assert source.used == 3, "a decision takes a uniform also where its outcome is certain"
 
 
+@given(st.lists(st.floats(0, 1), min_size=1, max_size=6).filter(any))
+def test_the_largest_uniform_draws_a_possible_token(weights: list[float]) -> None:
+    """Whatever the sum, which need not be 1 to the last bit."""
+    token = Uniforms(np.array([LAST])).draw(np.array(weights))
+    assert weights[token] > 0
+
+
 def test_uniforms_are_taken_in_order_and_run_out() -> None:
     source = Uniforms(np.array([0.1, 0.9], np.float32))
     assert source.bernoulli(0.5) and not source.bernoulli(0.5) and source.used == 2

@@ -404,9 +404,11 @@ def test_lookahead_moves_its_window_with_the_text(seed: int, window: int, level:
 @given(texts, st.permutations(range(SIZE)), st.integers(1, 3), st.integers(1, 12))
 def test_logitspec_extends_the_other_candidates(text: list[int], top: list[int], n: int, nodes: int) -> None:
     """The candidates are those of the place where the root was chosen, the root itself aside."""
-    opened = LogitSpec(n, tops=3).open([0, *text[:-1]])
     whole = [0, *text]
-    opened.observe(plain(whole[-2], whole[-1], top=[top]))
+    accepted = min(2, len(text))  # the ids after the last node that was accepted count
+    opened = LogitSpec(n, tops=3).open(whole[:-accepted])
+    rows = [[0, 1, 2, 3]] * (accepted - 1) + [top]
+    opened.observe(plain(whole[-accepted - 1], *whole[-accepted:], top=rows))
     paths: list[tuple[int, ...]] = []
     guesses = [t for t in top[:3] if t != whole[-1]]
     chains = [looked_up(whole, n, 20)]

@@ -38,6 +38,8 @@ from tokopt.runtime.speculation.rules.with_replacement import WithReplacement
 from tokopt.runtime.speculation.rules.without_replacement import WithoutReplacement
 from tokopt.runtime.speculation.tree import Tree, merge_duplicates
 
+NO_UNIFORMS = Uniforms(np.array([]))
+
 CHAINS = [(2, 5), (4, 3)]
 """Nodes of a chain and the size of the vocabulary."""
 
@@ -350,7 +352,7 @@ def test_greedy_is_greedy_decoding_whatever_the_drafts(drawn: Drawn, seed: int) 
     target = toy(3, seed)
     for plan, _ in PLANS:
         for draft, _ in branches(drawing(plan, toy(3, seed + 100), drawn)):
-            accepted = Greedy().verify(draft, np.log(rows(target, draft)), Uniforms(np.array([])))
+            accepted = Greedy().verify(draft, np.log(rows(target, draft)), NO_UNIFORMS)
             text = [0]
             for token in accepted.tokens.tolist():
                 assert token == int(target(tuple(text)).argmax())
@@ -368,7 +370,7 @@ def paths_of(draft: Draft, text: list[int]) -> list[tuple[int, ...]]:
 def test_greedy_takes_the_lowest_of_equal_tokens() -> None:
     draft = Draft(Tree(np.array([-1, 0, 0])), np.array([0, 2, 1]), Drawn.DETERMINISTIC)
     p = np.array([[0.1, 0.45, 0.45], [1, 0, 0], [0.2, 0.2, 0.6]])
-    accepted = Greedy().verify(draft, p, Uniforms(np.array([])))
+    accepted = Greedy().verify(draft, p, NO_UNIFORMS)
     assert accepted.path.tolist() == [0, 2] and accepted.tokens.tolist() == [1, 2]
 
 
@@ -447,7 +449,7 @@ def test_typical_takes_the_longest_path_above_the_threshold(seed: int) -> None:
                 return False
         return True
 
-    accepted = rule.verify(draft, p, Uniforms(np.array([])))
+    accepted = rule.verify(draft, p, NO_UNIFORMS)
     allowed = [path for path in map(draft.tree.path, range(draft.tree.nodes)) if holds(path)]
     assert tuple(accepted.path.tolist()) in allowed
     assert len(accepted.path) == max(map(len, allowed))
@@ -455,10 +457,24 @@ def test_typical_takes_the_longest_path_above_the_threshold(seed: int) -> None:
     assert accepted.tokens.tolist() == [*draft.tokens[accepted.path[1:]], p[last].argmax()]
 
 
+def test_typical_breaks_ties_and_keeps_its_threshold() -> None:
+    """Of equally deep paths the likeliest wins, of equally likely ones the first; a token at the threshold is none."""
+    draft = Draft(Tree(np.array([-1, 0, 0, 0])), np.array([0, 0, 1, 2]), Drawn.DETERMINISTIC)
+    for first, wanted in (([0.25, 0.5, 0.25], 2), ([0.375, 0.375, 0.25], 1), ([0.125, 0.125, 0.75], 3)):
+        accepted = Typical(0.125, 1.0).verify(draft, [np.array(first)] + [one_hot(3, 0)] * 3, NO_UNIFORMS)
+        assert accepted.path.tolist() == [0, wanted]
+    alone = Draft(Tree.chain(2), np.array([0, 0]), Drawn.DETERMINISTIC)
+    for epsilon, length in ((0.125, 1), (0.12, 2)):
+        accepted = Typical(epsilon, 1.0).verify(
+            alone, [np.array([0.125, 0.125, 0.75]), one_hot(3, 0)], NO_UNIFORMS
+        )
+        assert len(accepted.path) == length
+
+
 def test_typical_with_certain_targets_is_greedy() -> None:
     draft = Draft(Tree(np.array([-1, 0, 0, 2])), np.array([0, 1, 2, 1]), Drawn.DETERMINISTIC)
     p = np.stack([one_hot(3, 2), one_hot(3, 0), one_hot(3, 1), one_hot(3, 0)])
-    accepted = Typical().verify(draft, p, Uniforms(np.array([])))
+    accepted = Typical().verify(draft, p, NO_UNIFORMS)
     assert accepted.path.tolist() == [0, 2, 3] and accepted.tokens.tolist() == [2, 1, 0]
 
 
