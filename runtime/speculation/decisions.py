@@ -25,10 +25,10 @@ class Decisions(Protocol):
 
 
 class Uniforms:
-    """Decisions from uniform numbers in [0, 1), in order; ``used`` says how many were taken.
+    """Decisions from uniform numbers [decisions] in [0, 1), in order; ``used`` says how many were taken.
 
-    Every decision takes one, also where its outcome is certain. Verifying a tree takes at most as many as it has nodes,
-    drawing its tokens one less.
+    They are a row's of :func:`tokopt.runtime.threefry.uniforms`, from its counter on. Every decision takes one, also
+    where its outcome is certain. Verifying a tree takes at most as many as it has nodes, drawing its tokens one less.
     """
 
     def __init__(self, uniforms: NDArray[np.floating]) -> None:

@@ -61,21 +61,29 @@ class Host:
 
     def step(self, plan: Tree, decisions: Decisions) -> Accepted:
         """Propose, verify, commit."""
+        before = used(decisions)
         draft = self.text.propose(plan, decisions)
+        assert used(decisions) - before <= plan.nodes - 1
         assert draft.tokens[0] == self.tokens[-1] and draft.tree.nodes <= plan.nodes
         assert draft.drawn is self.drafter.drawn
         return self._verify(draft, decisions)
 
     def _verify(self, draft: Draft, decisions: Decisions) -> Accepted:
-        before = tuple(self.tokens[:-1])
+        before, taken = tuple(self.tokens[:-1]), used(decisions)
         p = rows(lambda text: self.model((*before, *text)), draft)
         accepted = self.rule.verify(draft, p, decisions)
+        assert used(decisions) - taken <= draft.tree.nodes
         tops = self.drafter.tops
         top = np.argsort(-p, axis=1, kind="stable")[:, :tops] if tops else None
         self.text.observe(Verified(draft, accepted, top))
         self.tokens += accepted.tokens.tolist()
         self.calls += 1
         return accepted
+
+
+def used(decisions: Decisions) -> int:
+    """How many uniforms were taken; 0 where decisions come from elsewhere."""
+    return decisions.used if isinstance(decisions, Uniforms) else 0
 
 
 def written(host: Host, plan: Tree, count: int, decisions: Decisions) -> list[int]:

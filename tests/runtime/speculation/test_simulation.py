@@ -11,6 +11,7 @@ import pytest
 
 from tests.runtime.speculation.simulation import DRAFTERS, RULES, Host, random_uniforms, written
 from tests.runtime.speculation.toys import Scripted, branches, error_of, sequences, toy
+from tokopt.runtime.sampling import Streams, choose
 from tokopt.runtime.speculation.acceptance import Acceptance
 from tokopt.runtime.speculation.decisions import Decisions, Uniforms
 from tokopt.runtime.speculation.lossless import lossless
@@ -20,6 +21,7 @@ from tokopt.runtime.speculation.rules.chain import Chain
 from tokopt.runtime.speculation.rules.deterministic import Deterministic
 from tokopt.runtime.speculation.rules.greedy import Greedy
 from tokopt.runtime.speculation.tree import Tree
+from tokopt.runtime.threefry import uniforms
 
 PLAN = Tree(np.array([-1, 0, 0, 0, 1, 1, 2, 4, 4, 7]))
 PROMPT = [0, 1, 2, 0, 1, 2, 0, 3, 1]
@@ -122,6 +124,28 @@ def test_a_plan_of_one_node_drafts_nothing(drafter: str) -> None:
     host = Host(DRAFTERS[drafter](12), Greedy(), model, PROMPT)
     assert written(host, Tree.chain(1), 30, random_uniforms(0)) == greedy_text(model, PROMPT, 30)
     assert host.calls == 30
+
+
+@pytest.mark.parametrize("rule", RULES, ids=str)
+def test_a_plan_of_one_node_draws_the_text_of_plain_sampling(rule: Rule) -> None:
+    """The same seed, the same tokens: decisions take the host's own random numbers, one per token."""
+    model, plain, streams = by_two(12, 1), list(PROMPT), Streams(7, 1)
+    for _ in range(60):
+        logits = np.log(model(tuple(plain)))[None]
+        plain.append(int(choose(logits, 1.0, streams)[0]))
+    numbers = uniforms(np.array([7]), np.array([0]), np.array([0]), 60)[0]
+    decisions = Uniforms(numbers)
+    host = Host(DRAFTERS["suffix"](12), rule, model, PROMPT)
+    assert written(host, Tree.chain(1), 60, decisions) == plain and decisions.used == 60
+
+
+@pytest.mark.parametrize(("drafter", "rule"), PAIRS, ids=str)
+def test_a_call_takes_at_most_one_uniform_per_node(drafter: str, rule: Rule) -> None:
+    """One less for drawing than for verifying: a host can reserve them before it knows the outcome."""
+    plan = Tree.chain(5) if isinstance(rule, Chain) else PLAN
+    host, decisions = Host(DRAFTERS[drafter](12), rule, by_two(12, 4), PROMPT), random_uniforms(9)
+    written(host, plan, 60, decisions)
+    assert host.calls < decisions.used
 
 
 def test_the_same_uniforms_write_the_same_text() -> None:
