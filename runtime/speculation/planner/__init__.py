@@ -1,0 +1,1 @@
+"""Planners: which tree to verify next."""
