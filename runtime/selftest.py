@@ -229,7 +229,8 @@ def read_selftest(folder: Path, manifest: Manifest, program: str) -> SelfTest:
             {
                 tensor.name: tensors[f"{program}/outputs/{tensor.name}"]
                 for tensor in entry.outputs
-                if tensor.role != "written"  # a buffer between two writes is not seen where both are made in place
+                if tensor.role
+                != "written"  # a buffer between two writes is not seen where both are made in place
             },
             _numbers(tensors, f"{program}/limits/"),
             {measure: _numbers(tensors, f"{program}/{measure}/") for measure in TASK_LOOSEST},

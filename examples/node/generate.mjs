@@ -95,6 +95,7 @@ class Request {
       mask: causal(wanted),
       rows: tensor('int64', [-1], [1]),
       limit: tensor('int64', [limit], [1]),
+      parent: entry.tree && tensor('int64', entry.tree, [entry.tree.length]),
     });
     if (emitted.tokens) return Array.from(emitted.tokens.data.slice(0, Number(emitted.count.data[0])), Number);
     return [argmax(emitted.logits.data.slice(-this.manifest.generation.vocabulary))];

@@ -4,7 +4,7 @@ The ``count`` largest numbers lie in the ``count`` blocks whose largest numbers 
 once, and what is sorted is small.
 """
 
-from tokopt.kernels.opset import FLOAT, INT64, INFINITY, TOKOPT, TensorType, node, op, script
+from tokopt.kernels.opset import FLOAT, INFINITY, INT64, TOKOPT, TensorType, node, op, script
 
 BLOCK = 128
 """Tokens of a block."""

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, ClassVar, Literal
 
@@ -14,13 +14,13 @@ from torch.fx import Node
 from tokopt.errors import PassError, PassRefused
 from tokopt.ir.bundle import Bundle, Semantics, fresh
 from tokopt.ir.export import placeholders
-from tokopt.ir.format import BATCH, Entry, State, emits_tokens
-from tokopt.ir.graph import is_call, results
+from tokopt.ir.format import BATCH, DRAWING, State, emits_tokens
+from tokopt.ir.graph import is_call, operand_at
 from tokopt.ir.program import AxisRange, Program, TensorSpec
 from tokopt.kernels import ops
 from tokopt.passes.sample.sample import SampleTokens
-from tokopt.passes.speculate.drafters import DRAFTERS, Drafter, load_drafter
-from tokopt.passes.speculate.tree import Tree, accepted, best_first, tree
+from tokopt.passes.speculate.drafters import Drafter, load_drafter
+from tokopt.passes.speculate.tree import accepted, best_first, tree
 from tokopt.pipeline.base import Context, Pass, PassResult, Refusal
 from tokopt.rewrite.cache import ProgramEdit, language_program
 from tokopt.rewrite.edit import call, close_graph, inline, new_graph, open_graph
@@ -47,8 +47,8 @@ class Speculate(Pass):
     A token is drawn with the random number of its place in the text, whatever was proposed. So the text is that of
     ``sample`` for the same seed, greedy or not, up to what the rounding of calls with several tokens changes.
 
-    ``drafter``: ``token_recycling`` (arXiv 2408.08696), ``prompt_lookup``, or ``hybrid``, which is lookup where the text
-    repeats itself and recycling elsewhere. ``depth`` bounds the levels of the tree.
+    ``drafter``: ``token_recycling`` (arXiv 2408.08696), ``prompt_lookup``, or ``hybrid``, which is lookup where the
+    text repeats itself and recycling elsewhere. ``depth`` bounds the levels of the tree.
 
     Rules. One program reads and decodes, and every token has a slot of its own, so a policy that evicts by scores of
     its own, and ``kivi``, are refused. The pass comes last.
@@ -81,7 +81,9 @@ class Speculate(Pass):
         drawing = SampleTokens().run(bundle, context).bundle
         memory = tuple(_named(drafter.states(bundle.generation), drawing))
         try:
-            speculating = _Speculation(bundle.programs[name], drawing, memory, drafter, name).program()
+            speculating = _Speculation(
+                bundle.programs[name], drawing.programs[name], drawing, memory, drafter
+            ).program()
         except PassRefused as reason:
             return PassResult(bundle, 0, (), (Refusal(name, str(reason)),))
         added = fresh("speculate", bundle.programs)
@@ -99,23 +101,23 @@ class Speculate(Pass):
         return PassResult(made, 1)
 
 
-def _named(states: Any, bundle: Bundle) -> Iterator[State]:
+def _named(states: Iterable[State], bundle: Bundle) -> Iterator[State]:
     taken = [state.name for state in bundle.states]
     for state in states:
         yield replace(state, name=fresh(state.name, taken))
 
 
 def _blank(state: State, batch: int) -> Tensor:
+    """A drafter's state at the start of a request."""
     shape = [batch if axis == BATCH else axis for axis in state.axes]
     return torch.full(shape, int(state.initial), dtype=getattr(torch, state.dtype))  # type: ignore[arg-type]
 
 
-def _reading(bundle: Bundle, name: str, memory: tuple[State, ...], drafter: Drafter) -> Program:
+def _reading(bundle: Bundle, name: str, memory: Sequence[State], drafter: Drafter) -> Program:
     """The program that reads a prompt and draws what follows it, and of which the drafter takes note."""
     edit = ProgramEdit(bundle, name, open_graph(bundle.programs[name]))
     tokens, positions = edit.of_role("tokens"), edit.of_role("positions")
-    batch = edit.example[0].shape[0]
-    held = [edit.take(state, _blank(state, batch)) for state in memory]
+    held = [edit.take(state, _blank(state, edit.example[0].shape[0])) for state in memory]
     graph = edit.module.graph
     with graph.inserting_before(graph.output_node()):
         noted = call(graph, partial(_read, drafter), tokens, positions, *held, like=edit.results[0])
@@ -124,121 +126,138 @@ def _reading(bundle: Bundle, name: str, memory: tuple[State, ...], drafter: Draf
     return edit.finish()
 
 
-def _read(drafter: Drafter, tokens: Tensor, positions: Tensor, *memory: Tensor) -> tuple[Tensor, ...]:
-    return tuple(drafter.read(tokens, positions, *memory))
-
-
 @dataclass
-class _Speculation:
-    """The program that speculates, made of ``step``, which gives logits; ``drawing`` has the states of ``sample``."""
+class _Outputs:
+    """What a program gives, and the inputs that it writes into."""
 
-    step: Program
-    drawing: Bundle
-    memory: tuple[State, ...]
-    drafter: Drafter
-    name: str
+    specs: list[TensorSpec] = field(default_factory=list[TensorSpec])
+    nodes: list[Node] = field(default_factory=list[Node])
+    aliases: dict[str, str] = field(default_factory=dict[str, str])
+
+    def add(self, spec: TensorSpec, node: Node, written: str | None = None) -> None:
+        """One more, which is the input ``written`` with new entries where it is given."""
+        self.specs.append(spec)
+        self.nodes.append(node)
+        if written is not None:
+            self.aliases[spec.name] = written
+
+    def give(self, state: State, node: Node, written: str | None = None) -> None:
+        """The next value of a state."""
+        self.add(
+            TensorSpec(f"next_{state.name}", state.dtype, state.axes, "state", state.name), node, written
+        )
+
+
+class _Speculation:
+    """The program that speculates, made of ``step``, which gives logits.
+
+    ``drawn`` is the same after ``sample``: of it are the inputs that say how tokens are drawn, and the counter.
+    """
+
+    def __init__(
+        self, step: Program, drawn: Program, bundle: Bundle, memory: Sequence[State], drafter: Drafter
+    ) -> None:
+        """``bundle`` has the states of ``drawn``, and ``memory`` are those of the drafter."""
+        self.step, self.drawn, self.memory, self.drafter = step, drawn, memory, drafter
+        self.states = {state.name: state for state in (*bundle.states, *memory)}
+        given = dict(self._given())
+        self.inputs, self.example = tuple(given), tuple(given.values())
+        axes = {axis for spec in self.inputs for axis in spec.axes}
+        self.ranges = {axis: bounds for axis, bounds in drawn.ranges.items() if axis in axes}
+        self.ranges[NODES] = AxisRange(1, MOST)
+        self.module = new_graph(self.inputs, self.ranges, self.example)
+        named = list(zip(self.inputs, placeholders(self.module), strict=True))
+        self.by_role = {spec.role: node for spec, node in named}
+        self.by_state = {spec.state: node for spec, node in named if spec.state is not None}
 
     def program(self) -> Program:
-        """Raises PassRefused where entries of rejected tokens could not be taken back."""
-        drawn = self.drawing.programs[self.name]
-        states = [spec for spec in drawn.inputs if spec.role == "state"]
-        given = [spec for spec in drawn.inputs if spec.role not in ("tokens", "positions", "mask", "state")]
-        known = dict(zip((spec.name for spec in drawn.inputs), drawn.example, strict=True))
-        batch = drawn.example[0].shape[0]
-        pair = [TensorSpec(role, "int64", (BATCH, 1), role) for role in ("tokens", "positions")]
-        parent = TensorSpec("parent", "int64", (NODES,), "parent")
-        mine = [TensorSpec(s.name, s.dtype, s.axes, "state", s.name) for s in self.memory]
-        inputs = (*pair, parent, *given, *states, *mine)
-        lengths = next(state for state in self.drawing.states if state.kind == "length")
-        after = known[next(spec.name for spec in states if spec.state == lengths.name)].reshape(batch, -1)[:, :1]
-        example = (
-            *(torch.arange(batch)[:, None] + 3, after.clone(), torch.tensor(best_first([0.6, 0.3], 1.0, 5, 3))),
-            *(torch.full_like(known[spec.name], 3) if spec.role == "limit" else known[spec.name] for spec in given),
-            *(known[spec.name] for spec in states),
-            *(_blank(state, batch) for state in self.memory),
+        """Raises PassRefused where what rejected tokens left behind could not be taken back."""
+        made = _Outputs()
+        memory = [self.by_state[state.name] for state in self.memory]
+        proposed, *told = self._insert(
+            partial(_propose, self.drafter), *self._of_roles("tokens", "positions", "parent"), *memory
         )
-        axes = {axis for spec in inputs for axis in spec.axes}
-        ranges = {axis: bounds for axis, bounds in drawn.ranges.items() if axis in axes}
-        ranges[NODES] = AxisRange(1, MOST)
-        module = new_graph(inputs, ranges, example)
-        nodes = dict(zip((spec.name for spec in inputs), placeholders(module), strict=True))
-        outputs, made, aliases = self._body(module.graph, nodes, {spec.state: spec.name for spec in inputs if spec.state})
-        module.graph.output(tuple(made))
-        blank = Program(module, inputs, tuple(outputs), ranges, example)
-        return close_graph(blank, module, aliases=aliases)
-
-    def _body(
-        self, graph: Any, nodes: dict[str, Node], states: dict[str, str]
-    ) -> tuple[list[TensorSpec], list[Node], dict[str, str]]:
-        """What comes out, in nodes, and which inputs it is written into."""
-        tokens, positions = nodes["tokens"], nodes["positions"]
-        insert = partial(call, graph, like=tokens)
-        by_role = {spec.role: nodes[spec.name] for spec in self.drawing.programs[self.name].inputs if spec.name in nodes}
-        memory = [nodes[states[state.name]] for state in self.memory]
-        proposal = insert(partial(_propose, self.drafter), tokens, positions, nodes["parent"], *memory)
-        proposed, places, mask, rows = proposal
-        fed = {"tokens": proposed, "positions": places, "mask": mask, "rows": rows}
-        operands = [
-            nodes[states[spec.state]] if spec.state is not None else fed[spec.role] for spec in self.step.inputs
-        ]
-        results_ = dict(
-            zip((spec.name for spec in self.step.outputs), inline(graph, self.step, operands, like=tokens), strict=True)
+        results = self._run_model(proposed, *told)
+        logits = next(results[spec.name] for spec in self.step.outputs if spec.role == "logits")
+        (counter,) = {spec.state for spec in self.drawn.inputs} - {spec.state for spec in self.step.inputs}
+        assert counter is not None
+        how = self._of_roles("positions", "parent", "limit", *DRAWING)
+        tokens, count, logprobs, number, path, here, there = self._insert(
+            _commit, logits, proposed, self.by_state[counter], *how
         )
-        logits = next(results_[spec.name] for spec in self.step.outputs if spec.role == "logits")
-        (counter,) = {s.name for s in self.drawing.states} - {spec.state for spec in self.step.inputs}
-        roles = ("limit", "temperature", "top_k", "top_p", "min_p", "seed", "stream")
-        chosen = insert(
-            _commit, logits, proposed, nodes["positions"], nodes["parent"], nodes[states[counter]],
-            *(by_role[role] for role in roles),
-        )
-        emitted, count, logprobs, drawn, path, committed, noted = chosen
-        outputs = [
-            TensorSpec("next_tokens", "int64", (BATCH, NODES), "tokens"),
-            TensorSpec("count", "int64", (BATCH,), "count"),
-            TensorSpec("logprobs", "float32", (BATCH, NODES), "logprobs"),
-        ]
-        made, aliases = [emitted, count, logprobs], dict[str, str]()
-
-        def give(state: str, node: Node) -> str:
-            spec = next(s for s in self.drawing.states + self.memory if s.name == state)
-            outputs.append(TensorSpec(f"next_{state}", spec.dtype, spec.axes, "state", state))
-            made.append(node)
-            return outputs[-1].name
-
+        made.add(TensorSpec("next_tokens", "int64", (BATCH, NODES), "tokens"), tokens)
+        made.add(TensorSpec("count", "int64", (BATCH,), "count"), count)
+        made.add(TensorSpec("logprobs", "float32", (BATCH, NODES), "logprobs"), logprobs)
         for spec in self.step.outputs:
-            if spec.state is None:
-                continue
-            state = next(s for s in self.drawing.states if s.name == spec.state)
-            node = results_[spec.name]
-            if spec.name in self.step.aliases:
-                self._check_write(state, node, nodes[states[self._length(state)]])
-                outputs.append(TensorSpec(f"proposed_{state.name}", spec.dtype, spec.axes, "written"))
-                made.append(node)
-                aliases[outputs[-1].name] = states[state.name]
-                over = (committed,) if state.kind == "position" else (path,)
-                function = _places_over if state.kind == "position" else _entries_over
-                aliases[give(state.name, insert(function, node, *over, node.args[2]))] = states[state.name]
-            elif state.kind == "length":
-                give(state.name, insert(_longer, nodes[states[state.name]], count))
-            elif state.kind == "shift":
-                give(state.name, node)
-            else:
-                raise PassRefused(f"state {state.name!r} would take note of tokens that are rejected")
-        give(counter, drawn)
-        observed = insert(partial(_observe, self.drafter), proposed, logits, emitted, noted, *memory)
-        for state, node in zip(self.memory, observed, strict=True):
-            give(state.name, node)
-        return outputs, made, aliases
+            if spec.state is not None:
+                self._next_state(made, spec, results[spec.name], path, here, count)
+        made.give(self.states[counter], number)
+        noted = self._insert(partial(_observe, self.drafter), proposed, logits, tokens, there, *memory)
+        for state, node in zip(self.memory, noted, strict=True):
+            made.give(state, node)
+        self.module.graph.output(tuple(made.nodes))
+        blank = Program(self.module, self.inputs, tuple(made.specs), self.ranges, self.example)
+        return close_graph(blank, self.module, aliases=made.aliases)
 
-    def _length(self, state: State) -> str:
-        assert state.occupancy is not None
-        return state.occupancy.state
+    def _given(self) -> Iterator[tuple[TensorSpec, Tensor]]:
+        """Every input and its example: a small tree below a token that follows what the example's states hold."""
+        known = dict(zip(self.drawn.inputs, self.drawn.example, strict=True))
+        batch = self.drawn.example[0].shape[0]
+        held = next(x for spec, x in known.items() if spec.state and self.states[spec.state].kind == "length")
+        yield TensorSpec("tokens", "int64", (BATCH, 1), "tokens"), torch.arange(batch)[:, None]
+        yield (
+            TensorSpec("positions", "int64", (BATCH, 1), "positions"),
+            held.reshape(batch, -1)[:, :1].clone(),
+        )
+        yield TensorSpec("parent", "int64", (NODES,), "parent"), torch.tensor([-1, 0, 0, 1, 3])
+        for spec, value in known.items():
+            if spec.role not in ("tokens", "positions", "mask"):
+                yield spec, torch.full_like(value, 3) if spec.role == "limit" else value
+        for state in self.memory:
+            yield TensorSpec(state.name, state.dtype, state.axes, "state", state.name), _blank(state, batch)
 
-    def _check_write(self, state: State, node: Node, length: Node) -> None:
+    def _insert(self, function: Callable[..., Any], *operands: Node) -> Any:
+        return call(self.module.graph, function, *operands, like=self.by_role["tokens"])
+
+    def _of_roles(self, *roles: str) -> list[Node]:
+        return [self.by_role[role] for role in roles]
+
+    def _run_model(self, tokens: Node, positions: Node, mask: Node, rows: Node) -> dict[str, Node]:
+        """What the model gives for the whole tree, by name."""
+        fed = {"tokens": tokens, "positions": positions, "mask": mask, "rows": rows}
+        operands = [
+            fed[spec.role] if spec.state is None else self.by_state[spec.state] for spec in self.step.inputs
+        ]
+        results = inline(self.module.graph, self.step, operands, like=self.by_role["tokens"])
+        return dict(zip((spec.name for spec in self.step.outputs), results, strict=True))
+
+    def _next_state(
+        self, made: _Outputs, spec: TensorSpec, node: Node, path: Node, here: Node, count: Node
+    ) -> None:
+        """What a state is after the committed tokens alone."""
+        assert spec.state is not None
+        state = self.states[spec.state]
+        if spec.name in self.step.aliases:
+            self._check_write(state, node)
+            buffer = self.by_state[state.name].name
+            made.add(TensorSpec(f"proposed_{state.name}", spec.dtype, spec.axes, "written"), node, buffer)
+            moved = (_places_over, here) if state.kind == "position" else (_entries_over, path)
+            made.give(state, self._insert(moved[0], node, moved[1], operand_at(node, 2)), buffer)
+        elif state.kind == "length":
+            made.give(state, self._insert(_longer, self.by_state[state.name], count))
+        elif state.kind == "shift":
+            made.give(state, node)
+        else:
+            raise PassRefused(f"state {state.name!r} would take note of tokens that are rejected")
+
+    def _check_write(self, state: State, node: Node) -> None:
         """What a state holds of a token lies in the token's slot, so that it can be moved."""
+        assert state.occupancy is not None
+        length = self.by_state[state.occupancy.state]
         start = node.args[2] if is_call(node, ops.cache_write) else None
-        counted = start is length or (isinstance(start, Node) and length in start.all_input_nodes)
-        if state.kind not in _KEPT or not counted:
+        while isinstance(start, Node) and start is not length and len(start.all_input_nodes) == 1:
+            (start,) = start.all_input_nodes  # a column of the lengths
+        if state.kind not in _KEPT or start is not length:
             raise PassRefused(f"state {state.name!r} holds more than an entry for every token")
 
 
@@ -259,9 +278,9 @@ def _propose(
 def _commit(
     logits: Tensor,
     proposed: Tensor,
+    counter: Tensor,
     positions: Tensor,
     parent: Tensor,
-    counter: Tensor,
     limit: Tensor,
     temperature: Tensor,
     top_k: Tensor,
@@ -275,7 +294,7 @@ def _commit(
     Returns tokens [batch, nodes] of which ``count`` [batch] are committed, their log-probabilities, the next counter;
     then the path [batch, nodes], the positions of its nodes and those of the tokens, -1 behind the end.
     """
-    shape: Tree = tree(parent)
+    shape = tree(parent)
     uniform = ops.uniforms(seed, stream, counter, proposed.shape[1])[:, shape.depth]
     probabilities = ops.truncated_softmax(logits, temperature, top_k, top_p, min_p)
     chosen = ops.draw(probabilities, uniform)
@@ -307,6 +326,10 @@ def _places_over(slots: Tensor, positions: Tensor, length: Tensor) -> Tensor:
 def _longer(length: Tensor, count: Tensor) -> Tensor:
     """Lengths [batch] or [batch, columns] after ``count`` [batch] tokens more."""
     return length + count.reshape(-1, *[1] * (length.ndim - 1))
+
+
+def _read(drafter: Drafter, tokens: Tensor, positions: Tensor, *memory: Tensor) -> tuple[Tensor, ...]:
+    return tuple(drafter.read(tokens, positions, *memory))
 
 
 def _observe(

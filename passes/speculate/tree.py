@@ -68,7 +68,9 @@ def best_first(rates: list[float], fade: float, nodes: int, depth: int) -> tuple
     taken = [0]  # children of each node so far
     while len(parents) < nodes:
         worth = [
-            reach[i] * rates[taken[i]] * fade ** depths[i] if taken[i] < len(rates) and depths[i] < depth else 0.0
+            reach[i] * rates[taken[i]] * fade ** depths[i]
+            if taken[i] < len(rates) and depths[i] < depth
+            else 0.0
             for i in range(len(parents))
         ]
         parent = max(range(len(parents)), key=worth.__getitem__)

@@ -27,7 +27,19 @@ DRAWING = {
 }
 """Roles of the inputs [batch] that tell a program how to draw tokens -> dtype, and what a greedy choice takes."""
 
-INPUT_ROLES = ("input", "tokens", "positions", "mask", "rows", "limit", "due", "parent", *DRAWING, "link", "state")
+INPUT_ROLES = (
+    "input",
+    "tokens",
+    "positions",
+    "mask",
+    "rows",
+    "limit",
+    "due",
+    "parent",
+    *DRAWING,
+    "link",
+    "state",
+)
 OUTPUT_ROLES = ("output", "logits", "tokens", "count", "logprobs", "done", "link", "written", "state")
 
 SEVERAL = frozenset(("input", "output", "link", "written", "state"))

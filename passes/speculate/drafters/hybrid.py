@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from tokopt.ir.format import Generation, State
-from tokopt.passes.speculate.drafters.prompt_lookup import PromptLookup, occurrence
+from tokopt.passes.speculate.drafters.prompt_lookup import PromptLookup, occurrence, written
 from tokopt.passes.speculate.drafters.token_recycling import LEVELS, WIDTH, TokenRecycling
 from tokopt.passes.speculate.tree import Tree
 
@@ -26,8 +26,8 @@ class Hybrid:
 
     rates: list[float] = field(default_factory=lambda: [0.55, 0.1, 0.06, 0.04, 0.03, 0.02, 0.02, 0.01])
     fade: float = 1.0
-    text: PromptLookup = PromptLookup()
-    table: TokenRecycling = TokenRecycling()
+    text: PromptLookup = field(default_factory=PromptLookup)
+    table: TokenRecycling = field(default_factory=TokenRecycling)
 
     def states(self, generation: Generation) -> Sequence[State]:
         """Those of both."""
@@ -40,8 +40,8 @@ class Hybrid:
 
     def propose(self, root: Tensor, position: Tensor, shape: Tree, *memory: Tensor) -> Tensor:
         """Level by level, since what follows a token of the text may be recycled."""
-        text, table = memory
-        place, length = occurrence(text, root, position)
+        text, table = written(memory[0], root[:, None], position[:, None]), memory[1]
+        place, length = occurrence(text, position)
         first = (shape.sees & (shape.rank > 0)[None, :]).sum(1) == 0
         copied = (length >= SURE)[:, None] & first[None]
         spot = (place[:, None] + shape.depth).clamp(0, text.shape[1] - 1)

@@ -36,8 +36,8 @@ class PromptLookup:
 
     def propose(self, root: Tensor, position: Tensor, shape: Tree, *memory: Tensor) -> Tensor:
         """The tokens after the occurrence; -1 stands for none and becomes token 0."""
-        (text,) = memory
-        found, _ = occurrence(text, root, position)
+        text = written(memory[0], root[:, None], position[:, None])
+        found, _ = occurrence(text, position)
         place = (found[:, None] + shape.depth).clamp(0, text.shape[1] - 1)
         token = text.gather(1, place).long().clamp_min(0)
         return torch.where(shape.index == 0, root[:, None], token)
@@ -61,14 +61,17 @@ def written(text: Tensor, tokens: Tensor, places: Tensor) -> Tensor:
     return text.scatter(1, index, value)
 
 
-def occurrence(text: Tensor, root: Tensor, position: Tensor) -> tuple[Tensor, Tensor]:
-    """Where the text's end [batch] occurred before, and how many of its tokens agree [batch], 0 for none."""
+def occurrence(text: Tensor, position: Tensor) -> tuple[Tensor, Tensor]:
+    """Where the text's end at ``position`` [batch] occurred before, and how many of its tokens agree [batch].
+
+    Without an occurrence that is the last place of the text, and 0.
+    """
     size = text.shape[1] - 1
     place = torch.arange(size)
     length = torch.zeros_like(text[:, :size], dtype=torch.int64)
     agree = torch.ones_like(text[:, :size], dtype=torch.bool)
     for back in range(WORDS):
-        here = root if back == 0 else text.gather(1, (position - back).clamp_min(0)[:, None])[:, 0].long()
+        here = text.gather(1, (position - back).clamp_min(0)[:, None])[:, 0]
         there = text[:, :size].roll(back, 1) if back else text[:, :size]
         known = (place >= back) & (position[:, None] >= back)
         agree = agree & known & (there == here[:, None])

@@ -23,8 +23,8 @@ LEVELS = 8
 class TokenRecycling:
     """A table [vocabulary, 8] of the likeliest followers of every token, shared by all rows.
 
-    A node of rank r gets the r-th follower of its parent's token. Every verified node, accepted or not, writes the eight
-    largest logits after it into the row of its token; of several nodes with one token the last counts.
+    A node of rank r gets the r-th follower of its parent's token. Every verified node, accepted or not, writes the
+    eight largest logits after it into the row of its token; of several nodes with one token the last counts.
     """
 
     rates: list[float] = field(default_factory=lambda: [0.45, 0.13, 0.07, 0.05, 0.03, 0.02, 0.02, 0.01])
