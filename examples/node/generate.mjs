@@ -177,7 +177,7 @@ async function load(folder) {
 
 async function generate({ manifest, sessions }, prompt, count, given) {
   const { entries } = manifest.schedule;
-  const spare = Math.max(0, ...entries.map(({ slots }) => (typeof slots === 'number' ? slots : 0)));
+  const spare = Math.max(0, ...entries.map(({ slots, tree }) => (typeof slots === 'number' ? slots : (tree?.length ?? 0))));
   const slots = prompt.length + count + 2 * spare; // a call's own slots, and the padding of a fixed number of tokens
   const request = new Request(manifest, sessions, slots, given);
   for (const { program, role } of entries) if (role === 'encode') await request.run(program);
