@@ -31,6 +31,7 @@ from tokopt.passes.reduce.pitome import PiToMe as PiToMe
 from tokopt.passes.reduce.random import RandomPrune as RandomPrune
 from tokopt.passes.reduce.tome import ToMe as ToMe
 from tokopt.passes.sample.sample import SampleTokens as SampleTokens
+from tokopt.passes.speculate.speculate import Speculate as Speculate
 from tokopt.pipeline.base import Pass
 
 PASSES: dict[str, str]

@@ -20,7 +20,11 @@ Item = TypeVar("Item")
 
 @dataclass(frozen=True)
 class Statistics:
-    """What a generation took: counts over all rows of its batch, seconds, and the cache at its end."""
+    """What a generation took: counts over all rows of its batch, seconds, and the cache at its end.
+
+    A prompt's last call gives the first token, so that ``decode_calls`` for one text are one fewer than its new tokens,
+    and fewer where a call commits several.
+    """
 
     prompt_tokens: int = 0
     new_tokens: int = 0
@@ -28,6 +32,7 @@ class Statistics:
     decode_seconds: float = 0.0
     cache_slots: int = 0
     cache_bytes: int = 0
+    decode_calls: int = 0
 
     @property
     def tokens_per_second(self) -> float:
@@ -161,7 +166,7 @@ class Generating:
         """``begin`` makes the request, once there is something to do."""
         self.texts, self.limits, self.draw = texts, limits, draw
         self.statistics = Statistics(sum(text.prompt for text in texts))
-        self._begin = begin
+        self._begin, self._calls = begin, 0
 
     def run(self) -> list[Generated]:
         """Every text to its end."""
@@ -201,6 +206,7 @@ class Generating:
             live = np.array([not text.finish for text in texts])
             token = np.where(live, [text.history[-1] for text in texts], 0)[:, None]
             position = np.where(live, [len(text.history) - 1 for text in texts], PADDING)[:, None]
+            self._calls += 1
             emission = request.step(token, position, limit=self._left())
 
     def _left(self) -> np.ndarray:
@@ -229,6 +235,7 @@ class Generating:
             decode,
             slots,
             request.buffers.nbytes,
+            self._calls,
         )
 
 

@@ -139,7 +139,13 @@ def test_examples_in_docstrings_run(name: str) -> None:
 
 
 def test_every_pass_is_documented() -> None:
-    pages = ("merge-and-prune.md", "kv-eviction.md", "quantization.md", "language-models.md")
+    pages = (
+        "merge-and-prune.md",
+        "kv-eviction.md",
+        "quantization.md",
+        "language-models.md",
+        "speculation.md",
+    )
     text = "".join((ROOT / "docs" / page).read_text() for page in pages)
     readme = (ROOT / "README.md").read_text()
     for name in PASSES:

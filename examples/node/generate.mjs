@@ -95,6 +95,7 @@ class Request {
       mask: causal(wanted),
       rows: tensor('int64', [-1], [1]),
       limit: tensor('int64', [limit], [1]),
+      parent: entry.tree && tensor('int64', entry.tree, [entry.tree.length]),
     });
     if (emitted.tokens) return Array.from(emitted.tokens.data.slice(0, Number(emitted.count.data[0])), Number);
     return [argmax(emitted.logits.data.slice(-this.manifest.generation.vocabulary))];
@@ -176,7 +177,7 @@ async function load(folder) {
 
 async function generate({ manifest, sessions }, prompt, count, given) {
   const { entries } = manifest.schedule;
-  const spare = Math.max(0, ...entries.map(({ slots }) => (typeof slots === 'number' ? slots : 0)));
+  const spare = Math.max(0, ...entries.map(({ slots, tree }) => (typeof slots === 'number' ? slots : (tree?.length ?? 0))));
   const slots = prompt.length + count + 2 * spare; // a call's own slots, and the padding of a fixed number of tokens
   const request = new Request(manifest, sessions, slots, given);
   for (const { program, role } of entries) if (role === 'encode') await request.run(program);

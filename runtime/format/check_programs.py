@@ -24,6 +24,7 @@ _INPUTS = {
     "rows": ("int64", "[k]"),
     "limit": ("int64", "[batch]"),
     "due": ("bool", "[batch]"),
+    "parent": ("int64", "[n]"),
     **{role: (dtype, "[batch]") for role, (dtype, _) in DRAWING.items()},
 }
 _OUTPUTS = {

@@ -10,8 +10,8 @@ from tokopt.runtime.format.reader import first_double, short
 from tokopt.runtime.format.schedule import AFTER, ENTRY_ROLES, Entry, Schedule, Trigger, emits_tokens
 from tokopt.runtime.format.signature import BATCH, DRAWING, Signature, TensorLike, find_role, with_role
 
-_READS = frozenset(("tokens", "positions", "mask", "rows", "limit", *DRAWING, "link", "state"))
-_WRITES = frozenset(("logits", "tokens", "count", "logprobs", "link", "state"))
+_READS = frozenset(("tokens", "positions", "mask", "rows", "limit", "parent", *DRAWING, "link", "state"))
+_WRITES = frozenset(("logits", "tokens", "count", "logprobs", "link", "written", "state"))
 
 _INPUTS = {"encode": frozenset(("input", "link", "state")), "prefill": _READS, "decode": _READS}
 _OUTPUTS = {"encode": frozenset(("output", "link", "done", "state")), "prefill": _WRITES, "decode": _WRITES}
@@ -76,6 +76,7 @@ def _check_entry(entry: Entry, program: Signature, generation: Generation | None
     _check_roles(where, program.inputs, _INPUTS[entry.role])
     _check_roles(where, program.outputs, _OUTPUTS[entry.role])
     _check_slots(entry, program)
+    _check_tree(entry, program)
     if generation is not None and entry.role != "encode":
         _check_emission(entry, program, where, generation)
 
@@ -94,6 +95,31 @@ def _check_slots(entry: Entry, program: Signature) -> None:
         entry.slots in axes if isinstance(entry.slots, str) else entry.slots >= 0,
         f"the entry of program {short(entry.program)} needs {short(entry.slots)} slots, which is neither a "
         "number nor an axis of its inputs",
+    )
+
+
+def _check_tree(entry: Entry, program: Signature) -> None:
+    """Parents come before their children, and the program takes a tree of so many nodes."""
+    parent, where = find_role(program.inputs, "parent"), f"the entry of program {short(entry.program)}"
+    require(
+        (parent is not None) == bool(entry.tree),
+        f"{where} has a tree and its program takes none, or the other way round",
+    )
+    if parent is None:
+        return
+    require(
+        entry.tree[0] == -1 and all(0 <= up < node for node, up in enumerate(entry.tree[1:], 1)),
+        f"{where} has a tree that does not begin with its root, or whose parents come after their children",
+    )
+    axis = parent.axes[0]
+    most = axis if isinstance(axis, int) else program.ranges[axis].max
+    require(
+        isinstance(axis, str) or axis == len(entry.tree),
+        f"{where} has a tree of {len(entry.tree)} nodes and its program takes {axis}",
+    )
+    require(
+        most is None or len(entry.tree) <= most,
+        f"{where} has a tree of {len(entry.tree)} nodes and its program takes {most} at most",
     )
 
 

@@ -291,10 +291,15 @@ def _schedule(value: Json, where: str) -> Schedule:
 
 
 def _entry(value: Json, where: str) -> Entry:
-    entry = read_object(value, where, "program role slots")
+    entry = read_object(value, where, "program role slots", "tree")
     slots = read_axis(entry["slots"], f"{where}.slots")
     role = read_choice(entry["role"], f"{where}.role", ENTRY_ROLES)
-    return Entry(read_name(entry["program"], f"{where}.program"), role, slots)
+    tree = read_items(entry.get("tree", []), f"{where}.tree", _parent)
+    return Entry(read_name(entry["program"], f"{where}.program"), role, slots, tree)
+
+
+def _parent(value: Json, where: str) -> int:
+    return read_integer(value, where, -1, MAX_SIZE)
 
 
 def _trigger(value: Json, where: str) -> Trigger:

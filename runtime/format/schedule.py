@@ -21,11 +21,15 @@ class Entry:
 
     ``slots`` is how many free slots a call needs on every slot axis: a number, or the name of an axis of the program's
     inputs, such as that of its tokens.
+
+    ``tree`` is for a program that proposes tokens: of every node the one that it follows, -1 of the first, which is the
+    last committed token. Its first n nodes are a tree, too, so that a host may propose fewer.
     """
 
     program: str
     role: str
     slots: int | str = 0
+    tree: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)

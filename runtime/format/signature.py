@@ -27,10 +27,22 @@ DRAWING = {
 }
 """Roles of the inputs [batch] that tell a program how to draw tokens -> dtype, and what a greedy choice takes."""
 
-INPUT_ROLES = ("input", "tokens", "positions", "mask", "rows", "limit", "due", *DRAWING, "link", "state")
-OUTPUT_ROLES = ("output", "logits", "tokens", "count", "logprobs", "done", "link", "state")
+INPUT_ROLES = (
+    "input",
+    "tokens",
+    "positions",
+    "mask",
+    "rows",
+    "limit",
+    "due",
+    "parent",
+    *DRAWING,
+    "link",
+    "state",
+)
+OUTPUT_ROLES = ("output", "logits", "tokens", "count", "logprobs", "done", "link", "written", "state")
 
-SEVERAL = frozenset(("input", "output", "link", "state"))
+SEVERAL = frozenset(("input", "output", "link", "written", "state"))
 """Roles that more than one input or output of a program may have."""
 
 
@@ -45,12 +57,14 @@ class Tensor:
     The other roles of inputs are ``"input"`` (an array of the caller), ``"tokens"`` [batch, n] and ``"positions"``
     [batch, n] (int64; the position of padding is -1), ``"mask"`` [batch, n, n] (which new token sees which), ``"rows"``
     [k] (the tokens whose logits are wanted), ``"limit"`` [batch] (the most tokens that a row may commit in this call),
-    ``"due"`` [batch] (the rows that a triggered program acts on), those of :data:`DRAWING` [batch] (how tokens are
+    ``"due"`` [batch] (the rows that a triggered program acts on), ``"parent"`` [n] (of every proposed token, the one
+    before it; -1 for the first, which was committed), those of :data:`DRAWING` [batch] (how tokens are
     drawn; ``"stream"`` says which of the seed's streams of random numbers is the row's) and ``"link"`` (another
     program's output). Those of outputs are ``"output"`` (an array for the caller), ``"logits"`` [batch, rows,
     vocabulary], ``"tokens"`` [batch, n] with ``"count"`` [batch] (the first so many tokens of a row were committed) and
     perhaps ``"logprobs"`` [batch, n] (logarithms of the probabilities that the model gave them), ``"done"`` [batch]
-    (the rows that leave after this program) and ``"link"``.
+    (the rows that leave after this program), ``"link"``, and ``"written"`` (a buffer of a state between two writes into
+    it, which a host may bind to that buffer and need not read).
     """
 
     name: str

@@ -288,6 +288,13 @@ def draw(probabilities: np.ndarray, uniform: np.ndarray) -> np.ndarray:
     return result
 
 
+def likeliest(logits: np.ndarray, count: int) -> np.ndarray:
+    result = np.zeros((*logits.shape[:2], count), np.int64)
+    for place in np.ndindex(result.shape[:2]):
+        result[place] = sorted(range(logits.shape[2]), key=lambda token: -logits[(*place, token)])[:count]
+    return result
+
+
 def truncated_softmax(
     logits: np.ndarray, temperature: np.ndarray, top_k: np.ndarray, top_p: np.ndarray, min_p: np.ndarray
 ) -> np.ndarray:

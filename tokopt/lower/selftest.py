@@ -93,11 +93,17 @@ def _tensors(bundle: Bundle, inputs: Values, outputs: Values) -> dict[str, Tenso
         for name, program in bundle.programs.items()
         for side, values in sides
         for spec, value in zip(getattr(program, side), values[name], strict=True)
+        if spec.role != "written"
     }
 
 
 def _arrays(specs: Sequence[TensorSpec], values: Iterable[Tensor]) -> dict[str, np.ndarray]:
-    return {spec.name: value.numpy(force=True) for spec, value in zip(specs, values, strict=True)}
+    """Tensors by name, but for buffers between two writes, which a host that writes in place never sees."""
+    return {
+        spec.name: value.numpy(force=True)
+        for spec, value in zip(specs, values, strict=True)
+        if spec.role != "written"
+    }
 
 
 # --- limits -----------------------------------------------------------------------------------------------

@@ -61,8 +61,8 @@ def run(args: Namespace, screen: Screen) -> int:
     screen.line("" if args.stream else text)
     if sys.stderr.isatty():
         print(
-            f"{done.new_tokens} tokens, {done.tokens_per_second:.1f} tokens/s, prefill "
-            f"{1e3 * done.prefill_seconds:.0f} ms, cache {done.cache_slots} slots, {si(done.cache_bytes)}B",
+            f"{done.new_tokens} tokens in {done.decode_calls + 1} calls, {done.tokens_per_second:.1f} tokens/s, "
+            f"prefill {1e3 * done.prefill_seconds:.0f} ms, cache {done.cache_slots} slots, {si(done.cache_bytes)}B",
             file=sys.stderr,
         )
     screen.finish({"text": text, **dataclasses.asdict(done), "tokens_per_second": done.tokens_per_second})

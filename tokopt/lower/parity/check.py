@@ -105,6 +105,8 @@ def _fault(
 ) -> str | None:
     """The first output that differs by more than its dtype allows."""
     for spec, want, got in zip(program.outputs, expected, actual, strict=True):
+        if spec.role == "written":  # a buffer between two writes is not seen where both are made in place
+            continue
         check = check_output(spec.name, want.numpy(force=True), got, tolerance)
         if not check.ok:
             return (

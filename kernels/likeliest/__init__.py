@@ -1,0 +1,5 @@
+"""tokopt::likeliest."""
+
+from tokopt.kernels.declaration import Op
+
+OP = Op()

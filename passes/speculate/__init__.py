@@ -1,0 +1,1 @@
+"""Passes that let a program propose several tokens, verify them in one call, and keep what is right."""

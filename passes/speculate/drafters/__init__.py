@@ -1,0 +1,55 @@
+"""Where proposed tokens come from, one drafter per file; each needs no model and runs inside the program."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from importlib import import_module
+from typing import Protocol
+
+from torch import Tensor
+
+from tokopt.ir.format import Generation, State
+from tokopt.passes.speculate.tree import Tree
+
+
+class Drafter(Protocol):
+    """What proposes tokens, and remembers what it proposes by. All but ``states`` is plain PyTorch, traced.
+
+    ``memory`` are the values of ``states``, in their order; what returns memory returns the next values.
+    """
+
+    rates: list[float]
+    """How often its proposal of each rank is right, roughly: what the default tree is grown for."""
+
+    fade: float
+    """By how much less on each further level."""
+
+    def states(self, generation: Generation) -> Sequence[State]:
+        """What it remembers between calls."""
+        ...
+
+    def read(self, tokens: Tensor, positions: Tensor, *memory: Tensor) -> Sequence[Tensor]:
+        """Take note of a part of the prompt [batch, n]; -1 is the position of padding."""
+        ...
+
+    def propose(self, root: Tensor, position: Tensor, shape: Tree, *memory: Tensor) -> Tensor:
+        """Tokens of all nodes [batch, nodes] int64 below the ``root`` [batch] at ``position`` [batch]."""
+        ...
+
+    def observe(
+        self, tokens: Tensor, logits: Tensor, committed: Tensor, places: Tensor, *memory: Tensor
+    ) -> Sequence[Tensor]:
+        """Take note of a verified tree.
+
+        ``tokens`` [batch, nodes] and the ``logits`` [batch, nodes, vocabulary] after each; ``committed`` [batch, nodes]
+        tokens at the positions ``places``, which are -1 behind the last.
+        """
+        ...
+
+
+DRAFTERS = ("token_recycling", "prompt_lookup", "hybrid")
+
+
+def load_drafter(name: str) -> Drafter:
+    """The drafter of a name."""
+    return import_module(f"{__name__}.{name}").DRAFTER

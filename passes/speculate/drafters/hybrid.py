@@ -1,0 +1,66 @@
+"""Prompt lookup where the text repeats itself, Token Recycling elsewhere and beside it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from tokopt.ir.format import Generation, State
+from tokopt.passes.speculate.drafters.prompt_lookup import PromptLookup, occurrence, written
+from tokopt.passes.speculate.drafters.token_recycling import LEVELS, WIDTH, TokenRecycling
+from tokopt.passes.speculate.tree import Tree
+
+SURE = 2
+"""Tokens of the text's end that have to occur before."""
+
+
+@dataclass(frozen=True)
+class Hybrid:
+    """Nodes that are a first child of a first child, and so on, follow the text's earlier occurrence if there is one.
+
+    All others, and all without such an occurrence, get the followers that Token Recycling keeps of their parent.
+    """
+
+    rates: list[float] = field(default_factory=lambda: [0.55, 0.1, 0.06, 0.04, 0.03, 0.02, 0.02, 0.01])
+    fade: float = 1.0
+    text: PromptLookup = field(default_factory=PromptLookup)
+    table: TokenRecycling = field(default_factory=TokenRecycling)
+
+    def states(self, generation: Generation) -> Sequence[State]:
+        """Those of both."""
+        return (*self.text.states(generation), *self.table.states(generation))
+
+    def read(self, tokens: Tensor, positions: Tensor, *memory: Tensor) -> Sequence[Tensor]:
+        """Both read."""
+        text, table = memory
+        return [*self.text.read(tokens, positions, text), *self.table.read(tokens, positions, table)]
+
+    def propose(self, root: Tensor, position: Tensor, shape: Tree, *memory: Tensor) -> Tensor:
+        """Level by level, since what follows a token of the text may be recycled."""
+        text, table = written(memory[0], root[:, None], position[:, None]), memory[1]
+        place, length = occurrence(text, position)
+        first = (shape.sees & (shape.rank > 0)[None, :]).sum(1) == 0
+        copied = (length >= SURE)[:, None] & first[None]
+        spot = (place[:, None] + shape.depth).clamp(0, text.shape[1] - 1)
+        token = text.gather(1, spot).long()
+        rank = shape.rank.clamp_max(WIDTH - 1)
+        tokens = root[:, None].expand(-1, shape.index.shape[0])
+        for _ in range(LEVELS):
+            follower = table[tokens[:, shape.up], rank[None]].long()
+            proposed = torch.where(copied & (token >= 0), token, follower)
+            tokens = torch.where(shape.index == 0, tokens, proposed)
+        return tokens
+
+    def observe(
+        self, tokens: Tensor, logits: Tensor, committed: Tensor, places: Tensor, *memory: Tensor
+    ) -> Sequence[Tensor]:
+        """Both observe."""
+        text, table = memory
+        given = (tokens, logits, committed, places)
+        return [*self.text.observe(*given, text), *self.table.observe(*given, table)]
+
+
+DRAFTER = Hybrid()

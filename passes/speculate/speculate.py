@@ -1,0 +1,338 @@
+"""Speculation inside the program: one call proposes a tree of tokens, verifies it and keeps the path that is right."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor
+from torch.fx import Node
+
+from tokopt.errors import PassError, PassRefused
+from tokopt.ir.bundle import Bundle, Semantics, fresh
+from tokopt.ir.export import placeholders
+from tokopt.ir.format import BATCH, DRAWING, State, emits_tokens
+from tokopt.ir.graph import is_call, operand_at
+from tokopt.ir.program import AxisRange, Program, TensorSpec
+from tokopt.kernels import ops
+from tokopt.passes.sample.sample import SampleTokens
+from tokopt.passes.speculate.drafters import Drafter, load_drafter
+from tokopt.passes.speculate.tree import accepted, best_first, tree
+from tokopt.pipeline.base import Context, Pass, PassResult, Refusal
+from tokopt.rewrite.cache import ProgramEdit, language_program
+from tokopt.rewrite.edit import call, close_graph, inline, new_graph, open_graph
+
+NODES = "nodes"
+"""The axis of the proposed tokens, the root included."""
+
+MOST = 64
+"""Nodes of a tree at most."""
+
+_KEPT = ("key", "value", "scale", "zero", "position")
+"""Kinds of states in which every slot belongs to a token."""
+
+
+@dataclass(frozen=True)
+class Speculate(Pass):
+    """Let a call of the program that decodes commit several tokens.
+
+    The program proposes a tree of up to ``nodes`` tokens by what a ``drafter`` remembers, runs the model on all of them
+    at once, each seeing its ancestors, draws the model's own token after every node, and commits the longest path on
+    which proposals and draws agree, and one token more. Entries of the cache that belong to the path are moved to where
+    they would be without speculation; the others are free again.
+
+    A token is drawn with the random number of its place in the text, whatever was proposed. So the text is that of
+    ``sample`` for the same seed, greedy or not, up to what the rounding of calls with several tokens changes.
+
+    ``drafter``: ``token_recycling`` (arXiv 2408.08696), ``prompt_lookup``, or ``hybrid``, which is lookup where the
+    text repeats itself and recycling elsewhere. ``depth`` bounds the levels of the tree.
+
+    Rules. One program reads and decodes, and every token has a slot of its own, so a policy that evicts by scores of
+    its own, and ``kivi``, are refused. The pass comes last.
+    """
+
+    drafter: Literal["token_recycling", "prompt_lookup", "hybrid"] = "hybrid"
+    nodes: int = 8
+    depth: int = 6
+
+    name: ClassVar[str] = "speculate"
+    semantics: ClassVar[Semantics] = "lossless"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for option, most in (("nodes", MOST), ("depth", 8)):
+            value = getattr(self, option)
+            if not 1 <= value <= most:
+                raise PassError(f"{self.name}: {option}={value} must be 1 to {most}")
+
+    def requires(self, bundle: Bundle) -> None:
+        """Language models whose one program gives logits."""
+        name = language_program(self.name, bundle)
+        if emits_tokens(bundle.programs[name]):
+            raise PassError(f"{self.name}: program {name!r} draws its tokens already; leave sample out")
+
+    def run(self, bundle: Bundle, context: Context) -> PassResult:
+        """Add the program that speculates; the one there was reads prompts and draws the first token."""
+        name, drafter = language_program(self.name, bundle), load_drafter(self.drafter)
+        assert bundle.generation is not None
+        drawing = SampleTokens().run(bundle, context).bundle
+        memory = tuple(_named(drafter.states(bundle.generation), drawing))
+        try:
+            speculating = _Speculation(
+                bundle.programs[name], drawing.programs[name], drawing, memory, drafter
+            ).program()
+        except PassRefused as reason:
+            return PassResult(bundle, 0, (), (Refusal(name, str(reason)),))
+        added = fresh("speculate", bundle.programs)
+        parents = best_first(drafter.rates, drafter.fade, self.nodes, self.depth)
+        entries = [
+            replace(entry, program=added, slots=NODES, tree=parents) if entry.role == "decode" else entry
+            for entry in bundle.schedule.entries
+        ]
+        made = replace(
+            drawing,
+            programs={**drawing.programs, name: _reading(drawing, name, memory, drafter), added: speculating},
+            states=(*drawing.states, *memory),
+            schedule=replace(bundle.schedule, entries=tuple(entries)),
+        )
+        return PassResult(made, 1)
+
+
+def _named(states: Iterable[State], bundle: Bundle) -> Iterator[State]:
+    taken = [state.name for state in bundle.states]
+    for state in states:
+        yield replace(state, name=fresh(state.name, taken))
+
+
+def _blank(state: State, batch: int) -> Tensor:
+    """A drafter's state at the start of a request."""
+    shape = [batch if axis == BATCH else axis for axis in state.axes]
+    return torch.full(shape, int(state.initial), dtype=getattr(torch, state.dtype))  # type: ignore[arg-type]
+
+
+def _reading(bundle: Bundle, name: str, memory: Sequence[State], drafter: Drafter) -> Program:
+    """The program that reads a prompt and draws what follows it, and of which the drafter takes note."""
+    edit = ProgramEdit(bundle, name, open_graph(bundle.programs[name]))
+    tokens, positions = edit.of_role("tokens"), edit.of_role("positions")
+    held = [edit.take(state, _blank(state, edit.example[0].shape[0])) for state in memory]
+    graph = edit.module.graph
+    with graph.inserting_before(graph.output_node()):
+        noted = call(graph, partial(_read, drafter), tokens, positions, *held, like=edit.results[0])
+    for state, node in zip(memory, noted, strict=True):
+        edit.give(state, node)
+    return edit.finish()
+
+
+@dataclass
+class _Outputs:
+    """What a program gives, and the inputs that it writes into."""
+
+    specs: list[TensorSpec] = field(default_factory=list[TensorSpec])
+    nodes: list[Node] = field(default_factory=list[Node])
+    aliases: dict[str, str] = field(default_factory=dict[str, str])
+
+    def add(self, spec: TensorSpec, node: Node, written: str | None = None) -> None:
+        """One more, which is the input ``written`` with new entries where it is given."""
+        self.specs.append(spec)
+        self.nodes.append(node)
+        if written is not None:
+            self.aliases[spec.name] = written
+
+    def give(self, state: State, node: Node, written: str | None = None) -> None:
+        """The next value of a state."""
+        self.add(
+            TensorSpec(f"next_{state.name}", state.dtype, state.axes, "state", state.name), node, written
+        )
+
+
+class _Speculation:
+    """The program that speculates, made of ``step``, which gives logits.
+
+    ``drawn`` is the same after ``sample``: of it are the inputs that say how tokens are drawn, and the counter.
+    """
+
+    def __init__(
+        self, step: Program, drawn: Program, bundle: Bundle, memory: Sequence[State], drafter: Drafter
+    ) -> None:
+        """``bundle`` has the states of ``drawn``, and ``memory`` are those of the drafter."""
+        self.step, self.drawn, self.memory, self.drafter = step, drawn, memory, drafter
+        self.states = {state.name: state for state in (*bundle.states, *memory)}
+        given = dict(self._given())
+        self.inputs, self.example = tuple(given), tuple(given.values())
+        axes = {axis for spec in self.inputs for axis in spec.axes}
+        self.ranges = {axis: bounds for axis, bounds in drawn.ranges.items() if axis in axes}
+        self.ranges[NODES] = AxisRange(1, MOST)
+        self.module = new_graph(self.inputs, self.ranges, self.example)
+        named = list(zip(self.inputs, placeholders(self.module), strict=True))
+        self.by_role = {spec.role: node for spec, node in named}
+        self.by_state = {spec.state: node for spec, node in named if spec.state is not None}
+
+    def program(self) -> Program:
+        """Raises PassRefused where what rejected tokens left behind could not be taken back."""
+        made = _Outputs()
+        memory = [self.by_state[state.name] for state in self.memory]
+        proposed, *told = self._insert(
+            partial(_propose, self.drafter), *self._of_roles("tokens", "positions", "parent"), *memory
+        )
+        results = self._run_model(proposed, *told)
+        logits = next(results[spec.name] for spec in self.step.outputs if spec.role == "logits")
+        (counter,) = {spec.state for spec in self.drawn.inputs} - {spec.state for spec in self.step.inputs}
+        assert counter is not None
+        how = self._of_roles("positions", "parent", "limit", *DRAWING)
+        tokens, count, logprobs, number, path, here, there = self._insert(
+            _commit, logits, proposed, self.by_state[counter], *how
+        )
+        made.add(TensorSpec("next_tokens", "int64", (BATCH, NODES), "tokens"), tokens)
+        made.add(TensorSpec("count", "int64", (BATCH,), "count"), count)
+        made.add(TensorSpec("logprobs", "float32", (BATCH, NODES), "logprobs"), logprobs)
+        for spec in self.step.outputs:
+            if spec.state is not None:
+                self._next_state(made, spec, results[spec.name], path, here, count)
+        made.give(self.states[counter], number)
+        noted = self._insert(partial(_observe, self.drafter), proposed, logits, tokens, there, *memory)
+        for state, node in zip(self.memory, noted, strict=True):
+            made.give(state, node)
+        self.module.graph.output(tuple(made.nodes))
+        blank = Program(self.module, self.inputs, tuple(made.specs), self.ranges, self.example)
+        return close_graph(blank, self.module, aliases=made.aliases)
+
+    def _given(self) -> Iterator[tuple[TensorSpec, Tensor]]:
+        """Every input and its example: a small tree below a token that follows what the example's states hold."""
+        known = dict(zip(self.drawn.inputs, self.drawn.example, strict=True))
+        batch = self.drawn.example[0].shape[0]
+        held = next(x for spec, x in known.items() if spec.state and self.states[spec.state].kind == "length")
+        yield TensorSpec("tokens", "int64", (BATCH, 1), "tokens"), torch.arange(batch)[:, None]
+        yield (
+            TensorSpec("positions", "int64", (BATCH, 1), "positions"),
+            held.reshape(batch, -1)[:, :1].clone(),
+        )
+        yield TensorSpec("parent", "int64", (NODES,), "parent"), torch.tensor([-1, 0, 0, 1, 3])
+        for spec, value in known.items():
+            if spec.role not in ("tokens", "positions", "mask"):
+                yield spec, torch.full_like(value, 3) if spec.role == "limit" else value
+        for state in self.memory:
+            yield TensorSpec(state.name, state.dtype, state.axes, "state", state.name), _blank(state, batch)
+
+    def _insert(self, function: Callable[..., Any], *operands: Node) -> Any:
+        return call(self.module.graph, function, *operands, like=self.by_role["tokens"])
+
+    def _of_roles(self, *roles: str) -> list[Node]:
+        return [self.by_role[role] for role in roles]
+
+    def _run_model(self, tokens: Node, positions: Node, mask: Node, rows: Node) -> dict[str, Node]:
+        """What the model gives for the whole tree, by name."""
+        fed = {"tokens": tokens, "positions": positions, "mask": mask, "rows": rows}
+        operands = [
+            fed[spec.role] if spec.state is None else self.by_state[spec.state] for spec in self.step.inputs
+        ]
+        results = inline(self.module.graph, self.step, operands, like=self.by_role["tokens"])
+        return dict(zip((spec.name for spec in self.step.outputs), results, strict=True))
+
+    def _next_state(
+        self, made: _Outputs, spec: TensorSpec, node: Node, path: Node, here: Node, count: Node
+    ) -> None:
+        """What a state is after the committed tokens alone."""
+        assert spec.state is not None
+        state = self.states[spec.state]
+        if spec.name in self.step.aliases:
+            self._check_write(state, node)
+            buffer = self.by_state[state.name].name
+            made.add(TensorSpec(f"proposed_{state.name}", spec.dtype, spec.axes, "written"), node, buffer)
+            moved = (_places_over, here) if state.kind == "position" else (_entries_over, path)
+            made.give(state, self._insert(moved[0], node, moved[1], operand_at(node, 2)), buffer)
+        elif state.kind == "length":
+            made.give(state, self._insert(_longer, self.by_state[state.name], count))
+        elif state.kind == "shift":
+            made.give(state, node)
+        else:
+            raise PassRefused(f"state {state.name!r} would take note of tokens that are rejected")
+
+    def _check_write(self, state: State, node: Node) -> None:
+        """What a state holds of a token lies in the token's slot, so that it can be moved."""
+        assert state.occupancy is not None
+        length = self.by_state[state.occupancy.state]
+        start = node.args[2] if is_call(node, ops.cache_write) else None
+        while isinstance(start, Node) and start is not length and len(start.all_input_nodes) == 1:
+            (start,) = start.all_input_nodes  # a column of the lengths
+        if state.kind not in _KEPT or start is not length:
+            raise PassRefused(f"state {state.name!r} holds more than an entry for every token")
+
+
+# --- what is traced ---------------------------------------------------------------------------------------
+
+
+def _propose(
+    drafter: Drafter, tokens: Tensor, positions: Tensor, parent: Tensor, *memory: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Tokens and positions [batch, nodes] of the tree, who sees whom, and the rows whose logits are wanted: all."""
+    shape = tree(parent)
+    proposed = drafter.propose(tokens[:, 0], positions[:, 0], shape, *memory)
+    places = torch.where(positions >= 0, positions + shape.depth, positions)
+    mask = shape.sees[None].expand(tokens.shape[0], -1, -1)
+    return proposed, places.expand(tokens.shape[0], -1), mask, shape.index
+
+
+def _commit(
+    logits: Tensor,
+    proposed: Tensor,
+    counter: Tensor,
+    positions: Tensor,
+    parent: Tensor,
+    limit: Tensor,
+    temperature: Tensor,
+    top_k: Tensor,
+    top_p: Tensor,
+    min_p: Tensor,
+    seed: Tensor,
+    stream: Tensor,
+) -> tuple[Tensor, ...]:
+    """What the model chooses after every node, and the path of it that was proposed.
+
+    Returns tokens [batch, nodes] of which ``count`` [batch] are committed, their log-probabilities, the next counter;
+    then the path [batch, nodes], the positions of its nodes and those of the tokens, -1 behind the end.
+    """
+    shape = tree(parent)
+    uniform = ops.uniforms(seed, stream, counter, proposed.shape[1])[:, shape.depth]
+    probabilities = ops.truncated_softmax(logits, temperature, top_k, top_p, min_p)
+    chosen = ops.draw(probabilities, uniform)
+    path, count = accepted(shape, proposed, chosen, limit)
+    inside = shape.index[None] < count[:, None]
+    wide = logits.float()
+    given = wide.gather(-1, chosen.clamp_min(0)[:, :, None])[:, :, 0] - wide.logsumexp(-1)
+    tokens, logprobs = chosen.gather(1, path), given.gather(1, path)
+    here = torch.where(inside, positions + shape.index, -1)
+    there = torch.where(inside, positions + 1 + shape.index, -1)
+    return torch.where(inside, tokens, 0), count, logprobs, counter + count, path, here, there
+
+
+def _entries_over(cache: Tensor, path: Tensor, length: Tensor) -> Tensor:
+    """The cache with the entries of the path's nodes where those of the first tokens would be."""
+    batch, nodes = path.shape
+    index = (length[:, None] + path).reshape(batch, *[1] * (cache.ndim - 3), nodes, 1)
+    shape = (*cache.shape[:-2], nodes, cache.shape[-1])
+    return ops.cache_write(cache, cache.gather(-2, index.expand(shape)), length)
+
+
+def _places_over(slots: Tensor, positions: Tensor, length: Tensor) -> Tensor:
+    """The positions of the slots, of which those behind the committed path are free."""
+    batch, nodes = positions.shape
+    new = positions.reshape(batch, *[1] * (slots.ndim - 3), nodes, 1)
+    return ops.cache_write(slots, new.expand(*slots.shape[:-2], nodes, 1).contiguous(), length)
+
+
+def _longer(length: Tensor, count: Tensor) -> Tensor:
+    """Lengths [batch] or [batch, columns] after ``count`` [batch] tokens more."""
+    return length + count.reshape(-1, *[1] * (length.ndim - 1))
+
+
+def _read(drafter: Drafter, tokens: Tensor, positions: Tensor, *memory: Tensor) -> tuple[Tensor, ...]:
+    return tuple(drafter.read(tokens, positions, *memory))
+
+
+def _observe(
+    drafter: Drafter, tokens: Tensor, logits: Tensor, committed: Tensor, places: Tensor, *memory: Tensor
+) -> tuple[Tensor, ...]:
+    return tuple(drafter.observe(tokens, logits, committed, places, *memory))

@@ -1,0 +1,112 @@
+"""A model that speculates writes the text that it writes without, token for token, whatever is proposed."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+import tokopt
+from tests import node
+from tests.matrix.language import artifact, bundle, prompt
+from tokopt.errors import PassError, PassRefused
+from tokopt.runtime import LanguageModel, Sampling
+from tokopt.runtime.format.state import slot_axis
+
+CASES = (
+    ("llama", "", "speculate"),
+    ("gemma3", "streaming{budget=48 every=8}", "speculate{drafter=token_recycling nodes=12}"),
+    ("gpt2", "adakv{press=knorm{budget=48 every=8}}", "speculate{drafter=prompt_lookup nodes=5}"),
+)
+"""Decoder, the passes before, and the pass: windows, heads with lengths of their own, triggers in the middle."""
+
+OPTIONS = (Sampling(), Sampling(temperature=1.0, seed=3), Sampling(temperature=0.7, top_k=5, seed=1))
+
+cases = pytest.mark.parametrize(("name", "passes", "pass_"), CASES)
+
+
+def speculating(name: str, passes: str, pass_: str) -> LanguageModel:
+    return artifact(name, f"{passes},{pass_}" if passes else pass_)
+
+
+@cases
+@pytest.mark.parametrize("sampling", OPTIONS, ids=["greedy", "drawn", "top_k"])
+def test_speculation_changes_no_token(name: str, passes: str, pass_: str, sampling: Sampling) -> None:
+    """Of one text, of a text that repeats itself, and of rows that advance by different numbers of tokens."""
+    plain, fast = artifact(name, passes), speculating(name, passes, pass_)
+    prompts = [prompt(n, seed=n) for n in (3, 17, 8)]
+    for given in (prompts[1], prompt(7) * 6, prompts):
+        want = plain.generate(given, max_tokens=60, sampling=sampling)
+        assert fast.generate(given, max_tokens=60, sampling=sampling) == want
+
+
+@cases
+def test_fewer_calls_write_the_same_text(name: str, passes: str, pass_: str) -> None:
+    """Toy models repeat themselves, and what repeats is proposed."""
+    done = speculating(name, passes, pass_).generate(prompt(7) * 6, max_tokens=100).statistics
+    assert done.new_tokens == 100
+    assert done.decode_calls < 85
+
+
+def test_the_cache_is_that_of_plain_decoding() -> None:
+    """Slot for slot: entries of rejected tokens are gone, those of accepted ones are where they would be."""
+    ids, count = prompt(9), 30
+    plain, fast = artifact("llama"), artifact("llama", "speculate")
+    text = list(plain.generate(ids, max_tokens=count).tokens)
+    first = plain.open(1, 64)
+    first.prefill([[*ids, *text[:-1]]])
+    second = fast.open(1, 64)
+    limit, made = np.array([count]), second.prefill([ids], np.array([count]))
+    got = made.tokens[0, : made.count[0]].tolist()  # type: ignore[index]
+    while len(got) < count:
+        last, position = np.array([[got[-1]]]), np.array([[len(ids) + len(got) - 1]])
+        made = second.step(last, position, limit=limit - len(got))
+        got += made.tokens[0, : made.count[0]].tolist()  # type: ignore[index]
+    assert got == text
+    used = len(ids) + count - 1
+    for state in plain.manifest.states:
+        axis = slot_axis(state.axes)
+        if axis is not None:
+            place = state.axes.index(axis)
+            want, found = (
+                request.buffers.read(state.name).take(range(used), place) for request in (first, second)
+            )
+            np.testing.assert_allclose(found, want, atol=1e-5)
+            if state.kind == "position":
+                rest = second.buffers.read(state.name)
+                assert (rest.take(range(used, rest.shape[place]), place) == -1).all()
+
+
+def test_log_probabilities_are_those_of_the_model() -> None:
+    ids = prompt(7) * 6
+    made = artifact("llama", "speculate").generate(ids, max_tokens=20, sampling=OPTIONS[2])
+    assert made.logprobs is not None and len(made.logprobs) == 20
+    want = artifact("llama").score([*ids, *made.tokens])[len(ids) - 1 :]
+    np.testing.assert_allclose(made.logprobs, want, atol=1e-5)
+
+
+def test_an_end_token_in_the_middle_of_a_call_ends_the_text() -> None:
+    """What was committed behind it is not shown."""
+    ids = prompt(7) * 6
+    model = artifact("llama", "speculate")
+    text = model.generate(ids, max_tokens=60).tokens
+    stream = model.tokens(ids, max_tokens=60)
+    assert tuple(token for token, _ in zip(stream, range(5), strict=False)) == text[:5]
+    assert model.generate(ids, max_tokens=60).tokens == text  # a stream that was left behind leaves no state
+
+
+def test_a_host_that_only_runs_programs_speculates() -> None:
+    model, ids = artifact("llama", "speculate"), prompt(7) * 6
+    want = model.generate(ids, max_tokens=40, sampling=OPTIONS[1])
+    options = {"temperature": 1.0, "seed": 3}
+    assert node.generate(model.path, ids, 40, sampling=options) == list(want.tokens)
+
+
+def test_what_takes_note_of_rejected_tokens_is_refused() -> None:
+    with pytest.raises(PassRefused, match="would take note of tokens that are rejected"):
+        tokopt.optimize(bundle("llama"), "h2o{budget=48},speculate", strict=True)
+    for text, words in (
+        ("speculate,h2o{budget=48}", "here they are two"),
+        ("sample,speculate", "leave sample out"),
+    ):
+        with pytest.raises(PassError, match=words):
+            tokopt.optimize(bundle("llama"), text)

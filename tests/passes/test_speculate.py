@@ -1,0 +1,144 @@
+"""Trees as tensors and drafters, beside versions of them that walk from node to node."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tokopt.errors import PassError
+from tokopt.ir.format import Generation
+from tokopt.passes import Speculate
+from tokopt.passes.speculate.drafters import DRAFTERS, load_drafter
+from tokopt.passes.speculate.tree import accepted, best_first, tree
+
+GENERATION = Generation(context=40, vocabulary=12)
+
+
+@st.composite
+def parents(draw: st.DrawFn) -> list[int]:
+    size = draw(st.integers(1, 12))
+    return [-1, *(draw(st.integers(0, node - 1)) for node in range(1, size))]
+
+
+def lineage(up: list[int], node: int) -> list[int]:
+    """The node and its ancestors, the root last."""
+    return [node, *lineage(up, up[node])] if node else [0]
+
+
+@settings(max_examples=60)
+@given(parents())
+def test_a_tree_says_who_descends_from_whom(up: list[int]) -> None:
+    shape = tree(torch.tensor(up))
+    for node in range(len(up)):
+        line = lineage(up, node)
+        assert set(torch.nonzero(shape.sees[node]).flatten().tolist()) == set(line)
+        assert int(shape.depth[node]) == len(line) - 1
+        assert int(shape.rank[node]) == up[:node].count(up[node])
+
+
+@settings(max_examples=100)
+@given(parents(), st.data())
+def test_the_longest_right_path_is_committed(up: list[int], data: st.DataObject) -> None:
+    """Walking down from the root, over tokens of three kinds so that many agree, siblings too."""
+    size = len(up)
+    tokens, chosen = ([data.draw(st.integers(0, 2)) for _ in range(size)] for _ in range(2))
+    limit = data.draw(st.integers(0, size + 1))
+    path, count = accepted(tree(torch.tensor(up)), *map(torch.tensor, ([tokens], [chosen], [limit])))
+    right = [
+        node
+        for node in range(size)
+        if all(tokens[child] == chosen[parent] for child, parent in pairwise(lineage(up, node)))
+    ]
+    depth = max(len(lineage(up, node)) for node in right if len(lineage(up, node)) <= max(limit, 1))
+    best = next(node for node in right if len(lineage(up, node)) == depth)
+    assert int(count) == (depth if limit else 0)
+    assert path[0].tolist() == [*lineage(up, best)[::-1], *[0] * (size - depth)]
+
+
+@settings(max_examples=30)
+@given(st.integers(1, 40), st.integers(1, 8), st.lists(st.floats(0.01, 0.9), min_size=1, max_size=4))
+def test_every_beginning_of_a_grown_tree_is_the_best_of_its_size(
+    nodes: int, depth: int, rates: list[float]
+) -> None:
+    """Each node that is added is worth no more than those before it, and stands behind its parent."""
+    rates = sorted(rates, reverse=True)
+    grown = best_first(rates, 0.9, nodes, depth)
+    assert grown[0] == -1 and all(0 <= up < node for node, up in enumerate(grown[1:], 1))
+    assert max(len(lineage(list(grown), node)) - 1 for node in range(len(grown))) <= depth
+    worth = [1.0]
+    for node, up in enumerate(grown[1:], 1):
+        level = len(lineage(list(grown), up)) - 1
+        worth.append(worth[up] * rates[grown[:node].count(up)] * 0.9**level)
+    assert worth == sorted(worth, reverse=True)
+
+
+def memory(name: str, batch: int = 1) -> list[torch.Tensor]:
+    made = []
+    for state in load_drafter(name).states(GENERATION):
+        shape = [batch if axis == "batch" else axis for axis in state.axes]
+        made.append(torch.full(shape, state.initial, dtype=torch.int32))  # type: ignore[arg-type]
+    return made
+
+
+def copied(text: list[int]) -> list[int]:
+    """What followed the longest and newest earlier occurrence of a text's last three, two or one tokens."""
+    for words in (3, 2, 1):
+        for end in range(len(text) - 1, words - 1, -1):
+            if len(text) > words and text[end - words : end] == text[-words:]:
+                return text[end:]
+    return []
+
+
+@settings(max_examples=80)
+@given(st.lists(st.integers(0, 3), min_size=2, max_size=30))
+def test_prompt_lookup_copies_what_followed(text: list[int]) -> None:
+    drafter = load_drafter("prompt_lookup")
+    held = drafter.read(
+        torch.tensor([[9, *text[:-1]]]), torch.tensor([[-1, *range(len(text) - 1)]]), *memory("prompt_lookup")
+    )
+    chain = tree(torch.tensor([-1, 0, 1, 2]))
+    got = drafter.propose(torch.tensor([text[-1]]), torch.tensor([len(text) - 1]), chain, *held)
+    want = [text[-1], *copied(text)[:3]]
+    assert got[0].tolist() == want + [0] * (4 - len(want))  # token 0 stands for none
+
+
+def test_recycling_proposes_the_followers_it_has_seen() -> None:
+    """Of two nodes with one token the last counts; a row of the batch reads what another wrote."""
+    drafter, (table,) = load_drafter("token_recycling"), memory("token_recycling")
+    tokens = torch.tensor([[1, 2, 1]])
+    logits = torch.randn(1, 3, 12, generator=torch.Generator().manual_seed(0))
+    none = torch.full((1, 3), -1)
+    (table,) = drafter.observe(tokens, logits, tokens, none, table)
+    order = logits[0].argsort(-1, descending=True)[:, :8].int()
+    assert torch.equal(table[1], order[2]) and torch.equal(table[2], order[1])
+    assert not table[3:].any() and not table[0].any()
+    shape = tree(torch.tensor([-1, 0, 0, 1]))
+    got = drafter.propose(torch.tensor([1, 2]), torch.tensor([5, 9]), shape, table)
+    for row, root in enumerate((1, 2)):
+        first, second = int(table[root, 0]), int(table[root, 1])
+        assert got[row].tolist() == [root, first, second, int(table[first, 0])]
+
+
+@pytest.mark.parametrize("name", DRAFTERS)
+def test_padding_and_what_is_not_committed_leave_no_trace(name: str) -> None:
+    drafter, held = load_drafter(name), memory(name)
+    tokens, none = torch.tensor([[3, 4]]), torch.full((1, 2), -1)
+    for table, after in zip(held, drafter.read(tokens, none, *held), strict=True):
+        assert torch.equal(after, table)
+
+
+def test_a_table_is_small() -> None:
+    """At most 2 MB at SmolLM2's vocabulary and context."""
+    states = load_drafter("hybrid").states(Generation(context=8192, vocabulary=49152))
+    assert sum(4 * int(np.prod([a for a in s.axes if isinstance(a, int)])) for s in states) < 2e6
+
+
+@pytest.mark.parametrize(("option", "value"), [("nodes", 0), ("nodes", 65), ("depth", 9)])
+def test_options_out_of_range_are_refused(option: str, value: int) -> None:
+    with pytest.raises(PassError, match=rf"{option}={value} must be 1 to"):
+        Speculate(**{option: value})  # type: ignore[arg-type]
