@@ -46,11 +46,12 @@ TARGET INLINE Codes split(const uint8_t* from) {
 
 using Part = Int;
 TARGET INLINE Part begin(Int sum) { return sum; }
-TARGET INLINE int8x16_t repeated(const int8_t* q) { return vreinterpretq_s8_s32(all(four(q))); }
+using Bytes = int8x16_t;
+TARGET INLINE Bytes repeated(const int8_t* q) { return vreinterpretq_s8_s32(all(four(q))); }
 template <int BITS>
-TARGET INLINE void dot(Part& part, const Codes& codes, const int8_t* q, size_t next, bool) {
-    part = vdotq_s32(part, codes.low, repeated(q));
-    if (BITS == 4) part = vdotq_s32(part, codes.high, repeated(q + next));
+TARGET INLINE void dot(Part& part, const Codes& codes, Bytes low, Bytes high, bool) {
+    part = vdotq_s32(part, codes.low, low);
+    if (BITS == 4) part = vdotq_s32(part, codes.high, high);
 }
 template <int BITS>
 TARGET INLINE Int end(Int, Part part) {

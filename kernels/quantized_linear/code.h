@@ -71,9 +71,7 @@ struct Fetch {
 // R rows of x in 8 bits, interleaved.
 struct Rows {
     const int8_t* q;       // [in / 4, R, 4]
-    const float* scale;    // [groups, R]
-    const int32_t* start;  // [groups, R] what the integer sum begins with
-    const float* sum;      // [groups, R] of q; times scale where the weight has minima
+    const float* numbers;  // [groups, 3, R] as Quantized has them
     Fetch next;            // meanwhile
 };
 
@@ -95,10 +93,9 @@ INLINE Step step_of(uint32_t peak_bits) {  // of the largest magnitude; NaN is a
 // Where R rows of x go, interleaved.
 struct Quantized {
     int8_t* q;
-    float* scale;
-    int32_t* start;
-    float* sum;
-    bool chunks;  // interleave 32 inputs of each row, and not 4
+    float* numbers;  // [groups, 3, R] of a group: its scale; what integer sums begin with, an int32; the sum of q,
+                     // times scale where the weight has minima
+    bool chunks;     // interleave 32 inputs of each row, and not 4
 
     // 32 integers of row `r`, from input `first` on.
     void put(const int8_t* from, size_t first, size_t R, size_t r) const {
@@ -109,12 +106,14 @@ struct Quantized {
             for (size_t i = 0; i < CHUNK / 4; ++i) std::memcpy(to + 4 * i * R, from + 4 * i, 4);
         }
     }
-    // What the kernels need to know of a group; `offset` is what they added to the codes, less their zero point where
+    // What the kernels need to know of group `g`; `offset` is what they added to the codes, less their zero point where
     // all have the same.
-    void put(const Step& step, int32_t total, int offset, bool minimum, size_t place) const {
-        scale[place] = step.scale;
-        start[place] = offset * total;
-        sum[place] = minimum ? step.scale * static_cast<float>(total) : static_cast<float>(total);
+    void put(const Step& step, int32_t total, int offset, bool minimum, size_t g, size_t R, size_t r) const {
+        float* to = numbers + 3 * R * g + r;
+        const int32_t start = offset * total;
+        to[0] = step.scale;
+        std::memcpy(to + R, &start, 4);
+        to[2 * R] = minimum ? step.scale * static_cast<float>(total) : static_cast<float>(total);
     }
 };
 
@@ -132,6 +131,11 @@ struct Code {
     void (*leave)() = nullptr;
 };
 
+INLINE int32_t integer(const float* from) {
+    int32_t bits;
+    std::memcpy(&bits, from, 4);
+    return bits;
+}
 INLINE int32_t four(const int8_t* q) {
     int32_t dword;
     std::memcpy(&dword, q, 4);

@@ -31,11 +31,9 @@ class Call {
         static thread_local Scratch scratch;
         blocks = (rows + code.rows - 1) / code.rows;
         const size_t room = code.full ? blocks * code.rows : rows;
-        const size_t numbers = room * sizes.groups();
-        into.scale = reinterpret_cast<float*>(scratch.of(12 * numbers + room * sizes.in));
-        into.start = reinterpret_cast<int32_t*>(into.scale + numbers);
-        into.sum = reinterpret_cast<float*>(into.start + numbers);
-        into.q = reinterpret_cast<int8_t*>(into.sum + numbers);
+        const size_t numbers = 3 * room * sizes.groups();
+        into.numbers = reinterpret_cast<float*>(scratch.of(4 * numbers + room * sizes.in));
+        into.q = reinterpret_cast<int8_t*>(into.numbers + numbers);
         into.chunks = code.full;
     }
 
@@ -64,9 +62,8 @@ class Call {
 
     // Block `block` of the rounded rows: those before it are all full.
     Quantized block_of(size_t block) const {
-        const size_t first = block * code.rows, groups = sizes.groups();
-        return {into.q + first * sizes.in, into.scale + first * groups, into.start + first * groups,
-                into.sum + first * groups, into.chunks};
+        const size_t first = block * code.rows;
+        return {into.q + first * sizes.in, into.numbers + 3 * first * sizes.groups(), into.chunks};
     }
 
     void quantize(size_t block) const {
@@ -76,8 +73,7 @@ class Call {
         const Quantized own = block_of(block);
         if (some < R) {
             std::fill(own.q, own.q + R * sizes.in, int8_t(0));
-            std::fill(own.scale, own.scale + R * sizes.groups(), 0.f);
-            std::fill(own.sum, own.sum + R * sizes.groups(), 0.f);
+            std::fill(own.numbers, own.numbers + 3 * R * sizes.groups(), 0.f);
         }
         for (size_t r = 0; r < some; ++r)
             code.quantize(x + (block * code.rows + r) * sizes.in * 4, sizes, offset, own, R, r);
@@ -99,7 +95,7 @@ class Call {
 
     void multiply(size_t block, size_t t, Fetch next) const {
         const Quantized own = block_of(block);
-        const Rows block_rows = {own.q, own.scale, own.start, own.sum, next};
+        const Rows block_rows = {own.q, own.numbers, next};
         float out[MOST_ROWS * TILE];
         code.products[sizes.bits == 8][in_block(block) - 1](weight.tile(t), block_rows, out, TILE);
         const size_t valid = std::min<size_t>(TILE, sizes.out - t * TILE);

@@ -1,14 +1,14 @@
 // The kernels for x86. Included by code.h.
 
 // Keeps a vector in a register, and the order of the sums that led to it: reordered, they would need many more.
-#define KEEP(vector) asm("" : "+x"(vector))
+#define KEEP(vector) asm volatile("" : "+x"(vector))
 
 namespace avx2 {
 #define TARGET __attribute__((target("avx2,fma,f16c")))
 
 using Int = __m256i;
 using Float = __m256;
-constexpr int WIDTH = 8, ROWS = 4;
+constexpr int WIDTH = 8, ROWS = 8;
 constexpr bool STARTS = false;
 
 TARGET INLINE Int all(int32_t value) { return _mm256_set1_epi32(value); }
@@ -67,9 +67,12 @@ TARGET static void quantize(const char* x, const Sizes& sizes, int offset, Quant
             _mm256_storeu_si256(reinterpret_cast<Int*>(in_order), q);
             into.put(in_order, g * sizes.group + chunk, R, r);
         }
-        into.put(step, added(sums), offset, sizes.minimum, g * R + r);
+        into.put(step, added(sums), offset, sizes.minimum, g, R, r);
     }
 }
+
+using Bytes = Int;
+TARGET INLINE Bytes repeated(const int8_t* q) { return all(four(q)); }
 
 TARGET INLINE Int low_half(Int both) { return _mm256_and_si256(both, _mm256_set1_epi8(15)); }
 TARGET INLINE Int high_half(Int both) { return low_half(_mm256_srli_epi16(both, 4)); }
@@ -91,9 +94,9 @@ struct Part {
 };
 TARGET INLINE Part begin(Int) { return {_mm256_setzero_si256(), _mm256_setzero_si256()}; }
 template <int BITS>
-TARGET INLINE void dot(Part& part, const Codes& codes, const int8_t* q, size_t next, bool first) {
-    const Int low = _mm256_maddubs_epi16(codes.low, all(four(q)));
-    const Int high = _mm256_maddubs_epi16(codes.high, all(four(BITS == 4 ? q + next : q)));
+TARGET INLINE void dot(Part& part, const Codes& codes, Bytes q_low, Bytes q_high, bool first) {
+    const Int low = _mm256_maddubs_epi16(codes.low, q_low);
+    const Int high = _mm256_maddubs_epi16(codes.high, q_high);
     part.low = first ? low : _mm256_add_epi16(part.low, low);
     KEEP(part.low);
     Int& other = BITS == 4 ? part.low : part.high;
@@ -110,8 +113,10 @@ TARGET INLINE Int end(Int sum, const Part& part) {
 constexpr Code CODE = {ROWS,
                        {0, 0},
                        quantize,
-                       {{product<4, 1>, product<4, 2>, product<4, 3>, product<4, 4>},
-                        {product<8, 1>, product<8, 2>, product<8, 3>, product<8, 4>}}};
+                       {{product<4, 1>, product<4, 2>, product<4, 3>, product<4, 4>, product<4, 5>, product<4, 6>,
+                         product<4, 7>, product<4, 8>},
+                        {product<8, 1>, product<8, 2>, product<8, 3>, product<8, 4>, product<8, 5>, product<8, 6>,
+                         product<8, 7>, product<8, 8>}}};
 #undef TARGET
 }  // namespace avx2
 
@@ -119,8 +124,8 @@ constexpr Code CODE = {ROWS,
 namespace avx_vnni {
 #define TARGET __attribute__((target("avx2,fma,f16c,avxvnni")))
 using avx2::Int, avx2::Float, avx2::WIDTH, avx2::all, avx2::load, avx2::store, avx2::load_full, avx2::load_half;
-using avx2::load_byte, avx2::floats, avx2::times, avx2::plus, avx2::minus, avx2::bytes, avx2::low_half, avx2::high_half;
-constexpr int ROWS = 4;
+using avx2::load_byte, avx2::floats, avx2::times, avx2::plus, avx2::minus, avx2::bytes, avx2::Bytes, avx2::repeated, avx2::low_half, avx2::high_half;
+constexpr int ROWS = 8;
 constexpr bool STARTS = true;
 
 struct Codes {
@@ -135,9 +140,11 @@ TARGET INLINE Codes split(const uint8_t* from) {
 using Part = Int;
 TARGET INLINE Part begin(Int sum) { return sum; }
 template <int BITS>
-TARGET INLINE void dot(Part& part, const Codes& codes, const int8_t* q, size_t next, bool) {
-    part = _mm256_dpbusd_avx_epi32(part, codes.low, all(four(q)));
-    if (BITS == 4) part = _mm256_dpbusd_avx_epi32(part, codes.high, all(four(q + next)));
+TARGET INLINE void dot(Part& part, const Codes& codes, Bytes low, Bytes high, bool) {
+    part = _mm256_dpbusd_avx_epi32(part, codes.low, low);
+    KEEP(part);
+    if (BITS == 4) part = _mm256_dpbusd_avx_epi32(part, codes.high, high);
+    KEEP(part);
 }
 template <int BITS>
 TARGET INLINE Int end(Int, Part part) {
@@ -148,8 +155,10 @@ TARGET INLINE Int end(Int, Part part) {
 constexpr Code CODE = {ROWS,
                        {0, 0},
                        avx2::quantize,
-                       {{product<4, 1>, product<4, 2>, product<4, 3>, product<4, 4>},
-                        {product<8, 1>, product<8, 2>, product<8, 3>, product<8, 4>}}};
+                       {{product<4, 1>, product<4, 2>, product<4, 3>, product<4, 4>, product<4, 5>, product<4, 6>,
+                         product<4, 7>, product<4, 8>},
+                        {product<8, 1>, product<8, 2>, product<8, 3>, product<8, 4>, product<8, 5>, product<8, 6>,
+                         product<8, 7>, product<8, 8>}}};
 #undef TARGET
 }  // namespace avx_vnni
 
@@ -176,6 +185,8 @@ TARGET INLINE Float floats(Int value) { return _mm512_cvtepi32_ps(value); }
 TARGET INLINE Float times(Float a, Float b) { return _mm512_mul_ps(a, b); }
 TARGET INLINE Float plus(Float to, Float a, Float b) { return _mm512_fmadd_ps(a, b, to); }
 TARGET INLINE Float minus(Float from, Float a, Float b) { return _mm512_fnmadd_ps(a, b, from); }
+using Bytes = Int;
+TARGET INLINE Bytes repeated(const int8_t* q) { return all(four(q)); }
 
 struct Codes {
     Int low, high;
@@ -190,9 +201,11 @@ TARGET INLINE Codes split(const uint8_t* from) {
 using Part = Int;
 TARGET INLINE Part begin(Int sum) { return sum; }
 template <int BITS>
-TARGET INLINE void dot(Part& part, const Codes& codes, const int8_t* q, size_t next, bool) {
-    part = _mm512_dpbusd_epi32(part, codes.low, all(four(q)));
-    if (BITS == 4) part = _mm512_dpbusd_epi32(part, codes.high, all(four(q + next)));
+TARGET INLINE void dot(Part& part, const Codes& codes, Bytes low, Bytes high, bool) {
+    part = _mm512_dpbusd_epi32(part, codes.low, low);
+    KEEP(part);
+    if (BITS == 4) part = _mm512_dpbusd_epi32(part, codes.high, high);
+    KEEP(part);
 }
 template <int BITS>
 TARGET INLINE Int end(Int, Part part) {
@@ -281,15 +294,15 @@ TARGET static void product(const Tile& tile, const Rows& rows, float* y, size_t 
             if (tile.minimum) {
                 const Float minimum = tile.half ? load_half(others) : load_full(others);
                 UNROLL for (int r = 0; r < R; ++r) {
-                    const Float step = times(scale, all(rows.scale[i * R + r]));
-                    total[r] = plus(total[r], minimum, all(rows.sum[i * R + r]));
+                    const Float step = times(scale, all(rows.numbers[3 * R * i + r]));
+                    total[r] = plus(total[r], minimum, all(rows.numbers[3 * R * i + 2 * R + r]));
                     total[r] = plus(total[r], step, floats(_mm512_load_si512(own[r])));
                 }
             } else {
                 const Float zero = tile.zero ? load_byte(others) : middle;
                 UNROLL for (int r = 0; r < R; ++r) {
-                    const Float step = times(scale, all(rows.scale[i * R + r]));
-                    const Float value = minus(floats(_mm512_load_si512(own[r])), zero, all(rows.sum[i * R + r]));
+                    const Float step = times(scale, all(rows.numbers[3 * R * i + r]));
+                    const Float value = minus(floats(_mm512_load_si512(own[r])), zero, all(rows.numbers[3 * R * i + 2 * R + r]));
                     total[r] = plus(total[r], step, value);
                 }
             }
