@@ -9,6 +9,7 @@
 namespace neon {
 #define TARGET __attribute__((target(ARM_TARGET)))
 #include "quantize.h"
+#include "gate.h"
 
 using Int = int32x4_t;
 using Float = float32x4_t;
@@ -62,6 +63,7 @@ TARGET INLINE Int end(Int, Part part) {
 constexpr Code CODE = {ROWS,
                        {0, 128},
                        quantize,
+                       apply,
                        {{product<4, 1>, product<4, 2>, product<4, 3>, product<4, 4>, product<4, 5>, product<4, 6>,
                          product<4, 7>, product<4, 8>},
                         {product<8, 1>, product<8, 2>, product<8, 3>, product<8, 4>, product<8, 5>, product<8, 6>,

@@ -33,14 +33,24 @@ constexpr int TILE = 16;       // outputs that are interleaved
 constexpr size_t CHUNK = 32;   // inputs, the smallest group
 constexpr int MOST_ROWS = 16;  // that a kernel works on at once
 
+// What the first half of the outputs goes through before it is multiplied by the second.
+enum class Gate { NONE, SILU, GELU, GELU_TANH };
+
 struct Sizes {
     size_t in, out, group;
     int bits;
     bool half;           // scales and minima have 16 bits
     bool zero, minimum;  // one of them at most is there
+    bool gated = false;  // tiles of the first half of the outputs and of the second take turns
 
     size_t groups() const { return in / group; }
-    size_t tiles() const { return (out + TILE - 1) / TILE; }
+    size_t halves() const { return gated ? 2 : 1; }
+    size_t width() const { return out / halves(); }  // of y
+    size_t tiles() const { return (width() + TILE - 1) / TILE * halves(); }
+    // The first output of a tile, of all or of one half, and how many there are.
+    size_t column(size_t t) const { return t / halves() * TILE; }
+    size_t valid(size_t t) const { return std::min<size_t>(TILE, width() - column(t)); }
+    size_t output(size_t t) const { return t % halves() * width() + column(t); }
     size_t row_bytes() const { return in * bits / 8; }
     size_t float_bytes() const { return half ? 2 : 4; }
 };
@@ -118,6 +128,7 @@ struct Quantized {
 };
 
 using Product = void (*)(const Tile&, const Rows&, float* y, size_t stride);
+using Apply = void (*)(Gate activation, float* gate, const float* up, size_t count);
 using Quantize = void (*)(const char* x, const Sizes&, int offset, Quantized into, size_t R, size_t r);
 
 // The functions of one instruction set.
@@ -125,6 +136,7 @@ struct Code {
     size_t rows;    // worked on at once
     int offset[2];  // subtracted from codes of 4 and of 8 bits before they are multiplied
     Quantize quantize;
+    Apply apply;
     Product products[2][MOST_ROWS];  // [4 or 8 bits][rows - 1]
     bool full = false;               // always works on all `rows`, whose 32 inputs lie together
     void (*enter)() = nullptr;       // called by a thread before products, and `leave` after them

@@ -3,6 +3,7 @@
 namespace plain {
 #define TARGET
 #include "quantize.h"
+#include "gate.h"
 
 float number(const uint8_t* from, size_t place, bool half) {
     if (!half) {
@@ -62,6 +63,7 @@ void product(const Tile& tile, const Rows& rows, float* y, size_t stride) {
 constexpr Code CODE = {4,
                        {0, 0},
                        quantize,
+                       apply,
                        {{product<4, 1>, product<4, 2>, product<4, 3>, product<4, 4>},
                         {product<8, 1>, product<8, 2>, product<8, 3>, product<8, 4>}}};
 #undef TARGET

@@ -74,6 +74,8 @@ TARGET static void quantize(const char* x, const Sizes& sizes, int offset, Quant
 using Bytes = Int;
 TARGET INLINE Bytes repeated(const int8_t* q) { return all(four(q)); }
 
+#include "gate.h"
+
 TARGET INLINE Int low_half(Int both) { return _mm256_and_si256(both, _mm256_set1_epi8(15)); }
 TARGET INLINE Int high_half(Int both) { return low_half(_mm256_srli_epi16(both, 4)); }
 
@@ -113,6 +115,7 @@ TARGET INLINE Int end(Int sum, const Part& part) {
 constexpr Code CODE = {ROWS,
                        {0, 0},
                        quantize,
+                       apply,
                        {{product<4, 1>, product<4, 2>, product<4, 3>, product<4, 4>, product<4, 5>, product<4, 6>,
                          product<4, 7>, product<4, 8>},
                         {product<8, 1>, product<8, 2>, product<8, 3>, product<8, 4>, product<8, 5>, product<8, 6>,
@@ -155,6 +158,7 @@ TARGET INLINE Int end(Int, Part part) {
 constexpr Code CODE = {ROWS,
                        {0, 0},
                        avx2::quantize,
+                       avx2::apply,
                        {{product<4, 1>, product<4, 2>, product<4, 3>, product<4, 4>, product<4, 5>, product<4, 6>,
                          product<4, 7>, product<4, 8>},
                         {product<8, 1>, product<8, 2>, product<8, 3>, product<8, 4>, product<8, 5>, product<8, 6>,
@@ -216,6 +220,7 @@ TARGET INLINE Int end(Int, Part part) {
 constexpr Code CODE = {ROWS,
                        {0, 0},
                        avx2::quantize,
+                       avx2::apply,
                        {{product<4, 1>, product<4, 2>, product<4, 3>, product<4, 4>, product<4, 5>, product<4, 6>,
                          product<4, 7>, product<4, 8>},
                         {product<8, 1>, product<8, 2>, product<8, 3>, product<8, 4>, product<8, 5>, product<8, 6>,
@@ -327,7 +332,7 @@ TARGET static void enter() {
 TARGET static void leave() { _tile_release(); }
 
 constexpr Code of_sixteen() {
-    Code code = {R, {0, 0}, avx2::quantize, {}, true, enter, leave};
+    Code code = {R, {0, 0}, avx2::quantize, avx2::apply, {}, true, enter, leave};
     code.products[0][R - 1] = product<4>;
     code.products[1][R - 1] = product<8>;
     return code;
