@@ -169,7 +169,9 @@ def test_gates_of_every_size(isa: str, gate: str) -> None:
         "scale": np.ones((2 * len(values), 1), np.float32),
         "bias": np.concatenate([values, np.ones_like(values)]),
     }
-    (y,) = session(onnx_model(Linear(constants, 4, 32, gate)), isa).run(None, {"x": np.zeros((1, 32), np.float32)})
+    (y,) = session(onnx_model(Linear(constants, 4, 32, gate)), isa).run(
+        None, {"x": np.zeros((1, 32), np.float32)}
+    )
     want = ACTIVATIONS[gate](values.astype(np.float64))
     np.testing.assert_allclose(np.asarray(y)[0], want, rtol=2e-6, atol=1e-6)
 

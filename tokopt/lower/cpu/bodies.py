@@ -42,7 +42,9 @@ def quantized_linear(bits: int, given: Sequence[str], opset: int, gate: str = ""
     if gate:
         y = _gated(body, y, gate)
         attributes.append(ir.Attr("gate", ir.AttributeType.STRING, None))
-    return ir.Function(DOMAIN, OP, overload(bits, given, gate), graph=body.graph(y, opset), attributes=attributes)
+    return ir.Function(
+        DOMAIN, OP, overload(bits, given, gate), graph=body.graph(y, opset), attributes=attributes
+    )
 
 
 def _gated(body: Body, both: ir.Value, gate: str) -> ir.Value:
