@@ -232,7 +232,9 @@ OrtStatus* create(Isa isa, void* const* table, const OrtKernelInfo* info, void**
     const Api api(table);
     return guarded(api, [&] {
         const Node node(api, info);
-        *kernel = new Kernel{api, isa, node.gate(), shared(node.read())};
+        const Source source = node.read();
+        *kernel = new Kernel{api, isa, node.gate(), shared(source)};
+        release(source);
     });
 }
 

@@ -25,6 +25,16 @@ struct Source {
     const uint8_t* bias;     // [out] float32, or null
 };
 
+// What a session needs no more once its weight is packed.
+void release(const Source& from) {
+    const Sizes& sizes = from.sizes;
+    const size_t numbers = sizes.out * sizes.groups();
+    give_back(from.codes, sizes.out * sizes.row_bytes());
+    give_back(from.scale, numbers * sizes.float_bytes());
+    if (from.zero) give_back(from.zero, numbers);
+    if (from.minimum) give_back(from.minimum, numbers * sizes.float_bytes());
+}
+
 // Codes of group `g` of tile `t`, in lines of 64 bytes.
 void pack_codes(const uint8_t* from, const Sizes& sizes, size_t t, size_t g, uint8_t* into) {
     const size_t bytes = sizes.group * sizes.bits / 8;  // of one output

@@ -11,7 +11,7 @@ from tokopt.lower.onnx.nodes import array, input_at
 
 @dataclass(frozen=True)
 class Gate:
-    """``end`` is the node that multiplies the halves of a product, ``activation`` what the first goes through before."""
+    """``end`` multiplies the halves of a product; ``activation`` is what the first goes through before."""
 
     end: ir.Node
     activation: str
