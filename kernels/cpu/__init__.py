@@ -16,7 +16,7 @@ from tokopt.errors import MissingDependencyError, TokoptError
 DOMAIN = "tokopt.cpu"
 """The ONNX domain of the ops."""
 
-VERSION = 1
+VERSION = 2
 """The version of the ops: raised when inputs, attributes or meaning of one change."""
 
 OPS = frozenset({"QuantizedLinear"})

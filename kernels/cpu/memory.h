@@ -10,7 +10,9 @@
 #include <new>
 
 #if defined(__linux__)
+#include <fcntl.h>
 #include <sys/mman.h>
+#include <unistd.h>
 #endif
 
 namespace tokopt {
@@ -73,6 +75,32 @@ struct Packed {
   private:
     std::shared_ptr<Slab> slab;
 };
+
+// Lets go of pages of a constant that was read and is not needed any more, where they are a file's and nobody changed
+// them (which the system says of each page): whoever reads them again gets them from the file.
+inline void give_back(const uint8_t* data, size_t bytes) {
+#if defined(__linux__)
+    constexpr uint64_t PRESENT = uint64_t(1) << 63, OF_A_FILE = uint64_t(1) << 61;  // a changed page is of none
+    static const int pages = open("/proc/self/pagemap", O_RDONLY | O_CLOEXEC);
+    static const auto page = static_cast<uintptr_t>(sysconf(_SC_PAGESIZE));
+    const auto start = reinterpret_cast<uintptr_t>(data);
+    uint64_t entries[512];
+    size_t count = 0;
+    for (uintptr_t first = (start + page - 1) / page, last = (start + bytes) / page; first < last; first += count) {
+        const size_t wanted = std::min<size_t>(last - first, 512);
+        const auto got = pread(pages, entries, 8 * wanted, static_cast<off_t>(8 * first));
+        if (got < 8) return;
+        count = static_cast<size_t>(got) / 8;
+        for (size_t i = 0, run = 0; i < count; i = std::max(run, i + 1)) {
+            run = i;
+            while (run < count && (entries[run] & PRESENT) && (entries[run] & OF_A_FILE)) ++run;
+            if (run > i) madvise(reinterpret_cast<void*>((first + i) * page), (run - i) * page, MADV_DONTNEED);
+        }
+    }
+#else
+    (void)data, (void)bytes;
+#endif
+}
 
 // Memory of a thread that calls kernels; it grows and is kept.
 class Scratch {

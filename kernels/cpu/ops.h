@@ -9,7 +9,7 @@
 namespace tokopt {
 
 // Of the domain tokopt.cpu: raised when an op's inputs, attributes or meaning change.
-constexpr int VERSION = 1;
+constexpr int VERSION = 2;
 
 // The table of functions that the library was registered with.
 void* const* registered();

@@ -20,6 +20,7 @@ struct OrtValue;
 struct OrtKernelInfo;
 struct OrtKernelContext;
 struct OrtShapeInferContext;
+struct OrtOpAttr;
 struct OrtShapeInfo;  // ONNX Runtime's OrtTensorTypeAndShapeInfo
 struct OrtTypeInfo;
 struct OrtSessionOptions;
@@ -126,6 +127,13 @@ class Api {
         call(268, context, place, &info);
         return info;
     }
+    bool has_attribute(const OrtShapeInferContext* context, const char* name) const {
+        const OrtOpAttr* attribute = nullptr;
+        using Get = OrtStatus* (*)(const OrtShapeInferContext*, const char*, const OrtOpAttr**);
+        OrtStatus* failed = at<Get>(269)(context, name, &attribute);
+        if (failed) release(failed);
+        return !failed;
+    }
     void set_output_shape(OrtShapeInferContext* context, size_t place, int element, const std::vector<int64_t>& shape,
                           const std::vector<const char*>& names) const {
         OrtShapeInfo* info = nullptr;
@@ -141,6 +149,15 @@ class Api {
         OrtStatus* failed = at<OrtStatus* (*)(const OrtKernelInfo*, const char*, int64_t*)>(86)(info, name, into);
         if (failed) release(failed);
         return !failed;
+    }
+    // "" where the attribute is left out.
+    std::string string(const OrtKernelInfo* info, const char* name) const {
+        const auto get = at<OrtStatus* (*)(const OrtKernelInfo*, const char*, char*, size_t*)>(87);
+        size_t size = 0;
+        if (OrtStatus* failed = get(info, name, nullptr, &size)) return release(failed), "";
+        std::string value(size, '\0');
+        call(87, info, name, &value[0], &size);
+        return value.c_str();  // up to the zero that ends it
     }
     size_t inputs(const OrtKernelInfo* info) const {
         size_t count = 0;

@@ -9,6 +9,7 @@
 namespace neon {
 #define TARGET __attribute__((target(ARM_TARGET)))
 #include "quantize.h"
+#include "gate.h"
 
 using Int = int32x4_t;
 using Float = float32x4_t;
@@ -46,11 +47,12 @@ TARGET INLINE Codes split(const uint8_t* from) {
 
 using Part = Int;
 TARGET INLINE Part begin(Int sum) { return sum; }
-TARGET INLINE int8x16_t repeated(const int8_t* q) { return vreinterpretq_s8_s32(all(four(q))); }
+using Bytes = int8x16_t;
+TARGET INLINE Bytes repeated(const int8_t* q) { return vreinterpretq_s8_s32(all(four(q))); }
 template <int BITS>
-TARGET INLINE void dot(Part& part, const Codes& codes, const int8_t* q, size_t next, bool) {
-    part = vdotq_s32(part, codes.low, repeated(q));
-    if (BITS == 4) part = vdotq_s32(part, codes.high, repeated(q + next));
+TARGET INLINE void dot(Part& part, const Codes& codes, Bytes low, Bytes high, bool) {
+    part = vdotq_s32(part, codes.low, low);
+    if (BITS == 4) part = vdotq_s32(part, codes.high, high);
 }
 template <int BITS>
 TARGET INLINE Int end(Int, Part part) {
@@ -61,6 +63,7 @@ TARGET INLINE Int end(Int, Part part) {
 constexpr Code CODE = {ROWS,
                        {0, 128},
                        quantize,
+                       apply,
                        {{product<4, 1>, product<4, 2>, product<4, 3>, product<4, 4>, product<4, 5>, product<4, 6>,
                          product<4, 7>, product<4, 8>},
                         {product<8, 1>, product<8, 2>, product<8, 3>, product<8, 4>, product<8, 5>, product<8, 6>,

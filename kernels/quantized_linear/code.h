@@ -33,14 +33,24 @@ constexpr int TILE = 16;       // outputs that are interleaved
 constexpr size_t CHUNK = 32;   // inputs, the smallest group
 constexpr int MOST_ROWS = 16;  // that a kernel works on at once
 
+// What the first half of the outputs goes through before it is multiplied by the second.
+enum class Gate { NONE, SILU, GELU, GELU_TANH };
+
 struct Sizes {
     size_t in, out, group;
     int bits;
     bool half;           // scales and minima have 16 bits
     bool zero, minimum;  // one of them at most is there
+    bool gated = false;  // tiles of the first half of the outputs and of the second take turns
 
     size_t groups() const { return in / group; }
-    size_t tiles() const { return (out + TILE - 1) / TILE; }
+    size_t halves() const { return gated ? 2 : 1; }
+    size_t width() const { return out / halves(); }  // of y
+    size_t tiles() const { return (width() + TILE - 1) / TILE * halves(); }
+    // The first output of a tile, of all or of one half, and how many there are.
+    size_t column(size_t t) const { return t / halves() * TILE; }
+    size_t valid(size_t t) const { return std::min<size_t>(TILE, width() - column(t)); }
+    size_t output(size_t t) const { return t % halves() * width() + column(t); }
     size_t row_bytes() const { return in * bits / 8; }
     size_t float_bytes() const { return half ? 2 : 4; }
 };
@@ -64,16 +74,14 @@ struct Fetch {
 
     Fetch part(size_t i, size_t parts) const { return {from + bytes / parts * i, bytes / parts}; }
     void now() const {
-        for (size_t i = 0; i < bytes; i += 64) __builtin_prefetch(from + i);
+        for (size_t i = 0; i < bytes; i += 64) __builtin_prefetch(from + i, 0, 2);  // into the second cache, which waits for more lines at once
     }
 };
 
 // R rows of x in 8 bits, interleaved.
 struct Rows {
     const int8_t* q;       // [in / 4, R, 4]
-    const float* scale;    // [groups, R]
-    const int32_t* start;  // [groups, R] what the integer sum begins with
-    const float* sum;      // [groups, R] of q; times scale where the weight has minima
+    const float* numbers;  // [groups, 3, R] as Quantized has them
     Fetch next;            // meanwhile
 };
 
@@ -95,10 +103,9 @@ INLINE Step step_of(uint32_t peak_bits) {  // of the largest magnitude; NaN is a
 // Where R rows of x go, interleaved.
 struct Quantized {
     int8_t* q;
-    float* scale;
-    int32_t* start;
-    float* sum;
-    bool chunks;  // interleave 32 inputs of each row, and not 4
+    float* numbers;  // [groups, 3, R] of a group: its scale; what integer sums begin with, an int32; the sum of q,
+                     // times scale where the weight has minima
+    bool chunks;     // interleave 32 inputs of each row, and not 4
 
     // 32 integers of row `r`, from input `first` on.
     void put(const int8_t* from, size_t first, size_t R, size_t r) const {
@@ -109,16 +116,19 @@ struct Quantized {
             for (size_t i = 0; i < CHUNK / 4; ++i) std::memcpy(to + 4 * i * R, from + 4 * i, 4);
         }
     }
-    // What the kernels need to know of a group; `offset` is what they added to the codes, less their zero point where
+    // What the kernels need to know of group `g`; `offset` is what they added to the codes, less their zero point where
     // all have the same.
-    void put(const Step& step, int32_t total, int offset, bool minimum, size_t place) const {
-        scale[place] = step.scale;
-        start[place] = offset * total;
-        sum[place] = minimum ? step.scale * static_cast<float>(total) : static_cast<float>(total);
+    void put(const Step& step, int32_t total, int offset, bool minimum, size_t g, size_t R, size_t r) const {
+        float* to = numbers + 3 * R * g + r;
+        const int32_t start = offset * total;
+        to[0] = step.scale;
+        std::memcpy(to + R, &start, 4);
+        to[2 * R] = minimum ? step.scale * static_cast<float>(total) : static_cast<float>(total);
     }
 };
 
 using Product = void (*)(const Tile&, const Rows&, float* y, size_t stride);
+using Apply = void (*)(Gate activation, float* gate, const float* up, size_t count);
 using Quantize = void (*)(const char* x, const Sizes&, int offset, Quantized into, size_t R, size_t r);
 
 // The functions of one instruction set.
@@ -126,12 +136,18 @@ struct Code {
     size_t rows;    // worked on at once
     int offset[2];  // subtracted from codes of 4 and of 8 bits before they are multiplied
     Quantize quantize;
+    Apply apply;
     Product products[2][MOST_ROWS];  // [4 or 8 bits][rows - 1]
     bool full = false;               // always works on all `rows`, whose 32 inputs lie together
     void (*enter)() = nullptr;       // called by a thread before products, and `leave` after them
     void (*leave)() = nullptr;
 };
 
+INLINE int32_t integer(const float* from) {
+    int32_t bits;
+    std::memcpy(&bits, from, 4);
+    return bits;
+}
 INLINE int32_t four(const int8_t* q) {
     int32_t dword;
     std::memcpy(&dword, q, 4);

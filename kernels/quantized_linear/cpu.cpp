@@ -20,6 +20,7 @@ namespace {
 struct Kernel {
     Api api;
     Isa isa;
+    Gate gate;
     std::shared_ptr<const Weight> weight;
 };
 
@@ -27,15 +28,14 @@ struct Kernel {
 class Call {
   public:
     Call(const Kernel& kernel, const char* x, size_t rows, char* y)
-        : code(tokopt::code(kernel.isa, rows)), weight(*kernel.weight), sizes(weight.sizes), x(x), rows(rows), y(y) {
+        : code(tokopt::code(kernel.isa, rows)), weight(*kernel.weight), sizes(weight.sizes), gate(kernel.gate),
+          x(x), rows(rows), y(y) {
         static thread_local Scratch scratch;
         blocks = (rows + code.rows - 1) / code.rows;
         const size_t room = code.full ? blocks * code.rows : rows;
-        const size_t numbers = room * sizes.groups();
-        into.scale = reinterpret_cast<float*>(scratch.of(12 * numbers + room * sizes.in));
-        into.start = reinterpret_cast<int32_t*>(into.scale + numbers);
-        into.sum = reinterpret_cast<float*>(into.start + numbers);
-        into.q = reinterpret_cast<int8_t*>(into.sum + numbers);
+        const size_t numbers = 3 * room * sizes.groups();
+        into.numbers = reinterpret_cast<float*>(scratch.of(4 * numbers + room * sizes.in));
+        into.q = reinterpret_cast<int8_t*>(into.numbers + numbers);
         into.chunks = code.full;
     }
 
@@ -47,7 +47,8 @@ class Call {
                 context, [](void* call, size_t block) { static_cast<Call*>(call)->quantize(block); }, blocks, this);
         }
         parts = (rows + PART - 1) / PART;
-        if (blocks > 1 || code.enter) strip = std::clamp<size_t>(STRIP / weight.tile_bytes(), 1, 4);
+        strip = sizes.halves();
+        if (blocks > 1 || code.enter) strip *= std::clamp<size_t>(STRIP / weight.tile_bytes() / strip, 1, 4 / strip);
         const size_t strips = (sizes.tiles() + strip - 1) / strip;
         api.parallel(
             context, [](void* call, size_t i) { static_cast<Call*>(call)->multiply(i); }, strips * parts, this);
@@ -64,9 +65,8 @@ class Call {
 
     // Block `block` of the rounded rows: those before it are all full.
     Quantized block_of(size_t block) const {
-        const size_t first = block * code.rows, groups = sizes.groups();
-        return {into.q + first * sizes.in, into.scale + first * groups, into.start + first * groups,
-                into.sum + first * groups, into.chunks};
+        const size_t first = block * code.rows;
+        return {into.q + first * sizes.in, into.numbers + 3 * first * sizes.groups(), into.chunks};
     }
 
     void quantize(size_t block) const {
@@ -76,8 +76,7 @@ class Call {
         const Quantized own = block_of(block);
         if (some < R) {
             std::fill(own.q, own.q + R * sizes.in, int8_t(0));
-            std::fill(own.scale, own.scale + R * sizes.groups(), 0.f);
-            std::fill(own.sum, own.sum + R * sizes.groups(), 0.f);
+            std::fill(own.numbers, own.numbers + 3 * R * sizes.groups(), 0.f);
         }
         for (size_t r = 0; r < some; ++r)
             code.quantize(x + (block * code.rows + r) * sizes.in * 4, sizes, offset, own, R, r);
@@ -92,28 +91,35 @@ class Call {
         if (code.enter) code.enter();
         size_t product = 0;
         for (size_t block = begin; block < end; ++block) {
-            for (size_t t = first; t < last; ++t) multiply(block, t, next.part(product++, products));
+            for (size_t t = first; t < last; t += sizes.halves(), product += sizes.halves())
+                multiply(block, t, next.part(product, products), next.part(product + 1, products));
         }
         if (code.leave) code.leave();
     }
 
-    void multiply(size_t block, size_t t, Fetch next) const {
+    // A tile, or two of which one gates the other.
+    void multiply(size_t block, size_t t, Fetch next, Fetch after) const {
         const Quantized own = block_of(block);
-        const Rows block_rows = {own.q, own.scale, own.start, own.sum, next};
-        float out[MOST_ROWS * TILE];
-        code.products[sizes.bits == 8][in_block(block) - 1](weight.tile(t), block_rows, out, TILE);
-        const size_t valid = std::min<size_t>(TILE, sizes.out - t * TILE);
+        const Product product = code.products[sizes.bits == 8][in_block(block) - 1];
+        float out[2][MOST_ROWS * TILE];
+        product(weight.tile(t), {own.q, own.numbers, next}, out[0], TILE);
+        if (sizes.gated) {
+            product(weight.tile(t + 1), {own.q, own.numbers, after}, out[1], TILE);
+            code.apply(gate, out[0], out[1], given(block) * TILE);
+        }
         for (size_t r = 0; r < given(block); ++r) {
-            std::memcpy(y + ((block * code.rows + r) * sizes.out + t * TILE) * 4, out + r * TILE, valid * 4);
+            const size_t place = (block * code.rows + r) * sizes.width() + sizes.column(t);
+            std::memcpy(y + place * 4, out[0] + r * TILE, sizes.valid(t) * 4);
         }
     }
 
     const Code& code;
     const Weight& weight;
     const Sizes& sizes;
+    const Gate gate;
     const char* x;  // [rows, in] of float32, at any address
     const size_t rows;
-    char* y;  // [rows, out] of float32
+    char* y;  // [rows, width] of float32
     size_t blocks = 0, parts = 0, strip = 1;
     Quantized into;
 };
@@ -140,6 +146,15 @@ class Node {
   public:
     Node(const Api& api, const OrtKernelInfo* info) : api(api), info(info) {}
 
+    Gate gate() const {
+        static const char* const names[] = {"", "silu", "gelu", "gelu_tanh"};
+        const std::string wanted = api.string(info, "gate");
+        for (Gate gate : {Gate::NONE, Gate::SILU, Gate::GELU, Gate::GELU_TANH}) {
+            if (wanted == names[static_cast<int>(gate)]) return gate;
+        }
+        refuse("gate=" + wanted + " must be silu, gelu or gelu_tanh");
+    }
+
     Source read() const {
         const int64_t bits = attribute("bits"), group = attribute("group");
         if (bits != 4 && bits != 8) refuse("bits=" + std::to_string(bits) + " must be 4 or 8");
@@ -155,6 +170,8 @@ class Node {
         if (out < 1 || in < 1 || in % group)
             refuse("codes " + text(codes.shape) + " of " + std::to_string(bits) +
                    " bits are not outputs of whole groups of " + std::to_string(group) + " inputs");
+        const bool gated = gate() != Gate::NONE;
+        if (gated && out % 2) refuse("codes " + text(codes.shape) + " have no half of the outputs that gates the other");
         const Shape numbers = {out, in / group};
         fit(SCALE, scale, scale.element, numbers);
         if (zero.data) fit(ZERO, zero, UINT8, numbers);
@@ -166,7 +183,8 @@ class Node {
                              int(bits),
                              scale.element == FLOAT16,
                              zero.data != nullptr,
-                             minimum.data != nullptr};
+                             minimum.data != nullptr,
+                             gated};
         return {sizes, codes.data, scale.data, zero.data, minimum.data, bias.data};
     }
 
@@ -212,7 +230,12 @@ class Node {
 
 OrtStatus* create(Isa isa, void* const* table, const OrtKernelInfo* info, void** kernel) {
     const Api api(table);
-    return guarded(api, [&] { *kernel = new Kernel{api, isa, shared(Node(api, info).read())}; });
+    return guarded(api, [&] {
+        const Node node(api, info);
+        const Source source = node.read();
+        *kernel = new Kernel{api, isa, node.gate(), shared(source)};
+        release(source);
+    });
 }
 
 // The output has the shape of x, but for its last axis.
@@ -226,7 +249,7 @@ OrtStatus* infer(const OrtCustomOp*, OrtShapeInferContext* context) {
         api.dimensions(codes, sizes.data(), sizes.size());
         std::vector<const char*> names(shape.size());
         api.symbols(x, names.data(), names.size());
-        shape.back() = sizes[0], names.back() = "";
+        shape.back() = api.has_attribute(context, "gate") ? sizes[0] / 2 : sizes[0], names.back() = "";
         api.set_output_shape(context, 0, FLOAT, shape, names);
     });
 }
@@ -249,7 +272,7 @@ OrtStatus* compute(void* opaque, OrtKernelContext* context) {
                 (rank < 1 || rank > MOST_AXES ? std::to_string(rank) + " axes" : text({shape, shape + rank})) + ".");
         size_t rows = 1;
         for (size_t axis = 0; axis + 1 < rank; ++axis) rows *= size_t(shape[axis]);
-        shape[rank - 1] = int64_t(sizes.out);
+        shape[rank - 1] = int64_t(sizes.width());
         char* y = static_cast<char*>(api.output(context, 0, shape, rank));
         if (rows) Call(kernel, static_cast<const char*>(api.data(x)), rows, y).run(api, context);
     });

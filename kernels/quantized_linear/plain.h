@@ -3,6 +3,7 @@
 namespace plain {
 #define TARGET
 #include "quantize.h"
+#include "gate.h"
 
 float number(const uint8_t* from, size_t place, bool half) {
     if (!half) {
@@ -31,8 +32,9 @@ void product(const Tile& tile, const Rows& rows, float* y, size_t stride) {
     const int8_t* q = rows.q;
     for (size_t g = 0; g < tile.count; ++g) {
         const uint8_t* codes = tile.groups + g * tile.bytes;
+        const float* numbers = rows.numbers + 3 * R * g;
         int32_t sum[R][TILE];
-        for (int r = 0; r < R; ++r) std::fill(sum[r], sum[r] + TILE, rows.start[g * R + r]);
+        for (int r = 0; r < R; ++r) std::fill(sum[r], sum[r] + TILE, integer(numbers + R + r));
         for (size_t line = 0; line < tile.chunks * BITS; ++line, codes += 4 * TILE) {
             for (int half = 0; half < 8 / BITS; ++half, q += 4 * R) {
                 for (int o = 0; o < TILE; ++o) {
@@ -49,9 +51,9 @@ void product(const Tile& tile, const Rows& rows, float* y, size_t stride) {
             const float zero = tile.zero ? others[o] : 0;
             const float minimum = tile.minimum ? number(others, o, tile.half) : 0;
             for (int r = 0; r < R; ++r) {
-                const float q_sum = rows.sum[g * R + r];
+                const float q_sum = numbers[2 * R + r];
                 total[r][o] += minimum * q_sum;
-                total[r][o] += scale * rows.scale[g * R + r] * (static_cast<float>(sum[r][o]) - zero * q_sum);
+                total[r][o] += scale * numbers[r] * (static_cast<float>(sum[r][o]) - zero * q_sum);
             }
         }
     }
@@ -61,6 +63,7 @@ void product(const Tile& tile, const Rows& rows, float* y, size_t stride) {
 constexpr Code CODE = {4,
                        {0, 0},
                        quantize,
+                       apply,
                        {{product<4, 1>, product<4, 2>, product<4, 3>, product<4, 4>},
                         {product<8, 1>, product<8, 2>, product<8, 3>, product<8, 4>}}};
 #undef TARGET

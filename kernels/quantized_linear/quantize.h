@@ -26,6 +26,6 @@ TARGET static void quantize(const char* x, const Sizes& sizes, int offset, Quant
             }
             into.put(q, g * sizes.group + chunk, R, r);
         }
-        into.put(step, total, offset, sizes.minimum, g * R + r);
+        into.put(step, total, offset, sizes.minimum, g, R, r);
     }
 }

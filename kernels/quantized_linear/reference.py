@@ -2,10 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+from functools import partial
+
 import torch
 from torch import Tensor
+from torch.nn.functional import gelu, silu
 
 from tokopt.kernels.shared import refuse
+
+GATES: Mapping[str, Callable[[Tensor], Tensor]] = {
+    "silu": silu,
+    "gelu": gelu,
+    "gelu_tanh": partial(gelu, approximate="tanh"),
+}
+"""Activations that the first half of the outputs goes through before it is multiplied by the second."""
 
 
 def quantized_linear(
@@ -18,6 +29,7 @@ def quantized_linear(
     *,
     bits: int,
     group: int,
+    gate: str | None = None,
 ) -> Tensor:
     """``x @ weight.T + bias``, for weights ``(codes - zero) * scale`` or ``codes * scale + minimum``.
 
@@ -33,14 +45,23 @@ def quantized_linear(
         bias: [out] floating point.
         bits: 4 or 8.
         group: inputs that share a scale: 32, 64 or 128.
+        gate: one of :data:`GATES`: the result is its value of the first half of the outputs times the second half.
 
     Returns:
-        [..., out] in the dtype of ``x``.
+        [..., out] in the dtype of ``x``, or [..., out / 2] with a gate.
 
     Raises:
-        InputError: sizes that do not fit, bits or groups of another size, both ``zero`` and ``minimum``.
+        InputError: sizes that do not fit, bits or groups of another size, both ``zero`` and ``minimum``, another gate.
     """
     check(x, codes, scale, zero, minimum, bias, bits, group)
+    refuse(
+        gate is not None and gate not in GATES,
+        f"quantized_linear: gate={gate} must be silu, gelu or gelu_tanh.",
+    )
+    refuse(
+        gate is not None and codes.shape[0] % 2 != 0,
+        f"quantized_linear: of {codes.shape[0]} outputs in codes no half gates the other.",
+    )
     dtype = x.dtype
     grouped = x.unflatten(-1, (-1, group))
     a = grouped.abs().amax(-1, keepdim=True) / 127
@@ -55,7 +76,11 @@ def quantized_linear(
     else:
         weight = weight * scale.to(dtype)[..., None] + minimum.to(dtype)[..., None]
     y = (q * a).flatten(-2) @ weight.flatten(1).T
-    return y if bias is None else y + bias.to(dtype)
+    y = y if bias is None else y + bias.to(dtype)
+    if gate is None:
+        return y
+    gates, up = y.chunk(2, dim=-1)
+    return GATES[gate](gates) * up
 
 
 def check(

@@ -25,11 +25,21 @@ struct Source {
     const uint8_t* bias;     // [out] float32, or null
 };
 
+// What a session needs no more once its weight is packed.
+void release(const Source& from) {
+    const Sizes& sizes = from.sizes;
+    const size_t numbers = sizes.out * sizes.groups();
+    give_back(from.codes, sizes.out * sizes.row_bytes());
+    give_back(from.scale, numbers * sizes.float_bytes());
+    if (from.zero) give_back(from.zero, numbers);
+    if (from.minimum) give_back(from.minimum, numbers * sizes.float_bytes());
+}
+
 // Codes of group `g` of tile `t`, in lines of 64 bytes.
 void pack_codes(const uint8_t* from, const Sizes& sizes, size_t t, size_t g, uint8_t* into) {
     const size_t bytes = sizes.group * sizes.bits / 8;  // of one output
-    for (size_t o = 0; o < TILE && t * TILE + o < sizes.out; ++o) {
-        const uint8_t* row = from + ((t * TILE + o) * sizes.groups() + g) * bytes;
+    for (size_t o = 0; o < sizes.valid(t); ++o) {
+        const uint8_t* row = from + ((sizes.output(t) + o) * sizes.groups() + g) * bytes;
         for (size_t line = 0; line < bytes / 4; ++line) {
             uint32_t word;
             std::memcpy(&word, row + 4 * line, 4);
@@ -47,10 +57,8 @@ void pack_codes(const uint8_t* from, const Sizes& sizes, size_t t, size_t g, uin
 
 // Numbers of group `g` of tile `t`, or zero where the tile is beyond the last output.
 void pack_numbers(const uint8_t* from, const Sizes& sizes, size_t bytes, size_t t, size_t g, uint8_t* into) {
-    for (size_t o = 0; o < TILE; ++o) {
-        const size_t row = t * TILE + o;
-        if (row < sizes.out) std::memcpy(into + o * bytes, from + (row * sizes.groups() + g) * bytes, bytes);
-    }
+    for (size_t o = 0; o < sizes.valid(t); ++o)
+        std::memcpy(into + o * bytes, from + ((sizes.output(t) + o) * sizes.groups() + g) * bytes, bytes);
 }
 
 // A weight in the order of the kernels.
@@ -65,7 +73,7 @@ class Weight {
         const Sizes& other = from.sizes;
         if (sizes.in != other.in || sizes.out != other.out || sizes.group != other.group || sizes.bits != other.bits ||
             sizes.half != other.half || sizes.zero != other.zero || sizes.minimum != other.minimum ||
-            has_bias != (from.bias != nullptr))
+            sizes.gated != other.gated || has_bias != (from.bias != nullptr))
             return false;
         std::vector<uint8_t> own(tile_bytes());
         for (size_t t = 0; t < sizes.tiles(); ++t) {
@@ -104,8 +112,7 @@ class Weight {
             if (sizes.minimum) pack_numbers(from.minimum, sizes, sizes.float_bytes(), t, g, numbers + scale_bytes());
         }
         if (has_bias) {
-            const size_t valid = std::min<size_t>(TILE, sizes.out - t * TILE);
-            std::memcpy(into + bias_place(), from.bias + 4 * TILE * t, 4 * valid);
+            std::memcpy(into + bias_place(), from.bias + 4 * sizes.output(t), 4 * sizes.valid(t));
         }
     }
 

@@ -1,14 +1,14 @@
 // The kernels for x86. Included by code.h.
 
 // Keeps a vector in a register, and the order of the sums that led to it: reordered, they would need many more.
-#define KEEP(vector) asm("" : "+x"(vector))
+#define KEEP(vector) asm volatile("" : "+x"(vector))
 
 namespace avx2 {
 #define TARGET __attribute__((target("avx2,fma,f16c")))
 
 using Int = __m256i;
 using Float = __m256;
-constexpr int WIDTH = 8, ROWS = 4;
+constexpr int WIDTH = 8, ROWS = 8;
 constexpr bool STARTS = false;
 
 TARGET INLINE Int all(int32_t value) { return _mm256_set1_epi32(value); }
@@ -67,9 +67,14 @@ TARGET static void quantize(const char* x, const Sizes& sizes, int offset, Quant
             _mm256_storeu_si256(reinterpret_cast<Int*>(in_order), q);
             into.put(in_order, g * sizes.group + chunk, R, r);
         }
-        into.put(step, added(sums), offset, sizes.minimum, g * R + r);
+        into.put(step, added(sums), offset, sizes.minimum, g, R, r);
     }
 }
+
+using Bytes = Int;
+TARGET INLINE Bytes repeated(const int8_t* q) { return all(four(q)); }
+
+#include "gate.h"
 
 TARGET INLINE Int low_half(Int both) { return _mm256_and_si256(both, _mm256_set1_epi8(15)); }
 TARGET INLINE Int high_half(Int both) { return low_half(_mm256_srli_epi16(both, 4)); }
@@ -91,9 +96,9 @@ struct Part {
 };
 TARGET INLINE Part begin(Int) { return {_mm256_setzero_si256(), _mm256_setzero_si256()}; }
 template <int BITS>
-TARGET INLINE void dot(Part& part, const Codes& codes, const int8_t* q, size_t next, bool first) {
-    const Int low = _mm256_maddubs_epi16(codes.low, all(four(q)));
-    const Int high = _mm256_maddubs_epi16(codes.high, all(four(BITS == 4 ? q + next : q)));
+TARGET INLINE void dot(Part& part, const Codes& codes, Bytes q_low, Bytes q_high, bool first) {
+    const Int low = _mm256_maddubs_epi16(codes.low, q_low);
+    const Int high = _mm256_maddubs_epi16(codes.high, q_high);
     part.low = first ? low : _mm256_add_epi16(part.low, low);
     KEEP(part.low);
     Int& other = BITS == 4 ? part.low : part.high;
@@ -110,8 +115,11 @@ TARGET INLINE Int end(Int sum, const Part& part) {
 constexpr Code CODE = {ROWS,
                        {0, 0},
                        quantize,
-                       {{product<4, 1>, product<4, 2>, product<4, 3>, product<4, 4>},
-                        {product<8, 1>, product<8, 2>, product<8, 3>, product<8, 4>}}};
+                       apply,
+                       {{product<4, 1>, product<4, 2>, product<4, 3>, product<4, 4>, product<4, 5>, product<4, 6>,
+                         product<4, 7>, product<4, 8>},
+                        {product<8, 1>, product<8, 2>, product<8, 3>, product<8, 4>, product<8, 5>, product<8, 6>,
+                         product<8, 7>, product<8, 8>}}};
 #undef TARGET
 }  // namespace avx2
 
@@ -119,8 +127,8 @@ constexpr Code CODE = {ROWS,
 namespace avx_vnni {
 #define TARGET __attribute__((target("avx2,fma,f16c,avxvnni")))
 using avx2::Int, avx2::Float, avx2::WIDTH, avx2::all, avx2::load, avx2::store, avx2::load_full, avx2::load_half;
-using avx2::load_byte, avx2::floats, avx2::times, avx2::plus, avx2::minus, avx2::bytes, avx2::low_half, avx2::high_half;
-constexpr int ROWS = 4;
+using avx2::load_byte, avx2::floats, avx2::times, avx2::plus, avx2::minus, avx2::bytes, avx2::Bytes, avx2::repeated, avx2::low_half, avx2::high_half;
+constexpr int ROWS = 8;
 constexpr bool STARTS = true;
 
 struct Codes {
@@ -135,9 +143,11 @@ TARGET INLINE Codes split(const uint8_t* from) {
 using Part = Int;
 TARGET INLINE Part begin(Int sum) { return sum; }
 template <int BITS>
-TARGET INLINE void dot(Part& part, const Codes& codes, const int8_t* q, size_t next, bool) {
-    part = _mm256_dpbusd_avx_epi32(part, codes.low, all(four(q)));
-    if (BITS == 4) part = _mm256_dpbusd_avx_epi32(part, codes.high, all(four(q + next)));
+TARGET INLINE void dot(Part& part, const Codes& codes, Bytes low, Bytes high, bool) {
+    part = _mm256_dpbusd_avx_epi32(part, codes.low, low);
+    KEEP(part);
+    if (BITS == 4) part = _mm256_dpbusd_avx_epi32(part, codes.high, high);
+    KEEP(part);
 }
 template <int BITS>
 TARGET INLINE Int end(Int, Part part) {
@@ -148,8 +158,11 @@ TARGET INLINE Int end(Int, Part part) {
 constexpr Code CODE = {ROWS,
                        {0, 0},
                        avx2::quantize,
-                       {{product<4, 1>, product<4, 2>, product<4, 3>, product<4, 4>},
-                        {product<8, 1>, product<8, 2>, product<8, 3>, product<8, 4>}}};
+                       avx2::apply,
+                       {{product<4, 1>, product<4, 2>, product<4, 3>, product<4, 4>, product<4, 5>, product<4, 6>,
+                         product<4, 7>, product<4, 8>},
+                        {product<8, 1>, product<8, 2>, product<8, 3>, product<8, 4>, product<8, 5>, product<8, 6>,
+                         product<8, 7>, product<8, 8>}}};
 #undef TARGET
 }  // namespace avx_vnni
 
@@ -176,6 +189,8 @@ TARGET INLINE Float floats(Int value) { return _mm512_cvtepi32_ps(value); }
 TARGET INLINE Float times(Float a, Float b) { return _mm512_mul_ps(a, b); }
 TARGET INLINE Float plus(Float to, Float a, Float b) { return _mm512_fmadd_ps(a, b, to); }
 TARGET INLINE Float minus(Float from, Float a, Float b) { return _mm512_fnmadd_ps(a, b, from); }
+using Bytes = Int;
+TARGET INLINE Bytes repeated(const int8_t* q) { return all(four(q)); }
 
 struct Codes {
     Int low, high;
@@ -190,9 +205,11 @@ TARGET INLINE Codes split(const uint8_t* from) {
 using Part = Int;
 TARGET INLINE Part begin(Int sum) { return sum; }
 template <int BITS>
-TARGET INLINE void dot(Part& part, const Codes& codes, const int8_t* q, size_t next, bool) {
-    part = _mm512_dpbusd_epi32(part, codes.low, all(four(q)));
-    if (BITS == 4) part = _mm512_dpbusd_epi32(part, codes.high, all(four(q + next)));
+TARGET INLINE void dot(Part& part, const Codes& codes, Bytes low, Bytes high, bool) {
+    part = _mm512_dpbusd_epi32(part, codes.low, low);
+    KEEP(part);
+    if (BITS == 4) part = _mm512_dpbusd_epi32(part, codes.high, high);
+    KEEP(part);
 }
 template <int BITS>
 TARGET INLINE Int end(Int, Part part) {
@@ -203,6 +220,7 @@ TARGET INLINE Int end(Int, Part part) {
 constexpr Code CODE = {ROWS,
                        {0, 0},
                        avx2::quantize,
+                       avx2::apply,
                        {{product<4, 1>, product<4, 2>, product<4, 3>, product<4, 4>, product<4, 5>, product<4, 6>,
                          product<4, 7>, product<4, 8>},
                         {product<8, 1>, product<8, 2>, product<8, 3>, product<8, 4>, product<8, 5>, product<8, 6>,
@@ -211,94 +229,101 @@ constexpr Code CODE = {ROWS,
 }  // namespace avx512_vnni
 
 #if AMX
-// AVX-512, and products of matrices: 16 rows times 16 outputs, 32 inputs at once. The weights of a tile are unpacked
-// and its sums are read through memory, which pays from some 9 rows on.
+// AVX-512, and products of matrices: R rows times 16 outputs, 32 inputs at once. The weights of a tile are unpacked and
+// its sums are read through memory, some groups ahead of what is done with them, so that none waits for another.
 namespace amx_int8 {
 #define TARGET __attribute__((target("avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,amx-tile,amx-int8")))
 using namespace avx512_vnni;
 
 constexpr int R = 16;
-
-// Of the tile registers: 0 to 3 have the sums of as many groups, 4 and 6 codes, 5 and 7 rows of x.
-struct alignas(64) Shapes {
-    uint8_t palette = 1, start_row = 0, reserved[14] = {};
-    uint16_t columns[16] = {64, 64, 64, 64, 64, CHUNK, 64, CHUNK};  // in bytes
-    uint8_t rows[16] = {R, R, R, R, CHUNK / 4, R, CHUNK / 4, R};
-};
-
-constexpr size_t PANEL = 4;                 // groups that are worked on at once
+constexpr size_t AHEAD = 2;                 // groups that are multiplied before the sums of one are used
+constexpr size_t UNPACKED = 6;              // groups whose codes are unpacked before
+constexpr size_t RING = 8;                  // groups whose codes or sums are held
 constexpr size_t GROUP_BYTES = 128 * TILE;  // of the largest group, unpacked
 
-// Codes of 4 bits of the groups from `g` on, as bytes.
-TARGET INLINE void unpack(const Tile& tile, size_t g, uint8_t (*into)[GROUP_BYTES]) {
-    for (size_t i = 0; i < PANEL && g + i < tile.count; ++i) {
-        const uint8_t* codes = tile.groups + (g + i) * tile.bytes;
-        for (size_t line = 0; line < 4 * tile.chunks; ++line) {
-            const Codes halves = split<4>(codes + 64 * line);
-            _mm512_store_si512(into[i] + 128 * line, halves.low);
-            _mm512_store_si512(into[i] + 128 * line + 64, halves.high);
-        }
+// Of the tile registers: 0 and 1 have sums, 2 and 4 codes, 3 and 5 rows of x.
+struct alignas(64) Shapes {
+    uint8_t palette = 1, start_row = 0, reserved[14] = {};
+    uint16_t columns[16] = {64, 64, 64, CHUNK, 64, CHUNK};  // in bytes
+    uint8_t rows[16] = {R, R, CHUNK / 4, R, CHUNK / 4, R};
+};
+
+// Codes of 4 bits of group `g`, as bytes.
+TARGET INLINE void unpack(const Tile& tile, size_t g, uint8_t* into) {
+    const uint8_t* codes = tile.groups + g * tile.bytes;
+    for (size_t line = 0; line < 4 * tile.chunks; ++line) {
+        const Codes halves = split<4>(codes + 64 * line);
+        _mm512_store_si512(into + 128 * line, halves.low);
+        _mm512_store_si512(into + 128 * line + 64, halves.high);
     }
 }
 
-// Tile register SUMS becomes the products of all chunks of a group. Registers can only be written out.
-#define PRODUCTS(SUMS, CODES, X)                                                                               \
-    if (g + SUMS < tile.count) {                                                                               \
-        const uint8_t* codes = BITS == 4 ? lines[g / PANEL % 2][SUMS] : tile.groups + (g + SUMS) * tile.bytes; \
-        _tile_zero(SUMS);                                                                                      \
-        for (size_t chunk = 0; chunk < tile.chunks; ++chunk, q += CHUNK * R, codes += CHUNK * TILE) {          \
-            _tile_loadd(CODES, codes, 64);                                                                     \
-            _tile_loadd(X, q, CHUNK);                                                                          \
-            _tile_dpbsud(SUMS, X, CODES);                                                                      \
-        }                                                                                                      \
-        _tile_stored(SUMS, sums[SUMS], 64);                                                                    \
+// `into` becomes the products of all chunks of a group, by way of tile register SUMS. Their names are constants.
+#define PRODUCTS(SUMS, CODES, X)                                                                  \
+    _tile_zero(SUMS);                                                                             \
+    for (size_t chunk = 0; chunk < chunks; ++chunk, q += CHUNK * R, codes += CHUNK * TILE) {      \
+        _tile_loadd(CODES, codes, 64);                                                            \
+        _tile_loadd(X, q, CHUNK);                                                                 \
+        _tile_dpbsud(SUMS, X, CODES);                                                             \
+    }                                                                                             \
+    _tile_stored(SUMS, into, 64);
+
+TARGET INLINE void multiply(size_t g, size_t chunks, const int8_t* q, const uint8_t* codes, int32_t (*into)[TILE]) {
+    if (g % 2) {
+        PRODUCTS(1, 4, 5)
+    } else {
+        PRODUCTS(0, 2, 3)
     }
+}
+#undef PRODUCTS
 
 template <int BITS>
 TARGET static void product(const Tile& tile, const Rows& rows, float* y, size_t stride) {
-    alignas(64) int32_t sums[PANEL][R][TILE];
-    alignas(64) uint8_t lines[2][PANEL][GROUP_BYTES];  // of this panel and of the next
+    alignas(64) int32_t sums[RING][R][TILE];
+    alignas(64) uint8_t lines[BITS == 4 ? RING : 1][GROUP_BYTES];
     Float total[R];
     UNROLL for (int r = 0; r < R; ++r)
         total[r] = tile.bias ? load(tile.bias) : all(0.f);
     const Float middle = all(BITS == 4 ? 8.f : 128.f);
-    const int8_t* q = rows.q;
-    if constexpr (BITS == 4) unpack(tile, 0, lines[0]);
-    Fetch next = rows.next.part(0, (tile.count + PANEL - 1) / PANEL);
-    for (size_t g = 0; g < tile.count; g += PANEL, next.from += next.bytes) {
+    const float* numbers = rows.numbers;
+    const auto begin = [&](size_t g) TARGET __attribute__((always_inline)) {
+        if (g < tile.count) {
+            const uint8_t* codes = BITS == 4 ? lines[g % RING] : tile.groups + g * tile.bytes;
+            const size_t chunks = tile.chunks;
+            multiply(g, chunks, rows.q + g * chunks * CHUNK * R, codes, sums[g % RING]);
+        }
+    };
+    for (size_t g = 0; BITS == 4 && g < std::min(tile.count, UNPACKED); ++g) unpack(tile, g, lines[g]);
+    asm volatile("" ::: "memory");  // the compiler does not know what a tile is loaded from
+    for (size_t g = 0; g < AHEAD; ++g) begin(g);
+    Fetch next = rows.next.part(0, tile.count);
+    for (size_t g = 0; g < tile.count; ++g, next.from += next.bytes, numbers += 3 * R) {
         next.now();
-        if constexpr (BITS == 4) unpack(tile, g + PANEL, lines[(g / PANEL + 1) % 2]);
-        asm volatile("" ::: "memory");  // the compiler does not know what a tile is loaded from
-        PRODUCTS(0, 4, 5)
-        PRODUCTS(1, 6, 7)
-        PRODUCTS(2, 4, 5)
-        PRODUCTS(3, 6, 7)
-        for (size_t i = g; i < std::min(g + PANEL, tile.count); ++i) {
-            const int32_t (*own)[TILE] = sums[i - g];
-            const uint8_t* numbers = tile.groups + i * tile.bytes + 64 * BITS * tile.chunks;
-            const uint8_t* others = numbers + tile.scale_bytes();
-            const Float scale = tile.half ? load_half(numbers) : load_full(numbers);
-            if (tile.minimum) {
-                const Float minimum = tile.half ? load_half(others) : load_full(others);
-                UNROLL for (int r = 0; r < R; ++r) {
-                    const Float step = times(scale, all(rows.scale[i * R + r]));
-                    total[r] = plus(total[r], minimum, all(rows.sum[i * R + r]));
-                    total[r] = plus(total[r], step, floats(_mm512_load_si512(own[r])));
-                }
-            } else {
-                const Float zero = tile.zero ? load_byte(others) : middle;
-                UNROLL for (int r = 0; r < R; ++r) {
-                    const Float step = times(scale, all(rows.scale[i * R + r]));
-                    const Float value = minus(floats(_mm512_load_si512(own[r])), zero, all(rows.sum[i * R + r]));
-                    total[r] = plus(total[r], step, value);
-                }
+        if (BITS == 4 && g + UNPACKED < tile.count) unpack(tile, g + UNPACKED, lines[(g + UNPACKED) % RING]);
+        asm volatile("" ::: "memory");
+        begin(g + AHEAD);
+        asm volatile("" ::: "memory");
+        const int32_t (*own)[TILE] = sums[g % RING];
+        const uint8_t* scales = tile.groups + g * tile.bytes + 64 * BITS * tile.chunks;
+        const uint8_t* others = scales + tile.scale_bytes();
+        const Float scale = tile.half ? load_half(scales) : load_full(scales);
+        if (tile.minimum) {
+            const Float minimum = tile.half ? load_half(others) : load_full(others);
+            UNROLL for (int r = 0; r < R; ++r) {
+                total[r] = plus(total[r], minimum, all(numbers[2 * R + r]));
+                total[r] = plus(total[r], times(scale, all(numbers[r])), floats(_mm512_load_si512(own[r])));
+            }
+        } else {
+            const Float zero = tile.zero ? load_byte(others) : middle;
+            UNROLL for (int r = 0; r < R; ++r) {
+                const Float value = minus(floats(_mm512_load_si512(own[r])), zero, all(numbers[2 * R + r]));
+                total[r] = plus(total[r], times(scale, all(numbers[r])), value);
             }
         }
     }
     UNROLL for (int r = 0; r < R; ++r)
         store(y + r * stride, total[r]);
 }
-#undef PRODUCTS
 
 TARGET static void enter() {
     static const Shapes shapes;
@@ -307,7 +332,7 @@ TARGET static void enter() {
 TARGET static void leave() { _tile_release(); }
 
 constexpr Code of_sixteen() {
-    Code code = {R, {0, 0}, avx2::quantize, {}, true, enter, leave};
+    Code code = {R, {0, 0}, avx2::quantize, avx2::apply, {}, true, enter, leave};
     code.products[0][R - 1] = product<4>;
     code.products[1][R - 1] = product<8>;
     return code;

@@ -6,6 +6,7 @@ Needs no torch outside of the reference, so that the sanitizers need not follow 
 from __future__ import annotations
 
 import ctypes
+import math
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -43,6 +44,11 @@ class Linear:
     constants: Mapping[str, np.ndarray]
     bits: int
     group: int
+    gate: str = ""
+
+    @property
+    def attributes(self) -> dict[str, Any]:
+        return {"bits": self.bits, "group": self.group} | ({"gate": self.gate} if self.gate else {})
 
     @property
     def inputs(self) -> int:
@@ -64,6 +70,7 @@ def random_linear(
     offset: str = "symmetric",
     half: bool = True,
     bias: bool = False,
+    gate: str = "",
 ) -> Linear:
     """Codes, scales and offsets at random; ``offset`` is symmetric, zero or minimum."""
     random = np.random.default_rng(seed)
@@ -79,7 +86,7 @@ def random_linear(
         constants["minimum"] = random.uniform(-1, 1, shape).astype(dtype)
     if bias:
         constants["bias"] = random.standard_normal(outputs).astype(np.float32)
-    return Linear(constants, bits, group)
+    return Linear(constants, bits, group, gate)
 
 
 def random_rows(seed: int, rows: int, linear: Linear) -> np.ndarray:
@@ -110,7 +117,22 @@ def naive(linear: Linear, x: np.ndarray) -> np.ndarray:
     step[~np.isfinite(step)] = np.nan
     rounded = np.rint(np.divide(grouped, step, out=np.zeros_like(grouped), where=step != 0)) * step
     y = np.einsum("...gi,ogi->...o", rounded, weight)
-    return y + constants["bias"] if "bias" in constants else y
+    y = y + constants["bias"] if "bias" in constants else y
+    if not linear.gate:
+        return y
+    gates, up = np.split(y, 2, axis=-1)
+    return ACTIVATIONS[linear.gate](gates) * up
+
+
+def _logistic(x: np.ndarray) -> np.ndarray:
+    return 0.5 * (1 + np.tanh(x / 2))
+
+
+ACTIVATIONS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
+    "silu": lambda x: x * _logistic(x),
+    "gelu": lambda x: 0.5 * x * (1 + np.vectorize(math.erf, otypes=[float])(x / math.sqrt(2))),
+    "gelu_tanh": lambda x: 0.5 * x * (1 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3))),
+}
 
 
 def onnx_model(linear: Linear, *, computed: str = "", **attributes: Any) -> ModelProto:
@@ -125,7 +147,7 @@ def onnx_model(linear: Linear, *, computed: str = "", **attributes: Any) -> Mode
         ["y"],
         name="proj",
         domain=cpu.DOMAIN,
-        **(attributes or {"bits": linear.bits, "group": linear.group}),
+        **(attributes or linear.attributes),
     )
     values = [helper.make_tensor_value_info("x", TensorProto.FLOAT, None)]
     if computed:
@@ -160,7 +182,7 @@ def reference_form(linear: Linear, x: np.ndarray, threads: int) -> np.ndarray:
     from tokopt.kernels.quantized_linear.reference import quantized_linear
 
     constants: dict[str, Any] = {name: torch.from_numpy(array) for name, array in linear.constants.items()}
-    return quantized_linear(torch.from_numpy(x), **constants, bits=linear.bits, group=linear.group).numpy()
+    return quantized_linear(torch.from_numpy(x), **constants, **linear.attributes).numpy()
 
 
 def library_form(isa: str) -> Callable[[Linear, np.ndarray, int], np.ndarray]:

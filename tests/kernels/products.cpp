@@ -17,15 +17,22 @@ static std::vector<uint8_t> random_bytes(size_t count, int below) {
 
 struct Rounded {
     Rounded(const Code& code, const std::vector<float>& x, const Sizes& sizes, int offset, size_t R)
-        : q(R * sizes.in), scale(R * sizes.groups()), sum(scale.size()), start(scale.size()) {
+        : q(R * sizes.in), numbers(3 * R * sizes.groups()) {
         for (size_t r = 0; r < R; ++r)
             code.quantize(reinterpret_cast<const char*>(x.data() + r * sizes.in), sizes, offset,
-                          {q.data(), scale.data(), start.data(), sum.data(), false}, R, r);
+                          {q.data(), numbers.data(), false}, R, r);
     }
     std::vector<int8_t> q;
-    std::vector<float> scale, sum;
-    std::vector<int32_t> start;
+    std::vector<float> numbers;
 };
+
+// Scales and sums [groups, 3, R] of the same rows; what integer sums begin with is the instruction set's own matter.
+static bool alike(const std::vector<float>& own, const std::vector<float>& other, size_t R) {
+    for (size_t i = 0; i < own.size(); ++i) {
+        if (i / R % 3 != 1 && own[i] != other[i]) return false;
+    }
+    return true;
+}
 
 static bool agree(const Code& code, const Code& plain, const Sizes& sizes, size_t R) {
     const size_t numbers = sizes.out * sizes.groups();
@@ -43,16 +50,16 @@ static bool agree(const Code& code, const Code& plain, const Sizes& sizes, size_
     const int middle = sizes.zero || sizes.minimum ? 0 : 1 << (sizes.bits - 1);
     const int eight = sizes.bits == 8;
     const Rounded own(code, x, sizes, code.offset[eight] - middle, R), other(plain, x, sizes, -middle, R);
-    if (own.q != other.q || own.scale != other.scale || own.sum != other.sum) return false;
+    if (own.q != other.q || !alike(own.numbers, other.numbers, R)) return false;
     for (size_t t = 0; t < sizes.tiles(); ++t) {
         std::vector<float> got(R * TILE), want(R * TILE);
         code.products[eight][R - 1](weight.tile(t),
-                                    {own.q.data(), own.scale.data(), own.start.data(), own.sum.data(), {nullptr, 0}},
+                                    {own.q.data(), own.numbers.data(), {nullptr, 0}},
                                     got.data(), TILE);
         for (size_t r = 0; r < R; ++r) {  // plain C may take fewer rows at once
             const Rounded row(plain, {x.begin() + r * sizes.in, x.begin() + (r + 1) * sizes.in}, sizes, -middle, 1);
             plain.products[eight][0](weight.tile(t),
-                                     {row.q.data(), row.scale.data(), row.start.data(), row.sum.data(), {nullptr, 0}},
+                                     {row.q.data(), row.numbers.data(), {nullptr, 0}},
                                      want.data() + r * TILE, TILE);
         }
         double error = 0, size = 0;
@@ -67,6 +74,7 @@ static bool agree(const Code& code, const Code& plain, const Sizes& sizes, size_
 
 // What the compiler would find unused here.
 auto* const unused = shared;
+void (*const unused_too)(const Source&) = release;
 
 int main() {
     bool all = true;

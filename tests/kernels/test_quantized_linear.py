@@ -8,16 +8,21 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import onnx
+import onnxruntime
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from onnxruntime.capi.onnxruntime_pybind11_state import Fail, InvalidArgument, RuntimeException
 
 from tests.kernels.linears import (
+    ACTIVATIONS,
     FORMS,
+    LIBRARY,
     Linear,
     naive,
     needs_library,
@@ -50,15 +55,17 @@ def unaligned(x: np.ndarray) -> np.ndarray:
 def test_form_equals_naive(form: str, data: st.DataObject) -> None:
     """Any number of rows and outputs, groups, offsets and types, at any address."""
     rows = data.draw(st.sampled_from([0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 13, 17, 65, 70]), "rows")
+    gate = data.draw(st.sampled_from(["", *ACTIVATIONS]), "gate")
     linear = random_linear(
         data.draw(st.integers(0, 99), "seed"),
-        data.draw(st.integers(1, 40), "outputs"),
+        data.draw(st.integers(1, 40), "outputs") * (2 if gate else 1),
         data.draw(st.integers(1, 5), "groups"),
         bits=data.draw(st.sampled_from([4, 8]), "bits"),
         group=data.draw(st.sampled_from([32, 64, 128]), "group"),
         offset=data.draw(st.sampled_from(["symmetric", "zero", "minimum"]), "offset"),
         half=data.draw(st.booleans(), "half"),
         bias=data.draw(st.booleans(), "bias"),
+        gate=gate,
     )
     x = random_rows(data.draw(st.integers(0, 99), "seed of x"), rows, linear)
     if form != "reference" and data.draw(st.booleans(), "unaligned"):
@@ -154,6 +161,34 @@ def test_the_output_has_the_axes_of_the_input() -> None:
 
 
 @needs_library
+@pytest.mark.parametrize("gate", ACTIVATIONS)
+@pytest.mark.parametrize("isa", cpu.isas() if cpu.library() else [])
+def test_gates_of_every_size(isa: str, gate: str) -> None:
+    """From one end of what float32's exponential takes to the other, in both signs; NaN stays NaN."""
+    values = np.linspace(-100, 100, 4001, dtype=np.float32)
+    values[0] = np.nan
+    constants = {
+        "codes": np.full((2 * len(values), 16), 0x88, np.uint8),
+        "scale": np.ones((2 * len(values), 1), np.float32),
+        "bias": np.concatenate([values, np.ones_like(values)]),
+    }
+    (y,) = session(onnx_model(Linear(constants, 4, 32, gate)), isa).run(
+        None, {"x": np.zeros((1, 32), np.float32)}
+    )
+    want = ACTIVATIONS[gate](values.astype(np.float64))
+    np.testing.assert_allclose(np.asarray(y)[0], want, rtol=2e-6, atol=1e-6)
+
+
+@needs_library
+def test_the_output_of_a_gate_has_half_as_many() -> None:
+    model = onnx_model(random_linear(0, 6, 2, gate="silu"))
+    sizes = model.graph.input[0].type.tensor_type.shape.dim
+    sizes.add().dim_param = "tokens"
+    sizes.add().dim_value = 64
+    assert session(model).get_outputs()[0].shape == ["tokens", 3]
+
+
+@needs_library
 def test_sessions_share_packed_weights() -> None:
     """Whatever the number of sessions and instruction sets, a weight is packed once, and freed with the last."""
     gc.collect()
@@ -169,6 +204,35 @@ def test_sessions_share_packed_weights() -> None:
     del other, sessions
     gc.collect()
     assert packed_bytes() == before
+
+
+@needs_library
+@pytest.mark.skipif(
+    not sys.platform.startswith("linux"), reason="asks Linux which pages of a file are in memory"
+)
+def test_pages_of_the_file_are_given_back(tmp_path: Path) -> None:
+    """Once weights are packed, the process holds them once; their file is read again where another session needs it."""
+    linear = random_linear(0, 4096, 64, offset="minimum")
+    path = tmp_path / "model.onnx"
+    onnx.save_model(onnx_model(linear), path, save_as_external_data=True, location="weights.data")
+    options = onnxruntime.SessionOptions()
+    options.register_custom_ops_library(str(LIBRARY))
+    sessions = [
+        onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"]) for _ in range(2)
+    ]
+    held, kilobytes, mapped = False, 0, 0
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        if line[0] in "0123456789abcdef":
+            held = line.endswith("weights.data")
+        elif held and line.startswith(("Rss:", "Size:")):
+            size = int(line.split()[1])
+            kilobytes, mapped = (
+                (kilobytes + size, mapped) if line.startswith("Rss") else (kilobytes, mapped + size)
+            )
+    assert mapped > 2 * 4096 and kilobytes < mapped // 20
+    x = random_rows(1, 3, linear)
+    for own in sessions:
+        assert nmse(np.asarray(own.run(None, {"x": x})[0]), naive(linear, x)) < 1e-11
 
 
 @needs_library
@@ -204,6 +268,11 @@ BAD: dict[str, tuple[Callable[[], Linear], str]] = {
         "zero and minimum exclude each other",
     ),
     "bias": (lambda: GOOD.but(bias=np.zeros(7, np.float32)), "bias must be"),
+    "gate": (lambda: replace(GOOD, gate="relu"), "gate=relu must be silu, gelu or gelu_tanh"),
+    "gate of an odd number": (
+        lambda: random_linear(0, 5, 4, gate="silu"),
+        "half",
+    ),
     "rank": (lambda: GOOD.but(codes=GOOD.constants["codes"][None]), "codes must be"),
 }
 

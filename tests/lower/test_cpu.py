@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import collections
-from functools import cache
+from collections.abc import Callable
+from functools import cache, partial
 from pathlib import Path
 from tempfile import mkdtemp
 from typing import Any
@@ -124,6 +125,72 @@ def test_its_bodies_compute_the_program(pipeline: str, bias: bool) -> None:
     sessions = Sessions(path, load(path).manifest, threads=1).in_float()
     (got,) = sessions.run("forward", {made.main.inputs[0].name: x.numpy()}, OWN).values()
     assert nmse(made(x)[0].numpy(), got) < 1e-11
+
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "silu": nn.functional.silu,
+    "gelu": nn.functional.gelu,
+    "gelu_tanh": partial(nn.functional.gelu, approximate="tanh"),
+}
+
+
+class Gated(nn.Module):
+    """x [batch, tokens, 64] through one linear, of whose halves one gates the other, as ``combine`` says."""
+
+    def __init__(self, combine: Callable[[Tensor, Tensor], Tensor], bias: bool = True) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.both, self.combine = nn.Linear(64, 128, bias=bias), combine
+        self.both.weight.data = on_grid("Q4_1", 128, 64, seed=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.combine(*self.both(x).chunk(2, dim=-1))
+
+
+def exported(module: nn.Module, path: Path, pipeline: str = "keep_grid") -> tokopt.Bundle:
+    x = torch.randn(2, 5, 64)
+    made = tokopt.optimize(tokopt.capture(module, (x,)), pipeline, calibration=[x])
+    tokopt.export(made, path)
+    return made
+
+
+@both
+@pytest.mark.parametrize("name", ACTIVATIONS)
+def test_a_gate_is_part_of_the_op(name: str, bias: bool, tmp_path: Path) -> None:
+    """Its body computes the program; with the kernel, what differs is the rounding of activations."""
+    made = exported(Gated(lambda gate, up: ACTIVATIONS[name](gate) * up, bias), tmp_path / "model.tokopt")
+    path = tmp_path / "model.tokopt"
+    (node,) = graph(path, OWN).node
+    assert {a.name: a.s.decode() for a in node.attribute if a.s} == {"gate": name}
+    x = torch.randn(3, 5, 64, generator=torch.Generator().manual_seed(1))
+    want, feed = made(x)[0].numpy(), {made.main.inputs[0].name: x.numpy()}
+    sessions = Sessions(path, load(path).manifest, threads=1)
+    (body,) = sessions.in_float().run("forward", feed, OWN).values()
+    assert nmse(want, body) < 1e-11
+    if cpu.library():
+        (kernel,) = sessions.run("forward", feed, OWN).values()
+        assert 1e-8 < nmse(want, kernel) < 1e-3
+
+
+OTHERS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "the second half gates": lambda gate, up: gate * nn.functional.silu(up),
+    "another activation": lambda gate, up: gate.relu() * up,
+    "the gate is read twice": lambda gate, up: nn.functional.silu(gate) * up + gate,
+    "the other half is read twice": lambda gate, up: nn.functional.silu(gate) * up + up,
+    "a sum": lambda gate, up: nn.functional.silu(gate) + up,
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_what_is_no_gate_stays_beside_the_op(name: str, tmp_path: Path) -> None:
+    made = exported(Gated(OTHERS[name]), tmp_path / "model.tokopt")
+    path = tmp_path / "model.tokopt"
+    found = graph(path, OWN)
+    assert not any(a.name == "gate" for node in found.node for a in node.attribute)
+    x = torch.randn(3, 5, 64, generator=torch.Generator().manual_seed(1))
+    sessions = Sessions(path, load(path).manifest, threads=1).in_float()
+    (body,) = sessions.run("forward", {made.main.inputs[0].name: x.numpy()}, OWN).values()
+    assert nmse(made(x)[0].numpy(), body) < 1e-11
 
 
 @built

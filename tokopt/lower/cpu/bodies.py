@@ -19,13 +19,17 @@ OP = "QuantizedLinear"
 INPUTS = ("x", "codes", "scale", "zero", "minimum", "bias")
 
 
-def overload(bits: int, given: Sequence[str]) -> str:
-    """The name of the body for weights of so many bits with these optional inputs: ``4_minimum_bias``."""
-    return "_".join([str(bits), *given])
+def overload(bits: int, given: Sequence[str], gate: str = "") -> str:
+    """The name of the body for weights of so many bits with these optional inputs: ``4_minimum_bias_silu``."""
+    return "_".join([str(bits), *given, *filter(None, [gate])])
 
 
-def quantized_linear(bits: int, given: Sequence[str], opset: int) -> ir.Function:
-    """The body of ``QuantizedLinear`` with the optional inputs ``given``, of ``zero``, ``minimum`` and ``bias``."""
+def quantized_linear(bits: int, given: Sequence[str], opset: int, gate: str = "") -> ir.Function:
+    """The body of ``QuantizedLinear`` with the optional inputs ``given``, of ``zero``, ``minimum`` and ``bias``.
+
+    ``gate`` is empty, or the activation that the first half of the outputs goes through before it is multiplied by the
+    second: ``silu``, ``gelu`` or ``gelu_tanh``.
+    """
     body = Body(INPUTS)
     x, codes, scale = (body.inputs[name] for name in INPUTS[:3])
     zero, minimum = (body.inputs[name] if name in given else None for name in ("zero", "minimum"))
@@ -35,4 +39,22 @@ def quantized_linear(bits: int, given: Sequence[str], opset: int) -> ir.Function
     if "bias" in given:
         y = body.op("Add", [y, body.inputs["bias"]])
     attributes = [ir.Attr(name, ir.AttributeType.INT, None) for name in ("bits", "group")]
-    return ir.Function(DOMAIN, OP, overload(bits, given), graph=body.graph(y, opset), attributes=attributes)
+    if gate:
+        y = _gated(body, y, gate)
+        attributes.append(ir.Attr("gate", ir.AttributeType.STRING, None))
+    return ir.Function(
+        DOMAIN, OP, overload(bits, given, gate), graph=body.graph(y, opset), attributes=attributes
+    )
+
+
+def _gated(body: Body, both: ir.Value, gate: str) -> ir.Value:
+    """The activation of the first half of the last axis, times the second half."""
+    half = body.op("Div", [body.op("Shape", [both], start=-1), body.constant((2,), np.int64)])
+    ends = (body.constant((0,), np.int64), half, body.constant((np.iinfo(np.int64).max,), np.int64))
+    last = body.constant((-1,), np.int64)
+    gates, up = (body.op("Slice", [both, *ends[i : i + 2], last]) for i in range(2))
+    if gate == "silu":
+        active = body.op("Mul", [gates, body.op("Sigmoid", [gates])])
+    else:
+        active = body.op("Gelu", [gates], approximate="tanh" if gate == "gelu_tanh" else "none")
+    return body.op("Mul", [active, up])

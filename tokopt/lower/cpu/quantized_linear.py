@@ -11,6 +11,7 @@ import onnx_ir as ir
 
 from tokopt.kernels.cpu import DOMAIN
 from tokopt.lower.cpu.bodies import INPUTS, OP, overload, quantized_linear
+from tokopt.lower.cpu.gate import gate_of
 from tokopt.lower.onnx.nodes import array, input_at
 from tokopt.lower.onnx.rule import Candidate, Rule, Unfit
 from tokopt.lower.onnx.storage import (
@@ -32,9 +33,10 @@ GROUPS = (32, 64, 128)
 
 @dataclass(frozen=True)
 class _Site:
-    """One product with a weight in blocks, and what is added to it.
+    """One product with a weight in blocks, and what follows it.
 
-    ``end`` is the node whose result the op gives; ``offset`` and ``bias`` are None where there is none.
+    ``end`` is the node whose result the op gives; ``offset`` and ``bias`` are None and ``gate`` is empty where there is
+    none.
     """
 
     product: ir.Node
@@ -42,10 +44,11 @@ class _Site:
     blocks: Blocks
     offset: Offset | None
     bias: ir.Value | None
+    gate: str
 
 
 class QuantizedLinear(Rule[_Site]):
-    """``x @ w``, the offsets of its blocks and the bias."""
+    """``x @ w``, the offsets of its blocks, the bias, and the activation by which one half of it gates the other."""
 
     name: ClassVar[str] = "products with weights in blocks as one op of tokopt's CPU kernels"
 
@@ -78,7 +81,10 @@ class QuantizedLinear(Rule[_Site]):
                 end, bias = total, other
             else:
                 break
-        return _Site(product, end, blocks, taken, bias)
+        gate = gate_of(end)
+        if gate is None:
+            return _Site(product, end, blocks, taken, bias, "")
+        return _Site(product, gate.end, blocks, taken, bias, gate.activation)
 
     def fuse(self, graph: ir.Graph, site: _Site) -> None:
         """One node, whose body the file holds."""
@@ -96,25 +102,25 @@ class QuantizedLinear(Rule[_Site]):
             given["zero"] = put_initializer(graph, f"{blocks.zero.name}_bytes", blocks.zeros())
         if site.bias is not None:
             given["bias"] = site.bias
-        node = self._node(given, blocks)
+        node = self._node(given, blocks, site.gate)
         node.metadata_props.update(site.product.metadata_props)
         made, old = node.outputs[0], site.end.outputs[0]
         made.type, made.shape = old.type, old.shape
         graph.insert_before(site.end, node)
         take_over(made, old)
 
-    def _node(self, given: Mapping[str, ir.Value], blocks: Blocks) -> ir.Node:
+    def _node(self, given: Mapping[str, ir.Value], blocks: Blocks, gate: str) -> ir.Node:
         """The op, after its body is in the model."""
         optional = [name for name in INPUTS[3:] if name in given]
         version = self.model.opset_imports[""]
-        body = quantized_linear(blocks.bits, optional, version)
+        body = quantized_linear(blocks.bits, optional, version, gate)
         self.model.functions.setdefault(body.identifier(), body)
         return ir.node(
             OP,
             [given.get(name) for name in INPUTS],
-            attributes={"bits": blocks.bits, "group": blocks.group},
+            attributes={"bits": blocks.bits, "group": blocks.group} | ({"gate": gate} if gate else {}),
             domain=DOMAIN,
-            overload=overload(blocks.bits, optional),
+            overload=overload(blocks.bits, optional, gate),
         )
 
 
