@@ -366,7 +366,7 @@ class Request:
                 "one or more; the artifact is damaged"
             )
         tokens: NDArray[np.int64] = emission.tokens
-        undrawn = (tokens < 0) & (np.arange(most) < count[:, None])
+        undrawn: NDArray[np.bool_] = (tokens < 0) & (np.arange(most) < count[:, None])
         if undrawn.any():
             raise TokoptError(
                 f"program {entry.program!r} found NaN or infinity where it draws a token of row "
