@@ -51,7 +51,7 @@ def export_flat(
     Returns the ranges too, narrowed by the bounds that the model itself sets (a table of 512 positions, say).
     """
     try:
-        with warnings.catch_warnings(), torch.no_grad(), _without_cache():
+        with warnings.catch_warnings(), torch.no_grad(), _caching(ranges):
             warnings.simplefilter("ignore")
             exported = torch.export.export(
                 model,
@@ -71,10 +71,12 @@ def export_flat(
     return export_flat(model, example, inputs, narrowed)
 
 
-def _without_cache() -> AbstractContextManager[None]:
-    """Run every operator without data anew: with symbols, an entry of torch's cache costs more than that."""
+def _caching(ranges: Ranges) -> AbstractContextManager[None]:
+    """Let torch run an operator anew on values without data where an entry of its cache, which grows with the symbols
+    in it, costs more than that.
+    """
     config: Any = torch._dynamo.config
-    return config.patch(fake_tensor_cache_enabled=False)
+    return config.patch(fake_tensor_cache_enabled=len(ranges) < 2)
 
 
 def _refuse_sizes_from_values(exported: torch.export.ExportedProgram) -> None:
