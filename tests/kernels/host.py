@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import hashlib
 import shutil
 import subprocess
 from collections.abc import Callable, Sequence
@@ -58,13 +59,15 @@ def _compile_shim(folder: Path) -> None:
 @cache
 def library(name: str, scalar: str) -> ctypes.CDLL:
     """An op's kernels for one scalar as a library of functions ``host_<kernel>``."""
-    return ctypes.CDLL(str(once(f"host_{name}_{scalar}.so", partial(_compile, name, scalar))))
+    code = source(name) + "".join(map(ENTRY.format, signatures(name)))
+    digest = hashlib.sha256(code.encode()).hexdigest()[:12]
+    return ctypes.CDLL(str(once(f"{name}_{scalar}_{digest}.so", partial(_compile, code, scalar))))
 
 
-def _compile(name: str, scalar: str, built: Path) -> None:
-    code = built.with_suffix(".cpp")
-    code.write_text(source(name) + "".join(map(ENTRY.format, signatures(name))))
-    given = ("-shared", f"-DSCALAR={scalar}", "-include", _shim(), code)
+def _compile(code: str, scalar: str, built: Path) -> None:
+    file = built.with_suffix(".cpp")
+    file.write_text(code)
+    given = ("-shared", f"-DSCALAR={scalar}", "-include", _shim(), file)
     subprocess.run(["g++", *FLAGS, *given, "-o", built], check=True)
 
 
