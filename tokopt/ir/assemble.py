@@ -32,7 +32,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.node import map_arg
 from torch.utils import _pytree as pytree
 
-from tokopt.ir.graph import aten, function_of, is_call, results
+from tokopt.ir.graph import aten, function_of, is_call, operand_at, results
 from tokopt.ir.program import Program
 from tokopt.ir.shapes import Shapes, attribute, described, distinct, traced_once, with_shapes
 from tokopt.ir.splice import splice
@@ -160,7 +160,10 @@ def _decomposed(module: GraphModule, table: Table) -> Graph:
     return graph
 
 
-_SAME = {aten.__and__.Tensor: aten.bitwise_and.Tensor, aten.__or__.Tensor: aten.bitwise_or.Tensor}
+_SAME: Mapping[Any, Any] = {
+    aten.__and__.Tensor: aten.bitwise_and.Tensor,
+    aten.__or__.Tensor: aten.bitwise_or.Tensor,
+}
 """Operators that are another one by another name, so that nothing has to be traced."""
 
 
@@ -168,7 +171,7 @@ def _returns_operand(node: Node) -> bool:
     """Whether an operator gives its first operand as it is."""
     if is_call(node, aten.dropout.default):
         return not node.args[2]
-    return _is_cast(node) and node.meta["val"].dtype == node.args[0].meta["val"].dtype
+    return _is_cast(node) and bool(node.meta["val"].dtype == operand_at(node, 0).meta["val"].dtype)
 
 
 def _is_cast(node: Node) -> bool:
