@@ -1,5 +1,6 @@
 """Every test runs on one thread, without a network, and with the same random examples each time."""
 
+import gc
 import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -38,6 +39,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     slow = [group for group in groups if group.endswith(SLOW)]
     models = sorted((group for group in groups if group in MODELS), key=lambda group: -len(groups[group]))
     items[:] = [item for group in dict.fromkeys((*slow, *models, *groups)) for item in groups[group]]
+
+
+def pytest_collection_finish() -> None:
+    """Let garbage be looked for among what tests make only: what is imported and collected stays anyway."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session", autouse=True)

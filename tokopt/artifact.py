@@ -223,7 +223,7 @@ def verify(path: str | Path) -> VerifyReport:
     if not faults and all(PORTABLE in entry.files for entry in manifest.programs.values()):
         try:
             tests = {name: read_selftest(path, manifest, name) for name in manifest.programs}
-            found = check_forms(manifest, tests, lambda: Sessions(path, manifest))
+            found = check_forms(manifest, tests, lambda: Sessions(path, manifest, spins=False))
         except TokoptError as error:
             faults = [str(error)]
     return VerifyReport(

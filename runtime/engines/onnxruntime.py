@@ -53,10 +53,14 @@ class Sessions:
         *,
         kernels: bool = True,
         rounds: bool = True,
+        spins: bool = True,
     ) -> None:
-        """``kernels`` asks for the forms that call tokopt's own CPU kernels, ``rounds`` for activations of 8 bits."""
+        """``kernels`` asks for the forms that call tokopt's own CPU kernels, ``rounds`` for activations of 8 bits.
+
+        ``spins`` lets threads spin while they wait, which many calls gain from and a few calls only pay for.
+        """
         self.folder, self.manifest, self.threads = folder, manifest, check_threads(threads)
-        self.providers, self.rounds = providers, rounds
+        self.providers, self.rounds, self.spins = providers, rounds, spins
         self.names, self.options = _providers(providers)
         self.kernels = choose_kernels(manifest, kernels, self._cpu)
         self._open: dict[tuple[str, str], onnxruntime.InferenceSession] = {}
@@ -68,7 +72,13 @@ class Sessions:
         """
         wanted = self.kernels.library is not None
         return Sessions(
-            self.folder, self.manifest, self.providers, self.threads, kernels=wanted, rounds=False
+            self.folder,
+            self.manifest,
+            self.providers,
+            self.threads,
+            kernels=wanted,
+            rounds=False,
+            spins=self.spins,
         )
 
     def forms(self, program: str) -> tuple[str, ...]:
@@ -173,6 +183,8 @@ def _session(path: Path, opener: Sessions, own: bool) -> onnxruntime.InferenceSe
     settings.log_severity_level = 3  # errors only: what matters is raised
     for entry in (ACTIVATIONS,) if opener.rounds else IN_FLOAT:
         settings.add_session_config_entry(*entry)
+    if not opener.spins:
+        settings.add_session_config_entry("session.intra_op.allow_spinning", "0")
     disabled = UNFOLDED if own and not opener.rounds else None
     own = own and opener.rounds  # else what is executed are the bodies in the file
     if own:

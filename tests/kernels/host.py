@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import ctypes
+import hashlib
 import shutil
 import subprocess
-import tempfile
 from collections.abc import Callable, Sequence
 from functools import cache, partial
 from pathlib import Path
@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tests.shared import once
 from tokopt.kernels.launch import BLOCK, Parameters, Run, launched, signatures, source
 from tokopt.kernels.plugins import DTYPES, Expression, Launch, evaluate
 
@@ -44,24 +45,30 @@ def _build(name: str, reverse: bool, scalar: str) -> Run:
     return run
 
 
-@cache
 def _shim() -> Path:
     """The shim, and beside it what the compiler made of it, which is half of what compiling a kernel takes."""
-    header = Path(shutil.copy(SHIM, tempfile.mkdtemp(prefix="tokopt-kernels-")))
+    return once("host_shim", _compile_shim) / SHIM.name
+
+
+def _compile_shim(folder: Path) -> None:
+    folder.mkdir()
+    header = shutil.copy(SHIM, folder)
     subprocess.run(["g++", *FLAGS, "-x", "c++-header", header, "-o", f"{header}.gch"], check=True)
-    return header
 
 
 @cache
 def library(name: str, scalar: str) -> ctypes.CDLL:
     """An op's kernels for one scalar as a library of functions ``host_<kernel>``."""
-    folder = Path(tempfile.mkdtemp(prefix="tokopt-kernels-"))
-    code = folder / f"{name}.cpp"
-    code.write_text(source(name) + "".join(map(ENTRY.format, signatures(name))))
-    built = folder / f"{name}.so"
-    given = ("-shared", f"-DSCALAR={scalar}", "-include", _shim(), code)
+    code = source(name) + "".join(map(ENTRY.format, signatures(name)))
+    digest = hashlib.sha256(code.encode()).hexdigest()[:12]
+    return ctypes.CDLL(str(once(f"{name}_{scalar}_{digest}.so", partial(_compile, code, scalar))))
+
+
+def _compile(code: str, scalar: str, built: Path) -> None:
+    file = built.with_suffix(".cpp")
+    file.write_text(code)
+    given = ("-shared", f"-DSCALAR={scalar}", "-include", _shim(), file)
     subprocess.run(["g++", *FLAGS, *given, "-o", built], check=True)
-    return ctypes.CDLL(str(built))
 
 
 def run_plugin(op: str, launch: Launch, inputs: Sequence[Tensor]) -> list[Tensor]:

@@ -134,8 +134,19 @@ def test_every_decoder_computes_with_rounded_weights(name: str) -> None:
 # --- every method, on an architecture of every kind -------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", FEW)
-@pytest.mark.parametrize("method", METHODS)
+EVERYWHERE = ("rtn", "int8")
+"""One method of either kind of product: 4 bits in blocks, and 8 bits with rounded activations."""
+
+LOWERED = [(method, name) for method in EVERYWHERE for name in FEW]
+LOWERED += [
+    (method, name)
+    for number, method in enumerate(m for m in METHODS if m not in EVERYWHERE)
+    for name in (("vit", "gpt2"), ("bert", "llama"))[number % 2]
+]
+"""Every other method on an encoder and a decoder, in turn: what is lowered is the method's op and the model's graph."""
+
+
+@pytest.mark.parametrize(("method", "name"), LOWERED)
 def test_artifact_computes_what_the_bundle_computes(method: str, name: str, tmp_path: Path) -> None:
     """Export compares ONNX Runtime with the bundle; the graph is standard, and its products are fused."""
     made = quantized(name, METHODS[method])

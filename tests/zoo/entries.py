@@ -41,7 +41,11 @@ def declare_torchvision_operators() -> torch.library.Library | None:
 sys.path.append(str(Path(sys.prefix) / "zoo"))  # where `make test` installs timm and torchvision
 _TORCHVISION = declare_torchvision_operators()
 
-HIDDEN, HEADS, INNER, LAYERS = 48, 4, 80, 3
+HIDDEN, HEADS, INNER, LAYERS = 48, 4, 80, 2
+DEEP = {"num_hidden_layers": 3}
+"""For models of every kind (a class token, a pooling head, padded text, layers of two kinds): a block of these can be
+left alone between two that are reduced."""
+
 VOCABULARY, TOKENS = 97, 21
 BATCH = 5
 """The batch size of examples: neither 0, 1, the channels of an image, nor any other size of a model."""
@@ -202,7 +206,7 @@ BERT_SIZES: dict[str, Any] = {
 
 
 def minilm() -> nn.Module:
-    encoder = hugging_face("BertModel", "BertConfig", seed=3, **BERT_SIZES)()
+    encoder = hugging_face("BertModel", "BertConfig", seed=3, **BERT_SIZES, **DEEP)()
     return blocks.MeanPooledText(encoder).eval()
 
 
@@ -244,8 +248,9 @@ def text_entry(name: str, build: Callable[[], nn.Module], **facts: Any) -> Entry
 _ENTRIES = (
     image_entry(
         "vit",
-        hugging_face("ViTModel", "ViTConfig", image_size=24, patch_size=4, pooler_output_size=56),
+        hugging_face("ViTModel", "ViTConfig", image_size=24, patch_size=4, pooler_output_size=56, **DEEP),
         *(24, 37),
+        layers=3,
         prefix=1,
         per_token=HIDDEN_STATE,
     ),
@@ -294,8 +299,9 @@ _ENTRIES = (
     ),
     image_entry(
         "siglip",
-        hugging_face("SiglipVisionModel", "SiglipVisionConfig", image_size=28, patch_size=4),
+        hugging_face("SiglipVisionModel", "SiglipVisionConfig", image_size=28, patch_size=4, **DEEP),
         *(28, 49),
+        layers=3,
         per_token=HIDDEN_STATE,
         pooling=True,
     ),
@@ -333,7 +339,11 @@ _ENTRIES = (
         bias=True,
     ),
     text_entry(
-        "bert", hugging_face("BertModel", "BertConfig", **BERT_SIZES), prefix=1, per_token=HIDDEN_STATE
+        "bert",
+        hugging_face("BertModel", "BertConfig", **BERT_SIZES, **DEEP),
+        layers=3,
+        prefix=1,
+        per_token=HIDDEN_STATE,
     ),
     text_entry(
         "roberta",
@@ -356,7 +366,7 @@ _ENTRIES = (
         ),
         per_token=HIDDEN_STATE,
     ),
-    text_entry("minilm", minilm),
+    text_entry("minilm", minilm, layers=3),
     text_entry(
         "modernbert",
         hugging_face(
@@ -371,7 +381,9 @@ _ENTRIES = (
             sep_token_id=3,
             local_attention=8,
             global_attn_every_n_layers=2,
+            **DEEP,
         ),
+        layers=3,
         style="pre",
         per_token=HIDDEN_STATE,
         rope=True,

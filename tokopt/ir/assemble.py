@@ -32,7 +32,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.node import map_arg
 from torch.utils import _pytree as pytree
 
-from tokopt.ir.graph import function_of, results
+from tokopt.ir.graph import aten, function_of, is_call, operand_at, results
 from tokopt.ir.program import Program
 from tokopt.ir.shapes import Shapes, attribute, described, distinct, traced_once, with_shapes
 from tokopt.ir.splice import splice
@@ -146,6 +146,10 @@ def _decomposed(module: GraphModule, table: Table) -> Graph:
     for node in module.graph.nodes:
         if node.target is operator.getitem and isinstance(known[node.args[0]], (tuple, list)):
             known[node] = known[node.args[0]][node.args[1]]
+        elif _returns_operand(node):
+            known[node] = known[node.args[0]]
+        elif node.target in _SAME or _is_cast(node):
+            known[node] = _as_another(graph, node, known)
         elif node.target in table or _is_composite(node.target):
             decomposition = traced_once(traced, _likeness(node), partial(_decomposition, node, table))
             operands = [known[operand] for operand in node.all_input_nodes]
@@ -154,6 +158,36 @@ def _decomposed(module: GraphModule, table: Table) -> Graph:
             known[node] = graph.node_copy(node, known.__getitem__)
     graph.eliminate_dead_code()
     return graph
+
+
+_SAME: Mapping[Any, Any] = {
+    aten.__and__.Tensor: aten.bitwise_and.Tensor,
+    aten.__or__.Tensor: aten.bitwise_or.Tensor,
+}
+"""Operators that are another one by another name, so that nothing has to be traced."""
+
+
+def _returns_operand(node: Node) -> bool:
+    """Whether an operator gives its first operand as it is."""
+    if is_call(node, aten.dropout.default):
+        return not node.args[2]
+    return _is_cast(node) and bool(node.meta["val"].dtype == operand_at(node, 0).meta["val"].dtype)
+
+
+def _is_cast(node: Node) -> bool:
+    """Whether a tensor is brought to another dtype, and copied only where it has to be."""
+    return is_call(node, aten.to.dtype) and len(node.args) == 2 and not node.kwargs
+
+
+def _as_another(graph: Graph, node: Node, known: Mapping[Node, Any]) -> Node:
+    """A call of the operator that ``node``'s is by another name."""
+    args, kwargs = map_arg((node.args, node.kwargs), known.__getitem__)
+    target = _SAME.get(node.target, aten._to_copy.default)
+    if _is_cast(node):
+        args, kwargs = args[:1], {"dtype": args[1]}
+    made = graph.create_node("call_function", target, args, kwargs, target.overloadpacket.__name__)
+    made.meta = dict(node.meta)
+    return made
 
 
 def _decomposition(node: Node, table: Table) -> GraphModule:

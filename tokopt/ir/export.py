@@ -8,9 +8,12 @@ from __future__ import annotations
 import re
 import warnings
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import replace
+from typing import Any
 
 import torch
+import torch._dynamo.config
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 
@@ -48,7 +51,7 @@ def export_flat(
     Returns the ranges too, narrowed by the bounds that the model itself sets (a table of 512 positions, say).
     """
     try:
-        with warnings.catch_warnings(), torch.no_grad():
+        with warnings.catch_warnings(), torch.no_grad(), _caching(ranges):
             warnings.simplefilter("ignore")
             exported = torch.export.export(
                 model,
@@ -66,6 +69,14 @@ def export_flat(
         if narrowed == ranges:
             raise
     return export_flat(model, example, inputs, narrowed)
+
+
+def _caching(ranges: Ranges) -> AbstractContextManager[None]:
+    """Let torch run an operator anew on values without data where an entry of its cache, which grows with the symbols
+    in it, costs more than that.
+    """
+    config: Any = torch._dynamo.config
+    return config.patch(fake_tensor_cache_enabled=len(ranges) < 2)
 
 
 def _refuse_sizes_from_values(exported: torch.export.ExportedProgram) -> None:

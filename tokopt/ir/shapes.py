@@ -24,6 +24,7 @@ from torch._dispatch.python import enable_python_dispatcher
 from torch._dynamo.source import ConstantSource
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import GraphModule, Node
+from torch.fx._lazy_graph_module import _use_lazy_graph_module
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, free_unbacked_symbols
 from torch.fx.node import map_arg
 from torch.utils._sympy.functions import Mod, PythonMod
@@ -440,7 +441,8 @@ def traced_once(
     """What was traced for ``key`` before, or is now; a graph that makes symbols of its own stands for no other."""
     if key in traces:
         return traces[key]
-    made = trace()
+    with _use_lazy_graph_module(True):  # nobody calls what is copied into another graph
+        made = trace()
     if not _makes_symbols(made):
         traces[key] = made
     return made

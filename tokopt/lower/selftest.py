@@ -69,7 +69,7 @@ def write_selftest(
         )
         for name, program in bundle.programs.items()
     }
-    found = check_forms(manifest, tests, lambda: Sessions(folder, manifest))
+    found = check_forms(manifest, tests, lambda: Sessions(folder, manifest, spins=False))
     tensors = _tensors(bundle, inputs, outputs)
     for name, test in tests.items():
         keys = (name, *(f"{name}.{form}" for form in manifest.programs[name].files))
@@ -184,7 +184,7 @@ def _own_text(folder: Path, manifest: Manifest) -> Tensor:
     settings = manifest.generation
     assert settings is not None
     bare = replace(manifest, generation=replace(settings, eos=()), tokenizer=None)
-    model = LanguageModel(folder, bare, Sessions(folder, bare))
+    model = LanguageModel(folder, bare, Sessions(folder, bare, spins=False))
     known = settings.bos is not None and settings.bos < settings.vocabulary  # small models keep a large one's
     first, count = (settings.bos if known else 0) or 0, ROWS * (READ + NEW)
     drawn = model.generate([first], max_tokens=count - 1, sampling=Sampling(1.0, seed=0))

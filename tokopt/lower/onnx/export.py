@@ -19,9 +19,6 @@ import onnx
 import onnx_ir as ir
 import torch
 from onnx_ir.passes import common as passes
-from onnxscript import optimizer
-from onnxscript.rewriter import onnx_fusions, rewrite
-from onnxscript.rewriter.rules import common as rules
 from torch.export import ExportedProgram
 
 import tokopt.kernels
@@ -35,6 +32,7 @@ from tokopt.lower.onnx.embedding import EmbeddingOfHead
 from tokopt.lower.onnx.fusions import MergeProducts, MergeSums
 from tokopt.lower.onnx.real_tokens import assume_real_tokens
 from tokopt.lower.onnx.rule import Outcome, apply_rule
+from tokopt.lower.onnx.simplify import simplify
 from tokopt.lower.onnx.storage import StoreByOutput, StoreMinimum
 from tokopt.lower.onnx.translate import translate
 from tokopt.lower.onnx.weights import pack_weights
@@ -44,30 +42,6 @@ OPSET = 23
 """The first opset with ``Attention``; only a cache that is written in place needs a newer one."""
 
 WEIGHTS = "weights.data"
-
-
-RULES = (
-    rules.add_0_rule,
-    rules.sub_0_rule,
-    rules.mul_by_1_rule,
-    rules.div_by_1_rule,
-    rules.cast_cast_rule,
-    rules.no_op_cast_rule,
-    rules.no_op_expand_rule,
-    rules.no_op_transpose_rule,
-    rules.transpose_transpose_rule,
-    rules.unsqueeze_unsqueeze_rule,
-    rules.squeeze_reshape_1d_rule,
-    rules.reshape_reshape_rule,
-    rules.materialize_reshape_shape_rule,
-    rules.flatten_to_reshape_rule,
-    rules.cast_constant_of_shape_rule,
-    rules.cast_constant_of_shape_without_value_rule,
-    rules.collapse_slice_rule,
-    rules.collapse_slice2_rule,
-    rules.remove_optional_bias_from_gemm_rule,
-)
-"""What onnxscript's optimizer does to transformers. All its rules take a time quadratic in the model's depth."""
 
 
 class WeightFile:
@@ -142,7 +116,8 @@ def lower(
     model.graph.name = name
     _name_axes(model, axis_names(user_inputs(assembled), program.inputs), program)
     expand_masks(model)
-    _simplify(model)
+    with _quiet():
+        simplify(model)
     expand_rotary_tables(model)
     pack_weights(model)
     for outcome in (apply_rule(MergeProducts(), model.graph), apply_rule(MergeSums(), model.graph)):
@@ -254,31 +229,6 @@ def _export(assembled: ExportedProgram, name: str) -> ir.Model:
             return translate(assembled, OPSET)
     except (torch.onnx.errors.OnnxExporterError, RuntimeError) as error:
         raise LoweringError(f"program {name!r} has no ONNX form: {_sentence(error)}") from error
-
-
-def _simplify(model: ir.Model) -> None:
-    """Fold constants, fuse norms and rotary embeddings, drop what is dead, double, or tells of the machine."""
-    with _quiet():
-        for _ in range(2):
-            optimizer.fold_constants(model, onnx_shape_inference=True)
-            rewrite(model, RULES)
-        for tidy in (
-            passes.RemoveUnusedNodesPass(),
-            passes.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0),
-            passes.LiftSubgraphInitializersToMainGraphPass(),
-            passes.DeduplicateInitializersPass(),
-            passes.CommonSubexpressionEliminationPass(),
-            passes.OutputFixPass(),
-            passes.NameFixPass(),
-        ):
-            tidy(model)
-        onnx_fusions.fuse(model)
-        passes.CommonSubexpressionEliminationPass()(model)
-    scopes = {node: node.metadata_props.get("namespace") for node in model.graph}
-    passes.ClearMetadataAndDocStringPass()(model)
-    for node, scope in scopes.items():
-        if scope:  # the module of the user's model that the node came from
-            node.metadata_props["namespace"] = scope
 
 
 def _name_values(graph: ir.Graph, program: Program) -> None:

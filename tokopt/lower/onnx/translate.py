@@ -10,10 +10,13 @@ promoted to another dtype, which the dtypes of the operands say by themselves.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import cache
 from typing import Any
+from unittest.mock import patch
 
+import onnx
 import onnx_ir as ir
 import torch
 from onnxscript import version_converter
@@ -41,9 +44,26 @@ def translate(program: ExportedProgram, opset: int) -> ir.Model:
             assert isinstance(module, GraphModule)
             _promote(module)
         _fx_passes.remove_assertion_nodes(program.graph_module)
-        model = _core._exported_program_to_onnx_program(program, registry=_registry(opset)).model
+        with _signatures_once():
+            model = _core._exported_program_to_onnx_program(program, registry=_registry(opset)).model
     version_converter.convert_version(model, opset, fallback=True)
     return model
+
+
+@contextmanager
+def _signatures_once() -> Iterator[None]:
+    """Let the signature of an operator of ONNX be made once; torch makes it anew whenever one is called."""
+    made = ir.schemas.OpSignature.from_op_schema
+    known: dict[tuple[str, str, int], ir.schemas.OpSignature] = {}
+
+    def once(schema: onnx.defs.OpSchema) -> ir.schemas.OpSignature:
+        key = schema.domain, schema.name, schema.since_version
+        if key not in known:
+            known[key] = made(schema)
+        return known[key]
+
+    with patch.object(ir.schemas.OpSignature, "from_op_schema", once):
+        yield
 
 
 @cache
@@ -82,4 +102,3 @@ def _promote(module: GraphModule) -> None:
             if rule is not None:
                 with interpreter._set_current_node(node):
                     interpreter._maybe_promote_node(node, rule)
-    module.recompile()
