@@ -204,8 +204,9 @@ class Call {
             const size_t t = first + r / group, own = head * group + r % group;
             rotate(given.queries.data + b * given.queries.row + t * given.queries.token + 4 * own * channels, b, t, numbers);
             const size_t panel = r / code.rows() * code.rows(), lanes = std::min(code.rows(), padded(all) - panel);
-            float* to = into + panel * channels + r % code.rows();
-            for (size_t c = 0; c < channels; ++c) to[c * lanes] = numbers[c] * factor[c];
+            const Layout layout = layout_of(lanes);
+            float* to = into + panel * channels + r % code.rows() * layout.row;
+            for (size_t c = 0; c < channels; ++c) to[c * layout.channel] = numbers[c] * factor[c];
         }
     }
 
@@ -238,6 +239,12 @@ class Call {
         }
         return count;
     }
+
+    // Strides of queries and of sums in a panel.
+    struct Layout {
+        size_t row, channel;
+    };
+    Layout layout_of(size_t lanes) const { return code.few ? Layout{sizes.channels, 1} : Layout{1, lanes}; }
 
     // What rows of queries hold.
     struct Rows {
@@ -313,11 +320,12 @@ class Call {
         const float* scale = given.caches.value_scale ? given.caches.value_scale + head * channels : nullptr;
         for (size_t r = 0; r < rows.count; ++r) {
             const Panel panel = panel_of(rows.q, nullptr, rows.state, r / code.rows() * code.rows(), rows.count);
-            const size_t lane = r % code.rows(), lanes = vectors(panel) * code.width;
+            const size_t lane = r % code.rows();
+            const Layout layout = layout_of(vectors(panel) * code.width);
             const float total = panel.l[lane], inverse = total != 0 ? 1 / total : 0;
             const size_t t = first + r / group, place = (b * sizes.tokens + t) * sizes.heads + head * group + r % group;
             for (size_t c = 0; c < channels; ++c) {
-                const float value = panel.o[c * lanes + lane] * inverse * (scale ? scale[c] : 1.f);
+                const float value = panel.o[lane * layout.row + c * layout.channel] * inverse * (scale ? scale[c] : 1.f);
                 std::memcpy(given.result + 4 * (place * channels + c), &value, 4);
             }
         }

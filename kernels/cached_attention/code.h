@@ -15,6 +15,7 @@ namespace {
 constexpr size_t CHUNK = 64;      // slots whose keys and values stay in a core's first cache
 constexpr size_t MOST_ROWS = 32;  // of a panel
 constexpr int MOST_VECTORS = 4;   // of rows
+constexpr size_t FEW_ROWS = 4;    // for which lanes of channels are faster than lanes of rows
 
 // What each row of queries of a key head sees. Rows of a token follow one another, one for each head of the group.
 struct Masks {
@@ -39,19 +40,20 @@ struct Chunk {
     bool partly;
     const Masks& masks;
 
-    // s [count, lanes] of what rows do not see becomes that of nothing.
-    void hide(float* s, size_t lanes, size_t first, size_t rows) const {
+    // Scores of what rows do not see become those of nothing; `slot` and `row` are strides.
+    void hide(float* s, size_t slot, size_t row, size_t first, size_t rows) const {
         const uint8_t* sees[MOST_ROWS];
         for (size_t r = 0; r < rows; ++r) sees[r] = masks.row(first + r);
         for (size_t n = 0; n < count; ++n) {
             for (size_t r = 0; slots[n] < 0 && r < rows; ++r) {
-                if (!sees[r][~slots[n]]) s[n * lanes + r] = -std::numeric_limits<float>::infinity();
+                if (!sees[r][~slots[n]]) s[n * slot + r * row] = -std::numeric_limits<float>::infinity();
             }
         }
     }
 };
 
 struct Code {
+    bool few;               // channels lie in the lanes of vectors, and not rows: see few.h
     size_t width, vectors;  // rows in a vector, vectors in a panel
     void (*attend[MOST_VECTORS])(const Panel&, const Chunk&);       // [vectors - 1]
     void (*merge[MOST_VECTORS])(const Panel&, const Panel& other);
@@ -63,9 +65,11 @@ struct Code {
 namespace plain {
 #define TARGET
 using namespace vector_plain;
-constexpr int VECTORS = 2, STEP = 4;
+constexpr int VECTORS = 2, STEP = 4, FEW = 2;
 #include "panel.h"
-constexpr Code CODE = {WIDTH, VECTORS, {attend<1>, attend<2>}, {merge<1>, merge<2>}, widen};
+#include "few.h"
+constexpr Code CODE = {false, WIDTH, VECTORS, {attend<1>, attend<2>}, {merge<1>, merge<2>}, widen};
+constexpr Code FEW_CODE = {true, 1, 4, {attend_few<1>, attend_few<2>, attend_few<3>, attend_few<4>}, {merge_few<1>, merge_few<2>, merge_few<3>, merge_few<4>}, widen};
 #undef TARGET
 }  // namespace plain
 
@@ -73,47 +77,57 @@ constexpr Code CODE = {WIDTH, VECTORS, {attend<1>, attend<2>}, {merge<1>, merge<
 namespace avx2 {
 #define TARGET TARGET_AVX2
 using namespace vector_avx2;
-constexpr int VECTORS = 2, STEP = 4;
+constexpr int VECTORS = 2, STEP = 4, FEW = 2;
 #include "panel.h"
-constexpr Code CODE = {WIDTH, VECTORS, {attend<1>, attend<2>}, {merge<1>, merge<2>}, widen};
+#include "few.h"
+constexpr Code CODE = {false, WIDTH, VECTORS, {attend<1>, attend<2>}, {merge<1>, merge<2>}, widen};
+constexpr Code FEW_CODE = {true, 1, 4, {attend_few<1>, attend_few<2>, attend_few<3>, attend_few<4>}, {merge_few<1>, merge_few<2>, merge_few<3>, merge_few<4>}, widen};
 #undef TARGET
 }  // namespace avx2
 
 namespace avx512 {
 #define TARGET TARGET_AVX512
 using namespace vector_avx512;
-constexpr int VECTORS = 2, STEP = 8;
+constexpr int VECTORS = 2, STEP = 8, FEW = 4;
 #include "panel.h"
-constexpr Code CODE = {WIDTH, VECTORS, {attend<1>, attend<2>}, {merge<1>, merge<2>}, widen};
+#include "few.h"
+constexpr Code CODE = {false, WIDTH, VECTORS, {attend<1>, attend<2>}, {merge<1>, merge<2>}, widen};
+constexpr Code FEW_CODE = {true, 1, 4, {attend_few<1>, attend_few<2>, attend_few<3>, attend_few<4>}, {merge_few<1>, merge_few<2>, merge_few<3>, merge_few<4>}, widen};
 #undef TARGET
 }  // namespace avx512
 #elif ARM
 namespace neon {
 #define TARGET
 using namespace vector_neon;
-constexpr int VECTORS = 4, STEP = 4;
+constexpr int VECTORS = 4, STEP = 4, FEW = 4;
 #include "panel.h"
-constexpr Code CODE = {WIDTH,
+#include "few.h"
+constexpr Code CODE = {false, WIDTH,
                        VECTORS,
                        {attend<1>, attend<2>, attend<3>, attend<4>},
                        {merge<1>, merge<2>, merge<3>, merge<4>},
                        widen};
+constexpr Code FEW_CODE = {true, 1, 4, {attend_few<1>, attend_few<2>, attend_few<3>, attend_few<4>}, {merge_few<1>, merge_few<2>, merge_few<3>, merge_few<4>}, widen};
 #undef TARGET
 }  // namespace neon
 #endif
 
-const Code& code(Isa isa) {
+// What attends fastest with so many rows of queries of a key head.
+const Code& code(Isa isa, size_t rows, size_t channels) {
+    const auto fitting = [&](const Code& few, const Code& many, size_t width) -> const Code& {
+        return rows <= FEW_ROWS && channels % width == 0 ? few : many;
+    };
     switch (isa) {
 #if X86
         case Isa::AVX2:
-        case Isa::AVX_VNNI: return avx2::CODE;
+        case Isa::AVX_VNNI: return fitting(avx2::FEW_CODE, avx2::CODE, avx2::WIDTH);
         case Isa::AVX512_VNNI:
-        case Isa::AMX_INT8: return avx512::CODE;
+        case Isa::AMX_INT8: return fitting(avx512::FEW_CODE, avx512::CODE, avx512::WIDTH);
 #endif
 #if ARM
-        case Isa::NEON: return neon::CODE;
+        case Isa::NEON: return fitting(neon::FEW_CODE, neon::CODE, neon::WIDTH);
 #endif
-        default: return plain::CODE;
+        default: return fitting(plain::FEW_CODE, plain::CODE, plain::WIDTH);
     }
 }
 

@@ -22,7 +22,7 @@ enum Output : size_t { RESULT, PRESENT_KEY, PRESENT_VALUE, OUTPUTS };
 // What is known when the session is created.
 struct Kernel {
     Api api;
-    const Code& code;
+    Isa isa;
     std::string where;
     int64_t heads, key_heads;
     float scale, cap;
@@ -33,7 +33,7 @@ struct Kernel {
 Kernel read(const Api& api, const OrtKernelInfo* info, Isa isa, bool codes) {
     const Node node(api, info, "CachedAttention");
     Kernel kernel = {api,
-                     code(isa),
+                     isa,
                      node.says(),
                      node.integer("heads"),
                      node.integer("key_heads"),
@@ -206,8 +206,17 @@ OrtStatus* compute(void* opaque, OrtKernelContext* context) {
         given.result = static_cast<char*>(api.output(context, RESULT, result, 3));
         given.caches.next_keys = static_cast<char*>(api.output(context, PRESENT_KEY, cache, 4));
         given.caches.next_values = static_cast<char*>(api.output(context, PRESENT_VALUE, cache, 4));
-        Call(kernel.code, given).run(api, context);
+        Call(code(kernel.isa, sizes.tokens * sizes.group(), sizes.channels), given).run(api, context);
     });
+}
+
+// The heads and their channels; -1 where that is not known.
+int64_t width(const Api& api, OrtShapeInferContext* context) {
+    const OrtShapeInfo* info = api.input_shape(context, PAST_KEY);
+    Shape shape(api.rank(info));
+    if (shape.empty()) return -1;
+    api.dimensions(info, shape.data(), shape.size());
+    return shape.back() < 0 ? -1 : shape.back() * api.integer(context, "heads");
 }
 
 // The result has the rows and tokens of the queries, the caches stay as they are.
@@ -221,7 +230,7 @@ OrtStatus* infer(const OrtCustomOp*, OrtShapeInferContext* context) {
             std::vector<const char*> names(shape.size());
             api.dimensions(info, shape.data(), shape.size());
             api.symbols(info, names.data(), names.size());
-            if (place == RESULT) shape.back() = -1, names.back() = "";
+            if (place == RESULT) shape.back() = width(api, context), names.back() = "";
             api.set_output_shape(context, place, api.element(info), shape, names);
         }
     });

@@ -119,7 +119,7 @@ TARGET static void attend(const Panel& panel, const Chunk& chunk) {
         for (size_t i = 0; i < chunk.count * V; ++i)
             store(panel.s + i * WIDTH, capped(load(panel.s + i * WIDTH), chunk.cap));
     }
-    if (chunk.partly) chunk.hide(panel.s, V * WIDTH, panel.first, panel.rows);
+    if (chunk.partly) chunk.hide(panel.s, V * WIDTH, 1, panel.first, panel.rows);
     weigh<V>(panel.s, chunk.count, panel.m, panel.l, worth);
     size_t c = 0;
     for (; c + STEP <= channels; c += STEP)

@@ -134,8 +134,21 @@ class Api {
         if (failed) release(failed);
         return !failed;
     }
+    int64_t integer(OrtShapeInferContext* context, const char* name) const {
+        constexpr int INTEGER = 1;
+        const OrtOpAttr* attribute = nullptr;
+        call(269, static_cast<const OrtShapeInferContext*>(context), name, &attribute);
+        int64_t value = 0;
+        size_t size = 0;
+        call(272, attribute, INTEGER, static_cast<void*>(&value), sizeof value, &size);
+        return value;
+    }
+    // Nothing is said of a shape with an axis that has neither a size nor a name.
     void set_output_shape(OrtShapeInferContext* context, size_t place, int element, const std::vector<int64_t>& shape,
                           const std::vector<const char*>& names) const {
+        for (size_t axis = 0; axis < shape.size(); ++axis) {
+            if (shape[axis] < 0 && !*names[axis]) return;
+        }
         OrtShapeInfo* info = nullptr;
         call(57, &info);
         const Owned owned{*this, info};
