@@ -70,9 +70,7 @@ def cached_attention(
         q, k = (rotated(x, cos[:, None], sin[:, None], interleaved) for x in (q, k))
     dtype = query.dtype
     scales = (key_scale, value_scale)
-    new = [
-        x if s is None else quantize_int8(x, s.to(x.dtype)) for x, s in zip((k, v), scales, strict=True)
-    ]
+    new = [x if s is None else quantize_int8(x, s.to(x.dtype)) for x, s in zip((k, v), scales, strict=True)]
     caches = [cache_write(past, x, length) for past, x in zip((past_key, past_value), new, strict=True)]
     k, v = (
         x.to(dtype) if s is None else dequantize_int8(x, s.to(dtype))

@@ -17,10 +17,10 @@ from tokopt.runtime.format.entries import (
     ENGINE,
     FORMAT_VERSION,
     ONE_ROW,
+    OWN,
     ONNX_FORMS,
     PORTABLE,
     SEAL,
-    WITH_KERNELS,
     EngineEntry,
     Manifest,
     PassEntry,
@@ -69,10 +69,10 @@ __all__ = [
     "FORMAT_VERSION",
     "MANIFEST",
     "ONE_ROW",
+    "OWN",
     "ONNX_FORMS",
     "PORTABLE",
     "SELFTEST",
-    "WITH_KERNELS",
     "EngineEntry",
     "FileEntry",
     "Generation",
@@ -194,7 +194,7 @@ def _check_files(manifest: Manifest) -> None:
             raise Invalid(
                 f"{where} has {'no engine' if entry.engine is None else 'an engine'}, which its files contradict"
             )
-        if (entry.kernels is None) == any(form in entry.files for form in WITH_KERNELS.values()):
+        if (entry.kernels is None) == (OWN in entry.files):
             raise Invalid(
                 f"{where} has {'no version' if entry.kernels is None else 'a version'} of tokopt's CPU kernels, which "
                 "its files contradict"

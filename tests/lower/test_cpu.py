@@ -27,10 +27,9 @@ from tokopt.lower.onnx.storage import Offset
 from tokopt.lower.onnx.weights import put_initializer
 from tokopt.runtime import Model, load
 from tokopt.runtime.engines.onnxruntime import Sessions
-from tokopt.runtime.format.manifest import ONE_ROW, PORTABLE, WITH_KERNELS
+from tokopt.runtime.format.manifest import OWN, PORTABLE
 from tokopt.runtime.numerics import divergences, nmse
 
-OWN = WITH_KERNELS[PORTABLE]
 
 PIPELINES = {
     "rtn{group=32 symmetric=true}": set(),
@@ -256,7 +255,7 @@ def test_a_language_model_takes_the_form_that_fits_its_rows_and_mask() -> None:
         made = request.step(tokens, places, rows, mask=mask).logits
         assert made is not None
         bound = getattr(request.program, "bound", request.program)
-        form = WITH_KERNELS[ONE_ROW if name == "causal" else PORTABLE]
+        form = OWN
         assert bound.session is sessions.get("step", form)
         found[name] = made[0].copy()
     np.testing.assert_allclose(found["rows"], found["causal"], atol=1e-4)  # the same rounding, by either form
