@@ -1,1 +1,1 @@
-"""Attention over a cache that is written in the same step, as an op of ONNX Runtime: ``tokopt.cpu::CachedAttention``."""
+"""Attention over a cache that it writes into first, as an op of ONNX Runtime: ``tokopt.cpu::CachedAttention``."""

@@ -30,7 +30,6 @@ from tokopt.runtime.engines.onnxruntime import Sessions
 from tokopt.runtime.format.manifest import OWN, PORTABLE
 from tokopt.runtime.numerics import divergences, nmse
 
-
 PIPELINES = {
     "rtn{group=32 symmetric=true}": set(),
     "rtn{group=32}": {"zero"},

@@ -30,7 +30,7 @@ def lower_with_kernels(
     original: Program | None = None,
     report: Callable[[Outcome], None] | None = None,
 ) -> Path | None:
-    """Write the portable ``<name>.onnx`` at ``path`` beside it with ops of tokopt's CPU kernels, as ``<name>.cpu.onnx``.
+    """Write the portable ``<name>.onnx`` at ``path`` with ops of tokopt's CPU kernels beside it, ``<name>.cpu.onnx``.
 
     ``weights`` is the file of weights of both, which holds the same codes once. The result carries the bodies of the
     ops that it calls, and ``check`` compares what these bodies compute, in float32 arithmetic, with the program, or
