@@ -259,7 +259,9 @@ def test_every_attention_over_a_cache_is_one_op(name: str) -> None:
     model = language.artifact(name)
     portable, own = (operators(model, form) for form in (PORTABLE, OWN))
     assert own["CachedAttention"] == portable["Attention"] > 0
-    assert (own["Attention"], own["cache_write"], own["RotaryEmbedding"]) == (0, 1, 0)
+    assert (own["Attention"], own["cache_write"]) == (0, 1)
+    some = name in ("gpt_neox", "phi")  # which rotate some of their channels
+    assert own["RotaryEmbedding"] == (portable["RotaryEmbedding"] if some else 0)
 
 
 @decoders

@@ -69,8 +69,7 @@ class CachedAttention(CachedAttentions):
         if rotation is not None:
             given |= {"cos": rotation.cos, "sin": rotation.sin}
         present = [name for name in INPUTS if given.get(name) is not None]
-        turned = rotation.channels if rotation is not None else 0
-        body = cached_attention(present, turned, self.model.opset_imports[""])
+        body = cached_attention(present, self.model.opset_imports[""])
         self.model.functions.setdefault(body.identifier(), body)
         return ir.node(
             OP,
@@ -88,18 +87,12 @@ class CachedAttention(CachedAttentions):
         )
 
 
-def cached_attention(given: Sequence[str], turned: int, opset: int) -> ir.Function:
-    """The body of the op with the inputs ``given``, in standard ops.
-
-    ``turned`` is how many of a head's channels are rotated, 0 for all.
-    """
-    body = _Attention(given, turned)
+def cached_attention(given: Sequence[str], opset: int) -> ir.Function:
+    """The body of the op with the inputs ``given``, in standard ops."""
+    body = _Attention(given)
     outputs = body.run()
-    named = [
-        *(["packed"] if "key" not in given else []),
-        *([f"rotated{turned or ''}"] if "cos" in given else []),
-        *(["codes"] if "key_scale" in given else []),
-    ]
+    kinds = {"packed": "key" not in given, "rotated": "cos" in given, "codes": "key_scale" in given}
+    named = [name for name, found in kinds.items() if found]
     attributes = [ir.Attr(name, kind, None) for name, kind in ATTRIBUTES.items()]
     return ir.Function(DOMAIN, OP, "_".join(named), graph=body.graph(outputs, opset), attributes=attributes)
 
@@ -107,9 +100,9 @@ def cached_attention(given: Sequence[str], turned: int, opset: int) -> ir.Functi
 class _Attention(Body):
     """The nodes of the op."""
 
-    def __init__(self, given: Sequence[str], turned: int) -> None:
+    def __init__(self, given: Sequence[str]) -> None:
         super().__init__(INPUTS)
-        self.given, self.turned = given, turned
+        self.given = given
         self.channels = self.op("Shape", [self.inputs["past_key"]], start=3, end=4)
         self.heads, self.key_heads = (self._count(name) for name in ("heads", "key_heads"))
 
@@ -158,7 +151,6 @@ class _Attention(Body):
             "RotaryEmbedding",
             [x, self.inputs["cos"], self.inputs["sin"]],
             interleaved=interleaved,
-            rotary_embedding_dim=self.turned,
         )
 
     def _written(self, name: str, new: ir.Value) -> ir.Value:

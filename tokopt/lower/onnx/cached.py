@@ -72,15 +72,11 @@ class Site:
 
 @dataclass(frozen=True)
 class Rotation:
-    """The tables [batch, tokens, pairs] that rotate queries and keys, and how channels are paired.
-
-    ``channels`` is how many of a head's channels are rotated, 0 for all.
-    """
+    """The tables [batch, tokens, half the channels] that rotate queries and keys, and how channels are paired."""
 
     cos: ir.Value
     sin: ir.Value
     interleaved: int
-    channels: int
 
 
 class CachedAttentions(Rule[Site]):
@@ -127,7 +123,7 @@ class CachedAttentions(Rule[Site]):
         try:
             rotation = _rotation(site)
             if rotation is not None:
-                self.check_rotation(site, rotation)
+                self.check_rotation(site)
                 queries, keys = input_at(maker(queries), 0), input_at(maker(keys), 0)
                 self._rotated += 1
         except Unfit as reason:
@@ -143,7 +139,7 @@ class CachedAttentions(Rule[Site]):
     def check(self, site: Site) -> None:
         """Raise Unfit for what the kernel could not compute."""
 
-    def check_rotation(self, site: Site, rotation: Rotation) -> None:
+    def check_rotation(self, site: Site) -> None:
         """Raise Unfit for a rotation that stays outside; any is taken in by default."""
 
     @abstractmethod
@@ -246,14 +242,13 @@ def _rotation(site: Site) -> Rotation | None:
         raise Unfit("of queries and keys only one is rotated right before")
     if any(len(node.inputs) != 3 for node in rotations):
         raise Unfit("the angles are read by position")
+    if any(node.attributes.get_int("rotary_embedding_dim", 0) for node in rotations):
+        raise Unfit("some channels are not rotated")
     queries, keys = rotations
-    kinds = [
-        [node.attributes.get_int(name, 0) for name in ("interleaved", "rotary_embedding_dim")]
-        for node in rotations
-    ]
-    if queries.inputs[1:] != keys.inputs[1:] or kinds[0] != kinds[1]:
+    interleaved = queries.attributes.get_int("interleaved", 0)
+    if queries.inputs[1:] != keys.inputs[1:] or interleaved != keys.attributes.get_int("interleaved", 0):
         raise Unfit("queries and keys have other angles")
-    return Rotation(input_at(queries, 1), input_at(queries, 2), *kinds[0])
+    return Rotation(input_at(queries, 1), input_at(queries, 2), interleaved)
 
 
 def _unsplit(graph: ir.Graph, site: Site, value: ir.Value) -> ir.Value:

@@ -41,10 +41,8 @@ class AttentionOverCache(CachedAttentions):
             raise Unfit(f"its heads have {site.channels} channels, which must be a multiple of 8")
         require_causal(site.mask, site.length, self.causal)
 
-    def check_rotation(self, site: Site, rotation: Rotation) -> None:
-        """The kernel rotates all channels, in sixteens."""
-        if rotation.channels:
-            raise Unfit("some channels are not rotated")
+    def check_rotation(self, site: Site) -> None:
+        """The kernel rotates channels in sixteens."""
         if site.channels % 16:
             raise Unfit(f"its heads have {site.channels} channels, which is no multiple of 16")
 
