@@ -49,7 +49,7 @@ def agree(found: tuple[np.ndarray, ...], wanted: tuple[np.ndarray, ...]) -> None
 
 
 @forms
-@settings(max_examples=80)
+@settings(max_examples=80, deadline=None)
 @given(st.data())
 def test_form_equals_naive(form: str, data: st.DataObject) -> None:
     """Any sizes, masks, rotations and caches; rows at different lengths; new slots written, all others kept."""
