@@ -15,7 +15,7 @@ namespace {
 constexpr size_t CHUNK = 64;      // slots whose keys and values stay in a core's first cache
 constexpr size_t MOST_ROWS = 32;  // of a panel
 constexpr int MOST_VECTORS = 4;   // of rows
-constexpr size_t FEW_ROWS = 4;    // for which lanes of channels are faster than lanes of rows
+constexpr size_t FEW_ROWS = 8;    // for which lanes of channels are faster than lanes of rows
 
 // What each row of queries of a key head sees. Rows of a token follow one another, one for each head of the group.
 struct Masks {
