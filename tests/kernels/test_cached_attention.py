@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import onnxruntime
@@ -23,6 +24,7 @@ from tests.kernels.attentions import (
     run_in_place,
 )
 from tests.kernels.linears import needs_library, session
+from tests.kernels.sanitizers import check_watched, skip_when_watched
 from tokopt.errors import InputError
 from tokopt.kernels import cpu
 
@@ -264,3 +266,9 @@ def test_what_belongs_together_is_asked_for(
 def test_scales_that_are_computed_are_refused(name: str) -> None:
     with pytest.raises(FAILURES, match=f"'attend': {name} must be a constant"):
         session(onnx_model(GOOD, computed=name))
+
+
+@needs_library
+@skip_when_watched
+def test_sanitizers_find_nothing(tmp_path: Path) -> None:
+    check_watched(__file__, tmp_path)

@@ -36,7 +36,6 @@ from tokopt.errors import InputError
 from tokopt.kernels import cpu
 
 ROOT = Path(__file__).resolve().parents[2]
-ATTENTION = Path(__file__).with_name("test_cached_attention.py")
 forms = pytest.mark.parametrize("form", FORMS)
 FAILURES = (Fail, InvalidArgument, RuntimeException)
 
@@ -344,7 +343,7 @@ def test_sanitizers_find_nothing(tmp_path: Path) -> None:
     }
     command = [sys.executable, "-m", "pytest", "--noconftest", "-q", "-x", "-s", "-p", "no:cacheprovider"]
     done = subprocess.run(
-        [*command, __file__, str(ATTENTION), "-k", "not reference and not sanitizers"],
+        [*command, __file__, "-k", "not reference and not sanitizers"],
         env=environment,
         cwd=ROOT,
         capture_output=True,
