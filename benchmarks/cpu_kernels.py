@@ -1,9 +1,10 @@
 """The CPU kernels by themselves: ``python -m benchmarks.cpu_kernels`` writes ``benchmarks/results/cpu-kernels.md``.
 
 All linears of SmolLM2-135M as sessions of ``QuantizedLinear``, one for each format and instruction set, for 1 to 16
-rows, beside the time that reading the same bytes takes; and prompts of 256 rows beside float32 products. Rounds go
-through all of them in turn, and the least time of each counts. On one thread it is the thread's own time, which other
-processes on the machine disturb less.
+rows, beside the time that reading the same bytes takes; and prompts of 256 rows beside float32 products. The attentions
+of its layers as sessions of ``CachedAttention``, beside ONNX Runtime's ``GroupQueryAttention``. Rounds go through all
+of them in turn, and the least time of each counts. On one thread it is the thread's own time, which other processes on
+the machine disturb less.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -25,6 +26,7 @@ import onnxruntime
 import torch
 from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
+from benchmarks.cpu_attention import attending
 from benchmarks.machine import describe
 from examples.data import write_atomically
 from tokopt.kernels import cpu
@@ -199,6 +201,10 @@ def main() -> None:
         "the second line is float32 in MKL that is held to AVX2.",
         "",
         *reading(options.rounds, options.threads),
+        "",
+        "# `CachedAttention`: one layer of SmolLM2-135M, of as many layers in turn as it has",
+        "",
+        *attending(partial(least, rounds=options.rounds, threads=options.threads), options.threads),
         "",
         "```json",
         json.dumps(describe(options.threads), indent=1),

@@ -27,9 +27,9 @@ from tokopt.runtime.format.manifest import (
     MANIFEST,
     ONE_ROW,
     OUTLINE,
+    OWN,
     PORTABLE,
     SELFTEST,
-    WITH_KERNELS,
     EngineEntry,
     FileEntry,
     Manifest,
@@ -352,19 +352,16 @@ def _lower_programs(
             report=report,
         )
         forms = {PORTABLE: path} | ({ONE_ROW: fused} if fused else {})
-        for form, known in tuple(forms.items()):
-            own = lower_with_kernels(
-                program,
-                known,
-                name,
-                form,
-                weights,
-                check=check,
-                tolerance=tolerance,
-                original=originals.programs[name],
-                report=report if form == PORTABLE else None,
-            )
-            forms |= {WITH_KERNELS[form]: own} if own else {}
+        own = lower_with_kernels(
+            program,
+            path,
+            weights,
+            check=check,
+            tolerance=tolerance,
+            original=originals.programs[name],
+            report=report,
+        )
+        forms |= {OWN: own} if own else {}
         files[name] = {form: made.name for form, made in forms.items()}
     return files
 
@@ -421,7 +418,7 @@ def _manifest(
             files[name],
             engine=engines.get(name),
             aliases=program.aliases,
-            kernels=cpu.VERSION if any(form in files[name] for form in WITH_KERNELS.values()) else None,
+            kernels=cpu.VERSION if OWN in files[name] else None,
         )
         for name, program in bundle.programs.items()
     }

@@ -66,7 +66,7 @@ namespace tokopt {
 
 constexpr uint32_t ORT_VERSION = 22;  // of the table and the struct above: ONNX Runtime 1.22
 
-enum Element : int { ANY = 0, FLOAT = 1, UINT8 = 2, FLOAT16 = 10 };
+enum Element : int { ANY = 0, FLOAT = 1, UINT8 = 2, INT8 = 3, INT64 = 7, BOOL = 9, FLOAT16 = 10 };
 enum Characteristic : int { REQUIRED = 0, OPTIONAL = 1 };
 
 // A status of ONNX Runtime's own, on its way back to it.
@@ -134,8 +134,21 @@ class Api {
         if (failed) release(failed);
         return !failed;
     }
+    int64_t integer(OrtShapeInferContext* context, const char* name) const {
+        constexpr int INTEGER = 1;
+        const OrtOpAttr* attribute = nullptr;
+        call(269, static_cast<const OrtShapeInferContext*>(context), name, &attribute);
+        int64_t value = 0;
+        size_t size = 0;
+        call(272, attribute, INTEGER, static_cast<void*>(&value), sizeof value, &size);
+        return value;
+    }
+    // Nothing is said of a shape with an axis that has neither a size nor a name.
     void set_output_shape(OrtShapeInferContext* context, size_t place, int element, const std::vector<int64_t>& shape,
                           const std::vector<const char*>& names) const {
+        for (size_t axis = 0; axis < shape.size(); ++axis) {
+            if (shape[axis] < 0 && !*names[axis]) return;
+        }
         OrtShapeInfo* info = nullptr;
         call(57, &info);
         const Owned owned{*this, info};
@@ -158,6 +171,11 @@ class Api {
         std::string value(size, '\0');
         call(87, info, name, &value[0], &size);
         return value.c_str();  // up to the zero that ends it
+    }
+    bool number(const OrtKernelInfo* info, const char* name, float* into) const {
+        OrtStatus* failed = at<OrtStatus* (*)(const OrtKernelInfo*, const char*, float*)>(85)(info, name, into);
+        if (failed) release(failed);
+        return !failed;
     }
     size_t inputs(const OrtKernelInfo* info) const {
         size_t count = 0;

@@ -31,13 +31,13 @@ class Kernels:
 
 
 def choose_kernels(manifest: Manifest, wanted: bool = True, on_cpu: bool = True) -> Kernels:
-    """The installed kernels, if an artifact has forms for their version and they are wanted.
+    """The installed kernels, if an artifact has a form for their version and they are wanted.
 
     Raises TokoptError where the environment variable TOKOPT_ISA names what this processor lacks.
     """
     versions = {entry.kernels for entry in manifest.programs.values()} - {None}
     if not versions:
-        return Kernels(reason="the artifact has no weights in blocks of 4 or 8 bits that they multiply")
+        return Kernels(reason="the artifact has neither a cache nor weights in blocks of 4 or 8 bits")
     if not wanted:
         return Kernels(reason="they were not asked for")
     if not on_cpu:

@@ -18,7 +18,7 @@ from tokopt.kernels import cpu
 from tokopt.runtime.buffers import Bound, Buffers, check_reading, run_in_place
 from tokopt.runtime.engines.kernels import choose_kernels
 from tokopt.runtime.format.check_files import check_onnx
-from tokopt.runtime.format.manifest import ONE_ROW, PORTABLE, WITH_KERNELS, Manifest
+from tokopt.runtime.format.manifest import ONE_ROW, OWN, PORTABLE, Manifest
 from tokopt.runtime.format.signature import find_role
 
 Provider = str | tuple[str, Mapping[str, object]]
@@ -55,7 +55,7 @@ class Sessions:
         rounds: bool = True,
         spins: bool = True,
     ) -> None:
-        """``kernels`` asks for the forms that call tokopt's own CPU kernels, ``rounds`` for activations of 8 bits.
+        """``kernels`` asks for the form that calls tokopt's own CPU kernels, ``rounds`` for activations of 8 bits.
 
         ``spins`` lets threads spin while they wait, which many calls gain from and a few calls only pay for.
         """
@@ -86,24 +86,21 @@ class Sessions:
         entry = self.manifest.programs[program]
         forms = [form for form in (PORTABLE, ONE_ROW) if form == PORTABLE or self._cpu]
         if self.kernels.library is not None and entry.kernels == cpu.VERSION:
-            forms += WITH_KERNELS.values()
+            forms.append(OWN)
         return tuple(form for form in forms if form in entry.files)
 
     def best(self, program: str, batch: int) -> onnxruntime.InferenceSession:
         """The fastest session for so many rows."""
-        one = batch == 1 and ONE_ROW in self.forms(program)
-        return self.get(program, self.fastest(program, ONE_ROW if one else PORTABLE))
-
-    def fastest(self, program: str, form: str) -> str:
-        """A form, or the one in its place that calls tokopt's own kernels."""
-        faster = WITH_KERNELS[form]
-        return faster if faster in self.forms(program) else form
+        forms = self.forms(program)
+        if OWN in forms:
+            return self.get(program, OWN)
+        return self.get(program, ONE_ROW if batch == 1 and ONE_ROW in forms else PORTABLE)
 
     def get(self, program: str, form: str = PORTABLE) -> onnxruntime.InferenceSession:
         """The session of one form; raises ArtifactError when ONNX Runtime cannot load it."""
         if (program, form) not in self._open:
             path = check_onnx(self.folder, self.manifest.programs[program], form, self.manifest.files)
-            self._open[program, form] = _session(path, self, form in WITH_KERNELS.values())
+            self._open[program, form] = _session(path, self, form == OWN)
         return self._open[program, form]
 
     def buffers(self, batch: int, slots: int) -> Buffers:
@@ -117,8 +114,8 @@ class Sessions:
     def bind(self, program: str, buffers: Buffers) -> Bound | Fitting:
         """A program whose states stay in ``buffers``."""
         entry = self.manifest.programs[program]
-        mask = find_role(entry.inputs, "mask")
-        if mask is not None and buffers.batch == 1 and ONE_ROW in self.forms(program):
+        mask, forms = find_role(entry.inputs, "mask"), self.forms(program)
+        if mask is not None and buffers.batch == 1 and ONE_ROW in forms and OWN not in forms:
             return Fitting(self, program, mask.name, buffers)
         return Bound(self.best(program, buffers.batch), entry, buffers)
 
@@ -126,11 +123,11 @@ class Sessions:
         self, program: str, feed: Mapping[str, np.ndarray], form: str | None = None
     ) -> dict[str, np.ndarray]:
         """The outputs of a program for arrays, states among them."""
-        form = self.fastest(program, PORTABLE) if form is None else form
+        if form is None:
+            form = OWN if OWN in self.forms(program) else PORTABLE
         entry, session = self.manifest.programs[program], cast(Any, self.get(program, form))
         mask = find_role(entry.inputs, "mask")
-        one = form in (ONE_ROW, WITH_KERNELS[ONE_ROW])
-        if one and mask is not None and not hides_later(feed[mask.name]):
+        if form == ONE_ROW and mask is not None and not hides_later(feed[mask.name]):
             raise InputError(
                 f"in {mask.name!r} a token sees a later one, which this form of program {program!r} hides; run the "
                 f"form {PORTABLE!r}"
@@ -148,7 +145,7 @@ class Sessions:
 class Fitting:
     """A program for one row whose states stay in buffers, in the form that fits the mask of each call.
 
-    The fused form hides from a new token those after it, whatever the mask says; see :data:`.ONE_ROW`.
+    ONNX Runtime's fused form hides from a new token those after it, whatever the mask says; see :data:`.ONE_ROW`.
     """
 
     def __init__(self, sessions: Sessions, program: str, mask: str, buffers: Buffers) -> None:
@@ -167,7 +164,7 @@ class Fitting:
         return self.bound.run(feed)
 
     def _open(self, form: str) -> Bound:
-        session = self.sessions.get(self.program, self.sessions.fastest(self.program, form))
+        session = self.sessions.get(self.program, form)
         return Bound(session, self.sessions.manifest.programs[self.program], self.buffers)
 
 

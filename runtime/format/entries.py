@@ -7,7 +7,6 @@ import json
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from types import MappingProxyType
 from typing import Any
 
 from tokopt.runtime.format.files import FileEntry
@@ -42,17 +41,15 @@ manifest has a hash of itself. 5: programs may have forms for tokopt's own CPU k
 SEAL = "sha256"
 """The key of the manifest's own hash."""
 
-PORTABLE, ONE_ROW, ENGINE = "onnx", "onnxruntime", "tensorrt"
-"""Forms of a program: what any engine reads, what ONNX Runtime's CPU kernels run faster, and a TensorRT engine.
+PORTABLE, ONE_ROW, OWN, ENGINE = "onnx", "onnxruntime", "cpu", "tensorrt"
+"""Forms of a program: what any engine reads, what ONNX Runtime's CPU kernels run faster, what calls tokopt's own CPU
+kernels, and a TensorRT engine.
 
 The second takes a batch of one and, where the program has an input of role ``mask``, one that is lower-triangular: its
-attention lets no new token see a later one.
+attention lets no new token see a later one. The others take whatever the program takes.
 """
 
-WITH_KERNELS: Mapping[str, str] = MappingProxyType({PORTABLE: "cpu", ONE_ROW: "cpu-onnxruntime"})
-"""Form -> the same with the products of quantized weights as ops of tokopt's own CPU kernels, and all else alike."""
-
-ONNX_FORMS = (PORTABLE, ONE_ROW, *WITH_KERNELS.values())
+ONNX_FORMS = (PORTABLE, ONE_ROW, OWN)
 """The forms that are ONNX files."""
 
 SEMANTICS = ("exact", "lossless", "approximate")
@@ -103,8 +100,8 @@ class EngineEntry:
 class ProgramEntry:
     """One program: its :class:`.Signature`, and the file of each form it has (``{"onnx": "forward.onnx"}``).
 
-    ``engine`` describes the form ``"tensorrt"``, ``kernels`` is the version of tokopt's CPU kernels that the forms of
-    :data:`WITH_KERNELS` call.
+    ``engine`` describes the form ``"tensorrt"``, ``kernels`` is the version of tokopt's CPU kernels that the form
+    ``"cpu"`` calls.
     """
 
     inputs: tuple[Tensor, ...]

@@ -18,9 +18,9 @@ from tokopt.runtime.format.entries import (
     FORMAT_VERSION,
     ONE_ROW,
     ONNX_FORMS,
+    OWN,
     PORTABLE,
     SEAL,
-    WITH_KERNELS,
     EngineEntry,
     Manifest,
     PassEntry,
@@ -70,9 +70,9 @@ __all__ = [
     "MANIFEST",
     "ONE_ROW",
     "ONNX_FORMS",
+    "OWN",
     "PORTABLE",
     "SELFTEST",
-    "WITH_KERNELS",
     "EngineEntry",
     "FileEntry",
     "Generation",
@@ -194,7 +194,7 @@ def _check_files(manifest: Manifest) -> None:
             raise Invalid(
                 f"{where} has {'no engine' if entry.engine is None else 'an engine'}, which its files contradict"
             )
-        if (entry.kernels is None) == any(form in entry.files for form in WITH_KERNELS.values()):
+        if (entry.kernels is None) == (OWN in entry.files):
             raise Invalid(
                 f"{where} has {'no version' if entry.kernels is None else 'a version'} of tokopt's CPU kernels, which "
                 "its files contradict"

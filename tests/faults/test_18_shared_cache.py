@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+import onnx_ir as ir
 import pytest
 import torch
 from torch import Tensor
@@ -20,11 +21,12 @@ from torch.nn import functional
 
 import tokopt
 from tests.zoo.decoders import Cache, HandWritten
+from tokopt.lower.cpu.form import fuse_for_kernels
 from tokopt.lower.onnx.export import lower
 from tokopt.lower.onnx.rule import Outcome
 from tokopt.lower.onnxruntime.cpu import lower_for_cpu
 from tokopt.runtime import load
-from tokopt.runtime.engines.onnxruntime import ONE_ROW
+from tokopt.runtime.engines.onnxruntime import ONE_ROW, OWN
 
 
 class Small(HandWritten):
@@ -110,14 +112,17 @@ def test_two_readers_stay_and_the_third_layer_is_fused(tmp_path: Path) -> None:
     """Both forms are compared with the program at export, and generate what the model itself does."""
     lines: list[str] = []
     path = tokopt.export(captured(SharedKeys), tmp_path / "model.tokopt", progress=lines.append)
-    (said,) = [line for line in lines if "attention" in line]
-    assert said.startswith(
-        "step: attention and its cache as one node: 1 of 3; left 2: its cache is read by 2 attentions"
-    )
+    said = [line for line in lines if "attention" in line]
+    for what, line in zip(("node", "op of tokopt's CPU kernels"), said, strict=True):
+        assert line.startswith(
+            f"step: attention and its cache as one {what}: 1 of 3; left 2: its cache is read by 2 attentions"
+        )
     model = load(path, threads=1)
-    fused = onnx.load(path / model.manifest.programs["step"].files[ONE_ROW], load_external_data=False).graph
-    kinds = collections.Counter(node.op_type for node in fused.node)
-    assert (kinds["GroupQueryAttention"], kinds["Attention"], kinds["cache_write"]) == (1, 2, 3)
+    for form, kind in ((ONE_ROW, "GroupQueryAttention"), (OWN, "CachedAttention")):
+        file = path / model.manifest.programs["step"].files[form]
+        fused = onnx.load(file, load_external_data=False).graph
+        kinds = collections.Counter(node.op_type for node in fused.node)
+        assert (kinds[kind], kinds["Attention"], kinds["cache_write"]) == (1, 2, 3)
     ids = np.random.default_rng(0).integers(0, 97, 9).tolist()
     wanted = SharedKeys().eval().greedy(ids, 12)
     one = model.generate(ids, max_tokens=12)
@@ -140,3 +145,5 @@ def test_what_one_kernel_cannot_write_stays(kind: Callable[[], Small], reason: s
     assert lower_for_cpu(program, path, report=outcomes.append) is None
     assert f"left {reason}" in str(outcomes[0])
     assert list(tmp_path.glob("*.onnx")) == [path]
+    _, own = fuse_for_kernels(ir.load(path), program)
+    assert f"left {reason}" in str(own)

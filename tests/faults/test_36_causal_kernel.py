@@ -28,12 +28,14 @@ from tokopt.errors import InputError
 from tokopt.ir.bundle import Bundle
 from tokopt.ir.graph import argument, attention_nodes
 from tokopt.ir.program import Program
+from tokopt.kernels import cpu
 from tokopt.lower.onnx.export import lower
 from tokopt.lower.onnx.rule import Outcome, Unfit
 from tokopt.lower.onnxruntime.causal import require_causal
 from tokopt.lower.onnxruntime.cpu import lower_for_cpu
 from tokopt.rewrite.edit import call, close_graph, open_graph
 from tokopt.runtime import LanguageModel, load
+from tokopt.runtime.buffers import Bound
 from tokopt.runtime.engines.onnxruntime import ONE_ROW, PORTABLE
 
 PARENTS = [-1, 0, 0, 1, 2]
@@ -99,7 +101,7 @@ def plain() -> tuple[Bundle, LanguageModel, list[str]]:
     """A decoder that takes the mask as it is, its artifact, and what export said."""
     bundle, lines = decoder(), list[str]()
     path = tokopt.export(bundle, Path(mkdtemp()) / "model.tokopt", progress=lines.append)
-    return bundle, load(path, threads=1), lines
+    return bundle, load(path, threads=1, kernels=False), lines
 
 
 def expected(bundle: Bundle, tokens: np.ndarray, mask: np.ndarray) -> np.ndarray:
@@ -137,6 +139,18 @@ def test_every_kind_of_mask_is_computed(name: str) -> None:
     second = request.step(TOKENS[:, ::-1], positions + COUNT, rows).logits
     assert second is not None and request.program.form == ONE_ROW
     np.testing.assert_allclose(second, wanted[:, COUNT:], atol=1e-4 * np.abs(wanted).max())
+
+
+@pytest.mark.skipif(cpu.library() is None, reason=cpu.problem())
+@pytest.mark.parametrize("name", MASKS)
+def test_tokopts_own_kernels_take_every_kind_of_mask(name: str) -> None:
+    bundle, model, _ = plain()
+    mask, _ = MASKS[name]
+    wanted = expected(bundle, TOKENS, mask)
+    request = load(model.path, threads=1).open(1, 16)
+    found = request.step(TOKENS, np.arange(COUNT)[None], np.arange(COUNT), mask=mask).logits
+    assert isinstance(request.program, Bound)
+    np.testing.assert_allclose(found, wanted, atol=1e-4 * np.abs(wanted).max())
 
 
 def test_the_fused_form_refuses_what_it_would_hide() -> None:

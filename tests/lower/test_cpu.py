@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import onnx
+import onnx_ir as ir
 import pytest
 import torch
 from onnx import numpy_helper
@@ -19,18 +20,19 @@ from torch import Tensor, nn
 import tokopt
 from tests.matrix import language
 from tests.matrix.test_quantize import on_grid
+from tests.zoo.decoders import DECODERS
 from tokopt.errors import LoweringError
 from tokopt.kernels import cpu
 from tokopt.kernels.quantized_linear.reference import quantized_linear
 from tokopt.lower.cpu import quantized_linear as lowering
+from tokopt.lower.cpu.cached_attention import CachedAttention
 from tokopt.lower.onnx.storage import Offset
 from tokopt.lower.onnx.weights import put_initializer
-from tokopt.runtime import Model, load
+from tokopt.runtime import LanguageModel, Model, load
+from tokopt.runtime.buffers import Bound
 from tokopt.runtime.engines.onnxruntime import Sessions
-from tokopt.runtime.format.manifest import ONE_ROW, PORTABLE, WITH_KERNELS
+from tokopt.runtime.format.manifest import ONE_ROW, OWN, PORTABLE
 from tokopt.runtime.numerics import divergences, nmse
-
-OWN = WITH_KERNELS[PORTABLE]
 
 PIPELINES = {
     "rtn{group=32 symmetric=true}": set(),
@@ -233,7 +235,7 @@ def test_what_is_left_is_said_and_has_no_form(pipeline: str, reason: str, tmp_pa
     assert any(line.startswith(name + reason) for line in lines)
     model: Model = load(path, threads=1)
     assert model.manifest.programs["forward"].kernels is None
-    assert str(model.kernels).startswith("none: the artifact has no weights in blocks")
+    assert str(model.kernels).startswith("none: the artifact has neither a cache nor weights in blocks")
 
 
 def test_a_program_in_float_has_no_other_form(tmp_path: Path) -> None:
@@ -243,8 +245,75 @@ def test_a_program_in_float_has_no_other_form(tmp_path: Path) -> None:
     assert not any("CPU kernels" in line for line in lines)
 
 
+decoders = pytest.mark.parametrize("name", DECODERS)
+
+
+def operators(model: LanguageModel, form: str) -> collections.Counter[str]:
+    file = model.path / model.manifest.programs["step"].files[form]
+    return collections.Counter(node.op_type for node in onnx.load(file, load_external_data=False).graph.node)
+
+
+@decoders
+def test_every_attention_over_a_cache_is_one_op(name: str) -> None:
+    """It writes the cache too: what is written beside it are the positions of the slots."""
+    model = language.artifact(name)
+    portable, own = (operators(model, form) for form in (PORTABLE, OWN))
+    assert own["CachedAttention"] == portable["Attention"] > 0
+    assert (own["Attention"], own["cache_write"]) == (0, 1)
+    some = name in ("gpt_neox", "phi")  # which rotate some of their channels
+    assert own["RotaryEmbedding"] == (portable["RotaryEmbedding"] if some else 0)
+
+
+@decoders
+@pytest.mark.parametrize("mask", ["causal", "open", "rows"])
+def test_its_bodies_compute_attention(name: str, mask: str) -> None:
+    """In float32, without a library, in place: rows that begin at other slots, and a mask that shows later tokens."""
+    model = language.artifact(name)
+    entry = model.manifest.programs["step"]
+    batch = 3 if mask == "rows" else 1
+    request = model.open(batch, 16)
+    before = dict(request.buffers.values)
+    feed = {name: np.array(value.numpy()) for name, value in before.items()}
+    roles = {spec.role: spec.name for spec in entry.inputs}
+    feed[roles["tokens"]] = np.array([language.prompt(4)] * batch)
+    feed[roles["positions"]] = np.tile(np.arange(4), (batch, 1))
+    feed[roles["mask"]] = np.tril(np.ones((batch, 4, 4), bool)) | (mask == "open")
+    feed[roles["rows"]] = np.arange(4)
+    feed["length"] = np.arange(batch)
+    found = [model.sessions.in_float().run("step", feed, form) for form in (PORTABLE, OWN)]
+    for name, wanted in found[0].items():
+        assert nmse(wanted, found[1][name]) < 1e-10, name
+
+
 @built
-def test_a_language_model_takes_the_form_that_fits_its_rows_and_mask() -> None:
+@decoders
+def test_the_kernels_compute_what_the_portable_form_does(name: str) -> None:
+    """A prompt in two parts, then one token at a time, alone and in a batch with padding."""
+    path = language.artifact(name).path
+    own, plain = (load(path, threads=1, kernels=wanted) for wanted in (True, False))
+    texts = [language.prompt(13), language.prompt(9, seed=1)]
+    assert own.sessions.forms("step") == (PORTABLE, ONE_ROW, OWN)
+    assert own.generate(texts, max_tokens=12) == plain.generate(texts, max_tokens=12)
+    assert own.generate(texts[0], max_tokens=12) == plain.generate(texts[0], max_tokens=12)
+
+
+@built
+@pytest.mark.parametrize(
+    "passes", ["streaming{budget=8}", "h2o{budget=8}", "h2o{budget=8 heads=false},int8_kv", "int8_kv", "kivi"]
+)
+def test_passes_before_it_compose(passes: str) -> None:
+    """Kernels and portable form generate the same from what a pass left."""
+    samples = [language.prompt(20, seed=i) for i in range(3)]
+    made = tokopt.optimize(language.bundle("llama"), passes, calibration=samples)
+    path = tokopt.export(made, Path(mkdtemp()) / "model.tokopt", target="onnx")
+    own, plain = (load(path, threads=1, kernels=wanted) for wanted in (True, False))
+    assert "CachedAttention" in operators(own, OWN) or passes == "kivi"
+    ids = [language.prompt(20), language.prompt(26, seed=2)]
+    assert own.generate(ids, max_tokens=12) == plain.generate(ids, max_tokens=12)
+
+
+@built
+def test_a_language_model_takes_its_own_kernels_for_any_rows_and_mask() -> None:
     model = language.artifact("llama", "rtn{group=32}")
     sessions, ids = model.sessions, np.array([language.prompt(4)])
     positions, rows = np.arange(4)[None], np.arange(4)
@@ -255,13 +324,31 @@ def test_a_language_model_takes_the_form_that_fits_its_rows_and_mask() -> None:
         tokens, places = (array.repeat(batch, 0) for array in (ids, positions))
         made = request.step(tokens, places, rows, mask=mask).logits
         assert made is not None
-        bound = getattr(request.program, "bound", request.program)
-        form = WITH_KERNELS[ONE_ROW if name == "causal" else PORTABLE]
-        assert bound.session is sessions.get("step", form)
+        assert isinstance(request.program, Bound) and request.program.session is sessions.get("step", OWN)
         found[name] = made[0].copy()
-    np.testing.assert_allclose(found["rows"], found["causal"], atol=1e-4)  # the same rounding, by either form
+    np.testing.assert_allclose(found["rows"], found["causal"], atol=1e-4)  # the same rounding
     plain = load(model.path, threads=1, kernels=False).open(1, 4).step(ids, positions, rows).logits
     assert divergences(plain[0], found["causal"]).max() < 1e-3
+
+
+def test_a_wrong_mask_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Were the masks dropped, export would say so."""
+    node = CachedAttention.node
+
+    def open_node(self: CachedAttention, graph: Any, site: Any, parts: Any, rotation: Any) -> Any:
+        made = node(self, graph, site, parts, rotation)
+        every = ir.node("Or", [site.mask, site.mask])
+        every.outputs[0].name = f"open_{site.keys.write.outputs[0].name}"
+        hidden = ir.node("Not", [site.mask])
+        hidden.outputs[0].name = f"hidden_{site.keys.write.outputs[0].name}"
+        every.replace_input_with(1, hidden.outputs[0])
+        graph.insert_before(site.place, [hidden, every])
+        made.replace_input_with(6, every.outputs[0])
+        return made
+
+    monkeypatch.setattr(CachedAttention, "node", open_node)
+    with pytest.raises(LoweringError, match="differs between ONNX Runtime and the exported program"):
+        tokopt.export(language.bundle("llama"), tmp_path / "model.tokopt")
 
 
 def test_a_wrong_operand_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -24,7 +24,7 @@ from tokopt.ir.bundle import Bundle
 from tokopt.lower.parity.selections import expose_selections, run_with_selections
 from tokopt.runtime import LanguageModel, load
 from tokopt.runtime.buffers import run_in_place
-from tokopt.runtime.engines.onnxruntime import ONE_ROW, PORTABLE
+from tokopt.runtime.engines.onnxruntime import ONE_ROW, OWN, PORTABLE
 from tokopt.runtime.numerics import nmse
 
 TEXTS = [prompt(24, seed) for seed in (3, 4)]
@@ -161,12 +161,16 @@ def test_no_position_is_out_of_range() -> None:
     ("llama", "gpt2"),
 )
 def test_artifact_generates_what_the_bundle_generates(name: str, folder: Path) -> None:
-    """Alone by the fused attention, which keeps bytes itself, and in a batch by the portable form."""
+    """Alone and in a batch, by attentions that keep bytes themselves."""
     made = artifact(name, "int8_kv", folder)
     files = made.manifest.programs["step"].files
     graph = onnx.load(made.path / files[ONE_ROW], load_external_data=False).graph
     operators = [node.op_type for node in graph.node]
     assert operators.count("GroupQueryAttention") == 2
+    assert not {"quantize_int8", "dequantize_int8"} & set(operators)
+    own = onnx.load(made.path / files[OWN], load_external_data=False).graph
+    operators = [node.op_type for node in own.node]
+    assert operators.count("CachedAttention") == 2
     assert not {"quantize_int8", "dequantize_int8"} & set(operators)
     portable = onnx.load(made.path / files[PORTABLE], load_external_data=False).graph
     assert [node.op_type for node in portable.node].count("dequantize_int8") == 4
@@ -194,7 +198,7 @@ def test_codes_of_the_fused_attention_can_be_given(folder: Path) -> None:
     """What parity needs where rounding falls the other way: the new tokens' codes, in the program's order."""
     made = artifact("llama", "int8_kv", folder)
     program = quantized("llama").programs["step"]
-    for form in (PORTABLE, ONE_ROW):
+    for form in (PORTABLE, ONE_ROW, OWN):
         copy, names = expose_selections(made.path / made.manifest.programs["step"].files[form])
         session = onnxruntime.InferenceSession(copy, providers=["CPUExecutionProvider"])
         row = tuple(

@@ -15,11 +15,12 @@ from onnx import numpy_helper
 
 import tokopt
 from tests.lower.test_cpu import OWN, artifact, built
+from tests.matrix import language
 from tests.runtime.artifacts import rehash, sealed
 from tokopt.errors import ArtifactError, InputError, TokoptError
 from tokopt.kernels import cpu
 from tokopt.runtime import Model, load
-from tokopt.runtime.format.manifest import PORTABLE
+from tokopt.runtime.format.manifest import ONE_ROW, PORTABLE
 
 pytestmark = built
 
@@ -153,3 +154,26 @@ def test_verify_asks_this_form_whether_it_computes_the_program(copy: Path) -> No
     failed = {key for key, checks in report.outputs.items() if not all(check.ok for check in checks)}
     assert failed == {f"forward.{OWN}"}
     assert all(check.ok for checks in report.task.values() for check in checks)
+
+
+@pytest.mark.parametrize("version", [1, cpu.VERSION])
+def test_a_form_of_older_versions_is_ignored(version: int, tmp_path: Path) -> None:
+    """Version 1 of the kernels had a form beside that for one row; the others of its artifact run."""
+    made = language.artifact("llama", "rtn{group=32}")
+    path = Path(shutil.copytree(made.path, tmp_path / "old.tokopt"))
+    doc = json.loads((path / "manifest.json").read_text())
+    files = doc["programs"]["step"]["files"]
+    files["cpu-onnxruntime"] = "step.cpu-onnxruntime.onnx"
+    shutil.copy(path / files[OWN], path / files["cpu-onnxruntime"])
+    doc["files"][files["cpu-onnxruntime"]] = {}
+    doc["programs"]["step"]["kernels"] = version
+    (path / "manifest.json").write_text(json.dumps(doc))
+    rehash(path)
+    model = load(path, threads=1)
+    own = (OWN,) if version == cpu.VERSION else ()
+    assert model.sessions.forms("step") == (PORTABLE, ONE_ROW, *own)
+    ids = language.prompt(9)
+    wanted = made if own else load(made.path, threads=1, kernels=False)
+    assert model.generate(ids, max_tokens=8) == wanted.generate(ids, max_tokens=8)
+    assert model.generate([ids, ids], max_tokens=8) == wanted.generate([ids, ids], max_tokens=8)
+    assert tokopt.verify(path).ok

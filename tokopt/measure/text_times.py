@@ -12,7 +12,7 @@ import numpy as np
 from tokopt.errors import InputError
 from tokopt.runtime import LanguageModel, load
 from tokopt.runtime.engines.onnxruntime import Backend
-from tokopt.runtime.format.manifest import WITH_KERNELS
+from tokopt.runtime.format.manifest import OWN
 from tokopt.runtime.loop import Emission, Request
 from tokopt.runtime.rows import RowTimer, reads
 
@@ -109,8 +109,7 @@ class FormTimer:
 
     def open(self, path: str) -> Callable[[], dict[int, float]]:
         """Open an artifact and read the prompt; raises InputError as :class:`.RowTimer` does."""
-        own = self.form in WITH_KERNELS.values()
-        model: LanguageModel = load(path, threads=self.threads, kernels=own)
+        model: LanguageModel = load(path, threads=self.threads, kernels=self.form == OWN)
         return RowTimer(model, self.rows, self.prompt, self.form).measure
 
 

@@ -43,7 +43,7 @@ def quantized_linear(bits: int, given: Sequence[str], opset: int, gate: str = ""
         y = _gated(body, y, gate)
         attributes.append(ir.Attr("gate", ir.AttributeType.STRING, None))
     return ir.Function(
-        DOMAIN, OP, overload(bits, given, gate), graph=body.graph(y, opset), attributes=attributes
+        DOMAIN, OP, overload(bits, given, gate), graph=body.graph([y], opset), attributes=attributes
     )
 
 

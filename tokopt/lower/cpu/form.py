@@ -1,4 +1,4 @@
-"""The form of a program that calls tokopt's own CPU kernels, beside another one that calls ONNX Runtime's."""
+"""The form of a program that calls tokopt's own CPU kernels, beside the portable one."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ from onnx_ir.passes import common as passes
 
 from tokopt.ir.program import Program
 from tokopt.kernels.cpu import DOMAIN, VERSION
+from tokopt.lower.cpu.cached_attention import CachedAttention
 from tokopt.lower.cpu.quantized_linear import QuantizedLinear
 from tokopt.lower.onnx.export import WeightFile
 from tokopt.lower.onnx.rule import Outcome, apply_rule
-from tokopt.lower.onnxruntime.cpu import one_row
+from tokopt.lower.onnxruntime.attention import CONTRIB
+from tokopt.lower.onnxruntime.norms import NormOfSum
 from tokopt.lower.parity.check import check_parity
-from tokopt.runtime.format.manifest import ONE_ROW, WITH_KERNELS
+from tokopt.runtime.format.manifest import OWN
 
 
 def lower_with_kernels(
     program: Program,
     path: Path,
-    name: str,
-    form: str,
     weights: WeightFile,
     *,
     check: bool = True,
@@ -30,7 +30,7 @@ def lower_with_kernels(
     original: Program | None = None,
     report: Callable[[Outcome], None] | None = None,
 ) -> Path | None:
-    """Write the ONNX file at ``path``, a form of program ``name``, with ops of tokopt's CPU kernels beside it.
+    """Write the portable ``<name>.onnx`` at ``path`` with ops of tokopt's CPU kernels beside it, ``<name>.cpu.onnx``.
 
     ``weights`` is the file of weights of both, which holds the same codes once. The result carries the bodies of the
     ops that it calls, and ``check`` compares what these bodies compute, in float32 arithmetic, with the program, or
@@ -38,29 +38,33 @@ def lower_with_kernels(
     Returns None, and writes nothing, when there is nothing to fuse. Raises LoweringError when the two disagree.
     """
     model = ir.load(path)
-    outcome = apply_rule(QuantizedLinear(model), model.graph)
-    if report is not None and outcome.candidates:
-        report(outcome)
-    if not outcome.fused:
+    outcomes = fuse_for_kernels(model, program)
+    for outcome in outcomes:
+        if report is not None and outcome.candidates:
+            report(outcome)
+    if not any(outcome.fused for outcome in outcomes):
         return None
-    model.opset_imports[DOMAIN] = VERSION
-    passes.RemoveUnusedNodesPass()(model)
     weights.place_all(model.graph)
-    target = path.with_name(f"{name}.{WITH_KERNELS[form]}.onnx")
+    target = path.with_suffix(f".{OWN}.onnx")
     ir.save(model, target)
     if check:
-        cut, shared = (one_row, program.aliases) if form == ONE_ROW else (_as_it_is, {})
         check_parity(
-            cut(original or program),
-            target,
-            name,
-            lowered=cut(program),
-            tolerance=tolerance,
-            shared=shared,
-            bodies=True,
+            original or program, target, path.stem, lowered=program, tolerance=tolerance, bodies=True
         )
     return target
 
 
-def _as_it_is(program: Program) -> Program:
-    return program
+def fuse_for_kernels(model: ir.Model, program: Program) -> list[Outcome]:
+    """Rewrite ``model`` in place; without a product or an attention that becomes an op, nothing is changed."""
+    attention = CachedAttention(model, program.aliases)
+    outcomes = [apply_rule(QuantizedLinear(model), model.graph), apply_rule(attention, model.graph)]
+    if not any(outcome.fused for outcome in outcomes):
+        return outcomes
+    model.opset_imports[DOMAIN] = VERSION
+    if outcomes[1].fused:
+        outcomes += [attention.rotations, apply_rule(NormOfSum(), model.graph)]
+        model.opset_imports[CONTRIB] = 1
+        model.graph.sort()
+    passes.RemoveUnusedNodesPass()(model)
+    passes.RemoveUnusedFunctionsPass()(model)
+    return outcomes

@@ -144,7 +144,7 @@ def _body(bits: int, has_minimum: bool, opset: int) -> ir.Function:
     shape = body.op("Concat", [body.op("Shape", [ids]), body.constant(LAST, np.int64)], axis=0)
     flat = body.op("Reshape", [rows, shape])
     name = f"{GATHER}_{bits}" + ("_minimum" if has_minimum else "")
-    return ir.Function("tokopt", name, graph=body.graph(flat, opset), attributes=[])
+    return ir.Function("tokopt", name, graph=body.graph([flat], opset), attributes=[])
 
 
 def expand_embeddings(graph: ir.Graph) -> None:

@@ -19,10 +19,17 @@ class Body:
 
     def op(self, operation: str, given: Sequence[ir.Value], **attributes: object) -> ir.Value:
         """The output of one more node."""
-        node = ir.node(operation, given, attributes=attributes)  # type: ignore[arg-type]
-        node.outputs[0].name = f"value_{len(self.nodes)}"
+        return self.several(operation, given, 1, **attributes)[0]
+
+    def several(
+        self, operation: str, given: Sequence[ir.Value], count: int, **attributes: object
+    ) -> list[ir.Value]:
+        """The outputs of one more node."""
+        node = ir.node(operation, given, attributes=attributes, num_outputs=count)  # type: ignore[arg-type]
+        for place, output in enumerate(node.outputs):
+            output.name = f"value_{len(self.nodes)}" + (f"_{place}" if place else "")
         self.nodes.append(node)
-        return node.outputs[0]
+        return list(node.outputs)
 
     def constant(self, number: int | Sequence[int], dtype: type[np.generic]) -> ir.Value:
         """A number, or a list of them."""
@@ -58,6 +65,6 @@ class Body:
         high = self.op("BitShift", [codes, self.constant(4, np.uint8)], direction="RIGHT")
         return self.op("Concat", [self.op("Unsqueeze", [half, last]) for half in (low, high)], axis=-1)
 
-    def graph(self, output: ir.Value, opset: int) -> ir.Graph:
+    def graph(self, outputs: Sequence[ir.Value], opset: int) -> ir.Graph:
         """The body, complete."""
-        return ir.Graph(list(self.inputs.values()), [output], nodes=self.nodes, opset_imports={"": opset})
+        return ir.Graph(list(self.inputs.values()), outputs, nodes=self.nodes, opset_imports={"": opset})

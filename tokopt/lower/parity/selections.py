@@ -33,7 +33,7 @@ DIFFERENT_BY_RANK = 0.1
 """The same where ranks alternate between merging and being merged into: a near tie then exchanges the roles of
 two tokens and redirects all that merge into them. A wrong form differs on half of the tokens."""
 
-SCALED = 14
+SCALED = {"GroupQueryAttention": 14, "CachedAttention": 11}
 """Inputs of an attention over a cache in 8 bits: its scales are the last two."""
 
 SLACK = 2
@@ -91,23 +91,41 @@ def expose_selections(path: Path) -> tuple[Path, list[list[str]]]:
 def _new_codes(graph: ir.Graph, node: ir.Node) -> list[ir.Value]:
     """What an attention that rounds keys and values itself wrote to its cache: their new tokens, as the op rounds them.
 
-    See :mod:`tokopt.lower.onnxruntime.cpu`.
+    See :mod:`tokopt.lower.onnxruntime.attention` and :mod:`tokopt.lower.cpu.cached_attention`.
     """
-    if node.op_type != "GroupQueryAttention" or len(node.inputs) < SCALED:
+    ones = node.op_type == "GroupQueryAttention"
+    if not (ones or node.op_type == "CachedAttention") or len(node.inputs) < SCALED[node.op_type]:
         return []
-    tokens, last = node.inputs[0], node.inputs[5]
-    count = ir.node("Shape", [tokens], attributes={"start": 1, "end": 2})
-    final = ir.node("Cast", [last], attributes={"to": ir.DataType.INT64})
-    one, axis = (ir.node("Constant", [], attributes={"value_ints": [value]}) for value in (1, 2))
-    end = ir.node("Add", [final.outputs[0], one.outputs[0]])
-    start = ir.node("Sub", [end.outputs[0], count.outputs[0]])
-    bounds = start.outputs[0], end.outputs[0], axis.outputs[0]
-    slices = [ir.node("Slice", [cache, *bounds]) for cache in node.outputs[1:]]
-    for made, cache in zip(slices, node.outputs[1:], strict=True):
-        made.outputs[0].type, made.outputs[0].name = cache.type, f"{cache.name}_new"
-        made.outputs[0].shape = ir.Shape([None] * 4)
-    graph.insert_after(node, [count, final, one, axis, end, start, *slices])
-    return [made.outputs[0] for made in slices]
+    made: list[ir.Node] = []
+
+    def op(operation: str, *given: ir.Value | None, **attributes: int | list[int]) -> ir.Value:
+        made.append(ir.node(operation, given, attributes=attributes))
+        return made[-1].outputs[0]
+
+    count = op("Squeeze", op("Shape", node.inputs[0], start=1, end=2))
+    length = node.inputs[5]
+    zero, one = (op("Constant", value_int=value) for value in (0, 1))
+    if ones:  # which is told the last slot that it writes
+        length = op("Sub", op("Add", op("Cast", length, to=ir.DataType.INT64), one), count)
+    new = op("Add", op("Unsqueeze", length, op("Constant", value_ints=[1])), op("Range", zero, count, one))
+    slots = op("Unsqueeze", new, op("Constant", value_ints=[1, 3]))
+    found = []
+    for cache in node.outputs[1:]:
+        size = op("Shape", cache)
+        ends = [op("Gather", size, op("Constant", value_ints=[axis])) for axis in (0, 1, 3)]
+        shape = op(
+            "Concat",
+            ends[0],
+            ends[1],
+            op("Unsqueeze", count, op("Constant", value_ints=[0])),
+            ends[2],
+            axis=0,
+        )
+        codes = op("GatherElements", cache, op("Expand", slots, shape), axis=2)
+        codes.type, codes.name, codes.shape = cache.type, f"{cache.name}_new", ir.Shape([None] * 4)
+        found.append(codes)
+    graph.insert_after(node, made)
+    return found
 
 
 @dataclass
