@@ -15,6 +15,7 @@ constexpr int VERSION = 2;
 void* const* registered();
 
 const OrtCustomOp* quantized_linear(Isa isa);
+const OrtCustomOp* int8_linear(Isa isa);
 
 // Bytes of packed weights that this process holds now.
 size_t packed_bytes();

@@ -66,7 +66,7 @@ namespace tokopt {
 
 constexpr uint32_t ORT_VERSION = 22;  // of the table and the struct above: ONNX Runtime 1.22
 
-enum Element : int { ANY = 0, FLOAT = 1, UINT8 = 2, FLOAT16 = 10 };
+enum Element : int { ANY = 0, FLOAT = 1, UINT8 = 2, INT8 = 3, INT64 = 7, BOOL = 9, FLOAT16 = 10 };
 enum Characteristic : int { REQUIRED = 0, OPTIONAL = 1 };
 
 // A status of ONNX Runtime's own, on its way back to it.
@@ -147,6 +147,11 @@ class Api {
 
     bool integer(const OrtKernelInfo* info, const char* name, int64_t* into) const {
         OrtStatus* failed = at<OrtStatus* (*)(const OrtKernelInfo*, const char*, int64_t*)>(86)(info, name, into);
+        if (failed) release(failed);
+        return !failed;
+    }
+    bool number(const OrtKernelInfo* info, const char* name, float* into) const {
+        OrtStatus* failed = at<OrtStatus* (*)(const OrtKernelInfo*, const char*, float*)>(85)(info, name, into);
         if (failed) release(failed);
         return !failed;
     }

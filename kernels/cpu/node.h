@@ -1,0 +1,74 @@
+// Reading a node, and refusing what kernels could not compute.
+#pragma once
+
+#include <cstdint>
+#include <string>
+#include <vector>
+
+#include "ort.h"
+
+namespace tokopt {
+
+using Shape = std::vector<int64_t>;
+
+inline std::string text(const Shape& shape) {
+    std::string joined;
+    for (int64_t size : shape) joined += (joined.empty() ? "" : ", ") + std::to_string(size);
+    return "[" + joined + "]";
+}
+
+// A tensor that is given to a node; without data where an optional input is left out.
+struct Tensor {
+    const char* data = nullptr;
+    int element = 0;
+    Shape shape;
+};
+
+inline Tensor tensor(const Api& api, const OrtValue* value) {
+    if (!value) return {};
+    OrtShapeInfo* info = api.shape_info(value);
+    Tensor found;
+    found.element = api.element(info);
+    found.shape.resize(api.rank(info));
+    api.dimensions(info, found.shape.data(), found.shape.size());
+    api.release(info);
+    found.data = static_cast<const char*>(api.data(value));
+    return found;
+}
+
+class Node {
+  public:
+    Node(const Api& api, const OrtKernelInfo* info, const char* op)
+        : api(api), info(info), where("tokopt.cpu::" + std::string(op) + " '" + api.node_name(info) + "': ") {}
+
+    [[noreturn]] void refuse(const std::string& what) const { throw Refused(where + what + "."); }
+
+    int64_t integer(const char* name) const {
+        int64_t value = 0;
+        if (!api.integer(info, name, &value)) refuse("attribute " + std::string(name) + " is missing");
+        return value;
+    }
+    float number(const char* name) const {
+        float value = 0;
+        if (!api.number(info, name, &value)) refuse("attribute " + std::string(name) + " is missing");
+        return value;
+    }
+    bool has(size_t place) const { return place < api.inputs(info) && !api.input_name(info, place).empty(); }
+
+    // Without data where the input is left out.
+    Tensor constant(size_t place, const char* name) const {
+        if (!has(place)) return {};
+        const OrtValue* value = api.constant(info, place);
+        if (!value) refuse(std::string(name) + " must be a constant");
+        return tensor(api, value);
+    }
+
+    const std::string& says() const { return where; }
+
+  private:
+    const Api& api;
+    const OrtKernelInfo* info;
+    const std::string where;
+};
+
+}  // namespace tokopt
