@@ -1,5 +1,8 @@
 // The kernels for x86. Included by code.h.
 
+// Keeps sums in a register, and the order of what led to them: reordered, they would need many more.
+#define KEEP(vector) asm("" : "+v"(vector))
+
 // Vectors of 256 bits, which two instruction sets share.
 namespace numbers_avx2 {
 #define TARGET TARGET_AVX2
@@ -62,7 +65,9 @@ TARGET static void product(const uint8_t* q, size_t stride, const Panels& panels
                 std::memcpy(&inputs, q + r * stride + 8 * line, 8);
                 const __m256i x = _mm256_set1_epi64x(inputs);
                 low[r] = _mm256_add_epi32(low[r], _mm256_madd_epi16(x, w_low));
+                KEEP(low[r]);
                 high[r] = _mm256_add_epi32(high[r], _mm256_madd_epi16(x, w_high));
+                KEEP(high[r]);
             }
         }
         UNROLL for (int r = 0; r < R; ++r) {

@@ -10,6 +10,7 @@ from onnx_ir.passes import common as passes
 
 from tokopt.ir.program import Program
 from tokopt.kernels.cpu import DOMAIN, VERSION
+from tokopt.lower.cpu.int8_linear import Int8Linear
 from tokopt.lower.cpu.quantized_linear import QuantizedLinear
 from tokopt.lower.onnx.export import WeightFile
 from tokopt.lower.onnx.rule import Outcome, apply_rule
@@ -38,10 +39,11 @@ def lower_with_kernels(
     Returns None, and writes nothing, when there is nothing to fuse. Raises LoweringError when the two disagree.
     """
     model = ir.load(path)
-    outcome = apply_rule(QuantizedLinear(model), model.graph)
-    if report is not None and outcome.candidates:
-        report(outcome)
-    if not outcome.fused:
+    outcomes = [apply_rule(rule, model.graph) for rule in (QuantizedLinear(model), Int8Linear(model))]
+    for outcome in outcomes:
+        if report is not None and outcome.candidates:
+            report(outcome)
+    if not any(outcome.fused for outcome in outcomes):
         return None
     model.opset_imports[DOMAIN] = VERSION
     passes.RemoveUnusedNodesPass()(model)

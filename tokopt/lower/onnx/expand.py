@@ -24,7 +24,7 @@ class Body:
         self.nodes.append(node)
         return node.outputs[0]
 
-    def constant(self, number: int | Sequence[int], dtype: type[np.generic]) -> ir.Value:
+    def constant(self, number: float | Sequence[int], dtype: type[np.generic]) -> ir.Value:
         """A number, or a list of them."""
         return self.op("Constant", [], value=ir.tensor(np.array(number, dtype)))
 
