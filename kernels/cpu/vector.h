@@ -3,6 +3,7 @@
 //
 //   all    one number in every lane          load, store   at any address
 //   plus   to + a * b, rounded once or twice  codes         WIDTH bytes with signs, as floats
+//   add_lanes   the sum of a vector's lanes, or those of four vectors
 #pragma once
 
 #include <cstdint>
@@ -52,6 +53,10 @@ INLINE Float plus(Float to, Float a, Float b) { return to + a * b; }
 INLINE Float codes(const int8_t* from) {
     return Float{float(from[0]), float(from[1]), float(from[2]), float(from[3])};
 }
+INLINE float add_lanes(Float a) { return (a[0] + a[1]) + (a[2] + a[3]); }
+INLINE void add_lanes(const Float* of, float* into) {
+    for (int i = 0; i < 4; ++i) into[i] = add_lanes(of[i]);
+}
 }  // namespace vector_plain
 
 #if X86
@@ -67,6 +72,14 @@ TARGET_AVX2 INLINE Float plus(Float to, Float a, Float b) { return _mm256_fmadd_
 TARGET_AVX2 INLINE Float codes(const int8_t* from) {
     return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(from))));
 }
+TARGET_AVX2 INLINE __m128 halves(Float a) { return _mm_add_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1)); }
+TARGET_AVX2 INLINE float add_lanes(Float a) {
+    const __m128 sum = halves(a), pairs = _mm_add_ps(sum, _mm_movehl_ps(sum, sum));
+    return _mm_cvtss_f32(_mm_add_ss(pairs, _mm_shuffle_ps(pairs, pairs, 1)));
+}
+TARGET_AVX2 INLINE void add_lanes(const Float* of, float* into) {
+    _mm_storeu_ps(into, halves(_mm256_hadd_ps(_mm256_hadd_ps(of[0], of[1]), _mm256_hadd_ps(of[2], of[3]))));
+}
 }  // namespace vector_avx2
 
 namespace vector_avx512 {
@@ -80,6 +93,14 @@ TARGET_AVX512 INLINE void store(float* to, Float value) { _mm512_storeu_ps(to, v
 TARGET_AVX512 INLINE Float plus(Float to, Float a, Float b) { return _mm512_fmadd_ps(a, b, to); }
 TARGET_AVX512 INLINE Float codes(const int8_t* from) {
     return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from))));
+}
+TARGET_AVX512 INLINE __m256 halves(Float a) {
+    return _mm256_add_ps(_mm512_castps512_ps256(a), _mm512_extractf32x8_ps(a, 1));
+}
+TARGET_AVX512 INLINE float add_lanes(Float a) { return vector_avx2::add_lanes(halves(a)); }
+TARGET_AVX512 INLINE void add_lanes(const Float* of, float* into) {
+    const __m256 sums[] = {halves(of[0]), halves(of[1]), halves(of[2]), halves(of[3])};
+    vector_avx2::add_lanes(sums, into);
 }
 }  // namespace vector_avx512
 #elif ARM
@@ -96,6 +117,10 @@ INLINE Float codes(const int8_t* from) {
     int32_t dword;
     std::memcpy(&dword, from, 4);
     return vcvtq_f32_s32(vmovl_s16(vget_low_s16(vmovl_s8(vreinterpret_s8_s32(vdup_n_s32(dword))))));
+}
+INLINE float add_lanes(Float a) { return vaddvq_f32(a); }
+INLINE void add_lanes(const Float* of, float* into) {
+    vst1q_f32(into, vpaddq_f32(vpaddq_f32(of[0], of[1]), vpaddq_f32(of[2], of[3])));
 }
 }  // namespace vector_neon
 #endif
