@@ -26,11 +26,11 @@ def body(attributes: Mapping[str, object], bias: bool, opset: int) -> ir.Functio
     x, codes, scale = (made.inputs[name] for name in ("x", "codes", "scale"))
     weight = made.op("DequantizeLinear", [codes, scale, _middles(made, scale)], axis=1)
     if "step" in attributes:
-        y = made.op("MatMul", [_rounded(made, x), weight])
+        given = (ir.RefAttr(f"value_{kind}", name, TYPES[name]) for kind, name in (("float", "step"), ("int", "zero")))
+        y = made.op("MatMul", [_on_grid(made, x, *given), weight])
     else:
         step = _step(made, x)
-        ratio = made.op("Round", [made.op("Div", [x, step])])
-        y = made.op("Mul", [made.op("MatMul", [ratio, weight]), step])
+        y = made.op("Mul", [made.op("MatMul", [_in_steps(made, x, step), weight]), step])
     if bias:
         y = made.op("Add", [y, made.inputs["bias"]])
     activation = str(attributes.get("activation", ""))
@@ -47,13 +47,26 @@ def _middles(made: Body, scale: ir.Value) -> ir.Value:
     return made.op("Expand", [made.constant(128, np.uint8), made.op("Shape", [scale])])
 
 
-def _rounded(made: Body, x: ir.Value) -> ir.Value:
-    """``x`` on the grid of the attributes."""
-    step = made.op("Constant", [], value_float=ir.RefAttr("value_float", "step", ir.AttributeType.FLOAT))
-    zero = made.op("Constant", [], value_int=ir.RefAttr("value_int", "zero", ir.AttributeType.INT))
-    zero = made.op("Cast", [zero], to=ir.DataType.UINT8)
-    codes = made.op("QuantizeLinear", [x, step, zero])
-    return made.op("DequantizeLinear", [codes, step, zero])
+def rounding(x: ir.Value, attributes: Mapping[str, ir.Attr]) -> list[ir.Node]:
+    """Nodes of which the last one gives ``x`` as a node with these attributes rounds it, in steps where rows have one."""
+    made = Body(())
+    if "step" in attributes:
+        _on_grid(made, x, attributes["step"].as_float(), attributes["zero"].as_int())
+    else:
+        _in_steps(made, x, _step(made, x))
+    return made.nodes
+
+
+def _on_grid(made: Body, x: ir.Value, step: object, zero: object) -> ir.Value:
+    """``x`` on a grid of bytes; its step and zero point are numbers or attributes."""
+    scale = made.op("Constant", [], value_float=step)
+    middle = made.op("Cast", [made.op("Constant", [], value_int=zero)], to=ir.DataType.UINT8)
+    return made.op("DequantizeLinear", [made.op("QuantizeLinear", [x, scale, middle]), scale, middle])
+
+
+def _in_steps(made: Body, x: ir.Value, step: ir.Value) -> ir.Value:
+    """``x`` in whole steps, of which there are at most 127."""
+    return made.op("Round", [made.op("Div", [x, step])])
 
 
 def _step(made: Body, x: ir.Value) -> ir.Value:

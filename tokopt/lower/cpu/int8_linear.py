@@ -108,7 +108,7 @@ class Int8Linear(Rule[_Site]):
         node.metadata_props.update(site.product.metadata_props)
         new, old = node.outputs[0], site.end.outputs[0]
         new.type, new.shape = old.type, old.shape
-        graph.insert_before(site.end, node)
+        graph.insert_before(site.product, node)  # in the order in which the program rounds
         take_over(new, old)
 
 
