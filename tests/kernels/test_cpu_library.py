@@ -141,13 +141,14 @@ def test_a_machine_without_a_compiler_installs_all_the_same(tmp_path: Path) -> N
     assert not [*copy.rglob("*.so")]
 
 
-def test_the_arm_kernels_equal_plain_c(tmp_path: Path) -> None:
+@pytest.mark.parametrize("products", ["products.cpp", "int8_products.cpp"])
+def test_the_arm_kernels_equal_plain_c(tmp_path: Path, products: str) -> None:
     """Compiled for Arm, they run on an emulated processor."""
     compiler, emulator = shutil.which("aarch64-linux-gnu-g++"), shutil.which("qemu-aarch64")
     if compiler is None or emulator is None:
         pytest.skip("no compiler for Arm, or nothing that emulates it")
     program = tmp_path / "products"
-    sources = [ROOT / "tests" / "kernels" / "products.cpp", ROOT / "kernels" / "cpu" / "isa.cpp"]
+    sources = [ROOT / "tests" / "kernels" / products, ROOT / "kernels" / "cpu" / "isa.cpp"]
     flags = ["-std=c++17", "-O1", "-Wall", "-Wextra", "-Werror", "-ffp-contract=off", "-static"]
     subprocess.run([compiler, *flags, *map(str, sources), "-o", str(program)], check=True)
     done = subprocess.run([emulator, str(program)], capture_output=True, text=True)
