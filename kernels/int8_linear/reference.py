@@ -95,7 +95,8 @@ def check(
             f"int8_linear: {name} must be [out], {[outputs]} here.",
         )
     refuse(
-        activation not in ACTIVATIONS, f"int8_linear: activation '{activation}' must be gelu, gelu_tanh or empty."
+        activation not in ACTIVATIONS,
+        f"int8_linear: activation '{activation}' must be gelu, gelu_tanh or empty.",
     )
     if grid is not None:
         refuse(

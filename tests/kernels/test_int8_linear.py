@@ -109,7 +109,9 @@ def test_ties_go_to_even_codes_and_others_to_the_nearest(form: str) -> None:
         {"step": float(step), "zero": 100},
     )
     halves = (np.arange(-110, 170, dtype=np.float32) + np.float32(0.5)) * step
-    x = np.concatenate([halves, np.nextafter(halves, np.float32(9e9)), np.nextafter(halves, np.float32(-9e9))])
+    x = np.concatenate(
+        [halves, np.nextafter(halves, np.float32(9e9)), np.nextafter(halves, np.float32(-9e9))]
+    )
     codes = np.clip(np.rint(x / step) + 100, 0, 255)
     got = FORMS[form](linear, x[:, None], 1)[:, 0]
     np.testing.assert_array_equal(np.rint(got / step) + 100, codes)
@@ -150,7 +152,9 @@ def test_what_is_not_finite_spoils_its_own_row(
 @pytest.mark.parametrize("activation", ["gelu", "gelu_tanh"])
 def test_activations_are_right_everywhere(form: str, activation: str) -> None:
     """Near zero, where they bend, and far out, to 3e-7 of the larger of input and 1."""
-    values = np.concatenate([np.linspace(-12, 12, 4001), np.geomspace(12, 1e30, 40), -np.geomspace(12, 1e30, 40)])
+    values = np.concatenate(
+        [np.linspace(-12, 12, 4001), np.geomspace(12, 1e30, 40), -np.geomspace(12, 1e30, 40)]
+    )
     linear = Int8Linear(
         {
             "codes": np.full((1, len(values)), 128, np.uint8),

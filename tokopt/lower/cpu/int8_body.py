@@ -26,7 +26,10 @@ def body(attributes: Mapping[str, object], bias: bool, opset: int) -> ir.Functio
     x, codes, scale = (made.inputs[name] for name in ("x", "codes", "scale"))
     weight = made.op("DequantizeLinear", [codes, scale, _middles(made, scale)], axis=1)
     if "step" in attributes:
-        given = (ir.RefAttr(f"value_{kind}", name, TYPES[name]) for kind, name in (("float", "step"), ("int", "zero")))
+        given = (
+            ir.RefAttr(f"value_{kind}", name, TYPES[name])
+            for kind, name in (("float", "step"), ("int", "zero"))
+        )
         y = made.op("MatMul", [_on_grid(made, x, *given), weight])
     else:
         step = _step(made, x)
@@ -48,7 +51,7 @@ def _middles(made: Body, scale: ir.Value) -> ir.Value:
 
 
 def rounding(x: ir.Value, attributes: Mapping[str, ir.Attr]) -> list[ir.Node]:
-    """Nodes of which the last one gives ``x`` as a node with these attributes rounds it, in steps where rows have one."""
+    """Nodes, of which the last gives ``x`` as a node with these attributes rounds it; in steps where rows have one."""
     made = Body(())
     if "step" in attributes:
         _on_grid(made, x, attributes["step"].as_float(), attributes["zero"].as_int())

@@ -130,7 +130,11 @@ def _check_weight(product: ir.Node) -> None:
     codes, scale, zero = (input_at(node, place) for place in range(3))
     assert codes.const_value is not None and scale.const_value is not None
     size = tuple(codes.const_value.shape.numpy())
-    if codes.dtype != ir.DataType.UINT8 or len(size) != 2 or node.attributes.get_int("axis", 1) not in (1, -1):
+    if (
+        codes.dtype != ir.DataType.UINT8
+        or len(size) != 2
+        or node.attributes.get_int("axis", 1) not in (1, -1)
+    ):
         raise Unfit("its weight is no matrix of bytes with a scale per output")
     if scale.dtype != ir.DataType.FLOAT or tuple(scale.const_value.shape.numpy()) != size[1:]:
         raise Unfit("its weight has no float32 scale per output")
