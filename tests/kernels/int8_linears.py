@@ -24,7 +24,7 @@ class Int8Linear:
     """The constants of the op by name, and its attributes; either may be wrong on purpose."""
 
     constants: Mapping[str, np.ndarray]
-    attributes: Mapping[str, float | int | str] = field(default_factory=dict)
+    attributes: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def inputs(self) -> int:
@@ -42,7 +42,7 @@ class Int8Linear:
 
 
 def random_int8_linear(
-    seed: int, inputs: int, outputs: int, *, bias: bool = True, **attributes: float | str
+    seed: int, inputs: int, outputs: int, *, bias: bool = True, **attributes: Any
 ) -> Int8Linear:
     """Codes, scales and bias at random."""
     random = np.random.default_rng(seed)

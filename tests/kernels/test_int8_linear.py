@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -36,7 +37,7 @@ def test_form_equals_naive(form: str, data: st.DataObject) -> None:
     rows = data.draw(
         st.sampled_from([0, 1, 2, 3, 5, 6, 7, 8, 9, 12, 13, 16, 17, 31, 32, 33, 97, 130]), "rows"
     )
-    attributes: dict[str, float | str] = {}
+    attributes: dict[str, Any] = {}
     if data.draw(st.booleans(), "grid"):
         attributes = {"step": 0.02, "zero": data.draw(st.sampled_from([0, 1, 115, 128, 255]), "zero")}
     if activation := data.draw(st.sampled_from(["", "gelu", "gelu_tanh"]), "activation"):
@@ -59,7 +60,7 @@ def test_form_equals_naive(form: str, data: st.DataObject) -> None:
 
 @forms
 @grids
-def test_parts_of_many_rows_and_outputs_meet(form: str, grid: dict[str, float]) -> None:
+def test_parts_of_many_rows_and_outputs_meet(form: str, grid: dict[str, Any]) -> None:
     """Several threads, parts of the rows and strips of the weight, and rows that are rounded in parallel."""
     linear = random_int8_linear(0, 1090, 150, **grid)
     x = random_rows(1, 203, linear)
@@ -69,7 +70,7 @@ def test_parts_of_many_rows_and_outputs_meet(form: str, grid: dict[str, float]) 
 @forms
 @grids
 @pytest.mark.parametrize("shape", [(64,), (1, 1, 64), (2, 3, 64), (2, 0, 64)])
-def test_leading_axes_stay(form: str, grid: dict[str, float], shape: tuple[int, ...]) -> None:
+def test_leading_axes_stay(form: str, grid: dict[str, Any], shape: tuple[int, ...]) -> None:
     linear = random_int8_linear(0, 64, 5, **grid)
     x = random_rows(1, 6, linear)[: int(np.prod(shape[:-1]))].reshape(shape)
     got = FORMS[form](linear, x, 1)
@@ -130,7 +131,7 @@ def test_a_row_of_zeros_gives_the_bias(form: str) -> None:
 @pytest.mark.parametrize("wrong", [np.nan, -np.nan, np.inf, -np.inf])
 @pytest.mark.parametrize("rows", [9, 40])
 def test_what_is_not_finite_spoils_its_own_row(
-    form: str, grid: dict[str, float], wrong: float, rows: int
+    form: str, grid: dict[str, Any], wrong: float, rows: int
 ) -> None:
     """An infinity is beyond the last code of a grid, and leaves no step to a row."""
     linear = random_int8_linear(0, 70, 18, **grid)

@@ -39,7 +39,7 @@ def lower_with_kernels(
     Returns None, and writes nothing, when there is nothing to fuse. Raises LoweringError when the two disagree.
     """
     model = ir.load(path)
-    outcomes = [apply_rule(rule, model.graph) for rule in (QuantizedLinear(model), Int8Linear(model))]
+    outcomes = apply_rule(QuantizedLinear(model), model.graph), apply_rule(Int8Linear(model), model.graph)
     for outcome in outcomes:
         if report is not None and outcome.candidates:
             report(outcome)
