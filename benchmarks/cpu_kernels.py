@@ -39,6 +39,10 @@ HEAD = (576, 49152)
 ROWS = (1, 2, 4, 8, 16)
 PROMPT = 256
 ORT, MKL = "float32 | ONNX Runtime", "float32 | MKL with AVX2"
+ENCODER = ((384, 1152), (384, 384), (384, 1536), (1536, 384))
+"""Inputs and outputs of the products of a layer of DINOv2-S, of which the third has a GELU."""
+TOKENS = (197, 1576)
+"""Rows of one image and of eight."""
 
 
 @dataclass(frozen=True)
@@ -104,14 +108,20 @@ class Graph:
         return helper.make_model(graph, opset_imports=opsets, ir_version=10)
 
 
-def caller(graph: Graph, isa: str, threads: int) -> Callable[[int], Callable[[], object]]:
-    """``rows -> call`` of one session."""
+def opened(model: ModelProto, isa: str, threads: int) -> onnxruntime.InferenceSession:
+    """A session whose kernels use an instruction set."""
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     with patch.dict(os.environ, {"TOKOPT_ISA": isa}):
         options.register_custom_ops_library(str(cpu.library()))
-    model = graph.model().SerializeToString()
-    session = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+    return onnxruntime.InferenceSession(
+        model.SerializeToString(), options, providers=["CPUExecutionProvider"]
+    )
+
+
+def caller(graph: Graph, isa: str, threads: int) -> Callable[[int], Callable[[], object]]:
+    """``rows -> call`` of one session."""
+    session = opened(graph.model(), isa, threads)
 
     def call(rows: int) -> Callable[[], object]:
         feed = {f"x{n}": np.random.default_rng(1).random((rows, n), np.float32) for n in graph.inputs}
@@ -180,6 +190,71 @@ def _operand(rows: int, columns: int) -> torch.Tensor:
     return torch.rand(rows, columns)
 
 
+def encoder_model(kind: str) -> ModelProto:
+    """The products of a layer: in ``float32``, as ``QuantizeLinear`` and its like (``onnxruntime``), or as our op."""
+    random, step = np.random.default_rng(0), 0.02
+    nodes: list[NodeProto] = []
+    held: dict[str, np.ndarray] = {}
+    if kind == "onnxruntime":
+        held |= {"step": np.array(step, np.float32), "zero": np.array(-8, np.int8)}
+    for place, (inputs, outputs) in enumerate(ENCODER):
+        w, s, b, y = (f"{name}{place}" for name in "wsby")
+        x, gelu = f"x{inputs}", outputs == 1536
+        held[b] = random.random(outputs, np.float32)
+        if kind == "float32":
+            held[w] = random.random((inputs, outputs), np.float32)
+        else:
+            held[w] = random.integers(0, 256, (inputs, outputs), dtype=np.uint8)
+            held[s] = random.random(outputs, np.float32) / 1000
+        if kind == "own":
+            more = {"activation": "gelu"} if gelu else {}
+            node = helper.make_node(
+                "Int8Linear", [x, w, s, b], [y], domain=cpu.DOMAIN, step=step, zero=120, **more
+            )
+            nodes.append(node)
+            continue
+        factors = [x, w]
+        if kind == "onnxruntime":
+            held[f"m{place}"] = np.full(outputs, 128, np.uint8)
+            nodes += [
+                helper.make_node("QuantizeLinear", [x, "step", "zero"], [f"q{place}"]),
+                helper.make_node("DequantizeLinear", [f"q{place}", "step", "zero"], [f"r{place}"]),
+                helper.make_node("DequantizeLinear", [w, s, f"m{place}"], [f"v{place}"], axis=1),
+            ]
+            factors = [f"r{place}", f"v{place}"]
+        nodes.append(helper.make_node("MatMul", factors, [f"p{place}"]))
+        nodes.append(helper.make_node("Add", [f"p{place}", b], [f"a{place}" if gelu else y]))
+        if gelu:
+            nodes.append(helper.make_node("Gelu", [f"a{place}"], [y]))
+    given = [helper.make_tensor_value_info(f"x{n}", TensorProto.FLOAT, ["rows", n]) for n in (384, 1536)]
+    made = [helper.make_tensor_value_info(f"y{i}", TensorProto.FLOAT, None) for i in range(len(ENCODER))]
+    constants = [numpy_helper.from_array(array, name) for name, array in held.items()]
+    graph = helper.make_graph(nodes, "encoder", given, made, constants)
+    opsets = [helper.make_opsetid("", 21), helper.make_opsetid(cpu.DOMAIN, cpu.VERSION)]
+    return helper.make_model(graph, opset_imports=opsets, ir_version=10)
+
+
+def encoding(rounds: int, threads: int) -> Iterator[str]:
+    """The table of encoders: the products of one layer of DINOv2-S, by kernel."""
+    kinds = {
+        "float32 | ONNX Runtime": ("float32", "plain"),
+        "8 bits | ONNX Runtime": ("onnxruntime", "plain"),
+    }
+    kinds |= {f"8 bits | `{isa}`": ("own", isa) for isa in cpu.isas() if isa != "plain"}
+    calls: dict[str, Callable[[], object]] = {}
+    for name, (kind, isa) in kinds.items():
+        session = opened(encoder_model(kind), isa, threads)
+        for rows in TOKENS:
+            feed = {f"x{n}": np.random.default_rng(1).random((rows, n), np.float32) for n in (384, 1536)}
+            calls[f"{name} {rows}"] = lambda session=session, feed=feed: session.run(None, feed)
+    found = least(calls, rounds, threads)
+    yield "| products | kernel |" + "".join(f" {rows} rows, ms | float32 / this |" for rows in TOKENS)
+    yield "|---" * (2 + 2 * len(TOKENS)) + "|"
+    for name in kinds:
+        times = [(found[f"{name} {rows}"], found[f"float32 | ONNX Runtime {rows}"]) for rows in TOKENS]
+        yield f"| {name} |" + "".join(f" {own:.2f} | {wide / own:.2f} |" for own, wide in times)
+
+
 def main() -> None:
     os.environ["MKL_ENABLE_INSTRUCTIONS"] = "AVX2"  # MKL reads it at its first product
     parser = argparse.ArgumentParser(description=__doc__)
@@ -205,6 +280,10 @@ def main() -> None:
         "# `CachedAttention`: one layer of SmolLM2-135M, of as many layers in turn as it has",
         "",
         *attending(partial(least, rounds=options.rounds, threads=options.threads), options.threads),
+        "",
+        "# `Int8Linear`: the products of a layer of DINOv2-S",
+        "",
+        *encoding(options.rounds, options.threads),
         "",
         "```json",
         json.dumps(describe(options.threads), indent=1),

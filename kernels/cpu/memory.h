@@ -5,6 +5,8 @@
 #include <atomic>
 #include <cstdint>
 #include <cstdlib>
+#include <cstring>
+#include <map>
 #include <memory>
 #include <mutex>
 #include <new>
@@ -121,5 +123,36 @@ class Scratch {
     uint8_t* data = nullptr;
     size_t size = 0;
 };
+
+// `hash` of what was before, and of these bytes.
+inline uint64_t mixed(uint64_t hash, const uint8_t* data, size_t bytes) {
+    for (; bytes >= 8; data += 8, bytes -= 8) {
+        uint64_t word;
+        std::memcpy(&word, data, 8);
+        hash = (hash ^ word) * 0x9e3779b97f4a7c15u;
+        hash ^= hash >> 29;
+    }
+    for (; bytes; ++data, --bytes) hash = (hash ^ *data) * 0x9e3779b97f4a7c15u;
+    return hash;
+}
+
+// The packed form of `from`, the same object for all sessions of the process that have this weight. A Weight is packed
+// from a Source, which has a hash, and says whether it `holds` one.
+template <class Weight, class Source>
+std::shared_ptr<const Weight> shared(const Source& from) {
+    // Never destroyed: a session may outlive the library's own static objects.
+    static auto& mutex = *new std::mutex;
+    static auto& known = *new std::multimap<uint64_t, std::weak_ptr<const Weight>>;
+    const uint64_t key = from.hash();
+    const std::lock_guard<std::mutex> lock(mutex);
+    for (auto place = known.begin(); place != known.end();) {
+        const std::shared_ptr<const Weight> weight = place->second.lock();
+        if (weight && place->first == key && weight->holds(from)) return weight;
+        place = weight ? std::next(place) : known.erase(place);  // no session is left that had it
+    }
+    auto weight = std::make_shared<const Weight>(from);
+    known.emplace(key, weight);
+    return weight;
+}
 
 }  // namespace tokopt

@@ -163,6 +163,11 @@ class Api {
         if (failed) release(failed);
         return !failed;
     }
+    bool number(const OrtKernelInfo* info, const char* name, float* into) const {
+        OrtStatus* failed = at<OrtStatus* (*)(const OrtKernelInfo*, const char*, float*)>(85)(info, name, into);
+        if (failed) release(failed);
+        return !failed;
+    }
     // "" where the attribute is left out.
     std::string string(const OrtKernelInfo* info, const char* name) const {
         const auto get = at<OrtStatus* (*)(const OrtKernelInfo*, const char*, char*, size_t*)>(87);

@@ -233,7 +233,7 @@ OrtStatus* create(Isa isa, void* const* table, const OrtKernelInfo* info, void**
     return guarded(api, [&] {
         const Node node(api, info);
         const Source source = node.read();
-        *kernel = new Kernel{api, isa, node.gate(), shared(source)};
+        *kernel = new Kernel{api, isa, node.gate(), shared<Weight>(source)};
         release(source);
     });
 }

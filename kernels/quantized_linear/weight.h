@@ -4,9 +4,6 @@
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
-#include <memory>
-#include <mutex>
-#include <map>
 #include <vector>
 
 #include "../cpu/memory.h"
@@ -23,6 +20,11 @@ struct Source {
     const uint8_t* zero;     // [out, groups], or null
     const uint8_t* minimum;  // [out, groups], or null
     const uint8_t* bias;     // [out] float32, or null
+
+    uint64_t hash() const {
+        const uint64_t key = mixed(sizes.in, codes, sizes.out * sizes.row_bytes());
+        return mixed(key, scale, sizes.out * sizes.groups() * sizes.float_bytes());
+    }
 };
 
 // What a session needs no more once its weight is packed.
@@ -119,36 +121,6 @@ class Weight {
     const bool has_bias;
     const Packed memory;
 };
-
-uint64_t mixed(uint64_t hash, const uint8_t* data, size_t bytes) {
-    for (; bytes >= 8; data += 8, bytes -= 8) {
-        uint64_t word;
-        std::memcpy(&word, data, 8);
-        hash = (hash ^ word) * 0x9e3779b97f4a7c15u;
-        hash ^= hash >> 29;
-    }
-    for (; bytes; ++data, --bytes) hash = (hash ^ *data) * 0x9e3779b97f4a7c15u;
-    return hash;
-}
-
-// The packed form of `from`, the same object for all sessions of the process that have this weight.
-std::shared_ptr<const Weight> shared(const Source& from) {
-    // Never destroyed: a session may outlive the library's own static objects.
-    static auto& mutex = *new std::mutex;
-    static auto& known = *new std::multimap<uint64_t, std::weak_ptr<const Weight>>;
-    const Sizes& sizes = from.sizes;
-    uint64_t key = mixed(sizes.in, from.codes, sizes.out * sizes.row_bytes());
-    key = mixed(key, from.scale, sizes.out * sizes.groups() * sizes.float_bytes());
-    const std::lock_guard<std::mutex> lock(mutex);
-    for (auto place = known.begin(); place != known.end();) {
-        const std::shared_ptr<const Weight> weight = place->second.lock();
-        if (weight && place->first == key && weight->holds(from)) return weight;
-        place = weight ? std::next(place) : known.erase(place);  // no session is left that had it
-    }
-    auto weight = std::make_shared<const Weight>(from);
-    known.emplace(key, weight);
-    return weight;
-}
 
 }  // namespace
 }  // namespace tokopt

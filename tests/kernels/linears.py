@@ -18,11 +18,15 @@ import numpy as np
 import onnxruntime
 import pytest
 from onnx import ModelProto, TensorProto, helper, numpy_helper
+from onnxruntime.capi.onnxruntime_pybind11_state import Fail, InvalidArgument, RuntimeException
 
 from tokopt.kernels import cpu
 
 LIBRARY = Path(os.environ["TOKOPT_TEST_LIBRARY"]) if "TOKOPT_TEST_LIBRARY" in os.environ else cpu.library()
 """The library under test: the installed one, or one that was built with sanitizers."""
+
+FAILURES = (Fail, InvalidArgument, RuntimeException)
+"""What ONNX Runtime raises when an op refuses a node or its input."""
 
 needs_library = pytest.mark.skipif(LIBRARY is None, reason=cpu.problem())
 
@@ -32,6 +36,15 @@ def packed_bytes() -> int:
     count = ctypes.CDLL(str(LIBRARY)).tokopt_cpu_packed_bytes
     count.restype = ctypes.c_size_t
     return count()
+
+
+def nmse(got: np.ndarray, want: np.ndarray) -> float:
+    return float(((got - want) ** 2).sum() / max((want**2).sum(), 1e-30))
+
+
+def unaligned(x: np.ndarray) -> np.ndarray:
+    """The same numbers one byte past where floats lie."""
+    return np.frombuffer(b"_" + x.tobytes(), np.float32, offset=1).reshape(x.shape) if x.size else x
 
 
 CONSTANTS = ("codes", "scale", "zero", "minimum", "bias")

@@ -73,8 +73,7 @@ static bool agree(const Code& code, const Code& plain, const Sizes& sizes, size_
 }
 
 // What the compiler would find unused here.
-auto* const unused = shared;
-void (*const unused_too)(const Source&) = release;
+void (*const unused)(const Source&) = release;
 
 int main() {
     bool all = true;

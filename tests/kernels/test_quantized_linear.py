@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import gc
-import os
-import shutil
-import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -17,36 +14,28 @@ import onnxruntime
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from onnxruntime.capi.onnxruntime_pybind11_state import Fail, InvalidArgument, RuntimeException
 
 from tests.kernels.linears import (
     ACTIVATIONS,
+    FAILURES,
     FORMS,
     LIBRARY,
     Linear,
     naive,
     needs_library,
+    nmse,
     onnx_model,
     packed_bytes,
     random_linear,
     random_rows,
     session,
+    unaligned,
 )
+from tests.kernels.sanitizers import check_watched, skip_when_watched
 from tokopt.errors import InputError
 from tokopt.kernels import cpu
 
-ROOT = Path(__file__).resolve().parents[2]
 forms = pytest.mark.parametrize("form", FORMS)
-FAILURES = (Fail, InvalidArgument, RuntimeException)
-
-
-def nmse(got: np.ndarray, want: np.ndarray) -> float:
-    return float(((got - want) ** 2).sum() / max((want**2).sum(), 1e-30))
-
-
-def unaligned(x: np.ndarray) -> np.ndarray:
-    """The same numbers one byte past where floats lie."""
-    return np.frombuffer(b"_" + x.tobytes(), np.float32, offset=1).reshape(x.shape) if x.size else x
 
 
 @forms
@@ -325,39 +314,6 @@ def test_x_of_another_width_is_refused(form: str) -> None:
 
 
 @needs_library
-@pytest.mark.skipif("TOKOPT_TEST_LIBRARY" in os.environ, reason="this is the run with sanitizers")
+@skip_when_watched
 def test_sanitizers_find_nothing(tmp_path: Path) -> None:
-    """The tests of the library once more, with addresses and undefined behaviour watched."""
-    # A program that is not C++ brings no exceptions, which the sanitizer wants to find before it starts.
-    preloaded = ":".join(map(runtime_library, ("libasan.so", "libstdc++.so.6")))
-    built = tmp_path / "libtokopt_cpu.so"
-    sources = [*(ROOT / "kernels" / "cpu").glob("*.cpp"), *(ROOT / "kernels").glob("*/cpu.cpp")]
-    flags = ["-std=c++17", "-O0", "-g1", "-fPIC", "-shared", "-fvisibility=hidden", "-ffp-contract=off"]
-    watched = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
-    subprocess.run(["g++", *flags, *watched, *map(str, sources), "-o", str(built)], check=True)
-    environment = {
-        **os.environ,
-        "TOKOPT_TEST_LIBRARY": str(built),
-        "LD_PRELOAD": preloaded,
-        "ASAN_OPTIONS": "detect_leaks=0",  # Python's own are no concern of the library
-    }
-    command = [sys.executable, "-m", "pytest", "--noconftest", "-q", "-x", "-s", "-p", "no:cacheprovider"]
-    done = subprocess.run(
-        [*command, __file__, "-k", "not reference and not sanitizers"],
-        env=environment,
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0 and " passed" in done.stdout, done.stdout[-3000:] + done.stderr[-3000:]
-
-
-def runtime_library(name: str) -> str:
-    """The path of a library of g++; skips the test where there is none."""
-    if not shutil.which("g++"):
-        pytest.skip("no g++")
-    found = subprocess.run(["g++", f"-print-file-name={name}"], capture_output=True, text=True)
-    path = Path(found.stdout.strip())
-    if not path.is_absolute():
-        pytest.skip(f"g++ has no {name}")
-    return str(path.resolve())
+    check_watched(__file__, tmp_path)

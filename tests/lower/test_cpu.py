@@ -225,7 +225,6 @@ def test_the_kernel_gets_the_operands_of_the_reference(pipeline: str, bias: bool
     ("pipeline", "reason"),
     [
         ("rtn{group=16}", "its weight has blocks of 16, not of 32, 64 or 128"),
-        ("int8", "its weight has no blocks, or is not constant"),
     ],
 )
 def test_what_is_left_is_said_and_has_no_form(pipeline: str, reason: str, tmp_path: Path) -> None:
@@ -235,7 +234,7 @@ def test_what_is_left_is_said_and_has_no_form(pipeline: str, reason: str, tmp_pa
     assert any(line.startswith(name + reason) for line in lines)
     model: Model = load(path, threads=1)
     assert model.manifest.programs["forward"].kernels is None
-    assert str(model.kernels).startswith("none: the artifact has neither a cache nor weights in blocks")
+    assert str(model.kernels).startswith("none: the artifact has neither a cache nor products")
 
 
 def test_a_program_in_float_has_no_other_form(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from onnx_ir.passes import common as passes
 from tokopt.ir.program import Program
 from tokopt.kernels.cpu import DOMAIN, VERSION
 from tokopt.lower.cpu.cached_attention import CachedAttention
+from tokopt.lower.cpu.int8_linear import Int8Linear
 from tokopt.lower.cpu.quantized_linear import QuantizedLinear
 from tokopt.lower.onnx.export import WeightFile
 from tokopt.lower.onnx.rule import Outcome, apply_rule
@@ -57,11 +58,12 @@ def lower_with_kernels(
 def fuse_for_kernels(model: ir.Model, program: Program) -> list[Outcome]:
     """Rewrite ``model`` in place; without a product or an attention that becomes an op, nothing is changed."""
     attention = CachedAttention(model, program.aliases)
-    outcomes = [apply_rule(QuantizedLinear(model), model.graph), apply_rule(attention, model.graph)]
+    rules = (QuantizedLinear(model), Int8Linear(model), attention)
+    outcomes = [apply_rule(rule, model.graph) for rule in rules]
     if not any(outcome.fused for outcome in outcomes):
         return outcomes
     model.opset_imports[DOMAIN] = VERSION
-    if outcomes[1].fused:
+    if outcomes[-1].fused:
         outcomes += [attention.rotations, apply_rule(NormOfSum(), model.graph)]
         model.opset_imports[CONTRIB] = 1
         model.graph.sort()

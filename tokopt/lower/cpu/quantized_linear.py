@@ -20,6 +20,7 @@ from tokopt.lower.onnx.storage import (
     added_to,
     as_stored,
     blocks_of,
+    is_blocks,
     is_product,
     minimum_of,
     offset_of,
@@ -56,10 +57,10 @@ class QuantizedLinear(Rule[_Site]):
         self.model = model
 
     def candidates(self, graph: ir.Graph) -> Iterator[Candidate]:
-        """Every product with a quantized weight."""
+        """Every product with a weight in blocks."""
         for node in list(graph):
             weight = input_at(node, 1).producer() if is_product(node) else None
-            if weight is not None and weight.op_type == "DequantizeLinear" and not weight.domain:
+            if weight is not None and is_blocks(weight):
                 yield (node,)
 
     def match(self, graph: ir.Graph, candidate: Candidate) -> _Site:
@@ -67,7 +68,7 @@ class QuantizedLinear(Rule[_Site]):
         (product,) = candidate
         blocks = blocks_of(_dequantized(product))
         if blocks is None:
-            raise Unfit("its weight has no blocks, or is not constant")
+            raise Unfit("its weight is not constant")
         if blocks.group not in GROUPS:
             raise Unfit(f"its weight has blocks of {blocks.group}, not of 32, 64 or 128")
         if input_at(product, 0).dtype not in (ir.DataType.FLOAT, None):

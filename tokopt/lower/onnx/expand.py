@@ -31,7 +31,7 @@ class Body:
         self.nodes.append(node)
         return list(node.outputs)
 
-    def constant(self, number: int | Sequence[int], dtype: type[np.generic]) -> ir.Value:
+    def constant(self, number: float | Sequence[int], dtype: type[np.generic]) -> ir.Value:
         """A number, or a list of them."""
         return self.op("Constant", [], value=ir.tensor(np.array(number, dtype)))
 

@@ -23,6 +23,8 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from tokopt.ir.program import Program
 from tokopt.kernels import OPS, declared
+from tokopt.kernels.cpu import DOMAIN
+from tokopt.lower.cpu.int8_body import NAME, rounding
 from tokopt.lower.onnx.real_tokens import plain_name
 from tokopt.lower.parity.precision import InFloat64, widened
 
@@ -76,10 +78,12 @@ def expose_selections(path: Path) -> tuple[Path, list[list[str]]]:
     """A copy of the ONNX file beside it whose selections are outputs; returns it and their names, in order."""
     model = ir.load(path)
     names = []
+    rounded: set[object] = set()
     for node in list(model.graph):
         op = OPS.get(plain_name(node)) if node.domain == "tokopt" else None
         chosen = [list(node.outputs)] if op is not None and op.unstable else []
-        for values in chosen or [[value] for value in _new_codes(model.graph, node)]:
+        own = [*_new_codes(model.graph, node), *_rounded(model.graph, node, rounded)]
+        for values in chosen or [[value] for value in own]:
             names.append([str(value.name) for value in values])
             known = {value.name for value in model.graph.outputs}
             model.graph.outputs.extend(value for value in values if value.name not in known)
@@ -126,6 +130,28 @@ def _new_codes(graph: ir.Graph, node: ir.Node) -> list[ir.Value]:
         found.append(codes)
     graph.insert_after(node, made)
     return found
+
+
+def _rounded(graph: ir.Graph, node: ir.Node, known: set[object]) -> list[ir.Value]:
+    """What a product that rounds its activations itself makes of them; those of one tensor and grid once.
+
+    See :mod:`tokopt.lower.cpu.int8_linear`.
+    """
+    if (node.domain, node.op_type) != (DOMAIN, NAME):
+        return []
+    x, given = node.inputs[0], node.attributes
+    assert x is not None
+    key = (x, *(given[name].value for name in ("step", "zero") if name in given))
+    if key in known:
+        return []
+    known.add(key)
+    nodes = rounding(x, given)
+    for place, made in enumerate(nodes):
+        made.outputs[0].name = f"{node.outputs[0].name}_rounding_{place}"
+    last = nodes[-1].outputs[0]
+    last.type, last.shape = ir.TensorType(ir.DataType.FLOAT), x.shape
+    graph.insert_before(node, nodes)
+    return [last]
 
 
 @dataclass
