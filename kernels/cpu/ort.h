@@ -177,11 +177,6 @@ class Api {
         call(87, info, name, &value[0], &size);
         return value.c_str();  // up to the zero that ends it
     }
-    bool number(const OrtKernelInfo* info, const char* name, float* into) const {
-        OrtStatus* failed = at<OrtStatus* (*)(const OrtKernelInfo*, const char*, float*)>(85)(info, name, into);
-        if (failed) release(failed);
-        return !failed;
-    }
     size_t inputs(const OrtKernelInfo* info) const {
         size_t count = 0;
         call(230, info, &count);

@@ -22,10 +22,9 @@ from tokopt.kernels.int8_linear.reference import Grid, int8_linear
 from tokopt.lower.cpu import int8_linear as lowering
 from tokopt.runtime import load
 from tokopt.runtime.engines.onnxruntime import Sessions
-from tokopt.runtime.format.manifest import PORTABLE, WITH_KERNELS
+from tokopt.runtime.format.manifest import OWN, PORTABLE
 from tokopt.runtime.numerics import nmse
 
-OWN = WITH_KERNELS[PORTABLE]
 MODES = {"dynamic": "int8", "static": "smoothquant,int8{activations=static}"}
 
 modes = pytest.mark.parametrize("mode", MODES)
