@@ -55,7 +55,8 @@ def test_form_equals_naive(form: str, data: st.DataObject) -> None:
     got = FORMS[form](linear, x, data.draw(st.sampled_from([1, 2]), "threads"))
     want = naive(linear, x)
     assert got.shape == want.shape and got.dtype == np.float32
-    assert nmse(got, want) < 1e-11
+    before = naive(linear.saying(activation=""), x)  # GELU cancels: its error is one of what it is given
+    assert ((got - want) ** 2).sum() <= 1e-11 * max((before**2).sum(), 1e-30)
 
 
 @forms
