@@ -108,7 +108,11 @@ class Int8Linear(Rule[_Site]):
         node.metadata_props.update(site.product.metadata_props)
         new, old = node.outputs[0], site.end.outputs[0]
         new.type, new.shape = old.type, old.shape
-        graph.insert_before(site.product, node)  # in the order in which the program rounds
+        rounded = input_at(site.product, 0).producer()
+        assert rounded is not None
+        graph.insert_before(
+            rounded, node
+        )  # in the order in which the program rounds, whatever reads it first
         take_over(new, old)
 
 

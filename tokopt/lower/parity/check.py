@@ -15,6 +15,7 @@ from tokopt.ir.program import Program
 from tokopt.lower.parity.precision import all_alike, half_precision_limit, rounds_alike
 from tokopt.lower.parity.selections import (
     expose_selections,
+    run_alike,
     run_in_float64_with_selections,
     run_with_selections,
     selection_shapes,
@@ -67,7 +68,7 @@ def check_parity(
         fault = _fault(program, expected, actual, tolerance)
         if fault and selects(program):
             chooser = _chooser(program, lowered or program)
-            fault = _cleanup_fault(program, chooser, inputs, expected, tolerance) or _fault_given_selections(
+            fault = _cleanup_fault(program, chooser, inputs, tolerance) or _fault_given_selections(
                 chooser, path, name, inputs, tolerance, shared or {}, unfolded=bodies
             )
         if fault and tolerance is None and rounds_alike(program, inputs, expected, actual):
@@ -129,14 +130,24 @@ def _cleanup_fault(
     program: Program,
     lowered: Program,
     inputs: Example,
-    expected: Sequence[torch.Tensor],
     tolerance: float | None,
 ) -> str | None:
-    """The first output that a cleanup changed by more than a few other choices do, behind which it could hide."""
+    """The first output or selection that a cleanup changed by more than a few other choices do.
+
+    Both programs choose alike, but where the cleanup left fewer tokens to choose from: there it could hide behind the
+    limit of what other choices do.
+    """
     if lowered is program:
         return None
+    expected, made, selections = run_alike(program, lowered, inputs)
+    for selection in selections:
+        if not selection.ok:
+            return (
+                f"{selection.name} chooses differently for {selection.different} of {selection.tokens} tokens "
+                "before and after the program's cleanup"
+            )
     limit = max(SELFTEST_LIMITS["approximate"] or 0.0, tolerance or 0.0)
-    for spec, want, got in zip(program.outputs, expected, lowered(*inputs), strict=True):
+    for spec, want, got in zip(program.outputs, expected, made, strict=True):
         check = check_output(spec.name, want.numpy(force=True), got.numpy(force=True), limit)
         if not check.ok:
             return (

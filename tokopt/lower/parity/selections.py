@@ -9,7 +9,7 @@ activations that are rounded to 8 bits: what lies near the middle of two steps f
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -170,12 +170,59 @@ class _Forced(Interpreter):
         op = declared(n.target)
         if op is None or not op.unstable:
             return own
-        forced = next(self.given)
         outputs = list(own) if isinstance(own, (tuple, list)) else [own]
+        forced = self.selected(n, outputs)
         share = DIFFERENT_BY_RANK if op.choice is not None and op.choice.by_rank else DIFFERENT
         found = _compare_steps(outputs[0], forced[0], n) if op.rounds else _compare(outputs, forced)
         self.compared.append(Selection(n.name, *found, share))
         return tuple(forced) if isinstance(own, (tuple, list)) else forced[0]
+
+    def selected(self, n: Node, own: list[Tensor]) -> list[Tensor]:
+        """What stands for the outputs of a selection."""
+        return next(self.given)
+
+
+class _Alike(_Forced):
+    """Runs a graph with the selections of another one, by name, as far as both have one of the same sizes."""
+
+    def __init__(self, module: torch.fx.GraphModule, found: Mapping[str, list[Tensor]]) -> None:
+        super().__init__(module, iter(()))
+        self.found = found
+
+    def selected(self, n: Node, own: list[Tensor]) -> list[Tensor]:
+        """That of the other graph, or its own."""
+        other = self.found.get(n.name, own)
+        return other if [x.shape for x in other] == [x.shape for x in own] else own
+
+
+class _Recorded(Interpreter):
+    """Runs a graph and keeps what its selections give, by name."""
+
+    def __init__(self, module: torch.fx.GraphModule) -> None:
+        super().__init__(module)
+        self.found: dict[str, list[Tensor]] = {}
+
+    def run_node(self, n: Node) -> Any:
+        made = super().run_node(n)
+        op = declared(n.target)
+        if op is not None and op.unstable:
+            self.found[n.name] = list(made) if isinstance(made, (tuple, list)) else [made]
+        return made
+
+
+def run_alike(
+    program: Program, other: Program, inputs: tuple[Tensor, ...]
+) -> tuple[list[Tensor], list[Tensor], list[Selection]]:
+    """The outputs of two programs of which one was made of the other, under the selections of ``other``.
+
+    A selection that the change dropped, or narrowed to fewer tokens, stays what ``program`` makes it. The third are the
+    selections of ``program``, and how its own ones differ.
+    """
+    recorded = _Recorded(other.module)
+    with torch.no_grad():
+        made = list(recorded.run(*inputs))
+        alike = _Alike(program.module, recorded.found)
+        return list(alike.run(*inputs)), made, alike.compared
 
 
 class _ForcedInFloat64(_Forced, InFloat64):
