@@ -27,7 +27,7 @@ History = Sequence[Sequence[int]]
 """Per row, the ids of its prompt and of what was generated so far."""
 
 SEED_BITS = 63
-"""A seed is not negative and fits into an int64."""
+"""Of a seed as many of the lowest bits count, which fit into an int64."""
 
 TOP_H_TOKENS = 100
 """Top-H looks at no more than this many tokens."""
@@ -178,8 +178,9 @@ class Sampling:
     """How the next token is chosen; the default is greedy.
 
     ``temperature`` 0 takes the most likely token. Above 0 it draws, after ``top_k`` (0: off), ``top_p`` (1),
-    ``min_p`` (0), ``typical_p`` (1) and ``top_h`` (0). ``repetition_penalty`` (1) applies to both. ``seed``, below
-    2**63, makes the draws repeatable: row i of a batch draws from its own stream, whatever the other rows are.
+    ``min_p`` (0), ``typical_p`` (1) and ``top_h`` (0). ``repetition_penalty`` (1) applies to both. ``seed``
+    makes the draws repeatable (its lowest 63 bits): row i of a batch draws from its own stream, whatever the other
+    rows are.
 
     Numbers are kept as Python's own. Raises InputError for a value that is none, or out of range.
     """
@@ -207,7 +208,7 @@ class Sampling:
         keep("repetition_penalty", penalty)
         keep("top_k", check_integer("top_k", self.top_k, least=0))
         if self.seed is not None:
-            keep("seed", check_integer("seed", self.seed, 0, 2**SEED_BITS - 1))
+            keep("seed", check_integer("seed", self.seed, least=0))
 
     def processors(self) -> Iterator[LogitsProcessor]:
         """The processors that do something, in order."""
@@ -236,10 +237,16 @@ class Sampling:
         for name, off in _HOST_ONLY.items():
             if getattr(self, name) != off:
                 raise InputError(f"the model draws its tokens itself, without {name}; leave {name} out")
-        seed = secrets.randbits(SEED_BITS) if self.seed is None else self.seed
-        values = {name: getattr(self, name) for name in DRAWING if hasattr(self, name)} | {"seed": seed}
+        values = {name: getattr(self, name) for name in DRAWING if hasattr(self, name)} | {
+            "seed": word(self.seed)
+        }
         made = {role: np.full(batch, values.get(role, 0), dtype) for role, (dtype, _) in DRAWING.items()}
         return made | {"stream": np.arange(batch)}
+
+
+def word(seed: int | None) -> int:
+    """The bits of a seed that count; without one they are taken from the system."""
+    return secrets.randbits(SEED_BITS) if seed is None else seed % 2**SEED_BITS
 
 
 _HOST_ONLY = {"typical_p": 1.0, "top_h": 0.0, "repetition_penalty": 1.0}
@@ -250,7 +257,7 @@ class Streams:
     """Random numbers for the rows of a batch, one for each token that is drawn; those of a drawing program."""
 
     def __init__(self, seed: int | None, batch: int) -> None:
-        self._seed = np.full(batch, secrets.randbits(SEED_BITS) if seed is None else seed)
+        self._seed = np.full(batch, word(seed))
         self._drawn = 0
 
     def next(self) -> NDArray[np.float32]:

@@ -17,7 +17,7 @@ Where the engine's own arithmetic already gives every output within the limits o
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -29,6 +29,7 @@ from tokopt.errors import ArtifactError, TokoptError
 from tokopt.runtime.engines.base import Programs
 from tokopt.runtime.format.manifest import PORTABLE, Manifest, ProgramEntry, file_path
 from tokopt.runtime.format.signature import BATCH, Tensor
+from tokopt.runtime.format.state import State
 from tokopt.runtime.numerics import (
     LIMITS,
     SELFTEST_LIMITS,
@@ -216,12 +217,17 @@ def _cut(arrays: Mapping[str, np.ndarray], tensors: Sequence[Tensor]) -> dict[st
     return cut
 
 
+def hints(states: Iterable[State]) -> frozenset[str]:
+    """States that change no output, but when it comes: tables of what may follow, some of it nearly tied."""
+    return frozenset(state.name for state in states if state.kind == "table")
+
+
 def read_selftest(folder: Path, manifest: Manifest, program: str) -> SelfTest:
     """What is stored of a program; raises ArtifactError."""
     if manifest.selftest is None:
         raise ArtifactError(f"{folder} has no self-test; export the artifact again")
     path = file_path(folder, manifest.selftest)
-    entry = manifest.programs[program]
+    entry, left_out = manifest.programs[program], hints(manifest.states)
     try:
         tensors = safetensors.numpy.load_file(path)
         return SelfTest(
@@ -229,8 +235,8 @@ def read_selftest(folder: Path, manifest: Manifest, program: str) -> SelfTest:
             {
                 tensor.name: tensors[f"{program}/outputs/{tensor.name}"]
                 for tensor in entry.outputs
-                if tensor.role
-                != "written"  # a buffer between two writes is not seen where both are made in place
+                # A buffer between two writes is not seen where both are made in place.
+                if tensor.role != "written" and tensor.state not in left_out
             },
             _numbers(tensors, f"{program}/limits/"),
             {measure: _numbers(tensors, f"{program}/{measure}/") for measure in TASK_LOOSEST},

@@ -71,19 +71,22 @@ class Speculate(Pass):
     def requires(self, bundle: Bundle) -> None:
         """Language models whose one program gives logits."""
         name = language_program(self.name, bundle)
-        if emits_tokens(bundle.programs[name]):
+        program = bundle.programs[name]
+        if emits_tokens(program):
             raise PassError(f"{self.name}: program {name!r} draws its tokens already; leave sample out")
 
     def run(self, bundle: Bundle, context: Context) -> PassResult:
         """Add the program that speculates; the one there was reads prompts and draws the first token."""
         name, drafter = language_program(self.name, bundle), load_drafter(self.drafter)
         assert bundle.generation is not None
+        step = bundle.programs[name]
+        if any(spec.role == "link" for spec in (*step.inputs, *step.outputs)):
+            reason = "it takes from other programs, or gives to them"
+            return PassResult(bundle, 0, (), (Refusal(name, reason),))
         drawing = SampleTokens().run(bundle, context).bundle
         memory = tuple(_named(drafter.states(bundle.generation), drawing))
         try:
-            speculating = _Speculation(
-                bundle.programs[name], drawing.programs[name], drawing, memory, drafter
-            ).program()
+            speculating = _Speculation(step, drawing.programs[name], drawing, memory, drafter).program()
         except PassRefused as reason:
             return PassResult(bundle, 0, (), (Refusal(name, str(reason)),))
         added = fresh("speculate", bundle.programs)

@@ -71,6 +71,8 @@ def refusal(toy: str, name: str) -> str | None:
         return READ
     if name == "fold_scales":
         return NO_FACTOR
+    if (toy, name) == ("chained", "speculate"):
+        return "it takes from other programs"
     if (
         toy == "split"
         and not issubclass(cls, (Quantization, TokenReduction))

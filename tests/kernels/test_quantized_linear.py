@@ -62,7 +62,9 @@ def test_form_equals_naive(form: str, data: st.DataObject) -> None:
     got = FORMS[form](linear, x, data.draw(st.sampled_from([1, 2]), "threads"))
     want = naive(linear, x)
     assert got.shape == want.shape and got.dtype == np.float32
-    assert nmse(got, want) < 1e-11
+    before = naive(replace(linear, gate=""), x)  # what gates cancels: its error is one of what it is given
+    scale = (want**2).sum() + (before**2).sum() if gate else (want**2).sum()
+    assert ((got - want) ** 2).sum() <= 1e-11 * max(scale, 1e-30)
 
 
 @forms
@@ -212,7 +214,7 @@ def test_pages_of_the_file_are_given_back(tmp_path: Path) -> None:
     held, kilobytes, mapped = False, 0, 0
     for line in Path("/proc/self/smaps").read_text().splitlines():
         if line[0] in "0123456789abcdef":
-            held = line.endswith("weights.data")
+            held = line.endswith(str(tmp_path / "weights.data"))
         elif held and line.startswith(("Rss:", "Size:")):
             size = int(line.split()[1])
             kilobytes, mapped = (

@@ -13,10 +13,9 @@ from tokopt.runtime import Sampling
 
 MODELS = (
     ("llama", ""),
-    ("gemma3", ""),
     ("llama", "h2o{budget=48 every=8},rtn{bits=8 group=16}"),
 )
-"""Decoder, and the passes before ``sample``: windows, and what a trigger and codes change."""
+"""Decoder, and the passes before ``sample``: what a trigger and codes change."""
 
 OPTIONS = (
     Sampling(),

@@ -14,8 +14,7 @@ from tokopt.runtime.format.state import slot_axis
 
 CASES = (
     ("llama", "", "speculate"),
-    ("gemma3", "streaming{budget=48 every=8}", "speculate{drafter=token_recycling nodes=12}"),
-    ("gpt2", "adakv{press=knorm{budget=48 every=8}}", "speculate{drafter=prompt_lookup nodes=5}"),
+    ("mistral", "adakv{press=knorm{budget=48 every=8}}", "speculate{drafter=token_recycling nodes=12}"),
 )
 """Decoder, the passes before, and the pass: windows, heads with lengths of their own, triggers in the middle."""
 

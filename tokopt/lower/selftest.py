@@ -26,7 +26,16 @@ from tokopt.runtime.engines.onnxruntime import Sessions
 from tokopt.runtime.format.manifest import SELFTEST, Manifest
 from tokopt.runtime.format.signature import find_role, wiring
 from tokopt.runtime.numerics import LIMITS, SELFTEST_LIMITS
-from tokopt.runtime.selftest import COSINE, KL, LOOSEST, TASK_LOOSEST, FormChecks, SelfTest, check_forms
+from tokopt.runtime.selftest import (
+    COSINE,
+    KL,
+    LOOSEST,
+    TASK_LOOSEST,
+    FormChecks,
+    SelfTest,
+    check_forms,
+    hints,
+)
 
 ROWS, READ, NEW, FREE = 2, 16, 4, 4
 """Texts of a language model's self-test, tokens in their cache, new tokens, and free slots after those."""
@@ -63,8 +72,8 @@ def write_selftest(
     outputs = _outputs(bundle, inputs)
     tests = {
         name: SelfTest(
-            _arrays(program.inputs, inputs[name]),
-            _arrays(program.outputs, outputs[name]),
+            _arrays(program.inputs, inputs[name], frozenset()),
+            _arrays(program.outputs, outputs[name], hints(bundle.states)),
             _usual_limits(program, tolerance),
         )
         for name, program in bundle.programs.items()
@@ -93,16 +102,18 @@ def _tensors(bundle: Bundle, inputs: Values, outputs: Values) -> dict[str, Tenso
         for name, program in bundle.programs.items()
         for side, values in sides
         for spec, value in zip(getattr(program, side), values[name], strict=True)
-        if spec.role != "written"
+        if spec.role != "written" and not (side == "outputs" and spec.state in hints(bundle.states))
     }
 
 
-def _arrays(specs: Sequence[TensorSpec], values: Iterable[Tensor]) -> dict[str, np.ndarray]:
-    """Tensors by name, but for buffers between two writes, which a host that writes in place never sees."""
+def _arrays(
+    specs: Sequence[TensorSpec], values: Iterable[Tensor], left_out: frozenset[str]
+) -> dict[str, np.ndarray]:
+    """Tensors by name, but for these states and for buffers between two writes, which are not seen in place."""
     return {
         spec.name: value.numpy(force=True)
         for spec, value in zip(specs, values, strict=True)
-        if spec.role != "written"
+        if spec.role != "written" and spec.state not in left_out
     }
 
 
