@@ -103,7 +103,8 @@ def llama(engine: Engine) -> Measure:
     from benchmarks import timing
     from benchmarks.peers.language import _llama
 
-    given = timing.Engine(LLAMA, "llama.cpp", Path(engine.artifact), 1, engine.prompt, engine.threads)
+    slots = engine.prompt + max(ROWS)
+    given = timing.Engine(LLAMA, "llama.cpp", Path(engine.artifact), 1, slots, engine.threads)
     model = _llama(given, logits_all=True)
     model.eval((np.arange(engine.prompt) % 49152).tolist())
 
@@ -135,6 +136,7 @@ def engines(method: str, prompt: int, threads: int) -> list[Engine]:
     """What is timed on one artifact; llama.cpp reads the file that it was made of."""
     from benchmarks.quantize import artifact
 
+    artifact(MODEL, "float32")  # which others are calibrated on
     path = str(artifact(MODEL, method))
     names = [name for name in cpu.isas() if name != "plain"]
     made = [Engine(name, path, prompt, threads) for name in [NONE, *names]]
@@ -164,11 +166,12 @@ def markdown(report: Mapping[str, Any]) -> str:
 
 
 def parts(report: Mapping[str, Any]) -> list[tuple[str, Mapping[str, Mapping[str, float]]]]:
-    """Title and times of every table."""
+    """Title and times of every table that was measured."""
     return [
         (f"`{method}`, after {prompt} tokens", report[f"{method}/{prompt}"])
         for method in METHODS
         for prompt in PROMPTS
+        if f"{method}/{prompt}" in report
     ]
 
 
@@ -206,6 +209,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.rows", description=__doc__)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--only", choices=METHODS, help="one artifact")
     parser.add_argument("--serve", metavar="ENGINE", help="be the process of one engine (JSON)")
     options = parser.parse_args()
     if options.serve:
@@ -214,7 +218,7 @@ def main() -> None:
     folder = cache_folder() / "benchmark-rows"
     folder.mkdir(parents=True, exist_ok=True)
     progress = Progress(folder)
-    for method in METHODS:
+    for method in METHODS if options.only is None else (options.only,):
         for prompt in PROMPTS:
             print(f"{method}, after {prompt} tokens", file=sys.stderr, flush=True)
             made = engines(method, prompt, options.threads)
