@@ -357,7 +357,8 @@ class Request:
     def _check_counts(self, entry: Entry, emission: Emission, limit: np.ndarray | None) -> None:
         """A call gives at least one token to every row that may have one, so that every text ends; none below 0."""
         assert emission.tokens is not None and emission.count is not None
-        count, most = emission.count, emission.tokens.shape[1]
+        tokens, count = (cast("NDArray[np.int64]", array) for array in (emission.tokens, emission.count))
+        most = tokens.shape[1]
         wrong = (count < 0) | (count > most) | ((count == 0) & (limit is None or limit > 0))
         if wrong.any():
             row = int(wrong.argmax())
@@ -365,13 +366,12 @@ class Request:
                 f"program {entry.program!r} committed {count[row]} of {most} tokens in row {row}, which may have "
                 "one or more; the artifact is damaged"
             )
-        tokens: NDArray[np.int64] = emission.tokens
-        undrawn: NDArray[np.bool_] = (tokens < 0) & (np.arange(most) < count[:, None])
-        if undrawn.any():
-            raise TokoptError(
-                f"program {entry.program!r} found NaN or infinity where it draws a token of row "
-                f"{int(undrawn.any(axis=1).argmax())}; its weights or its input are damaged"
-            )
+        for row, emitted in enumerate(count.tolist()):
+            if any(token < 0 for token in tokens[row, :emitted].tolist()):
+                raise TokoptError(
+                    f"program {entry.program!r} found NaN or infinity where it draws a token of row {row}; its weights "
+                    "or its input are damaged"
+                )
 
     # ------------------------------------------------------------------------------------------ triggers
 

@@ -85,7 +85,7 @@ def random_attention(
     widths = {"query": (group + (2 if packed else 0)) * key_heads * channels}
     if not packed:
         widths |= {"key": key_heads * channels, "value": key_heads * channels}
-    inputs = {
+    inputs: dict[str, np.ndarray] = {
         name: random.standard_normal((batch, tokens, width)).astype(np.float32)
         for name, width in widths.items()
     }
@@ -169,6 +169,7 @@ def _rotated(x: np.ndarray, cos: np.ndarray, sin: np.ndarray, interleaved: bool)
 def onnx_model(attention: Attention, *, computed: str = "", **attributes: Any) -> ModelProto:
     """One node of the op; ``computed`` names a constant that becomes an input of the model."""
     given = attention.inputs
+    given_attributes: dict[str, Any] = attributes or dict(attention.attributes)
     names = [name if name in given else "" for name in INPUTS]
     while not names[-1]:
         names.pop()
@@ -178,7 +179,7 @@ def onnx_model(attention: Attention, *, computed: str = "", **attributes: Any) -
         OUTPUTS,
         name="attend",
         domain=cpu.DOMAIN,
-        **(attributes or attention.attributes),
+        **given_attributes,
     )
     kinds = {name: helper.np_dtype_to_tensor_dtype(array.dtype) for name, array in given.items()}
     constants = [name for name in CONSTANTS if name in given and name != computed]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnxruntime
@@ -254,7 +255,7 @@ def test_nothing_is_written_when_a_call_is_refused() -> None:
     ids=["value", "sin", "scale"],
 )
 def test_what_belongs_together_is_asked_for(
-    change: Callable[[], tuple[Attention, dict[str, int]]], words: str
+    change: Callable[[], tuple[Attention, dict[str, Any]]], words: str
 ) -> None:
     attention, attributes = change()
     with pytest.raises(FAILURES, match=words):

@@ -279,7 +279,9 @@ def test_its_bodies_compute_attention(name: str, mask: str) -> None:
     feed[roles["mask"]] = np.tril(np.ones((batch, 4, 4), bool)) | (mask == "open")
     feed[roles["rows"]] = np.arange(4)
     feed["length"] = np.arange(batch)
-    found = [model.sessions.in_float().run("step", feed, form) for form in (PORTABLE, OWN)]
+    in_float = model.sessions.in_float()
+    assert in_float is not None
+    found = [in_float.run("step", feed, form) for form in (PORTABLE, OWN)]
     for name, wanted in found[0].items():
         assert nmse(wanted, found[1][name]) < 1e-10, name
 

@@ -58,8 +58,11 @@ def lower_with_kernels(
 def fuse_for_kernels(model: ir.Model, program: Program) -> list[Outcome]:
     """Rewrite ``model`` in place; without a product or an attention that becomes an op, nothing is changed."""
     attention = CachedAttention(model, program.aliases)
-    rules = (QuantizedLinear(model), Int8Linear(model), attention)
-    outcomes = [apply_rule(rule, model.graph) for rule in rules]
+    outcomes = [
+        apply_rule(QuantizedLinear(model), model.graph),
+        apply_rule(Int8Linear(model), model.graph),
+        apply_rule(attention, model.graph),
+    ]
     if not any(outcome.fused for outcome in outcomes):
         return outcomes
     model.opset_imports[DOMAIN] = VERSION
