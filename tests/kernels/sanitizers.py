@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.shared import once
+
 ROOT = Path(__file__).resolve().parents[2]
 
 skip_when_watched = pytest.mark.skipif(
@@ -17,18 +19,13 @@ skip_when_watched = pytest.mark.skipif(
 )
 
 
-def check_watched(file: str, folder: Path) -> None:
-    """Build the library with sanitizers in ``folder`` and run a file's tests of it; skip where g++ has none."""
+def check_watched(file: str) -> None:
+    """Run a file's tests of the library once more, built with sanitizers; skip where g++ has none."""
     # A program that is not C++ brings no exceptions, which the sanitizer wants to find before it starts.
     preloaded = ":".join(map(runtime_library, ("libasan.so", "libstdc++.so.6")))
-    built = folder / "libtokopt_cpu.so"
-    sources = [*(ROOT / "kernels" / "cpu").glob("*.cpp"), *(ROOT / "kernels").glob("*/cpu.cpp")]
-    flags = ["-std=c++17", "-O0", "-g1", "-fPIC", "-shared", "-fvisibility=hidden", "-ffp-contract=off"]
-    watched = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
-    subprocess.run(["g++", *flags, *watched, *map(str, sources), "-o", str(built)], check=True)
     environment = {
         **os.environ,
-        "TOKOPT_TEST_LIBRARY": str(built),
+        "TOKOPT_TEST_LIBRARY": str(once("watched_libtokopt_cpu.so", build_watched)),
         "LD_PRELOAD": preloaded,
         "ASAN_OPTIONS": "detect_leaks=0",  # Python's own are no concern of the library
     }
@@ -41,6 +38,14 @@ def check_watched(file: str, folder: Path) -> None:
         text=True,
     )
     assert done.returncode == 0 and " passed" in done.stdout, done.stdout[-3000:] + done.stderr[-3000:]
+
+
+def build_watched(path: Path) -> None:
+    """Compile the library with sanitizers."""
+    sources = [*(ROOT / "kernels" / "cpu").glob("*.cpp"), *(ROOT / "kernels").glob("*/cpu.cpp")]
+    flags = ["-std=c++17", "-O0", "-g1", "-fPIC", "-shared", "-fvisibility=hidden", "-ffp-contract=off"]
+    watched = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
+    subprocess.run(["g++", *flags, *watched, *map(str, sources), "-o", str(path)], check=True)
 
 
 def runtime_library(name: str) -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -271,5 +270,5 @@ def test_scales_that_are_computed_are_refused(name: str) -> None:
 
 @needs_library
 @skip_when_watched
-def test_sanitizers_find_nothing(tmp_path: Path) -> None:
-    check_watched(__file__, tmp_path)
+def test_sanitizers_find_nothing() -> None:
+    check_watched(__file__)

@@ -317,5 +317,5 @@ def test_x_of_another_width_is_refused(form: str) -> None:
 
 @needs_library
 @skip_when_watched
-def test_sanitizers_find_nothing(tmp_path: Path) -> None:
-    check_watched(__file__, tmp_path)
+def test_sanitizers_find_nothing() -> None:
+    check_watched(__file__)
