@@ -5,6 +5,7 @@
 #include <vector>
 
 #include "../cpu/node.h"
+#include "../cpu/op.h"
 #include "../cpu/ops.h"
 #include "../cpu/ort.h"
 #include "call.h"
@@ -238,10 +239,8 @@ OrtStatus* infer(const OrtCustomOp*, OrtShapeInferContext* context) {
 
 template <Isa ISA, bool CODES>
 constexpr OrtCustomOp op() {
-    OrtCustomOp op = {};
-    op.version = ORT_VERSION;
+    OrtCustomOp op = common_op<Kernel>();
     op.GetName = [](const OrtCustomOp*) { return "CachedAttention"; };
-    op.GetExecutionProviderType = [](const OrtCustomOp*) -> const char* { return "CPUExecutionProvider"; };
     op.GetInputTypeCount = [](const OrtCustomOp*) { return size_t(INPUTS); };
     op.GetInputType = [](const OrtCustomOp*, size_t place) -> int {
         const bool cache = place == PAST_KEY || place == PAST_VALUE;
@@ -250,23 +249,14 @@ constexpr OrtCustomOp op() {
     op.GetInputCharacteristic = [](const OrtCustomOp*, size_t place) -> int {
         return place == KEY || place == VALUE || place >= COS ? OPTIONAL : REQUIRED;
     };
-    op.GetInputMemoryType = [](const OrtCustomOp*, size_t) { return 0; };
     op.GetOutputTypeCount = [](const OrtCustomOp*) { return size_t(OUTPUTS); };
     op.GetOutputType = [](const OrtCustomOp*, size_t place) -> int { return place != RESULT && CODES ? INT8 : FLOAT; };
-    op.GetOutputCharacteristic = [](const OrtCustomOp*, size_t) -> int { return REQUIRED; };
-    op.GetVariadicInputMinArity = [](const OrtCustomOp*) { return 0; };
-    op.GetVariadicInputHomogeneity = [](const OrtCustomOp*) { return 0; };
-    op.GetVariadicOutputMinArity = [](const OrtCustomOp*) { return 0; };
-    op.GetVariadicOutputHomogeneity = [](const OrtCustomOp*) { return 0; };
-    op.GetStartVersion = [](const OrtCustomOp*) { return 1; };
-    op.GetEndVersion = [](const OrtCustomOp*) { return VERSION; };
     op.CreateKernelV2 = [](const OrtCustomOp*, void* const* table, const OrtKernelInfo* info, void** kernel) {
         const Api api(table);
         return guarded(api, [&] { *kernel = new Kernel(read(api, info, ISA, CODES)); });
     };
     op.KernelComputeV2 = compute;
     op.InferOutputShapeFn = infer;
-    op.KernelDestroy = [](void* kernel) { delete static_cast<Kernel*>(kernel); };
     return op;
 }
 

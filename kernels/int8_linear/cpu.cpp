@@ -8,6 +8,7 @@
 
 #include "../cpu/memory.h"
 #include "../cpu/node.h"
+#include "../cpu/op.h"
 #include "../cpu/ops.h"
 #include "../cpu/ort.h"
 #include "code.h"
@@ -145,52 +146,24 @@ OrtStatus* create(Isa isa, void* const* table, const OrtKernelInfo* info, void**
     });
 }
 
-// The output has the shape of x, but for its last axis.
 OrtStatus* infer(const OrtCustomOp*, OrtShapeInferContext* context) {
-    const Api api(registered());
-    return guarded(api, [&] {
-        const OrtShapeInfo *x = api.input_shape(context, X), *codes = api.input_shape(context, CODES);
-        Shape shape(api.rank(x)), sizes(api.rank(codes));
-        if (shape.empty() || sizes.size() < 2) return;  // not known
-        api.dimensions(x, shape.data(), shape.size());
-        api.dimensions(codes, sizes.data(), sizes.size());
-        std::vector<const char*> names(shape.size());
-        api.symbols(x, names.data(), names.size());
-        shape.back() = sizes[1], names.back() = "";
-        api.set_output_shape(context, 0, FLOAT, shape, names);
-    });
+    return infer_rows(context, [](const Api&, const Shape& codes) { return codes[1]; });
 }
 
 OrtStatus* compute(void* opaque, OrtKernelContext* context) {
     const Kernel& kernel = *static_cast<Kernel*>(opaque);
     const Api& api = kernel.api;
     return guarded(api, [&] {
-        constexpr size_t MOST_AXES = 16;
-        const OrtValue* x = api.input(context, X);
-        int64_t shape[MOST_AXES];
-        OrtShapeInfo* info = api.shape_info(x);
-        const size_t rank = api.rank(info);
-        if (rank <= MOST_AXES) api.dimensions(info, shape, rank);
-        api.release(info);
-        const Size& size = kernel.weight->size;
-        if (rank < 1 || rank > MOST_AXES || shape[rank - 1] != int64_t(size.in))
-            throw Refused(
-                "tokopt.cpu::Int8Linear: x must be [..., " + std::to_string(size.in) + "], got " +
-                (rank < 1 || rank > MOST_AXES ? std::to_string(rank) + " axes" : text({shape, shape + rank})) + ".");
-        size_t rows = 1;
-        for (size_t axis = 0; axis + 1 < rank; ++axis) rows *= size_t(shape[axis]);
-        shape[rank - 1] = int64_t(size.out);
-        char* y = static_cast<char*>(api.output(context, 0, shape, rank));
-        if (rows) Call(kernel, static_cast<const char*>(api.data(x)), rows, y).run(api, context);
+        RowInput x(api, context, kernel.weight->size.in, NAME);
+        char* y = x.output(api, context, kernel.weight->size.out);
+        if (x.rows) Call(kernel, x.data, x.rows, y).run(api, context);
     });
 }
 
 template <Isa ISA>
 constexpr OrtCustomOp op() {
-    OrtCustomOp op = {};
-    op.version = ORT_VERSION;
+    OrtCustomOp op = common_op<Kernel>();
     op.GetName = [](const OrtCustomOp*) { return NAME; };
-    op.GetExecutionProviderType = [](const OrtCustomOp*) -> const char* { return "CPUExecutionProvider"; };
     op.GetInputTypeCount = [](const OrtCustomOp*) { return size_t(INPUTS); };
     op.GetInputType = [](const OrtCustomOp*, size_t place) -> int {
         return place == CODES ? UINT8 : FLOAT;
@@ -198,22 +171,13 @@ constexpr OrtCustomOp op() {
     op.GetInputCharacteristic = [](const OrtCustomOp*, size_t place) -> int {
         return place == BIAS ? OPTIONAL : REQUIRED;
     };
-    op.GetInputMemoryType = [](const OrtCustomOp*, size_t) { return 0; };
     op.GetOutputTypeCount = [](const OrtCustomOp*) { return size_t(1); };
     op.GetOutputType = [](const OrtCustomOp*, size_t) -> int { return FLOAT; };
-    op.GetOutputCharacteristic = [](const OrtCustomOp*, size_t) -> int { return REQUIRED; };
-    op.GetVariadicInputMinArity = [](const OrtCustomOp*) { return 0; };
-    op.GetVariadicInputHomogeneity = [](const OrtCustomOp*) { return 0; };
-    op.GetVariadicOutputMinArity = [](const OrtCustomOp*) { return 0; };
-    op.GetVariadicOutputHomogeneity = [](const OrtCustomOp*) { return 0; };
-    op.GetStartVersion = [](const OrtCustomOp*) { return 1; };
-    op.GetEndVersion = [](const OrtCustomOp*) { return VERSION; };
     op.CreateKernelV2 = [](const OrtCustomOp*, void* const* api, const OrtKernelInfo* info, void** kernel) {
         return create(ISA, api, info, kernel);
     };
     op.KernelComputeV2 = compute;
     op.InferOutputShapeFn = infer;
-    op.KernelDestroy = [](void* kernel) { delete static_cast<Kernel*>(kernel); };
     return op;
 }
 

@@ -9,6 +9,8 @@
 #include <vector>
 
 #include "../cpu/memory.h"
+#include "../cpu/node.h"
+#include "../cpu/op.h"
 #include "../cpu/ops.h"
 #include "../cpu/ort.h"
 #include "code.h"
@@ -16,6 +18,8 @@
 
 namespace tokopt {
 namespace {
+
+constexpr char NAME[] = "QuantizedLinear";
 
 struct Kernel {
     Api api;
@@ -127,130 +131,73 @@ class Call {
 enum Input : size_t { X, CODES, SCALE, ZERO, MINIMUM, BIAS, INPUTS };
 const char* const INPUT_NAMES[INPUTS] = {"x", "codes", "scale", "zero", "minimum", "bias"};
 
-using Shape = std::vector<int64_t>;
-
-std::string text(const Shape& shape) {
-    std::string joined;
-    for (int64_t size : shape) joined += (joined.empty() ? "" : ", ") + std::to_string(size);
-    return "[" + joined + "]";
+Gate gate(const Api& api, const OrtKernelInfo* info, const Node& node) {
+    static const char* const names[] = {"", "silu", "gelu", "gelu_tanh"};
+    const std::string wanted = api.string(info, "gate");
+    for (Gate gate : {Gate::NONE, Gate::SILU, Gate::GELU, Gate::GELU_TANH}) {
+        if (wanted == names[static_cast<int>(gate)]) return gate;
+    }
+    node.refuse("gate=" + wanted + " must be silu, gelu or gelu_tanh");
 }
 
-struct Constant {
-    const uint8_t* data = nullptr;
-    int element = 0;
-    Shape shape;
-};
+void fit(const Node& node, Input place, const Tensor& given, int element, const Shape& shape) {
+    const std::string name = INPUT_NAMES[place];
+    if (given.element != element)
+        node.refuse(name + (place == MINIMUM ? " must have the type of scale" : " is of another type"));
+    if (given.shape != shape) node.refuse(name + " must be " + text(shape) + ", got " + text(given.shape));
+}
 
-// Reads a node, and refuses what the kernels could not compute.
-class Node {
-  public:
-    Node(const Api& api, const OrtKernelInfo* info) : api(api), info(info) {}
-
-    Gate gate() const {
-        static const char* const names[] = {"", "silu", "gelu", "gelu_tanh"};
-        const std::string wanted = api.string(info, "gate");
-        for (Gate gate : {Gate::NONE, Gate::SILU, Gate::GELU, Gate::GELU_TANH}) {
-            if (wanted == names[static_cast<int>(gate)]) return gate;
-        }
-        refuse("gate=" + wanted + " must be silu, gelu or gelu_tanh");
+Source source(const Node& node, bool gated) {
+    const int64_t bits = node.integer("bits"), group = node.integer("group");
+    if (bits != 4 && bits != 8) node.refuse("bits=" + std::to_string(bits) + " must be 4 or 8");
+    if (group != 32 && group != 64 && group != 128)
+        node.refuse("group=" + std::to_string(group) + " must be 32, 64 or 128");
+    const auto constant = [&](Input place) { return node.constant(place, INPUT_NAMES[place]); };
+    for (Input place : {CODES, SCALE}) {
+        if (!node.has(place)) node.refuse(std::string(INPUT_NAMES[place]) + " is missing");
     }
-
-    Source read() const {
-        const int64_t bits = attribute("bits"), group = attribute("group");
-        if (bits != 4 && bits != 8) refuse("bits=" + std::to_string(bits) + " must be 4 or 8");
-        if (group != 32 && group != 64 && group != 128)
-            refuse("group=" + std::to_string(group) + " must be 32, 64 or 128");
-        const Constant codes = constant(CODES), scale = constant(SCALE), zero = constant(ZERO);
-        const Constant minimum = constant(MINIMUM), bias = constant(BIAS);
-        if (codes.element != UINT8 || codes.shape.size() != 2)
-            refuse("codes must be bytes [out, in * bits / 8], got " + text(codes.shape));
-        if (scale.element != FLOAT && scale.element != FLOAT16) refuse("scale must be float32 or float16");
-        if (zero.data && minimum.data) refuse("zero and minimum exclude each other; give one of them");
-        const int64_t out = codes.shape[0], in = codes.shape[1] * 8 / bits;
-        if (out < 1 || in < 1 || in % group)
-            refuse("codes " + text(codes.shape) + " of " + std::to_string(bits) +
-                   " bits are not outputs of whole groups of " + std::to_string(group) + " inputs");
-        const bool gated = gate() != Gate::NONE;
-        if (gated && out % 2) refuse("codes " + text(codes.shape) + " have no half of the outputs that gates the other");
-        const Shape numbers = {out, in / group};
-        fit(SCALE, scale, scale.element, numbers);
-        if (zero.data) fit(ZERO, zero, UINT8, numbers);
-        if (minimum.data) fit(MINIMUM, minimum, scale.element, numbers);
-        if (bias.data) fit(BIAS, bias, FLOAT, {out});
-        const Sizes sizes = {size_t(in),
-                             size_t(out),
-                             size_t(group),
-                             int(bits),
-                             scale.element == FLOAT16,
-                             zero.data != nullptr,
-                             minimum.data != nullptr,
-                             gated};
-        return {sizes, codes.data, scale.data, zero.data, minimum.data, bias.data};
-    }
-
-  private:
-    [[noreturn]] void refuse(const std::string& what) const {
-        throw Refused("tokopt.cpu::QuantizedLinear '" + api.node_name(info) + "': " + what + ".");
-    }
-
-    int64_t attribute(const char* name) const {
-        int64_t value = 0;
-        if (!api.integer(info, name, &value)) refuse("attribute " + std::string(name) + " is missing");
-        return value;
-    }
-
-    // Without data where an optional input is left out.
-    Constant constant(Input place) const {
-        if (place >= api.inputs(info) || api.input_name(info, place).empty()) {
-            if (place == CODES || place == SCALE) refuse(std::string(INPUT_NAMES[place]) + " is missing");
-            return {};
-        }
-        const OrtValue* value = api.constant(info, place);
-        if (!value) refuse(std::string(INPUT_NAMES[place]) + " must be a constant");
-        OrtShapeInfo* shape_info = api.shape_info(value);
-        Constant found;
-        found.element = api.element(shape_info);
-        found.shape.resize(api.rank(shape_info));
-        api.dimensions(shape_info, found.shape.data(), found.shape.size());
-        api.release(shape_info);
-        found.data = static_cast<const uint8_t*>(api.data(value));
-        return found;
-    }
-
-    void fit(Input place, const Constant& given, int element, const Shape& shape) const {
-        const std::string name = INPUT_NAMES[place];
-        if (given.element != element)
-            refuse(name + (place == MINIMUM ? " must have the type of scale" : " is of another type"));
-        if (given.shape != shape) refuse(name + " must be " + text(shape) + ", got " + text(given.shape));
-    }
-
-    const Api& api;
-    const OrtKernelInfo* info;
-};
+    const Tensor codes = constant(CODES), scale = constant(SCALE), zero = constant(ZERO);
+    const Tensor minimum = constant(MINIMUM), bias = constant(BIAS);
+    if (codes.element != UINT8 || codes.shape.size() != 2)
+        node.refuse("codes must be bytes [out, in * bits / 8], got " + text(codes.shape));
+    if (scale.element != FLOAT && scale.element != FLOAT16) node.refuse("scale must be float32 or float16");
+    if (zero.data && minimum.data) node.refuse("zero and minimum exclude each other; give one of them");
+    const int64_t out = codes.shape[0], in = codes.shape[1] * 8 / bits;
+    if (out < 1 || in < 1 || in % group)
+        node.refuse("codes " + text(codes.shape) + " of " + std::to_string(bits) +
+                    " bits are not outputs of whole groups of " + std::to_string(group) + " inputs");
+    if (gated && out % 2) node.refuse("codes " + text(codes.shape) + " have no half of the outputs that gates the other");
+    const Shape numbers = {out, in / group};
+    fit(node, SCALE, scale, scale.element, numbers);
+    if (zero.data) fit(node, ZERO, zero, UINT8, numbers);
+    if (minimum.data) fit(node, MINIMUM, minimum, scale.element, numbers);
+    if (bias.data) fit(node, BIAS, bias, FLOAT, {out});
+    const Sizes sizes = {size_t(in),
+                         size_t(out),
+                         size_t(group),
+                         int(bits),
+                         scale.element == FLOAT16,
+                         zero.data != nullptr,
+                         minimum.data != nullptr,
+                         gated};
+    const auto bytes = [](const Tensor& given) { return reinterpret_cast<const uint8_t*>(given.data); };
+    return {sizes, bytes(codes), bytes(scale), bytes(zero), bytes(minimum), bytes(bias)};
+}
 
 OrtStatus* create(Isa isa, void* const* table, const OrtKernelInfo* info, void** kernel) {
     const Api api(table);
     return guarded(api, [&] {
-        const Node node(api, info);
-        const Source source = node.read();
-        *kernel = new Kernel{api, isa, node.gate(), shared<Weight>(source)};
-        release(source);
+        const Node node(api, info, NAME);
+        const Gate gates = gate(api, info, node);
+        const Source given = source(node, gates != Gate::NONE);
+        *kernel = new Kernel{api, isa, gates, shared<Weight>(given)};
+        release(given);
     });
 }
 
-// The output has the shape of x, but for its last axis.
 OrtStatus* infer(const OrtCustomOp*, OrtShapeInferContext* context) {
-    const Api api(registered());
-    return guarded(api, [&] {
-        const OrtShapeInfo *x = api.input_shape(context, X), *codes = api.input_shape(context, CODES);
-        Shape shape(api.rank(x)), sizes(api.rank(codes));
-        if (shape.empty() || sizes.empty()) return;  // not known
-        api.dimensions(x, shape.data(), shape.size());
-        api.dimensions(codes, sizes.data(), sizes.size());
-        std::vector<const char*> names(shape.size());
-        api.symbols(x, names.data(), names.size());
-        shape.back() = api.has_attribute(context, "gate") ? sizes[0] / 2 : sizes[0], names.back() = "";
-        api.set_output_shape(context, 0, FLOAT, shape, names);
+    return infer_rows(context, [&](const Api& api, const Shape& codes) {
+        return api.has_attribute(context, "gate") ? codes[0] / 2 : codes[0];
     });
 }
 
@@ -258,32 +205,16 @@ OrtStatus* compute(void* opaque, OrtKernelContext* context) {
     const Kernel& kernel = *static_cast<Kernel*>(opaque);
     const Api& api = kernel.api;
     return guarded(api, [&] {
-        constexpr size_t MOST_AXES = 16;
-        const OrtValue* x = api.input(context, X);
-        int64_t shape[MOST_AXES];
-        OrtShapeInfo* info = api.shape_info(x);
-        const size_t rank = api.rank(info);
-        if (rank <= MOST_AXES) api.dimensions(info, shape, rank);
-        api.release(info);
-        const Sizes& sizes = kernel.weight->sizes;
-        if (rank < 1 || rank > MOST_AXES || shape[rank - 1] != int64_t(sizes.in))
-            throw Refused(
-                "tokopt.cpu::QuantizedLinear: x must be [..., " + std::to_string(sizes.in) + "], got " +
-                (rank < 1 || rank > MOST_AXES ? std::to_string(rank) + " axes" : text({shape, shape + rank})) + ".");
-        size_t rows = 1;
-        for (size_t axis = 0; axis + 1 < rank; ++axis) rows *= size_t(shape[axis]);
-        shape[rank - 1] = int64_t(sizes.width());
-        char* y = static_cast<char*>(api.output(context, 0, shape, rank));
-        if (rows) Call(kernel, static_cast<const char*>(api.data(x)), rows, y).run(api, context);
+        RowInput x(api, context, kernel.weight->sizes.in, NAME);
+        char* y = x.output(api, context, kernel.weight->sizes.width());
+        if (x.rows) Call(kernel, x.data, x.rows, y).run(api, context);
     });
 }
 
 template <Isa ISA>
 constexpr OrtCustomOp op() {
-    OrtCustomOp op = {};
-    op.version = ORT_VERSION;
-    op.GetName = [](const OrtCustomOp*) { return "QuantizedLinear"; };
-    op.GetExecutionProviderType = [](const OrtCustomOp*) -> const char* { return "CPUExecutionProvider"; };
+    OrtCustomOp op = common_op<Kernel>();
+    op.GetName = [](const OrtCustomOp*) { return NAME; };
     op.GetInputTypeCount = [](const OrtCustomOp*) { return size_t(INPUTS); };
     op.GetInputType = [](const OrtCustomOp*, size_t place) -> int {
         return place == SCALE || place == MINIMUM ? ANY : place == CODES || place == ZERO ? UINT8 : FLOAT;
@@ -291,22 +222,13 @@ constexpr OrtCustomOp op() {
     op.GetInputCharacteristic = [](const OrtCustomOp*, size_t place) -> int {
         return place >= ZERO ? OPTIONAL : REQUIRED;
     };
-    op.GetInputMemoryType = [](const OrtCustomOp*, size_t) { return 0; };
     op.GetOutputTypeCount = [](const OrtCustomOp*) { return size_t(1); };
     op.GetOutputType = [](const OrtCustomOp*, size_t) -> int { return FLOAT; };
-    op.GetOutputCharacteristic = [](const OrtCustomOp*, size_t) -> int { return REQUIRED; };
-    op.GetVariadicInputMinArity = [](const OrtCustomOp*) { return 0; };
-    op.GetVariadicInputHomogeneity = [](const OrtCustomOp*) { return 0; };
-    op.GetVariadicOutputMinArity = [](const OrtCustomOp*) { return 0; };
-    op.GetVariadicOutputHomogeneity = [](const OrtCustomOp*) { return 0; };
-    op.GetStartVersion = [](const OrtCustomOp*) { return 1; };
-    op.GetEndVersion = [](const OrtCustomOp*) { return VERSION; };
     op.CreateKernelV2 = [](const OrtCustomOp*, void* const* api, const OrtKernelInfo* info, void** kernel) {
         return create(ISA, api, info, kernel);
     };
     op.KernelComputeV2 = compute;
     op.InferOutputShapeFn = infer;
-    op.KernelDestroy = [](void* kernel) { delete static_cast<Kernel*>(kernel); };
     return op;
 }
 
