@@ -28,7 +28,7 @@ import safetensors.numpy
 from tokopt.errors import ArtifactError, TokoptError
 from tokopt.runtime.engines.base import Programs
 from tokopt.runtime.format.manifest import PORTABLE, Manifest, ProgramEntry, file_path
-from tokopt.runtime.format.signature import BATCH, Tensor
+from tokopt.runtime.format.signature import BATCH, Tensor, TensorLike
 from tokopt.runtime.format.state import State
 from tokopt.runtime.numerics import (
     LIMITS,
@@ -178,7 +178,7 @@ def _compare_task(
     """The checks of every output that is a prediction or an array of floats for the caller or another program."""
     checks: list[TaskCheck] = []
     for tensor in entry.outputs:
-        if tensor.role in ("state", "written"):
+        if tensor.role == "state" or tensor.name not in test.outputs:
             continue
         want, got = test.outputs[tensor.name], found[tensor.name]
         if not np.issubdtype(want.dtype, np.floating) or want.shape != got.shape:
@@ -217,9 +217,14 @@ def _cut(arrays: Mapping[str, np.ndarray], tensors: Sequence[Tensor]) -> dict[st
     return cut
 
 
-def hints(states: Iterable[State]) -> frozenset[str]:
-    """States that change no output, but when it comes: tables of what may follow, some of it nearly tied."""
-    return frozenset(state.name for state in states if state.kind == "table")
+def compared(outputs: Iterable[TensorLike], states: Iterable[State]) -> tuple[str, ...]:
+    """The names of the outputs of a program that a self-test compares, in their order.
+
+    A buffer between two writes is not seen where both are made in place. Tables change no output, but when it comes:
+    they hold what may follow, and some of that is nearly tied.
+    """
+    tables = {state.name for state in states if state.kind == "table"}
+    return tuple(spec.name for spec in outputs if spec.role != "written" and spec.state not in tables)
 
 
 def read_selftest(folder: Path, manifest: Manifest, program: str) -> SelfTest:
@@ -227,17 +232,13 @@ def read_selftest(folder: Path, manifest: Manifest, program: str) -> SelfTest:
     if manifest.selftest is None:
         raise ArtifactError(f"{folder} has no self-test; export the artifact again")
     path = file_path(folder, manifest.selftest)
-    entry, left_out = manifest.programs[program], hints(manifest.states)
+    entry = manifest.programs[program]
+    outputs = compared(entry.outputs, manifest.states)
     try:
         tensors = safetensors.numpy.load_file(path)
         return SelfTest(
             {tensor.name: tensors[f"{program}/inputs/{tensor.name}"] for tensor in entry.inputs},
-            {
-                tensor.name: tensors[f"{program}/outputs/{tensor.name}"]
-                for tensor in entry.outputs
-                # A buffer between two writes is not seen where both are made in place.
-                if tensor.role != "written" and tensor.state not in left_out
-            },
+            {name: tensors[f"{program}/outputs/{name}"] for name in outputs},
             _numbers(tensors, f"{program}/limits/"),
             {measure: _numbers(tensors, f"{program}/{measure}/") for measure in TASK_LOOSEST},
         )

@@ -6,7 +6,7 @@ that are written: how far ONNX Runtime is from the exported program in float32 a
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,7 +18,7 @@ from torch import Tensor
 from tokopt.errors import LoweringError
 from tokopt.ir.bundle import Bundle
 from tokopt.ir.calls import call_inputs, initial
-from tokopt.ir.program import AxisRange, Program, TensorSpec
+from tokopt.ir.program import AxisRange, Program
 from tokopt.lower.parity.precision import ROUNDINGS, half_precision_limit
 from tokopt.lower.parity.selections import selects
 from tokopt.runtime import LanguageModel, Sampling
@@ -34,7 +34,7 @@ from tokopt.runtime.selftest import (
     FormChecks,
     SelfTest,
     check_forms,
-    hints,
+    compared,
 )
 
 ROWS, READ, NEW, FREE = 2, 16, 4, 4
@@ -70,16 +70,16 @@ def write_selftest(
     """
     inputs = _inputs(bundle, folder, manifest)
     outputs = _outputs(bundle, inputs)
+    tensors = _tensors(bundle, inputs, outputs)
     tests = {
         name: SelfTest(
-            _arrays(program.inputs, inputs[name], frozenset()),
-            _arrays(program.outputs, outputs[name], hints(bundle.states)),
+            _arrays(tensors, f"{name}/inputs/"),
+            _arrays(tensors, f"{name}/outputs/"),
             _usual_limits(program, tolerance),
         )
         for name, program in bundle.programs.items()
     }
     found = check_forms(manifest, tests, lambda: Sessions(folder, manifest, spins=False))
-    tensors = _tensors(bundle, inputs, outputs)
     for name, test in tests.items():
         keys = (name, *(f"{name}.{form}" for form in manifest.programs[name].files))
         tensors |= _limits(name, test, [found[key] for key in keys if key in found])
@@ -95,26 +95,21 @@ def _outputs(bundle: Bundle, inputs: Values) -> Values:
 
 
 def _tensors(bundle: Bundle, inputs: Values, outputs: Values) -> dict[str, Tensor]:
-    """Inputs and outputs of every program under the names that they have in the file."""
+    """Inputs, and outputs that are compared, of every program under the names that they have in the file."""
     sides = (("inputs", inputs), ("outputs", outputs))
     return {
         f"{name}/{side}/{spec.name}": value.detach().clone().contiguous()
         for name, program in bundle.programs.items()
         for side, values in sides
         for spec, value in zip(getattr(program, side), values[name], strict=True)
-        if spec.role != "written" and not (side == "outputs" and spec.state in hints(bundle.states))
+        if side == "inputs" or spec.name in compared(program.outputs, bundle.states)
     }
 
 
-def _arrays(
-    specs: Sequence[TensorSpec], values: Iterable[Tensor], left_out: frozenset[str]
-) -> dict[str, np.ndarray]:
-    """Tensors by name, but for these states and for buffers between two writes, which are not seen in place."""
-    return {
-        spec.name: value.numpy(force=True)
-        for spec, value in zip(specs, values, strict=True)
-        if spec.role != "written" and spec.state not in left_out
-    }
+def _arrays(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, np.ndarray]:
+    """Those of a program and a side, by name."""
+    found = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
+    return {name: value.numpy(force=True) for name, value in found.items()}
 
 
 # --- limits -----------------------------------------------------------------------------------------------
