@@ -17,7 +17,6 @@ from tokopt.runtime.engines.base import Stateful
 from tokopt.runtime.engines.kernels import Kernels
 from tokopt.runtime.format.manifest import Manifest, file_path
 from tokopt.runtime.format.schedule import emits_tokens
-from tokopt.runtime.format.signature import DRAWING
 from tokopt.runtime.generate import Draw, Generating, Limits, Stream, Text
 from tokopt.runtime.inputs import Interface, count_rows
 from tokopt.runtime.loop import Request, chunk_size, prompt_slots
@@ -45,8 +44,7 @@ class LanguageModel:
         self.settings, self.endless = manifest.generation, manifest.schedule.endless
         entries = [entry for entry in manifest.schedule.entries if entry.role != "encode"]
         self.draws = any(emits_tokens(manifest.programs[entry.program]) for entry in entries)
-        read = {tensor.role for entry in entries for tensor in manifest.programs[entry.program].inputs}
-        self._takes = read & set(DRAWING)
+        self._takes = {tensor.role for entry in entries for tensor in manifest.programs[entry.program].inputs}
         self.interface = Interface.of(manifest)
         self._tokenizer: Tokenizer | None = None
 
@@ -252,8 +250,9 @@ class LanguageModel:
         """How a model draws tokens that does so itself; raises InputError for what it cannot be told."""
         if processors:
             raise InputError(f"{self.path} draws its tokens itself; leave processors out")
-        if sampling != Sampling() and not self._takes:
-            raise InputError(f"{self.path} draws its tokens itself and takes no options; leave sampling out")
+        for name in sampling.changed():
+            if name not in self._takes:
+                raise InputError(f"{self.path} draws its tokens itself, without {name}; leave {name} out")
         return sampling.drawing(batch)
 
     def _request(

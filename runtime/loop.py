@@ -306,8 +306,9 @@ class Request:
             "positions": np.ascontiguousarray(positions),
             "rows": rows,
             **self.drawing,
-            "parent": np.array(entry.tree, np.int64),
         }
+        if "parent" in roles.given:
+            values["parent"] = np.array(entry.tree, np.int64)
         if "limit" in roles.given:
             values["limit"] = np.full(self.batch, NO_LIMIT) if limit is None else limit
         if "mask" in roles.given:

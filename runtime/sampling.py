@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from tokopt.arguments import check_integer, check_number
-from tokopt.errors import InputError
 from tokopt.runtime.format.signature import DRAWING
 from tokopt.runtime.numerics import log_softmax
 from tokopt.runtime.threefry import uniforms
@@ -229,14 +228,15 @@ class Sampling:
         if self.top_h:
             yield TopH(self.top_h)
 
+    def changed(self) -> Iterator[str]:
+        """The names of the options that are not their defaults."""
+        return (option.name for option in fields(self) if getattr(self, option.name) != option.default)
+
     def drawing(self, batch: int) -> dict[str, np.ndarray]:
         """What a program that draws tokens itself is told, by role, a number for each row.
 
-        Without a seed one is taken from the system. Raises InputError for options that no such program has.
+        Without a seed one is taken from the system.
         """
-        for name, off in _HOST_ONLY.items():
-            if getattr(self, name) != off:
-                raise InputError(f"the model draws its tokens itself, without {name}; leave {name} out")
         values = {name: getattr(self, name) for name in DRAWING if hasattr(self, name)} | {
             "seed": word(self.seed)
         }
@@ -247,10 +247,6 @@ class Sampling:
 def word(seed: int | None) -> int:
     """The bits of a seed that count; without one they are taken from the system."""
     return secrets.randbits(SEED_BITS) if seed is None else seed % 2**SEED_BITS
-
-
-_HOST_ONLY = {"typical_p": 1.0, "top_h": 0.0, "repetition_penalty": 1.0}
-"""Options that only the host has -> the value that changes nothing."""
 
 
 class Streams:

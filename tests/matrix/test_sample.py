@@ -78,6 +78,14 @@ def test_what_needs_logits_is_refused() -> None:
         model.generate(ids, processors=[lambda history, logits: logits])
 
 
+def test_an_option_that_the_program_does_not_take_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A program of another maker may take some of them; none of the others is passed over in silence."""
+    model = artifact("llama", "sample")
+    monkeypatch.setattr(model, "_takes", model._takes - {"top_k"})
+    with pytest.raises(InputError, match="without top_k; leave top_k out"):
+        model.generate(prompt(9), sampling=Sampling(temperature=1.0, top_k=5, seed=1))
+
+
 def test_it_is_used_once() -> None:
     with pytest.raises(PassError, match="draws its tokens already"):
         tokopt.optimize(bundle("llama"), "sample,sample")
