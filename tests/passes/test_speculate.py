@@ -14,7 +14,13 @@ from tokopt.errors import PassError
 from tokopt.ir.format import Generation
 from tokopt.passes import Speculate
 from tokopt.passes.speculate.drafters import DRAFTERS, load_drafter
+from tokopt.passes.speculate.drafters.token_recycling import LEVELS
 from tokopt.passes.speculate.tree import accepted, best_first, tree
+from tokopt.runtime.speculation.draft import Draft, Drawn
+from tokopt.runtime.speculation.drafters.base import Verified
+from tokopt.runtime.speculation.drafters.token_recycling import TokenRecycling
+from tokopt.runtime.speculation.rules.base import Accepted
+from tokopt.runtime.speculation.tree import Tree as Plan
 
 GENERATION = Generation(context=40, vocabulary=12)
 
@@ -122,6 +128,30 @@ def test_recycling_proposes_the_followers_it_has_seen() -> None:
     for row, root in enumerate((1, 2)):
         first, second = int(table[root, 0]), int(table[root, 1])
         assert got[row].tolist() == [root, first, second, int(table[first, 0])]
+
+
+@settings(max_examples=30)
+@given(parents().filter(lambda up: max(map(up.count, up)) <= 8), st.integers(0, 99))
+def test_a_host_and_a_program_recycle_alike(up: list[int], seed: int) -> None:
+    """Their tables are equal once every token was seen, and so is what they propose, as deep as a program goes."""
+    generator = np.random.default_rng(seed)
+    drafter, (table,) = load_drafter("token_recycling"), memory("token_recycling")
+    host, plan = TokenRecycling(12), Plan(np.array(up))
+    for verified, tokens in (
+        (Plan.chain(12), generator.permutation(12)),
+        (plan, generator.integers(0, 12, len(up))),
+    ):
+        logits = generator.standard_normal((len(tokens), 12), np.float32)
+        accepted = Accepted(np.array([0]), tokens[:1])
+        draft = Draft(verified, tokens, Drawn.DETERMINISTIC)
+        host.write(Verified(draft, accepted, np.argsort(-logits, axis=1)[:, :8]))
+        given = torch.from_numpy(tokens)[None]
+        none = torch.full_like(given, -1)
+        (table,) = drafter.observe(given, torch.from_numpy(logits)[None], given, none, table)
+    np.testing.assert_array_equal(table.numpy(), host.table)
+    got = drafter.propose(torch.tensor([5]), torch.tensor([0]), tree(torch.tensor(up)), table)[0].numpy()
+    shallow = plan.depth <= LEVELS
+    np.testing.assert_array_equal(got[shallow], host.propose(plan, 5).tokens[shallow])
 
 
 @pytest.mark.parametrize("name", DRAFTERS)
