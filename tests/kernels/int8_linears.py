@@ -11,9 +11,9 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
-from onnx import ModelProto, TensorProto, helper, numpy_helper
+from onnx import ModelProto
 
-from tests.kernels.linears import LIBRARY, session
+from tests.kernels.linears import LIBRARY, one_node, session
 from tokopt.kernels import cpu
 
 CONSTANTS = ("codes", "scale", "bias")
@@ -91,26 +91,7 @@ def naive(linear: Int8Linear, x: np.ndarray) -> np.ndarray:
 
 def onnx_model(linear: Int8Linear, *, computed: str = "") -> ModelProto:
     """One node of the op; ``computed`` names a constant that becomes an input of the model."""
-    given = {name: array for name, array in linear.constants.items() if name != computed}
-    inputs = ["x", *(name if name in linear.constants else "" for name in CONSTANTS)]
-    while not inputs[-1]:
-        inputs.pop()
-    attributes: dict[str, Any] = dict(linear.attributes)
-    node = helper.make_node("Int8Linear", inputs, ["y"], name="proj", domain=cpu.DOMAIN, **attributes)
-    values = [helper.make_tensor_value_info("x", TensorProto.FLOAT, None)]
-    if computed:
-        array = linear.constants[computed]
-        kind = helper.np_dtype_to_tensor_dtype(array.dtype)
-        values.append(helper.make_tensor_value_info(computed, kind, array.shape))
-    graph = helper.make_graph(
-        [node],
-        "linear",
-        values,
-        [helper.make_tensor_value_info("y", TensorProto.FLOAT, None)],
-        [numpy_helper.from_array(array, name) for name, array in given.items()],
-    )
-    opsets = [helper.make_opsetid("", 21), helper.make_opsetid(cpu.DOMAIN, cpu.VERSION)]
-    return helper.make_model(graph, opset_imports=opsets, ir_version=10)
+    return one_node("Int8Linear", CONSTANTS, linear.constants, dict(linear.attributes), computed)
 
 
 def reference_form(linear: Int8Linear, x: np.ndarray, threads: int) -> np.ndarray:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import ctypes
 import math
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -150,21 +150,27 @@ ACTIVATIONS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
 
 def onnx_model(linear: Linear, *, computed: str = "", **attributes: Any) -> ModelProto:
     """One node of the op; ``computed`` names a constant that becomes an input of the model."""
-    given = {name: array for name, array in linear.constants.items() if name != computed}
-    inputs = ["x", *(name if name in linear.constants else "" for name in CONSTANTS)]
+    return one_node(
+        "QuantizedLinear", CONSTANTS, linear.constants, attributes or dict(linear.attributes), computed
+    )
+
+
+def one_node(
+    op: str,
+    names: Sequence[str],
+    constants: Mapping[str, np.ndarray],
+    attributes: dict[str, Any],
+    computed: str,
+) -> ModelProto:
+    """A model of one op of ``x`` and of constants, ``names`` in their order; ``computed`` becomes an input."""
+    given = {name: array for name, array in constants.items() if name != computed}
+    inputs = ["x", *(name if name in constants else "" for name in names)]
     while not inputs[-1]:
         inputs.pop()
-    node = helper.make_node(
-        "QuantizedLinear",
-        inputs,
-        ["y"],
-        name="proj",
-        domain=cpu.DOMAIN,
-        **(attributes or linear.attributes),
-    )
+    node = helper.make_node(op, inputs, ["y"], name="proj", domain=cpu.DOMAIN, **attributes)
     values = [helper.make_tensor_value_info("x", TensorProto.FLOAT, None)]
     if computed:
-        array = linear.constants[computed]
+        array = constants[computed]
         kind = helper.np_dtype_to_tensor_dtype(array.dtype)
         values.append(helper.make_tensor_value_info(computed, kind, array.shape))
     graph = helper.make_graph(
