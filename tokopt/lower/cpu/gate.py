@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 
-from tokopt.lower.onnx.nodes import array, input_at
+from tokopt.lower.onnx.nodes import array, input_at, only_reader, other_input, reader_alone
 
 
 @dataclass(frozen=True)
@@ -22,16 +22,16 @@ def gate_of(product: ir.Node) -> Gate | None:
 
     It is ``activation(first half) * second half``, with SiLU or GELU, exact or by tanh.
     """
-    split = _only_reader(product.outputs[0])
+    split = only_reader(product.outputs[0], "Split")
     if split is None or not _halves(split):
         return None
     gate, up = split.outputs
-    end = _only_reader(up)
-    if end is None or end.op_type != "Mul" or end.domain:
+    end = only_reader(up, "Mul")
+    if end is None:
         return None
-    active = _other(end, up)
+    active = other_input(end, up)
     maker = active.producer()
-    if maker is None or _only_reader(active) is not end:
+    if maker is None or reader_alone(active) is not end:
         return None
     activation = _activation(maker, gate)
     return None if activation is None else Gate(end, activation)
@@ -46,16 +46,16 @@ def _activation(maker: ir.Node, gate: ir.Value) -> str | None:
         return "gelu_tanh" if _text(maker, "approximate", "none") == "tanh" else "gelu"
     if maker.op_type != "Mul" or gate not in maker.inputs:
         return None
-    logistic = _other(maker, gate).producer()
+    logistic = other_input(maker, gate).producer()
     if logistic is None or logistic.op_type != "Sigmoid" or logistic.domain or readers != {maker, logistic}:
         return None
-    read_once = input_at(logistic, 0) is gate and _only_reader(logistic.outputs[0]) is maker
+    read_once = input_at(logistic, 0) is gate and reader_alone(logistic.outputs[0]) is maker
     return "silu" if read_once else None
 
 
 def _halves(node: ir.Node) -> bool:
-    """Whether a node splits the last axis into two halves, neither of which is an output of the graph."""
-    if node.op_type != "Split" or node.domain or len(node.outputs) != 2:
+    """Whether a split makes two halves of the last axis, neither of which is an output of the graph."""
+    if len(node.outputs) != 2:
         return False
     whole = input_at(node, 0).shape
     axis = node.attributes.get_int("axis", 0)
@@ -68,18 +68,6 @@ def _halves(node: ir.Node) -> bool:
         if first != second:
             return False
     return not any(half.is_graph_output() for half in node.outputs)
-
-
-def _only_reader(value: ir.Value) -> ir.Node | None:
-    """The node that alone reads a value; None where several do, or the graph gives it."""
-    readers = [use.node for use in value.uses()]
-    return readers[0] if len(readers) == 1 and not value.is_graph_output() else None
-
-
-def _other(node: ir.Node, value: ir.Value) -> ir.Value:
-    """The other operand of a node of two."""
-    first, second = input_at(node, 0), input_at(node, 1)
-    return second if first is value else first
 
 
 def _text(node: ir.Node, name: str, default: str) -> str:

@@ -11,9 +11,9 @@ import onnx_ir as ir
 
 from tokopt.kernels.cpu import DOMAIN
 from tokopt.lower.cpu.int8_body import NAME, body
-from tokopt.lower.onnx.nodes import array, input_at
+from tokopt.lower.onnx.nodes import array, input_at, maker, only_reader
 from tokopt.lower.onnx.rule import Candidate, Rule, Unfit
-from tokopt.lower.onnx.storage import added_to, is_blocks, is_product, only_reader
+from tokopt.lower.onnx.storage import added_to, is_blocks, is_product
 from tokopt.lower.onnx.weights import take_over
 
 MIDDLE = 128
@@ -95,7 +95,7 @@ class Int8Linear(Rule[_Site]):
 
     def fuse(self, graph: ir.Graph, site: _Site) -> None:
         """One node, whose body the file holds."""
-        codes, scale = _dequantized(site.product).inputs[:2]
+        codes, scale = maker(input_at(site.product, 1)).inputs[:2]
         attributes: dict[str, float | int | str] = {}
         if site.grid is not None:
             attributes |= {"step": site.grid.step, "zero": site.grid.zero}
@@ -108,27 +108,18 @@ class Int8Linear(Rule[_Site]):
         node.metadata_props.update(site.product.metadata_props)
         new, old = node.outputs[0], site.end.outputs[0]
         new.type, new.shape = old.type, old.shape
-        rounded = input_at(site.product, 0).producer()
-        assert rounded is not None
-        graph.insert_before(
-            rounded, node
-        )  # in the order in which the program rounds, whatever reads it first
+        # In the order in which the program rounds, whatever reads it first.
+        graph.insert_before(maker(input_at(site.product, 0)), node)
         take_over(new, old)
 
 
-def _dequantized(product: ir.Node) -> ir.Node:
-    node = input_at(product, 1).producer()
-    assert node is not None
-    return node
-
-
 def _outputs(product: ir.Node) -> int:
-    return int(array(input_at(_dequantized(product), 1)).shape[0])
+    return int(array(input_at(maker(input_at(product, 1)), 1)).shape[0])
 
 
 def _check_weight(product: ir.Node) -> None:
     """Raise Unfit unless the weight is bytes [in, out] around 128 with a scale per output."""
-    node = _dequantized(product)
+    node = maker(input_at(product, 1))
     if len(node.inputs) < 3 or any(value is None or value.const_value is None for value in node.inputs):
         raise Unfit("its weight is computed, or has codes with signs")
     codes, scale, zero = (input_at(node, place) for place in range(3))

@@ -12,7 +12,7 @@ import onnx_ir as ir
 from tokopt.kernels.cpu import DOMAIN
 from tokopt.lower.cpu.bodies import INPUTS, OP, overload, quantized_linear
 from tokopt.lower.cpu.gate import gate_of
-from tokopt.lower.onnx.nodes import array, input_at
+from tokopt.lower.onnx.nodes import array, input_at, maker
 from tokopt.lower.onnx.rule import Candidate, Rule, Unfit
 from tokopt.lower.onnx.storage import (
     Blocks,
@@ -66,7 +66,7 @@ class QuantizedLinear(Rule[_Site]):
     def match(self, graph: ir.Graph, candidate: Candidate) -> _Site:
         """The parts of the weight, and what is added to the product."""
         (product,) = candidate
-        blocks = blocks_of(_dequantized(product))
+        blocks = blocks_of(maker(input_at(product, 1)))
         if blocks is None:
             raise Unfit("its weight is not constant")
         if blocks.group not in GROUPS:
@@ -123,12 +123,6 @@ class QuantizedLinear(Rule[_Site]):
             domain=DOMAIN,
             overload=overload(blocks.bits, optional, gate),
         )
-
-
-def _dequantized(product: ir.Node) -> ir.Node:
-    node = input_at(product, 1).producer()
-    assert node is not None
-    return node
 
 
 def _is_known(offset: Offset) -> bool:

@@ -20,6 +20,23 @@ def maker(value: ir.Value) -> ir.Node:
     return node
 
 
+def reader_alone(value: ir.Value) -> ir.Node | None:
+    """The node that alone reads a value; None where several do, or the graph gives it."""
+    readers = [use.node for use in value.uses()]
+    return readers[0] if len(readers) == 1 and not value.is_graph_output() else None
+
+
+def only_reader(value: ir.Value, operation: str) -> ir.Node | None:
+    """The node that alone reads a value, if it is of a standard operation."""
+    node = reader_alone(value)
+    return node if node is not None and node.op_type == operation and not node.domain else None
+
+
+def other_input(node: ir.Node, value: ir.Value) -> ir.Value:
+    """The other operand of an operation with two."""
+    return input_at(node, 1 if node.inputs[0] is value else 0)
+
+
 def array(value: ir.Value | None) -> np.ndarray:
     """The elements of a constant."""
     assert value is not None and value.const_value is not None

@@ -16,7 +16,7 @@ import ml_dtypes
 import numpy as np
 import onnx_ir as ir
 
-from tokopt.lower.onnx.nodes import array, input_at
+from tokopt.lower.onnx.nodes import array, input_at, only_reader, other_input
 from tokopt.lower.onnx.rule import Candidate, Rule, Unfit
 from tokopt.lower.onnx.weights import SWAP, put_initializer
 
@@ -243,18 +243,6 @@ def _averages(node: ir.Node, group: int) -> bool:
     return node.op_type == "AveragePool" and all(
         list(node.attributes[key].as_ints()) == [group] for key in ("kernel_shape", "strides")
     )
-
-
-def only_reader(value: ir.Value, operation: str) -> ir.Node | None:
-    """The one node that reads a value, if it is of a standard operation."""
-    readers = [use.node for use in value.uses()]
-    alone = len(readers) == 1 and not value.is_graph_output()
-    return readers[0] if alone and readers[0].op_type == operation and not readers[0].domain else None
-
-
-def other_input(node: ir.Node, value: ir.Value) -> ir.Value:
-    """The other operand of an operation with two."""
-    return input_at(node, 1 if node.inputs[0] is value else 0)
 
 
 @dataclass(frozen=True)
