@@ -14,11 +14,13 @@ from contextlib import AbstractContextManager
 from dataclasses import replace
 from functools import partial
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
 from torch._dispatch.python import enable_python_dispatcher
 from torch.fx import Graph, GraphModule, Node
+from torch.fx._symbolic_trace import _Patcher
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils import _pytree as pytree
 
@@ -108,7 +110,9 @@ def _filled(function: Callable[..., Any], leaves: list[Any], spec: pytree.TreeSp
 
 def _trace(function: Callable[..., Any], values: list[Any], shapes: Shapes) -> GraphModule:
     """What a function does to values without data, as a graph."""
-    with torch.no_grad(), shapes.active(), enable_python_dispatcher():
+    # fx would patch nn.Module, whose every subclass Python then visits, four times; plain functions call no modules.
+    modules = patch.object(_Patcher, "patch_method")
+    with torch.no_grad(), shapes.active(), enable_python_dispatcher(), modules:
         traced = make_fx(function, tracing_mode="real", pre_dispatch=True)(*distinct(values))
     drop_lifts(traced.graph)
     return traced
