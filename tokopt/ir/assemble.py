@@ -8,12 +8,11 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch._dispatch.python import enable_python_dispatcher
 from torch._export.utils import _is_cia_op, _is_preservable_cia_op
 from torch._export.verifier import TrainingIRVerifier
 from torch._ops import OpOverload
@@ -28,14 +27,14 @@ from torch.export.graph_signature import (
     TensorArgument,
 )
 from torch.fx import Graph, GraphModule, Node
-from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.node import map_arg
 from torch.utils import _pytree as pytree
 
 from tokopt.ir.graph import aten, function_of, is_call, operand_at, results
 from tokopt.ir.program import Program
-from tokopt.ir.shapes import Shapes, attribute, described, distinct, traced_once, with_shapes
+from tokopt.ir.shapes import Shapes, attribute, described, with_shapes
 from tokopt.ir.splice import splice
+from tokopt.ir.trace import makes_symbols, trace
 
 Table = Mapping[Any, Callable[..., Any]]
 
@@ -151,7 +150,9 @@ def _decomposed(module: GraphModule, table: Table) -> Graph:
         elif node.target in _SAME or _is_cast(node):
             known[node] = _as_another(graph, node, known)
         elif node.target in table or _is_composite(node.target):
-            decomposition = traced_once(traced, _likeness(node), partial(_decomposition, node, table))
+            decomposition = traced.get(likeness := _likeness(node)) or _decomposition(node, table)
+            if not makes_symbols(decomposition):
+                traced[likeness] = decomposition
             operands = [known[operand] for operand in node.all_input_nodes]
             known[node] = splice(graph, decomposition, operands, like=node)
         else:
@@ -200,9 +201,8 @@ def _decomposition(node: Node, table: Table) -> GraphModule:
         args, kwargs = map_arg((node.args, node.kwargs), given.__getitem__)
         return function_of(node)(*args, **kwargs)
 
-    with torch.no_grad(), mode, enable_python_dispatcher():
-        values = distinct([operand.meta["val"] for operand in operands])
-        return make_fx(run, decomposition_table=table, tracing_mode="real")(*values)
+    with mode:
+        return trace(run, [operand.meta["val"] for operand in operands], decomposition_table=table)
 
 
 def _likeness(node: Node) -> object:

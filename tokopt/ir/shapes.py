@@ -24,7 +24,6 @@ from torch._dispatch.python import enable_python_dispatcher
 from torch._dynamo.source import ConstantSource
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import GraphModule, Node
-from torch.fx._lazy_graph_module import _use_lazy_graph_module
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, free_unbacked_symbols
 from torch.fx.node import map_arg
 from torch.utils._sympy.functions import Mod, PythonMod
@@ -53,6 +52,7 @@ class Symbols:
         self.env = ShapeEnv()
         self.mode = FakeTensorMode(shape_env=self.env, allow_non_fake_inputs=True)
         self.mode.cache_enabled = False  # with symbols, an entry costs more than running the operator again
+        self.derived: dict[object, Any] = {}
         self._constants: dict[int, tuple[Tensor, Tensor]] = {}
         self._count = 0
         self._active: Shapes | None = None
@@ -112,7 +112,7 @@ class Shapes:
     """What is known of the values of one open graph.
 
     ``axes`` are the symbols of the named axes, ``bounds`` their ranges, ``guards`` what edits took for granted of them,
-    ``calls`` what :func:`tokopt.rewrite.edit.call_once` inserted, and ``traces`` what calls of functions consist of.
+    and ``calls`` what :func:`tokopt.rewrite.edit.call_once` inserted.
     """
 
     symbols: Symbols
@@ -120,9 +120,8 @@ class Shapes:
     bounds: dict[str, AxisRange] = field(default_factory=dict[str, AxisRange])
     guards: list[Any] = field(default_factory=list[Any])
     calls: _Calls = field(default_factory=_Calls)
-    traces: dict[object, GraphModule] = field(default_factory=dict[object, GraphModule])
     _known: dict[Node, _Made] = field(default_factory=dict[Node, "_Made"])
-    _values: dict[object, Any] = field(default_factory=dict[object, Any])
+    _derived: dict[object, Any] = field(default_factory=dict[object, Any])
 
     @classmethod
     def of(
@@ -208,6 +207,35 @@ class Shapes:
         """The mode in which this graph's functions run without data."""
         return self.symbols.activate(self)
 
+    def once(
+        self, question: object, derive: Callable[[], Any], makes_symbols: Callable[[Any], object]
+    ) -> Any:
+        """What ``derive()`` says of the symbols, or what was said to this question before.
+
+        It was asked for this graph, or for another of the same symbols of which the same was taken for granted, if the
+        answer takes nothing for granted by itself. An answer that ``makes_symbols`` is never given twice.
+        """
+        if question in self._derived:
+            return self._derived[question]
+        self.active()
+        granted, shared = self._granted(), self.symbols.derived
+        if (question, granted) in shared:
+            answer = shared[question, granted]
+        else:
+            answer = derive()
+            if makes_symbols(answer):
+                return answer
+            if self._granted() == granted:
+                shared[question, granted] = answer
+        self._derived[question] = answer
+        return answer
+
+    def _granted(self) -> object:
+        """All that is taken for granted of the symbols now."""
+        env = self.symbols.env
+        ranges = tuple(env.var_to_range[_symbol(size)] for size in self.axes.values())
+        return ranges, tuple(env.replacements.items()), tuple(guard.expr for guard in env.guards)
+
     def constraints(self) -> dict[Any, ValueRanges[Any]]:
         """The range of every symbol, as an ExportedProgram says them."""
         self.active()
@@ -257,15 +285,14 @@ class Shapes:
         """What a node gives without data: what one like it gave, where there is one."""
         function = function_of(node)
         args, kwargs = map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
-        key = (function, described(args), described(tuple(kwargs.items())))
-        if key in self._values:
-            return self._values[key]
-        # Without Python's dispatcher some operators take symbols for the example's sizes.
-        with torch.no_grad(), self.active(), enable_python_dispatcher():
-            value = function(*args, **kwargs)
-        if not free_unbacked_symbols(value):
-            self._values[key] = value
-        return value
+
+        def run() -> Any:
+            # Without Python's dispatcher some operators take symbols for the example's sizes.
+            with torch.no_grad(), self.active(), enable_python_dispatcher():
+                return function(*args, **kwargs)
+
+        question = (function, described(args), described(tuple(kwargs.items())))
+        return self.once(question, run, free_unbacked_symbols)
 
 
 @dataclass(frozen=True)
@@ -421,38 +448,6 @@ def described(value: object) -> object:
         return slice, described((value.start, value.stop, value.step))
     node = getattr(value, "node", None)
     return type(value), value if node is None else node.expr
-
-
-def distinct(values: Sequence[Any]) -> list[Any]:
-    """The values, none of them twice: tracing knows a tensor by its identity, and takes two operands for one.
-
-    To be called in the mode of the values. Results of one trace may stand for those of several calls.
-    """
-    made: list[Any] = []
-    for value in values:
-        known = isinstance(value, Tensor) and any(value is other for other in made)
-        made.append(torch.empty_strided(value.shape, value.stride(), dtype=value.dtype) if known else value)
-    return made
-
-
-def traced_once(
-    traces: dict[object, GraphModule], key: object, trace: Callable[[], GraphModule]
-) -> GraphModule:
-    """What was traced for ``key`` before, or is now; a graph that makes symbols of its own stands for no other."""
-    if key in traces:
-        return traces[key]
-    with _use_lazy_graph_module(True):  # nobody calls what is copied into another graph
-        made = trace()
-    if not _makes_symbols(made):
-        traces[key] = made
-    return made
-
-
-def _makes_symbols(module: GraphModule) -> bool:
-    """Whether a graph has a size that depends on data and is not its operands'."""
-    values = [node.meta.get("val") for node in module.graph.nodes if node.op == "placeholder"]
-    known = free_unbacked_symbols(values)
-    return any(free_unbacked_symbols(node.meta.get("val")) - known for node in module.graph.nodes)
 
 
 def with_shapes(program: Program) -> GraphModule:

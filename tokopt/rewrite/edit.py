@@ -14,21 +14,18 @@ from contextlib import AbstractContextManager
 from dataclasses import replace
 from functools import partial
 from typing import Any
-from unittest.mock import patch
 
 import torch
 from torch import Tensor
-from torch._dispatch.python import enable_python_dispatcher
 from torch.fx import Graph, GraphModule, Node
-from torch.fx._symbolic_trace import _Patcher
-from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils import _pytree as pytree
 
 from tokopt.ir.export import copied, output_specs
 from tokopt.ir.graph import aten, is_call
 from tokopt.ir.program import AxisRange, Program, TensorSpec
-from tokopt.ir.shapes import Shapes, described, distinct, traced_once, with_shapes
+from tokopt.ir.shapes import Shapes, described, with_shapes
 from tokopt.ir.splice import drop_lifts, splice
+from tokopt.ir.trace import makes_symbols, trace
 
 
 def open_graph(program: Program) -> GraphModule:
@@ -92,9 +89,9 @@ def call(graph: Graph, function: Callable[..., Any], *args: Any, like: Node, **k
             shapes.refresh(module, until=node.next)
     constants = tuple(Node if isinstance(leaf, Node) else (type(leaf), leaf) for leaf in leaves)
     values = [node.meta["val"] for node in nodes]
-    key = (function, spec, constants, tuple(described(value) for value in values))
+    question = (function, spec, constants, tuple(described(value) for value in values))
     filled = partial(_filled, function, leaves, spec)
-    traced = traced_once(shapes.traces, key, partial(_trace, filled, values, shapes))
+    traced = shapes.once(question, partial(_trace, filled, values, shapes), makes_symbols)
     before = set(graph.nodes)
     made = splice(graph, traced, nodes, like=like)
     shapes.derived(node for node in graph.nodes if node not in before)
@@ -110,10 +107,8 @@ def _filled(function: Callable[..., Any], leaves: list[Any], spec: pytree.TreeSp
 
 def _trace(function: Callable[..., Any], values: list[Any], shapes: Shapes) -> GraphModule:
     """What a function does to values without data, as a graph."""
-    # fx would patch nn.Module, whose every subclass Python then visits, four times; plain functions call no modules.
-    modules = patch.object(_Patcher, "patch_method")
-    with torch.no_grad(), shapes.active(), enable_python_dispatcher(), modules:
-        traced = make_fx(function, tracing_mode="real", pre_dispatch=True)(*distinct(values))
+    with shapes.active():
+        traced = trace(function, values, pre_dispatch=True)
     drop_lifts(traced.graph)
     return traced
 
