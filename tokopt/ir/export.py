@@ -15,6 +15,8 @@ from typing import Any
 import torch
 import torch._dynamo.config
 from torch.fx import Graph, GraphModule, Node
+from torch.fx._lazy_graph_module import _LazyGraphModule as LazyGraphModule
+from torch.fx._lazy_graph_module import _use_lazy_graph_module
 from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 
 from tokopt.errors import CaptureError
@@ -33,11 +35,14 @@ def unlifted(exported: torch.export.ExportedProgram) -> GraphModule:
 
 
 def copied(module: GraphModule) -> GraphModule:
-    """A copy of the graph, without dead code, that shares parameters and buffers with ``module``."""
+    """A copy of the graph, without dead code, that shares parameters and buffers with ``module``.
+
+    Its Python is only written when it is called.
+    """
     graph = Graph()
     graph.output(graph.graph_copy(module.graph, {}))
     graph.eliminate_dead_code()
-    return GraphModule(module, graph)
+    return LazyGraphModule(module, graph)
 
 
 def export_flat(
@@ -51,7 +56,7 @@ def export_flat(
     Returns the ranges too, narrowed by the bounds that the model itself sets (a table of 512 positions, say).
     """
     try:
-        with warnings.catch_warnings(), torch.no_grad(), _caching(ranges):
+        with warnings.catch_warnings(), torch.no_grad(), _caching(ranges), _use_lazy_graph_module(True):
             warnings.simplefilter("ignore")
             exported = torch.export.export(
                 model,

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.fx import Graph, GraphModule, Node
+from torch.fx._lazy_graph_module import _LazyGraphModule as LazyGraphModule
 from torch.utils import _pytree as pytree
 
 from tokopt.ir.export import copied, output_specs
@@ -40,7 +41,7 @@ def new_graph(
     inputs: Sequence[TensorSpec], ranges: Mapping[str, AxisRange], example: Sequence[Tensor]
 ) -> GraphModule:
     """An open graph that has inputs and no output yet."""
-    module = GraphModule(torch.nn.Module(), Graph())
+    module = LazyGraphModule(torch.nn.Module(), Graph())
     shapes = Shapes.of(inputs, ranges, example)
     shapes.attach(module)
     for spec in inputs:
