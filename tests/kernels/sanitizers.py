@@ -9,14 +9,26 @@ import sys
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 from tests.shared import once
 
 ROOT = Path(__file__).resolve().parents[2]
 
-skip_when_watched = pytest.mark.skipif(
-    "TOKOPT_TEST_LIBRARY" in os.environ, reason="this is the run with sanitizers"
-)
+WATCHED = "TOKOPT_TEST_LIBRARY" in os.environ
+"""Whether this is a run with sanitizers."""
+
+skip_when_watched = pytest.mark.skipif(WATCHED, reason="this is the run with sanitizers")
+
+
+def examples(count: int) -> settings:
+    """Let hypothesis draw ``count`` examples: under sanitizers a quarter, and others in every run.
+
+    That budget keeps the watched run of an op below 15 seconds.
+    """
+    return settings(
+        max_examples=count // 4 if WATCHED else count, derandomize=not WATCHED, deadline=None, print_blob=True
+    )
 
 
 def check_watched(file: str) -> None:

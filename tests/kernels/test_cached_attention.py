@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import onnxruntime
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from onnxruntime.capi.onnxruntime_pybind11_state import Fail, InvalidArgument, RuntimeException
 
@@ -24,7 +24,7 @@ from tests.kernels.attentions import (
     run_in_place,
 )
 from tests.kernels.linears import needs_library, session
-from tests.kernels.sanitizers import check_watched, skip_when_watched
+from tests.kernels.sanitizers import check_watched, examples, skip_when_watched
 from tokopt.errors import InputError
 from tokopt.kernels import cpu
 
@@ -51,7 +51,7 @@ def agree(found: tuple[np.ndarray, ...], wanted: tuple[np.ndarray, ...]) -> None
 
 
 @forms
-@settings(max_examples=80, deadline=None)
+@examples(80)
 @given(st.data())
 def test_form_equals_naive(form: str, data: st.DataObject) -> None:
     """Any sizes, masks, rotations and caches; rows at different lengths; new slots written, all others kept."""

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.kernels.int8_linears import (
@@ -20,7 +20,7 @@ from tests.kernels.int8_linears import (
     random_rows,
 )
 from tests.kernels.linears import FAILURES, needs_library, nmse, packed_bytes, session, unaligned
-from tests.kernels.sanitizers import check_watched, skip_when_watched
+from tests.kernels.sanitizers import check_watched, examples, skip_when_watched
 from tokopt.errors import InputError
 from tokopt.kernels import cpu
 
@@ -29,7 +29,7 @@ grids = pytest.mark.parametrize("grid", [{}, {"step": 0.02, "zero": 140}], ids=[
 
 
 @forms
-@settings(max_examples=60)
+@examples(60)
 @given(st.data())
 def test_form_equals_naive(form: str, data: st.DataObject) -> None:
     """Any number of rows, inputs and outputs, with a grid or a step of every row, at any address."""

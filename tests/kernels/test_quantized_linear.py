@@ -12,7 +12,7 @@ import numpy as np
 import onnx
 import onnxruntime
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.kernels.linears import (
@@ -31,7 +31,7 @@ from tests.kernels.linears import (
     session,
     unaligned,
 )
-from tests.kernels.sanitizers import check_watched, skip_when_watched
+from tests.kernels.sanitizers import check_watched, examples, skip_when_watched
 from tokopt.errors import InputError
 from tokopt.kernels import cpu
 
@@ -39,7 +39,7 @@ forms = pytest.mark.parametrize("form", FORMS)
 
 
 @forms
-@settings(max_examples=60)
+@examples(60)
 @given(st.data())
 def test_form_equals_naive(form: str, data: st.DataObject) -> None:
     """Any number of rows and outputs, groups, offsets and types, at any address."""
