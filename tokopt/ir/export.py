@@ -1,7 +1,7 @@
 """``torch.export`` in tokopt's flat calling convention, and the way back to a graph that can be edited."""
 
 # sympy, of which torch makes its symbols, is untyped.
-# pyright: reportUnknownVariableType=false, reportUnknownArgumentType=false
+# pyright: reportUnknownVariableType=false, reportUnknownArgumentType=false, reportPrivateUsage=false
 
 from __future__ import annotations
 
