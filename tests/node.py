@@ -42,6 +42,21 @@ def generate(
         return [int(token) for token in _run(*command).strip().split(",")]
 
 
+def choose_nodes(most: int, calls: Sequence[Sequence[float]]) -> list[int]:
+    """The nodes that the host gives each of the calls, whose seconds and tokens are given."""
+    module = (ROOT / "examples" / "node" / "nodes.mjs").as_uri()
+    script = f"""
+    import {{ MeasuredNodes }} from {json.dumps(module)};
+    const choice = new MeasuredNodes({most}), made = [];
+    for (const [seconds, tokens] of {json.dumps(calls)}) {{
+      made.push(choice.nodes);
+      choice.observe(choice.nodes, seconds, tokens);
+    }}
+    console.log(made.join(','));
+    """
+    return [int(nodes) for nodes in _run("node", "--input-type=module", "-e", script).strip().split(",")]
+
+
 def _run(*command: str | Path, cwd: Path = ROOT) -> str:
     done = subprocess.run(command, capture_output=True, text=True, timeout=600, cwd=cwd, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
