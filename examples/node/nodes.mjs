@@ -71,3 +71,25 @@ export class MeasuredNodes {
     Object.assign(this, { nodes, left });
   }
 }
+
+/** Whether anything is accepted: counts over 64 calls. */
+export class Acceptances {
+  constructor() {
+    Object.assign(this, { calls: 0, proposing: 0, accepted: 0, said: false });
+  }
+
+  /** Count a call; true, once, when it ends 64 of which those that proposed gave about nothing. */
+  add(nodes, tokens) {
+    this.calls += 1;
+    if (nodes > 1) {
+      this.proposing += 1;
+      this.accepted += tokens - 1;
+    }
+    if (this.calls < 64) return false;
+    const nothing = this.proposing >= 8 && this.accepted < this.proposing / 16;
+    Object.assign(this, { calls: 0, proposing: 0, accepted: 0 });
+    const says = nothing && !this.said;
+    this.said ||= nothing;
+    return says;
+  }
+}
