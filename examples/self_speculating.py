@@ -82,7 +82,7 @@ class Model:
         self.programs = self.manifest["programs"]
         quiet = onnxruntime.SessionOptions()
         quiet.log_severity_level = 3  # without bound buffers each call copies the cache, and warns
-        self.sessions = {
+        self.sessions: dict[str, Any] = {
             name: onnxruntime.InferenceSession(path / program["files"]["onnx"], quiet)
             for name, program in self.programs.items()
         }
