@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TypeVar, cast
@@ -13,6 +14,7 @@ from tokopt.arguments import described
 from tokopt.errors import InputError, TokoptError
 from tokopt.runtime.loop import NO_LIMIT, PADDING, Emission, Request
 from tokopt.runtime.sampling import Logits, LogitsProcessor, Sampling, Streams, TokenIds, choose
+from tokopt.runtime.speculation.calls import Trees
 from tokopt.runtime.text import TextStream
 
 Item = TypeVar("Item")
@@ -23,7 +25,8 @@ class Statistics:
     """What a generation took: counts over all rows of its batch, seconds, and the cache at its end.
 
     A prompt's last call gives the first token, so that ``decode_calls`` for one text are one fewer than its new tokens,
-    and fewer where a call commits several.
+    and fewer where a call commits several. ``commits[i]`` is how often a call gave a row i + 1 tokens, and
+    ``decode_nodes`` the sum over calls of the nodes of their trees, 1 each without speculation.
     """
 
     prompt_tokens: int = 0
@@ -33,6 +36,19 @@ class Statistics:
     cache_slots: int = 0
     cache_bytes: int = 0
     decode_calls: int = 0
+    decode_nodes: int = 0
+    commits: tuple[int, ...] = ()
+
+    @property
+    def tokens_per_call(self) -> float:
+        """Tokens that a call gave a row; 1 without speculation."""
+        calls = sum(self.commits)
+        return sum(n * count for n, count in enumerate(self.commits, 1)) / calls if calls else 1.0
+
+    @property
+    def nodes_per_call(self) -> float:
+        """Nodes of a call's tree, the committed token included; 1 without speculation."""
+        return self.decode_nodes / self.decode_calls if self.decode_calls else 1.0
 
     @property
     def tokens_per_second(self) -> float:
@@ -159,14 +175,41 @@ def _unusable(logits: np.ndarray, live: np.ndarray) -> int | None:
     return int(wrong.argmax()) if wrong.any() else None
 
 
+@dataclass
+class Calls:
+    """The calls of a generation after its prompt: how many, the nodes of their trees, and what each gave a row."""
+
+    number: int = 0
+    nodes: int = 0
+    commits: Counter[int] = field(default_factory=Counter[int])
+
+    def add(self, nodes: int, given: Sequence[int]) -> None:
+        """One more, with the numbers of tokens that it gave the rows which go on."""
+        self.number += 1
+        self.nodes += nodes
+        self.commits.update(given)
+
+    @property
+    def lengths(self) -> tuple[int, ...]:
+        """How often a row got 1, 2, ... tokens."""
+        return tuple(self.commits[n] for n in range(1, max(self.commits, default=0) + 1))
+
+
 class Generating:
     """A generation on its way; iterating over it runs it, a step at a time."""
 
-    def __init__(self, texts: list[Text], limits: Limits, draw: Draw, begin: Callable[[], Request]) -> None:
-        """``begin`` makes the request, once there is something to do."""
-        self.texts, self.limits, self.draw = texts, limits, draw
+    def __init__(
+        self,
+        texts: list[Text],
+        limits: Limits,
+        draw: Draw,
+        begin: Callable[[], Request],
+        trees: Trees | None = None,
+    ) -> None:
+        """``begin`` makes the request, once there is something to do; ``trees`` belong to a model that speculates."""
+        self.texts, self.limits, self.draw, self.trees = texts, limits, draw, trees
         self.statistics = Statistics(sum(text.prompt for text in texts))
-        self._begin, self._calls = begin, 0
+        self._begin, self._calls = begin, Calls()
 
     def run(self) -> list[Generated]:
         """Every text to its end."""
@@ -192,22 +235,36 @@ class Generating:
         request = self._begin()
         emission = request.prefill([text.history for text in texts], self._left())
         read = time.perf_counter()
+        self._add(emission)
         while True:
-            for row, (text, tokens) in enumerate(zip(texts, self.draw(texts, emission), strict=True)):
-                for place, token in enumerate(tokens):
-                    if not text.finish:
-                        self._take(text, token)
-                        if emission.logprobs is not None:
-                            text.logprobs.append(float(emission.logprobs[row, place]))
             self._note(request, read - start, time.perf_counter() - read)
             yield
             if all(text.finish for text in texts):
                 return
-            live = np.array([not text.finish for text in texts])
-            token = np.where(live, [text.history[-1] for text in texts], 0)[:, None]
-            position = np.where(live, [len(text.history) - 1 for text in texts], PADDING)[:, None]
-            self._calls += 1
-            emission = request.step(token, position, limit=self._left())
+            self._step(request)
+
+    def _step(self, request: Request) -> None:
+        """One call, and what it gives."""
+        live = np.array([not text.finish for text in self.texts])
+        token = np.where(live, [text.history[-1] for text in self.texts], 0)[:, None]
+        position = np.where(live, [len(text.history) - 1 for text in self.texts], PADDING)[:, None]
+        limit = request.allowed(self._left())
+        nodes = None if self.trees is None else self.trees.next(limit)
+        emission = request.step(token, position, limit=limit, nodes=nodes)
+        if self.trees is not None and nodes is not None and emission.count is not None:
+            self.trees.observe(nodes, emission.seconds, emission.count, limit)
+        self._calls.add(nodes or 1, [given for given in self._add(emission) if given])
+
+    def _add(self, emission: Emission) -> list[int]:
+        """Give the texts what follows them; how many tokens each got."""
+        before = [text.new for text in self.texts]
+        for row, (text, tokens) in enumerate(zip(self.texts, self.draw(self.texts, emission), strict=True)):
+            for place, token in enumerate(tokens):
+                if not text.finish:
+                    self._take(text, token)
+                    if emission.logprobs is not None:
+                        text.logprobs.append(float(emission.logprobs[row, place]))
+        return [text.new - old for text, old in zip(self.texts, before, strict=True)]
 
     def _left(self) -> np.ndarray:
         """The most tokens that each text may still have [batch]."""
@@ -235,7 +292,9 @@ class Generating:
             decode,
             slots,
             request.buffers.nbytes,
-            self._calls,
+            self._calls.number,
+            self._calls.nodes,
+            self._calls.lengths,
         )
 
 

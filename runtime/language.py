@@ -24,6 +24,7 @@ from tokopt.runtime.numerics import OutputCheck
 from tokopt.runtime.prompts import Prompt, each_prompt, stop_strings, token_ids
 from tokopt.runtime.sampling import LogitsProcessor, Sampling, TokenIds, log_probabilities
 from tokopt.runtime.selftest import TaskCheck, run_selftests
+from tokopt.runtime.speculation.calls import Speculation, Trees
 from tokopt.runtime.text import TextStream, Tokenizer, read_tokenizer
 
 
@@ -46,6 +47,10 @@ class LanguageModel:
         self.draws = any(emits_tokens(manifest.programs[entry.program]) for entry in entries)
         self._takes = {tensor.role for entry in entries for tensor in manifest.programs[entry.program].inputs}
         self.interface = Interface.of(manifest)
+        decode = manifest.schedule.entry("decode")
+        self._speculation = (
+            Speculation(path, len(decode.tree)) if decode is not None and decode.tree else None
+        )
         self._tokenizer: Tokenizer | None = None
 
     def open(self, batch: int, slots: int, inputs: Mapping[str, Any] | None = None) -> Request:
@@ -53,6 +58,11 @@ class LanguageModel:
         batch = check_integer("batch", batch, 1, LARGEST)
         slots = check_integer("slots", slots, 0, LARGEST)
         return self._request(batch, slots, self._feed(batch, inputs))
+
+    @property
+    def nodes(self) -> int | None:
+        """Nodes of the tree that a model proposes which speculates; None for any other."""
+        return None if self._speculation is None else self._speculation.most
 
     @property
     def kernels(self) -> Kernels:
@@ -111,18 +121,22 @@ class LanguageModel:
         stop: str | Iterable[str] | None = (),
         processors: Iterable[LogitsProcessor] | None = (),
         inputs: Mapping[str, Any] | None = None,
+        nodes: int | None = None,
     ) -> Any:
         """Generate a text for one prompt (:class:`Generated`) or for several (a list of them).
 
         A prompt is text or token ids; prompts of unequal length are padded on the left. ``stop`` is a string before
         which a text ends, or several. ``inputs`` are the arrays that a model takes beside its prompts (images, for
-        example) by name, with a row for every prompt. Raises InputError, before anything runs, for an empty prompt, one
-        longer than the context, a token id that is no integer or out of range, inputs that do not fit, what does not
-        fit into memory, and sampling options where the model draws the tokens itself; while it runs, for a processor
-        that fails or leaves no token to choose. Raises TokoptError when the model gives NaN.
+        example) by name, with a row for every prompt. ``nodes`` is how many of a speculating model's tree every call
+        gets, 1 to propose nothing; by default as many as write fastest, by what calls took so far.
+
+        Raises InputError, before anything runs, for an empty prompt, one longer than the context, a token id that is no
+        integer or out of range, inputs that do not fit, what does not fit into memory, sampling options where the model
+        draws the tokens itself, and nodes that it does not have; while it runs, for a processor that fails or leaves no
+        token to choose. Raises TokoptError when the model gives NaN.
         """
         items, single = each_prompt(prompts)
-        options = Options(max_tokens, sampling, processors, inputs)
+        options = Options(max_tokens, sampling, processors, inputs, nodes)
         done = self._generating(items, stop, options).run()
         return done[0] if single else done
 
@@ -135,13 +149,14 @@ class LanguageModel:
         stop: str | Iterable[str] | None = (),
         processors: Iterable[LogitsProcessor] | None = (),
         inputs: Mapping[str, Any] | None = None,
+        nodes: int | None = None,
     ) -> Stream[str]:
         """Pieces of the generated text as they come, whole characters only; as :meth:`generate` otherwise.
 
         What does not fit is refused here, not when the first piece is asked for.
         """
         self.tokenizer  # noqa: B018  # refuse before anything runs
-        made = self._generating([prompt], stop, Options(max_tokens, sampling, processors, inputs))
+        made = self._generating([prompt], stop, Options(max_tokens, sampling, processors, inputs, nodes))
         return Stream(made, made.texts[0].pieces)
 
     def tokens(
@@ -152,9 +167,10 @@ class LanguageModel:
         sampling: Sampling | None = None,
         processors: Iterable[LogitsProcessor] | None = (),
         inputs: Mapping[str, Any] | None = None,
+        nodes: int | None = None,
     ) -> Stream[int]:
         """New token ids as they come; the end token, if it is reached, is the last."""
-        made = self._generating([prompt], (), Options(max_tokens, sampling, processors, inputs))
+        made = self._generating([prompt], (), Options(max_tokens, sampling, processors, inputs, nodes))
         return Stream(made, made.texts[0].history)
 
     def score(self, tokens: Prompt, *, inputs: Mapping[str, Any] | None = None) -> np.ndarray:
@@ -215,7 +231,15 @@ class LanguageModel:
             Limits(most, context, self.settings.eos),
             Draw(sampling, processors, len(texts)),
             lambda: self._request(len(texts), slots, feed, drawing),
+            self._trees(options.nodes),
         )
+
+    def _trees(self, nodes: int | None) -> Trees | None:
+        if self._speculation is not None:
+            return Trees(self._speculation, nodes)
+        if nodes is not None:
+            raise InputError(f"{self.path} does not speculate; leave nodes out")
+        return None
 
     def _ids(self, name: str, prompt: object) -> list[int]:
         if isinstance(prompt, str):
@@ -275,6 +299,7 @@ class Options:
     sampling: Sampling | None = None
     processors: Iterable[LogitsProcessor] | None = ()
     inputs: Mapping[str, Any] | None = None
+    nodes: int | None = None
 
     def checked(self) -> tuple[int, Sampling, tuple[LogitsProcessor, ...]]:
         """The number of tokens, how they are chosen, and the caller's own processors; raises InputError."""

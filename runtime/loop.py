@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import numpy as np
@@ -37,13 +38,14 @@ class Emission:
     """What a call gave: logits [batch, rows, vocabulary], or tokens [batch, n] of which the first count [batch] count.
 
     ``logprobs`` [batch, n] are the logarithms of the tokens' probabilities, where the program gives them. Arrays are
-    valid until the next call.
+    valid until the next call. ``seconds`` is what the call of a step took.
     """
 
     logits: np.ndarray | None = None
     tokens: np.ndarray | None = None
     count: np.ndarray | None = None
     logprobs: np.ndarray | None = None
+    seconds: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -168,15 +170,22 @@ class Request:
         limit: np.ndarray | None = None,
         role: str = "decode",
         mask: np.ndarray | None = None,
+        nodes: int | None = None,
     ) -> Emission:
         """What follows new tokens [batch, n]; triggers run when it is time.
 
         ``limit`` [batch] is the most tokens that a row may commit, for a program that draws them. ``role`` tells the
         entry that reads them. ``mask`` [batch, n, n] bool says which new token (row) sees which (column), by default
-        itself and those before it. Raises InputError for a mask of another shape, or that the program cannot take.
+        itself and those before it. ``nodes`` are as many of the tree's as are proposed, by default all. Raises
+        InputError for a mask of another shape, or that the program cannot take.
         """
         most = None if limit is None else self.allowed(limit)
-        emission = self.emit(self.entry(role), tokens, positions, rows, most, mask)
+        entry = self.entry(role)
+        if nodes is not None:
+            entry = replace(entry, tree=entry.tree[:nodes])
+        begun = time.perf_counter()
+        emission = self.emit(entry, tokens, positions, rows, most, mask)
+        emission = replace(emission, seconds=time.perf_counter() - begun)
         if self._counting:
             read = emission.count if emission.count is not None else np.full(self.batch, tokens.shape[1])
             self._count([True] * len(self._counting), read)

@@ -39,7 +39,33 @@ def generate(
         file = Path(folder) / "inputs.json"
         file.write_text(json.dumps({name: array.tolist() for name, array in (inputs or {}).items()}))
         command += [file, json.dumps(sampling or {})]
-        return [int(token) for token in _run(*command).strip().split(",")]
+        return _numbers(_run(*command))
+
+
+def compare(artifact: Path, prompt: Sequence[int], count: int) -> tuple[list[int], str]:
+    """The tokens that the host finds with and without speculation, and what it says of them."""
+    said = _run("node", host(), artifact, ",".join(map(str, prompt)), str(count), "--compare")
+    tokens, line = said.splitlines()
+    return _numbers(tokens), line
+
+
+def _numbers(line: str) -> list[int]:
+    return [int(number) for number in line.strip().split(",")]
+
+
+def choose_nodes(most: int, calls: Sequence[Sequence[float]]) -> list[int]:
+    """The nodes that the host gives each of the calls, whose seconds and tokens are given."""
+    module = (ROOT / "examples" / "node" / "nodes.mjs").as_uri()
+    script = f"""
+    import {{ MeasuredNodes }} from {json.dumps(module)};
+    const choice = new MeasuredNodes({most}), made = [];
+    for (const [seconds, tokens] of {json.dumps(calls)}) {{
+      made.push(choice.nodes);
+      choice.observe(choice.nodes, seconds, tokens);
+    }}
+    console.log(made.join(','));
+    """
+    return _numbers(_run("node", "--input-type=module", "-e", script))
 
 
 def _run(*command: str | Path, cwd: Path = ROOT) -> str:

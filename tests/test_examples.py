@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
+import json
+import re
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -19,9 +21,10 @@ import tokopt
 from benchmarks.kv.quality import documentation
 from examples import quantize, tune
 from examples.data import gemma3, smollm2
+from examples.self_speculating import PROMPT
 from examples.tune import TEXTS, TOKENS, library_text
 from tests import node
-from tests.commands import short_dinov2
+from tests.commands import execute, furnish, short_dinov2
 from tests.shared import once
 from tokopt.cli import main as tokopt_command
 from tokopt.errors import InputError
@@ -146,6 +149,43 @@ def test_node_generates_the_same_tokens(answer: tuple[str, Path], language_model
     wanted = language_model.generate(ids, max_tokens=32).tokens
     assert node.generate(answer[1], ids, 32) == list(wanted)
     assert len(wanted) == 32
+
+
+def test_an_artifact_that_speculates_in_bare_onnx_runtime(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Two hosts that know nothing of tokopt, and the command: the same text with and without, in fewer calls."""
+    monkeypatch.chdir(tmp_path)
+    furnish(tmp_path)
+    for command in (
+        "optimize ./smollm2 speculate -o speculating.tokopt",
+        "export speculating.tokopt -o fast.tokopt",
+    ):
+        execute(f"tokopt {command}")  # as docs/speculation.md does
+    path, count = tmp_path / "fast.tokopt", 40
+    script = (sys.executable, "-X", "importtime", ROOT / "examples" / "self_speculating.py", path)
+    done = subprocess.run(
+        [*script, "--max-tokens", str(count)], capture_output=True, text=True, timeout=600, check=True
+    )
+    assert not re.search(r"\| +(tokopt|torch)$", done.stderr, re.MULTILINE) and "| onnxruntime" in done.stderr
+    calls = [int(found) for found in re.findall(rf"{count} tokens in (\d+) calls", done.stdout)]
+    assert "the same text" in done.stdout and calls[1] < calls[0] == count - 1
+
+    model = load(path, threads=1)
+    assert isinstance(model, LanguageModel)
+    ids = model.tokenizer.encode(PROMPT)
+    tokens, line = node.compare(path, ids, count)
+    assert tokens == list(model.generate(ids, max_tokens=count).tokens)
+    assert line.startswith("the same text with and without speculation")
+
+    capsys.readouterr()
+    checked = ["generate", str(path), PROMPT, "--check-lossless", "--max-tokens", str(count), "--json"]
+    assert tokopt_command(checked) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["lossless"] and found["with"]["tokens_per_call"] > 1 == found["without"]["tokens_per_call"]
+    assert model.tokenizer.decode(tokens) == found["text"]
+    assert tokopt_command(["generate", str(path), PROMPT, "--max-tokens", "12"]) == 0
+    assert "tokens per call" in capsys.readouterr().err
 
 
 def test_bad_prompts_are_refused_before_anything_runs(language_model: LanguageModel) -> None:

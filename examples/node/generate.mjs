@@ -1,16 +1,22 @@
-// Generation from a tokopt artifact in Node.js, greedy unless the model draws its tokens itself. It follows only the artifact's manifest: the schedule says which
-// program runs when, and the roles of inputs and outputs what they are. No name means anything.
+// Generation from a tokopt artifact in Node.js, greedy unless the model draws its tokens itself. It follows only the
+// artifact's manifest: the schedule says which program runs when, and the roles of inputs and outputs what they are. No
+// name means anything.
 //
 //   npm install
 //   node generate.mjs model.tokopt 504,3575,282,4649 32      # artifact, prompt's token ids, new tokens
 //   node generate.mjs model.tokopt 504,3575 32 inputs.json   # and what a model takes beside it: {"images": [[...]]}
 //   node generate.mjs model.tokopt 504,3575 32 '{}' '{"temperature": 0.8, "seed": 1}'   # of pass `sample`
 //
+//   node generate.mjs model.tokopt 504,3575 32 --nodes 1     # of pass `speculate`: nodes of a call's tree, not the fastest
+//   node generate.mjs model.tokopt 504,3575 32 --compare     # with the whole tree and with one node
+//
 // prints the new token ids, separated by commas.
 
 import { readFile } from 'node:fs/promises';
 import path from 'node:path';
+import { parseArgs } from 'node:util';
 import ort from 'onnxruntime-node';
+import { Acceptances, MeasuredNodes } from './nodes.mjs';
 
 const OPTIONS = { logSeverityLevel: 3 }; // quiet: without bound buffers each step copies the cache, and warns
 
@@ -84,18 +90,22 @@ class Request {
     return tensor(dtype, this.inputs[name].flat(Infinity), shapeOf(this.inputs[name]));
   }
 
-  /** Read tokens that stand at the positions from `start` on; the tokens that follow, `limit` at most. */
-  async read(entry, tokens, start, limit) {
+  /**
+   * Read tokens that stand at the positions from `start` on; the tokens that follow, `limit` at most. A program that
+   * speculates is given the first `nodes` of its tree.
+   */
+  async read(entry, tokens, start, limit, nodes) {
     const wanted = this.sizes(entry).fixed ?? tokens.length;
     const padding = Array(wanted - tokens.length).fill(0);
     const positions = [...padding.map(() => PADDING), ...tokens.map((_, i) => start + i)];
+    const parent = (entry.tree ?? []).slice(0, nodes);
     const emitted = await this.run(entry.program, {
       tokens: tensor('int64', [...padding, ...tokens], [1, wanted]),
       positions: tensor('int64', positions, [1, wanted]),
       mask: causal(wanted),
       rows: tensor('int64', [-1], [1]),
       limit: tensor('int64', [limit], [1]),
-      parent: entry.tree && tensor('int64', entry.tree, [entry.tree.length]),
+      parent: tensor('int64', parent, [parent.length]),
     });
     if (emitted.tokens) return Array.from(emitted.tokens.data.slice(0, Number(emitted.count.data[0])), Number);
     return [argmax(emitted.logits.data.slice(-this.manifest.generation.vocabulary))];
@@ -155,12 +165,39 @@ class Request {
     return made;
   }
 
-  /** The tokens that follow the last one, which stands at `position`. */
-  async decode(token, position, limit) {
+  /** The tokens that follow the last one, which stands at `position`; `trees` says how many nodes are proposed. */
+  async decode(token, position, limit, trees) {
     const entry = this.entry('decode');
-    const made = await this.read(entry, [token], position, this.allowed(limit));
+    const most = this.allowed(limit);
+    const nodes = trees?.next(most);
+    const begun = performance.now();
+    const made = await this.read(entry, [token], position, most, nodes);
+    trees?.observe(nodes, (performance.now() - begun) / 1000, made.length, most);
     await this.count(this.draws(entry) ? made.length : 1);
     return made;
+  }
+}
+
+/** How many nodes the calls of a model get: `fixed`, or as many as write fastest. Knows what calls took and gave. */
+class Trees {
+  constructor(folder, most, fixed) {
+    Object.assign(this, { folder, most, fixed, measured: new MeasuredNodes(most), acceptances: new Acceptances() });
+    Object.assign(this, { calls: 0, tokens: 0, seconds: 0 });
+  }
+
+  next(limit) {
+    return this.fixed ?? (limit > 1 ? this.measured.nodes : 1);
+  }
+
+  observe(nodes, seconds, tokens, limit) {
+    this.calls += 1;
+    this.tokens += tokens;
+    this.seconds += seconds;
+    if (limit <= 1) return; // there was no choice
+    if (this.fixed === undefined) this.measured.observe(nodes, seconds, tokens);
+    if (this.acceptances.add(nodes, tokens)) {
+      console.error(`${this.folder}: of the tokens proposed in 64 calls about none was accepted`);
+    }
   }
 }
 
@@ -175,7 +212,7 @@ async function load(folder) {
   return { manifest, sessions };
 }
 
-async function generate({ manifest, sessions }, prompt, count, given) {
+async function generate({ manifest, sessions }, prompt, count, given, trees) {
   const { entries } = manifest.schedule;
   const spare = Math.max(0, ...entries.map(({ slots, tree }) => (typeof slots === 'number' ? slots : (tree?.length ?? 0))));
   const slots = prompt.length + count + 2 * spare; // a call's own slots, and the padding of a fixed number of tokens
@@ -191,14 +228,36 @@ async function generate({ manifest, sessions }, prompt, count, given) {
   };
   let goesOn = take(await request.prefill(prompt, count));
   while (goesOn) {
-    goesOn = take(await request.decode(made.at(-1), prompt.length + made.length - 1, count - made.length));
+    goesOn = take(await request.decode(made.at(-1), prompt.length + made.length - 1, count - made.length, trees));
   }
   return made;
 }
 
-const [folder, prompt, count = '32', inputs = '{}', sampling = '{}'] = process.argv.slice(2);
+/** The text with the whole tree and with one node: its tokens, and a line that says what both took. */
+async function compare(model, prompt, count, given, most) {
+  const runs = [];
+  for (const nodes of [most, 1]) {
+    await generate(model, prompt, Math.min(count, 8), given, new Trees('', most, nodes)); // the first allocates
+    const trees = new Trees(folder, most, nodes);
+    const tokens = await generate(model, prompt, count, given, trees);
+    runs.push({ tokens: tokens.join(','), speed: trees.tokens / trees.seconds, gave: trees.tokens / trees.calls });
+  }
+  const [fast, plain] = runs;
+  if (fast.tokens !== plain.tokens) throw new Error(`other text with the tree: ${fast.tokens}, without: ${plain.tokens}`);
+  console.log(fast.tokens);
+  console.log(
+    `the same text with and without speculation: ${fast.gave.toFixed(2)} tokens per call, ${fast.speed.toFixed(1)} ` +
+      `tokens/s, ${(fast.speed / plain.speed).toFixed(2)} times as fast`,
+  );
+}
+
+const { values: options, positionals } = parseArgs({
+  allowPositionals: true,
+  options: { nodes: { type: 'string' }, compare: { type: 'boolean' } },
+});
+const [folder, prompt, count = '32', inputs = '{}', sampling = '{}'] = positionals;
 if (!prompt) {
-  console.error('usage: node generate.mjs ARTIFACT TOKEN,TOKEN,... [NEW_TOKENS] [INPUTS] [SAMPLING]');
+  console.error('usage: node generate.mjs ARTIFACT TOKEN,TOKEN,... [NEW_TOKENS] [INPUTS] [SAMPLING] [--nodes N | --compare]');
   console.error('INPUTS and SAMPLING are JSON, or a file of it');
   process.exit(2);
 }
@@ -208,4 +267,15 @@ const given = { inputs: await read(inputs), sampling: await read(sampling) };
 const takes = new Set(Object.values(model.manifest.programs).flatMap((program) => program.inputs.map(({ role }) => role)));
 const unknown = Object.keys(given.sampling).find((role) => !(role in DRAWING && takes.has(role)));
 if (unknown) throw new Error(`${folder} does not take ${unknown}; export it with the pass sample`);
-console.log((await generate(model, prompt.split(',').map(Number), Number(count), given)).join(','));
+const most = model.manifest.schedule.entries.find(({ role }) => role === 'decode').tree?.length;
+const fixed = options.nodes === undefined ? undefined : Number(options.nodes);
+if ((options.compare || fixed !== undefined) && !most) throw new Error(`${folder} does not speculate`);
+if (fixed !== undefined && !(Number.isInteger(fixed) && fixed >= 1 && fixed <= most)) {
+  throw new Error(`--nodes must be 1 to ${most}`);
+}
+const ids = prompt.split(',').map(Number);
+if (options.compare) await compare(model, ids, Number(count), given, most);
+else {
+  const trees = most ? new Trees(folder, most, fixed) : undefined;
+  console.log((await generate(model, ids, Number(count), given, trees)).join(','));
+}

@@ -51,7 +51,7 @@ class Speculate(Pass):
     text repeats itself and recycling elsewhere. ``depth`` bounds the levels of the tree.
 
     Rules. One program reads and decodes, and every token has a slot of its own, so a policy that evicts by scores of
-    its own, and ``kivi``, are refused. The pass comes last.
+    its own is refused. The pass comes last.
     """
 
     drafter: Literal["token_recycling", "prompt_lookup", "hybrid"] = "hybrid"

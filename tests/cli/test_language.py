@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,10 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from tests.cli.command import answer, complaint
 from tests.zoo.decoders import DECODERS, GROUPED, VOCABULARY, _hugging_face
 from tokopt.cli import main
-from tokopt.runtime import LanguageModel, load
+from tokopt.cli.screen import Screen
+from tokopt.cli.verbs.generate import check_lossless
+from tokopt.runtime import LanguageModel, Sampling, load
+from tokopt.runtime.generate import Generated
 
 
 def tokenizer() -> Library:
@@ -102,6 +106,33 @@ def test_seeds_repeat_a_draw(capsys: pytest.CaptureFixture[str], artifacts: Path
     assert draw(1) == draw(1) != draw(2)
 
 
+@dataclass
+class Unfaithful:
+    """A model that speculates, whose text differs where it proposes something: by a token, or by its end."""
+
+    proposed: tuple[int, ...]
+    nodes: int = 8
+
+    def generate(self, *_: object, nodes: int, **__: object) -> Generated:
+        return Generated(self.proposed if nodes > 1 else (5, 3, 8), "", "length")
+
+
+@pytest.mark.parametrize(
+    ("proposed", "code", "said"),
+    [
+        ((5, 3, 8), 0, "the same 3 tokens"),
+        ((5, 4, 8), 1, "from new token 1 on: 4 and 3,"),
+        ((5, 3), 1, "from new token 2 on: the end and 8,"),
+    ],
+)
+def test_a_text_that_speculation_changes_is_found(
+    capsys: pytest.CaptureFixture[str], proposed: tuple[int, ...], code: int, said: str
+) -> None:
+    model: Any = Unfaithful(proposed)
+    assert check_lossless(model, "a", Sampling(), {"max_tokens": 3}, Screen(False)) == code
+    assert said in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("verb", ["inspect", "verify"])
 def test_other_verbs_know_language_models(
     capsys: pytest.CaptureFixture[str], artifacts: Path, verb: str
@@ -118,6 +149,12 @@ def test_other_verbs_know_language_models(
         ("generate", "full.tokopt", "a", "--temperature", "-1"): "temperature",
         ("generate", "full.tokopt", "a", "--chat"): "token id 97 of the prompt is outside",
         ("generate", "nowhere.tokopt", "a"): "is no tokopt artifact",
+        (
+            "generate",
+            "full.tokopt",
+            "a",
+            "--check-lossless",
+        ): "does not speculate, so there is nothing to check",
         ("run", "full.tokopt"): "tokopt generate",
         ("export", "small.tokopt", "-o", "x", "--target", "triton"): "step, compact",
         ("export", "full.tokopt", "-o", "x", "--slots", "9"): "--slots belongs to --target triton",

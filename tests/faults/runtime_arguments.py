@@ -168,6 +168,7 @@ SPEAKER = {
     "processors": Argument(
         spoken("processors"), [5, [5], "ab", [None], {}, keep, [keep, 5]], [None, (), [keep], (keep,)]
     ),
+    "nodes": Argument(spoken("nodes"), [0, 1, 8, 1.5, "8", [8], True, NAN], [None]),  # it does not speculate
     "inputs": Argument(spoken("inputs"), [5, [], "images", {"images": X}, [X], X], [None, {}]),
     "chat_prompt": Argument(
         lambda stage, value: stage.speaker.chat_prompt(value),

@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
-import dataclasses
 import sys
+import warnings
 from argparse import ArgumentParser, Namespace
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, replace
+from itertools import zip_longest
+from typing import TYPE_CHECKING, Any
 
 from tokopt.cli.options import add_artifact, add_backend, add_threads, positive
 from tokopt.cli.screen import Screen, si
-from tokopt.cli.verb import OK, Verb
+from tokopt.cli.verb import FAILED, OK, Verb
 from tokopt.errors import InputError
+
+if TYPE_CHECKING:
+    from tokopt.runtime import LanguageModel, Sampling
+    from tokopt.runtime.generate import Statistics
+    from tokopt.runtime.prompts import Prompt
 
 
 def add_options(parser: ArgumentParser) -> None:
@@ -30,6 +40,11 @@ def add_options(parser: ArgumentParser) -> None:
         parser.add_argument(f"--{name}", type=float, default=default, metavar="X", help=summary)
     parser.add_argument("--top-k", type=int, default=0, metavar="K", help="draw from the K likeliest tokens")
     parser.add_argument("--seed", type=int, metavar="N", help="repeat the same draws")
+    parser.add_argument(
+        "--check-lossless",
+        action="store_true",
+        help="write the text with and without speculation and compare it; exit code 1 where it differs",
+    )
     add_threads(parser)
     add_backend(parser)
 
@@ -37,6 +52,7 @@ def add_options(parser: ArgumentParser) -> None:
 def run(args: Namespace, screen: Screen) -> int:
     """Continue a prompt, or answer it as one message of a conversation."""
     from tokopt.runtime import LanguageModel, Sampling, load
+    from tokopt.runtime.sampling import word
 
     model = load(args.artifact, threads=args.threads, backend=args.backend)
     if not isinstance(model, LanguageModel):
@@ -52,21 +68,87 @@ def run(args: Namespace, screen: Screen) -> int:
         args.seed,
     )
     prompt = model.chat_prompt([{"role": "user", "content": args.prompt}]) if args.chat else args.prompt
-    stream = model.stream(prompt, max_tokens=args.max_tokens, sampling=sampling, stop=args.stop)
-    for piece in stream:
-        if args.stream and not args.json:
-            print(piece, end="", flush=True)
+    wanted = {"max_tokens": args.max_tokens, "stop": args.stop}
+    if args.check_lossless:
+        return check_lossless(model, prompt, replace(sampling, seed=word(sampling.seed)), wanted, screen)
+    stream = model.stream(prompt, sampling=sampling, **wanted)
+    with _warnings_said():
+        for piece in stream:
+            if args.stream and not args.json:
+                print(piece, end="", flush=True)
     text, done = stream.generated.text, stream.generated.statistics
     assert text is not None  # a model without a tokenizer has refused the prompt
     screen.line("" if args.stream else text)
-    if sys.stderr.isatty():
-        print(
-            f"{done.new_tokens} tokens in {done.decode_calls + 1} calls, {done.tokens_per_second:.1f} tokens/s, "
-            f"prefill {1e3 * done.prefill_seconds:.0f} ms, cache {done.cache_slots} slots, {si(done.cache_bytes)}B",
-            file=sys.stderr,
-        )
-    screen.finish({"text": text, **dataclasses.asdict(done), "tokens_per_second": done.tokens_per_second})
+    if sys.stderr.isatty() or model.nodes is not None:
+        print(_took(done, model.nodes is not None), file=sys.stderr)
+    screen.finish({"text": text, **numbers(done)})
     return OK
+
+
+def check_lossless(
+    model: LanguageModel, prompt: Prompt, sampling: Sampling, wanted: Mapping[str, Any], screen: Screen
+) -> int:
+    """Write a text with the whole tree in every call and with one node, and compare the tokens."""
+    if model.nodes is None:
+        raise InputError(f"{model.path} does not speculate, so there is nothing to check")
+    sizes = (model.nodes, 1)
+    with screen.step("write the text with and without speculation"), _warnings_said():
+        for nodes in sizes:  # the first calls allocate
+            model.generate(prompt, sampling=sampling, nodes=nodes, max_tokens=min(wanted["max_tokens"], 8))
+        fast, plain = (model.generate(prompt, sampling=sampling, nodes=n, **wanted) for n in sizes)
+    place = first_difference(fast.tokens, plain.tokens)
+    took = (fast.statistics, plain.statistics)
+    screen.table(
+        ("nodes", "tokens", "calls", "tokens per call", "tokens/s"),
+        [
+            (n, done.new_tokens, done.decode_calls + 1, done.tokens_per_call, done.tokens_per_second)
+            for n, done in zip(sizes, took, strict=True)
+        ],
+    )
+    if place is None:
+        screen.line(f"the same {len(fast.tokens)} tokens with and without speculation")
+    else:
+        pair = " and ".join(str(dict(enumerate(done.tokens)).get(place, "the end")) for done in (fast, plain))
+        screen.line(f"the texts differ from new token {place} on: {pair}, with and without speculation")
+    found = {"lossless": place is None, "first_difference": place, "text": fast.text}
+    screen.finish(found | {"with": numbers(took[0]), "without": numbers(took[1])})
+    return OK if place is None else FAILED
+
+
+def first_difference(one: Sequence[int], other: Sequence[int]) -> int | None:
+    """The first place at which two texts differ, the end of the shorter one if it begins the other; None where equal.
+
+    >>> first_difference([5, 3, 8], [5, 4]), first_difference([5], [5, 4]), first_difference([5], [5])
+    (1, 1, None)
+    """
+    for place, (left, right) in enumerate(zip_longest(one, other)):
+        if left != right:
+            return place
+    return None
+
+
+def numbers(done: Statistics) -> dict[str, Any]:
+    """What a text took, for programs."""
+    means = ("tokens_per_second", "tokens_per_call", "nodes_per_call")
+    return asdict(done) | {name: getattr(done, name) for name in means}
+
+
+def _took(done: Statistics, speculates: bool) -> str:
+    """What a text took, for people."""
+    gave = f", {done.tokens_per_call:.2f} tokens per call of {done.nodes_per_call:.1f} nodes" * speculates
+    return (
+        f"{done.new_tokens} tokens in {done.decode_calls + 1} calls{gave}, {done.tokens_per_second:.1f} tokens/s, "
+        f"prefill {1e3 * done.prefill_seconds:.0f} ms, cache {done.cache_slots} slots, {si(done.cache_bytes)}B"
+    )
+
+
+@contextmanager
+def _warnings_said() -> Iterator[None]:
+    """Warnings are lines on stderr."""
+    with warnings.catch_warnings(record=True) as said:
+        yield
+    for warning in said:
+        print(f"tokopt: warning: {warning.message}", file=sys.stderr)
 
 
 VERB = Verb(
