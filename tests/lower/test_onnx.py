@@ -245,7 +245,7 @@ def test_outputs_that_are_not_compared_may_differ(tmp_path: Path) -> None:
     path = lower(program, tmp_path, "forward")
     first, second = (spec.name for spec in program.outputs)
     with torch.no_grad():
-        model.shift += 1
+        model.shift.add_(1)
     check_parity(program, path, "forward", names=[second])
     with pytest.raises(LoweringError, match=f"output '{first}' differs"):
         check_parity(program, path, "forward", names=[first])
@@ -262,7 +262,7 @@ def test_log_probabilities_have_the_rounding_of_logits(moved: float, alike: bool
     program = replace(program, outputs=tuple(roles))
     path = lower(program, tmp_path, "forward")
     with torch.no_grad():
-        model.shift += moved
+        model.shift.add_(moved)
     with nullcontext() if alike else pytest.raises(LoweringError, match="differs"):
         check_parity(program, path, "forward")
 

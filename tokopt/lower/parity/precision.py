@@ -68,7 +68,9 @@ def all_alike(
 ) -> bool:
     """Whether ``actual`` is about as close to the float64 outputs ``exact`` as ``expected`` is."""
     outputs = zip(program.outputs, exact, expected, actual, strict=True)
-    return all(_alike(*values) for spec, *values in outputs if names is None or spec.name in names)
+    return all(
+        _alike(own, want, got) for spec, own, want, got in outputs if names is None or spec.name in names
+    )
 
 
 def in_float64(program: Program, inputs: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
