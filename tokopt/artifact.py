@@ -40,7 +40,7 @@ from tokopt.runtime.format.manifest import (
     read_manifest,
 )
 from tokopt.runtime.numerics import OutputCheck
-from tokopt.runtime.selftest import FormChecks, TaskCheck, check_forms, read_selftest
+from tokopt.runtime.selftest import FormChecks, TaskCheck, check_forms, compared, read_selftest
 from tokopt.runtime.text import read_tokenizer
 
 if TYPE_CHECKING:
@@ -332,6 +332,8 @@ def _lower_programs(
         def report(outcome: Outcome, name: str = name) -> None:
             say(f"{name}: {outcome}")
 
+        original = originals.programs[name]
+        seen = compared(original.outputs, originals.states)
         path = lower(
             program,
             folder,
@@ -340,7 +342,8 @@ def _lower_programs(
             metadata=metadata,
             check=check,
             tolerance=tolerance,
-            original=originals.programs[name],
+            original=original,
+            compared=seen,
             report=report,
         )
         fused = lower_for_cpu(
@@ -348,7 +351,8 @@ def _lower_programs(
             path,
             check=check,
             tolerance=tolerance,
-            original=originals.programs[name],
+            original=original,
+            compared=seen,
             report=report,
         )
         forms = {PORTABLE: path} | ({ONE_ROW: fused} if fused else {})
@@ -358,7 +362,8 @@ def _lower_programs(
             weights,
             check=check,
             tolerance=tolerance,
-            original=originals.programs[name],
+            original=original,
+            compared=seen,
             report=report,
         )
         forms |= {OWN: own} if own else {}

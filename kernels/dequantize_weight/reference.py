@@ -21,8 +21,8 @@ def dequantize_weight(codes: Tensor, scale: Tensor, zero: Tensor, group: int) ->
         InputError: tensors that are not two-dimensional, or sizes that do not fit.
     """
     check(codes, scale, zero, group)
-    grouped = codes.unflatten(1, (-1, group)).to(scale.dtype) - zero[..., None].to(scale.dtype)
-    return (grouped * scale[..., None]).flatten(1)
+    grouped = codes.unflatten(1, (-1, group)).to(scale.dtype, copy=True)
+    return grouped.sub_(zero[..., None]).mul_(scale[..., None]).flatten(1)  # in place: a weight is large
 
 
 def fake(codes: Tensor, scale: Tensor, zero: Tensor, group: int) -> Tensor:

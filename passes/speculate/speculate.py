@@ -116,6 +116,12 @@ def _blank(state: State, batch: int) -> Tensor:
     return torch.full(shape, int(state.initial), dtype=getattr(torch, state.dtype))  # type: ignore[arg-type]
 
 
+def _filled(state: State, text: Tensor) -> Tensor:
+    """A drafter's state that holds the tokens of ``text`` [batch, tokens], over and over."""
+    blank = _blank(state, text.shape[0])
+    return text.flatten()[torch.arange(blank.numel()) % text.numel()].reshape(blank.shape).to(blank.dtype)
+
+
 def _reading(bundle: Bundle, name: str, memory: Sequence[State], drafter: Drafter) -> Program:
     """The program that reads a prompt and draws what follows it, and of which the drafter takes note."""
     edit = ProgramEdit(bundle, name, open_graph(bundle.programs[name]))
@@ -203,11 +209,15 @@ class _Speculation:
         return close_graph(blank, self.module, aliases=made.aliases)
 
     def _given(self) -> Iterator[tuple[TensorSpec, Tensor]]:
-        """Every input and its example: a small tree below a token that follows what the example's states hold."""
+        """Every input and its example: a small tree below a token that follows what the example's states hold.
+
+        The drafter remembers the example's tokens, so that what it proposes is not one token again and again.
+        """
         known = dict(zip(self.drawn.inputs, self.drawn.example, strict=True))
-        batch = self.drawn.example[0].shape[0]
+        text = next(x for spec, x in known.items() if spec.role == "tokens")
+        batch = text.shape[0]
         held = next(x for spec, x in known.items() if spec.state and self.states[spec.state].kind == "length")
-        yield TensorSpec("tokens", "int64", (BATCH, 1), "tokens"), torch.arange(batch)[:, None]
+        yield TensorSpec("tokens", "int64", (BATCH, 1), "tokens"), text[:, :1].clone()
         yield (
             TensorSpec("positions", "int64", (BATCH, 1), "positions"),
             held.reshape(batch, -1)[:, :1].clone(),
@@ -217,7 +227,7 @@ class _Speculation:
             if spec.role not in ("tokens", "positions", "mask"):
                 yield spec, torch.full_like(value, 3) if spec.role == "limit" else value
         for state in self.memory:
-            yield TensorSpec(state.name, state.dtype, state.axes, "state", state.name), _blank(state, batch)
+            yield TensorSpec(state.name, state.dtype, state.axes, "state", state.name), _filled(state, text)
 
     def _insert(self, function: Callable[..., Any], *operands: Node) -> Any:
         return call(self.module.graph, function, *operands, like=self.by_role["tokens"])

@@ -36,7 +36,7 @@ IN_FLOAT = (("session.qdq_matmulnbits_accuracy_level", "1"), ("session.disable_q
 """Weights are expanded and multiplied in float32, which gives the same on every processor up to float32 rounding."""
 
 UNFOLDED = ["ConstantFolding"]
-"""What ONNX Runtime must not do with bodies of ops that expand weights: together they may not fit into memory."""
+"""What ONNX Runtime must not do where weights are expanded: together they may not fit into memory."""
 
 _CPU = "CPUExecutionProvider"
 
@@ -182,7 +182,7 @@ def _session(path: Path, opener: Sessions, own: bool) -> onnxruntime.InferenceSe
         settings.add_session_config_entry(*entry)
     if not opener.spins:
         settings.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    disabled = UNFOLDED if own and not opener.rounds else None
+    disabled = None if opener.rounds else UNFOLDED
     own = own and opener.rounds  # else what is executed are the bodies in the file
     if own:
         settings.register_custom_ops_library(str(opener.kernels.library))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,9 +18,11 @@ from torch import Tensor, nn
 import tokopt
 from tests.lower.encoders import text, vision
 from tokopt.errors import LoweringError
+from tokopt.ir.graph import is_call, results
 from tokopt.ir.program import Program
 from tokopt.lower.onnx.export import OPSET, WeightFile, expand_masks, lower
 from tokopt.lower.parity.check import check_parity, resized_examples
+from tokopt.rewrite.edit import call, close_graph, open_graph
 
 
 def run(path: Path, *arrays: np.ndarray) -> list[np.ndarray]:
@@ -222,6 +226,59 @@ def test_disagreement_is_an_error_that_names_the_output(tmp_path: Path) -> None:
         check_parity(program, path, "forward")
     assert "\n" not in str(caught.value)
     check_parity(program, path, "forward", tolerance=0.1)
+
+
+class Shifted(nn.Module):
+    """Two sums, of which the first depends on a parameter."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shift = nn.Parameter(torch.tensor(0.01))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return x + self.shift, x + 1
+
+
+def test_outputs_that_are_not_compared_may_differ(tmp_path: Path) -> None:
+    model = Shifted()
+    program = tokopt.capture(model, (torch.randn(3, 8),)).main
+    path = lower(program, tmp_path, "forward")
+    first, second = (spec.name for spec in program.outputs)
+    with torch.no_grad():
+        model.shift.add_(1)
+    check_parity(program, path, "forward", names=[second])
+    with pytest.raises(LoweringError, match=f"output '{first}' differs"):
+        check_parity(program, path, "forward", names=[first])
+
+
+@pytest.mark.parametrize(("moved", "alike"), [(1e-4, True), (1e-2, False)])
+def test_log_probabilities_have_the_rounding_of_logits(moved: float, alike: bool, tmp_path: Path) -> None:
+    """That of a token which is nearly certain is next to nothing, and its error is not."""
+    model = Shifted()
+    program = tokopt.capture(model, (torch.zeros(3, 8),)).main
+    roles = (
+        replace(spec, role=role) for spec, role in zip(program.outputs, ("logprobs", "output"), strict=True)
+    )
+    program = replace(program, outputs=tuple(roles))
+    path = lower(program, tmp_path, "forward")
+    with torch.no_grad():
+        model.shift.add_(moved)
+    with nullcontext() if alike else pytest.raises(LoweringError, match="differs"):
+        check_parity(program, path, "forward")
+
+
+def test_a_number_of_elements_is_a_product_of_sizes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Torch's exporter knows no number of elements; a program that asks for one is not traced as a whole for it."""
+    program = tokopt.capture(Function(torch.neg), (torch.randn(3, 8),)).main
+    module = open_graph(program)
+    (negated,) = results(module.graph)
+    with module.graph.inserting_before(module.graph.output_node()):
+        shared = call(module.graph, lambda x: x / x.numel(), negated, like=negated)
+    module.graph.output_node().args = ((shared,),)
+    program = close_graph(program, module)
+    assert any(is_call(node, torch.ops.aten.sym_numel) for node in program.module.graph.nodes)
+    monkeypatch.delattr(torch.export.ExportedProgram, "run_decompositions")
+    lower(program, tmp_path, "forward")
 
 
 def test_file_that_onnx_runtime_cannot_load(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -131,10 +132,9 @@ def _finished(graph: Graph, inputs: list[InputSpec], given: ExportedProgram) -> 
 
 
 def _has_effects(node: Node) -> bool:
-    """Whether a node changes an operand, holds a graph of its own, or asks for a size that no exporter knows."""
+    """Whether a node changes an operand, or holds a graph of its own."""
     schema = getattr(node.target, "_schema", None)
-    unknown = node.target is torch.ops.aten.sym_numel.default
-    return node.op == "get_attr" or unknown or (schema is not None and schema.is_mutable)
+    return node.op == "get_attr" or (schema is not None and schema.is_mutable)
 
 
 def _decomposed(module: GraphModule, table: Table) -> Graph:
@@ -149,7 +149,7 @@ def _decomposed(module: GraphModule, table: Table) -> Graph:
             known[node] = known[node.args[0]]
         elif node.target in _SAME or _is_cast(node):
             known[node] = _as_another(graph, node, known)
-        elif node.target in table or _is_composite(node.target):
+        elif node.target in table or node.target in _UNKNOWN or _is_composite(node.target):
             decomposition = traced.get(likeness := _likeness(node)) or _decomposition(node, table)
             if not makes_symbols(decomposition):
                 traced[likeness] = decomposition
@@ -166,6 +166,14 @@ _SAME: Mapping[Any, Any] = {
     aten.__or__.Tensor: aten.bitwise_or.Tensor,
 }
 """Operators that are another one by another name, so that nothing has to be traced."""
+
+
+def _elements(x: Tensor) -> Any:
+    return math.prod(x.shape)
+
+
+_UNKNOWN: Mapping[Any, Callable[..., Any]] = {aten.sym_numel.default: _elements}
+"""What operators do that no exporter knows, and no table."""
 
 
 def _returns_operand(node: Node) -> bool:
@@ -199,7 +207,7 @@ def _decomposition(node: Node, table: Table) -> GraphModule:
     def run(*values: Any) -> Any:
         given = dict(zip(operands, values, strict=True))
         args, kwargs = map_arg((node.args, node.kwargs), given.__getitem__)
-        return function_of(node)(*args, **kwargs)
+        return _UNKNOWN.get(node.target, function_of(node))(*args, **kwargs)
 
     with mode:
         return trace(run, [operand.meta["val"] for operand in operands], decomposition_table=table)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import cached_property
+from itertools import count
 from typing import Any, cast
 
 import torch
@@ -34,6 +36,7 @@ def splice(graph: Graph, module: GraphModule, operands: list[Node], *, like: Nod
     """
     known: dict[Node, Any] = {}
     given = iter(operands)
+    held = _Held(graph)
 
     def copied(value: object) -> object:
         return known[value] if isinstance(value, Node) else value
@@ -44,7 +47,7 @@ def splice(graph: Graph, module: GraphModule, operands: list[Node], *, like: Nod
         elif node.op == "output":
             return pytree.tree_map(copied, node.args[0], is_leaf=_is_node)
         elif node.op == "get_attr":
-            known[node] = _take_attribute(graph, module, node)
+            known[node] = _take_attribute(graph, module, node, held)
         else:
             known[node] = graph.node_copy(node, lambda n: known[n])
         if node.op != "placeholder" and like is not None:
@@ -63,27 +66,42 @@ def _attribute_to(node: Node, like: Node) -> None:
             node.meta[key] = like.meta[key]
 
 
-def _take_attribute(graph: Graph, module: GraphModule, node: Node) -> Node:
+def _take_attribute(graph: Graph, module: GraphModule, node: Node, held: _Held) -> Node:
     """A read of the attribute that ``node`` reads, which becomes one of the graph's own module."""
-    owner = graph.owning_module
-    assert owner is not None
     value = attribute(module, node)
-    made = graph.get_attr(_held(owner, str(node.target), value))
-    made.meta["val"] = Shapes.attached(owner).symbols.constant(value) if isinstance(value, Tensor) else value
+    made = graph.get_attr(held.name(str(node.target), value))
+    symbols = Shapes.attached(held.module).symbols
+    made.meta["val"] = symbols.constant(value) if isinstance(value, Tensor) else value
     return made
 
 
-def _held(module: GraphModule, wanted: str, value: Any) -> str:
-    """The name under which the module holds a tensor or a sub-module; it is registered where it is new."""
-    modules = cast("Iterable[tuple[str, torch.nn.Module]]", module.named_modules())
-    for name, known in (*module.named_parameters(), *module.named_buffers(), *modules):
-        if known is value:
-            return name
-    stem, count = wanted.replace(".", "_"), 0
-    while hasattr(module, name := f"{stem}_{count}" if count else stem):
-        count += 1
-    if isinstance(value, torch.nn.Module):
-        module.add_module(name, value)
-    else:
-        module.register_buffer(name, value.detach())
-    return name
+class _Held:
+    """The names under which a graph's module holds tensors and sub-modules, which are looked up once."""
+
+    def __init__(self, graph: Graph) -> None:
+        self.graph = graph
+
+    @property
+    def module(self) -> GraphModule:
+        """The graph's own."""
+        assert self.graph.owning_module is not None, "a graph without a module holds nothing"
+        return self.graph.owning_module
+
+    @cached_property
+    def names(self) -> dict[int, str]:
+        """By identity; the first name of several."""
+        modules = cast("Iterable[tuple[str, torch.nn.Module]]", self.module.named_modules())
+        held = (*self.module.named_parameters(), *self.module.named_buffers(), *modules)
+        return {id(value): name for name, value in reversed(held)}
+
+    def name(self, wanted: str, value: Any) -> str:
+        """That of a tensor or sub-module; it is registered where it is new."""
+        if id(value) not in self.names:
+            stem = wanted.replace(".", "_")
+            free = (f"{stem}_{i}" if i else stem for i in count())
+            name = self.names[id(value)] = next(name for name in free if not hasattr(self.module, name))
+            if isinstance(value, torch.nn.Module):
+                self.module.add_module(name, value)
+            else:
+                self.module.register_buffer(name, value.detach())
+        return self.names[id(value)]

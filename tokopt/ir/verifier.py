@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
-from torch.fx import Node
+from torch.fx import Graph, Node
 
 from tokopt.errors import PassError
 from tokopt.ir.bundle import Bundle
 from tokopt.ir.export import placeholders
-from tokopt.ir.graph import ancestors, aten, describe, dtype_name, is_call, is_op, value_users
+from tokopt.ir.graph import aten, describe, dtype_name, is_call, is_op, value_users
 from tokopt.ir.program import Program
 from tokopt.runtime.format.checks import FormatError, check_format
 
@@ -51,9 +51,12 @@ def _verify_aliases(program: Program) -> None:
     chains: dict[str, set[Node]] = {}
     for name, source in program.aliases.items():
         chains.setdefault(source, set()).update(_chain(name, outputs[name][0], buffers[source]))
+    following = _writes_downstream(
+        program.module.graph, {write for chain in chains.values() for write in chain}
+    )
     for source, writes in chains.items():
         for link in (buffers[source], *writes):
-            _verify_link(source, link, [write for write in writes if write.args[0] is link])
+            _verify_link(source, link, [write for write in writes if write.args[0] is link], following)
     for name, source in program.aliases.items():
         node, spec = outputs[name]
         _require(
@@ -71,15 +74,23 @@ def _chain(name: str, node: object, buffer: Node) -> Iterator[Node]:
         node = node.args[0]
 
 
-def _verify_link(source: str, link: Node, writes: list[Node]) -> None:
+def _writes_downstream(graph: Graph, writes: set[Node]) -> Mapping[Node, set[Node]]:
+    """The writes that every node is an ancestor of by value; one sweep finds them for all."""
+    found: dict[Node, set[Node]] = {}
+    for node in reversed(graph.nodes):
+        readers = [user for user in node.users if not is_call(user, aten.sym_size)]
+        found[node] = writes.intersection(readers).union(*(found[reader] for reader in readers))
+    return found
+
+
+def _verify_link(source: str, link: Node, writes: list[Node], following: Mapping[Node, set[Node]]) -> None:
     _require(len(writes) <= 1, f"{source!r} is written in place twice from one value")
     for write in writes:
-        before = ancestors(write)
         for held, reader in _readers(link):
             # A write that is an output as well gets memory of its own there.
             returned = reader.op == "output" and held is link and link.op != "placeholder"
             _require(
-                reader is write or reader in before or returned,
+                reader is write or write in following[reader] or returned,
                 f"{describe(reader)} reads {source!r} while it is written in place",
             )
 

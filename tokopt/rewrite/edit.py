@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from functools import partial
+from itertools import count
 from typing import Any
 
 import torch
@@ -156,9 +157,8 @@ def put_parameter(module: GraphModule, reader: Node, place: int | None, value: T
     """A new parameter of the module, read by argument ``place`` of ``reader`` (None: by nothing yet)."""
     before = reader.args[place] if place is not None else None
     stem = re.sub(r"_v\d+$", "", str(before.target)) if isinstance(before, Node) else reader.name
-    name = stem.replace(".", "_")
-    count = sum(1 for known in module._buffers if re.fullmatch(rf"{re.escape(name)}_v\d+", known))
-    name = f"{name}_v{count + 1}"
+    stem = stem.replace(".", "_")
+    name = next(name for i in count(1) if not hasattr(module, name := f"{stem}_v{i}"))
     value = value.detach().contiguous()
     module.register_buffer(name, value)
     with module.graph.inserting_before(reader):

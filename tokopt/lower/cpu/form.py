@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 
 import onnx_ir as ir
@@ -29,13 +29,15 @@ def lower_with_kernels(
     check: bool = True,
     tolerance: float | None = None,
     original: Program | None = None,
+    compared: Collection[str] | None = None,
     report: Callable[[Outcome], None] | None = None,
 ) -> Path | None:
     """Write the portable ``<name>.onnx`` at ``path`` with ops of tokopt's CPU kernels beside it, ``<name>.cpu.onnx``.
 
     ``weights`` is the file of weights of both, which holds the same codes once. The result carries the bodies of the
     ops that it calls, and ``check`` compares what these bodies compute, in float32 arithmetic, with the program, or
-    with ``original``, the program before it was cleaned up. ``report`` is told what was fused and what was left.
+    with ``original``, the program before it was cleaned up, in the outputs ``compared``. ``report`` is told what was
+    fused and what was left.
     Returns None, and writes nothing, when there is nothing to fuse. Raises LoweringError when the two disagree.
     """
     model = ir.load(path)
@@ -50,7 +52,13 @@ def lower_with_kernels(
     ir.save(model, target)
     if check:
         check_parity(
-            original or program, target, path.stem, lowered=program, tolerance=tolerance, bodies=True
+            original or program,
+            target,
+            path.stem,
+            lowered=program,
+            tolerance=tolerance,
+            names=compared,
+            bodies=True,
         )
     return target
 

@@ -11,7 +11,7 @@ import hashlib
 import logging
 import re
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -94,6 +94,7 @@ def lower(
     check: bool = True,
     tolerance: float | None = None,
     original: Program | None = None,
+    compared: Collection[str] | None = None,
     report: Callable[[Outcome], None] | None = None,
 ) -> Path:
     """Write ``directory/<name>.onnx`` and its external data; return the path of the ONNX file.
@@ -101,8 +102,8 @@ def lower(
     ``weights`` is shared by the programs of a bundle. ``metadata`` goes into the file's properties. ``check``
     compares ONNX Runtime with the exported program, output by output, on the example and on one more size of
     every named axis; ``tolerance`` replaces the largest NMSE that the dtype of an output allows. ``original`` is the
-    program before it was cleaned up, which is then what the result must compute. ``report`` is told what every fusion
-    did and left.
+    program before it was cleaned up, which is then what the result must compute, and ``compared`` names its outputs
+    that have to agree (see :func:`check_parity`). ``report`` is told what every fusion did and left.
 
     Raises LoweringError when an operator has no ONNX form, when the graph does not pass the ONNX checker, and
     when the two disagree.
@@ -142,7 +143,7 @@ def lower(
     except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
         raise LoweringError(f"the ONNX graph of program {name!r} is not valid: {_sentence(error)}") from error
     if check:
-        check_parity(original or program, path, name, lowered=program, tolerance=tolerance)
+        check_parity(original or program, path, name, lowered=program, tolerance=tolerance, names=compared)
     return path
 
 

@@ -7,7 +7,7 @@ later tokens whatever the mask says. For everything else a host has the portable
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import replace
 from pathlib import Path
 
@@ -29,12 +29,14 @@ def lower_for_cpu(
     check: bool = True,
     tolerance: float | None = None,
     original: Program | None = None,
+    compared: Collection[str] | None = None,
     report: Callable[[Outcome], None] | None = None,
 ) -> Path | None:
     """Write the fused form of the portable ``<name>.onnx`` at ``path`` beside it, as ``<name>.onnxruntime.onnx``.
 
     Its weights are those of the portable form. ``check`` compares it with the exported program for a batch of one,
-    or with ``original``, the program before it was cleaned up. ``report`` is told what every fusion did and left.
+    or with ``original``, the program before it was cleaned up, in the outputs ``compared``. ``report`` is told what
+    every fusion did and left.
     Returns None, and writes nothing, when there is nothing to fuse. Raises LoweringError when the two disagree.
     """
     model = ir.load(path)
@@ -53,6 +55,7 @@ def lower_for_cpu(
             path.stem,
             lowered=one_row(program),
             tolerance=tolerance,
+            names=compared,
             shared=program.aliases,
         )
     return fused

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 
@@ -23,10 +24,14 @@ from tokopt.lower.parity.selections import (
 )
 from tokopt.runtime.buffers import run_in_place
 from tokopt.runtime.engines.onnxruntime import UNFOLDED
-from tokopt.runtime.numerics import SELFTEST_LIMITS, check_output
+from tokopt.runtime.numerics import SELFTEST_LIMITS, OutputCheck, check_output
+from tokopt.runtime.selftest import compared
 
 ACTIVATIONS = "session.qdq_matmulnbits_accuracy_level"
 """How ONNX Runtime multiplies with block-quantized weights: 1 in float32, 4 with activations of 8 bits."""
+
+LOGITS = 16.0
+"""How large logits are. A log-probability is the difference of two, and has their rounding however small it is."""
 
 Example = tuple[torch.Tensor, ...]
 
@@ -38,6 +43,7 @@ def check_parity(
     *,
     lowered: Program | None = None,
     tolerance: float | None = None,
+    names: Collection[str] | None = None,
     shared: Mapping[str, str] | None = None,
     bodies: bool = False,
 ) -> None:
@@ -47,13 +53,16 @@ def check_parity(
     :mod:`tokopt.lower.parity.precision`). Where the program chooses tokens and rounding alone made the two choose
     differently, they are compared again with the same choice (see :mod:`tokopt.lower.parity.selections`). ``lowered``
     is the program that the file was made of, where that is ``program`` cleaned up. ``tolerance`` replaces the largest
-    NMSE that the dtype of an output allows. ``shared`` (``{output: input}``) are caches written in place.
+    NMSE that the dtype of an output allows. ``names`` are the outputs that have to agree, by default those that a
+    self-test of a bundle without states would compare. ``shared`` (``{output: input}``) are caches written in place.
     ``bodies`` says that the file is another one, compared in all sizes, with calls of ops whose bodies it holds: the
     example is enough, and weights are expanded when they are multiplied, since together they may not fit into memory.
     Raises LoweringError naming the output, its NMSE and the sizes.
     """
     session = _session(path, name, unfolded=bodies)
     tolerance = half_precision_limit(program) if tolerance is None else tolerance
+    names = compared(program.outputs, ()) if names is None else names
+    wanted = _Wanted(program, names, tolerance)
     exported = program.module
     for sizes, inputs in islice(resized_examples(program), 1 if bodies else None):
         try:
@@ -65,13 +74,14 @@ def check_parity(
             continue  # the exported program refuses these sizes, so nothing is promised for them
         where = f"program {name!r}{sizes}"
         actual = _run(session, program, inputs, where, shared=shared or {})
-        fault = _fault(program, expected, actual, tolerance)
+        faults = _faults(wanted, expected, actual)
+        fault = _first(faults)
         if fault and selects(program):
-            chooser = _chooser(program, lowered or program)
-            fault = _cleanup_fault(program, chooser, inputs, tolerance) or _fault_given_selections(
-                chooser, path, name, inputs, tolerance, shared or {}, unfolded=bodies
+            chooser = replace(wanted, program=_chooser(program, lowered or program))
+            fault = _cleanup_fault(wanted, chooser.program, inputs) or _fault_given_selections(
+                chooser, path, name, inputs, shared or {}, unfolded=bodies
             )
-        if fault and tolerance is None and rounds_alike(program, inputs, expected, actual):
+        if fault and tolerance is None and rounds_alike(program, inputs, expected, actual, faults):
             continue
         if fault:
             raise LoweringError(
@@ -101,19 +111,35 @@ def check_rewritten(program: Program, portable: Path, rewritten: Path, limit: fl
             )
 
 
-def _fault(
-    program: Program, expected: Sequence[torch.Tensor], actual: list[np.ndarray], tolerance: float | None
-) -> str | None:
-    """The first output that differs by more than its dtype allows."""
-    for spec, want, got in zip(program.outputs, expected, actual, strict=True):
-        if spec.role == "written":  # a buffer between two writes is not seen where both are made in place
-            continue
-        check = check_output(spec.name, want.numpy(force=True), got, tolerance)
-        if not check.ok:
-            return (
-                f"output {spec.name!r} differs between ONNX Runtime and the exported program: NMSE "
-                f"{check.nmse:.2g}, at most {check.limit:.2g} is allowed"
-            )
+@dataclass(frozen=True)
+class _Wanted:
+    """What a lowered program has to give: the outputs ``names`` of a program, as close as ``tolerance`` says."""
+
+    program: Program
+    names: Collection[str]
+    tolerance: float | None
+
+
+def _faults(
+    wanted: _Wanted, expected: Sequence[torch.Tensor], actual: Sequence[np.ndarray]
+) -> dict[str, OutputCheck]:
+    """The outputs that differ by more than their dtype allows."""
+    checks: dict[str, OutputCheck] = {}
+    for spec, want, got in zip(wanted.program.outputs, expected, actual, strict=True):
+        sides = want.numpy(force=True), got
+        if spec.role == "logprobs":
+            sides = sides[0] - LOGITS, sides[1] - LOGITS
+        checks[spec.name] = check_output(spec.name, *sides, wanted.tolerance)
+    return {name: check for name, check in checks.items() if name in wanted.names and not check.ok}
+
+
+def _first(faults: Mapping[str, OutputCheck]) -> str | None:
+    """The first of the outputs that differ, in words."""
+    for check in faults.values():
+        return (
+            f"output {check.name!r} differs between ONNX Runtime and the exported program: NMSE "
+            f"{check.nmse:.2g}, at most {check.limit:.2g} is allowed"
+        )
     return None
 
 
@@ -126,28 +152,23 @@ def _chooser(program: Program, lowered: Program) -> Program:
     return program if selection_shapes(program) == selection_shapes(lowered) else lowered
 
 
-def _cleanup_fault(
-    program: Program,
-    lowered: Program,
-    inputs: Example,
-    tolerance: float | None,
-) -> str | None:
+def _cleanup_fault(wanted: _Wanted, lowered: Program, inputs: Example) -> str | None:
     """The first output or selection that a cleanup changed by more than a few other choices do.
 
     Both programs choose alike, but where the cleanup left fewer tokens to choose from: there it could hide behind the
     limit of what other choices do.
     """
-    if lowered is program:
+    if lowered is wanted.program:
         return None
-    expected, made, selections = run_alike(program, lowered, inputs)
+    expected, made, selections = run_alike(wanted.program, lowered, inputs)
     for selection in selections:
         if not selection.ok:
             return (
                 f"{selection.name} chooses differently for {selection.different} of {selection.tokens} tokens "
                 "before and after the program's cleanup"
             )
-    limit = max(SELFTEST_LIMITS["approximate"] or 0.0, tolerance or 0.0)
-    for spec, want, got in zip(program.outputs, expected, made, strict=True):
+    limit = max(SELFTEST_LIMITS["approximate"] or 0.0, wanted.tolerance or 0.0)
+    for spec, want, got in zip(wanted.program.outputs, expected, made, strict=True):
         check = check_output(spec.name, want.numpy(force=True), got.numpy(force=True), limit)
         if not check.ok:
             return (
@@ -158,16 +179,10 @@ def _cleanup_fault(
 
 
 def _fault_given_selections(
-    program: Program,
-    path: Path,
-    name: str,
-    inputs: Example,
-    tolerance: float | None,
-    shared: Mapping[str, str],
-    *,
-    unfolded: bool,
+    wanted: _Wanted, path: Path, name: str, inputs: Example, shared: Mapping[str, str], *, unfolded: bool
 ) -> str | None:
     """The first output or selection that still differs when both forms choose the same tokens."""
+    program = wanted.program
     copy, names = expose_selections(path)
     try:
         session = _session(copy, name, unfolded=unfolded)
@@ -184,14 +199,14 @@ def _fault_given_selections(
                 "in ONNX Runtime and the exported program"
             )
     actual = [found[spec.name] for spec in program.outputs]
-    fault = _fault(program, expected, actual, tolerance)
-    if fault and tolerance is None:
+    faults = _faults(wanted, expected, actual)
+    if faults and wanted.tolerance is None:
         try:
             exact = run_in_float64_with_selections(program, inputs, given)
         except Exception:  # an op of the program that knows no float64
-            return fault
-        return None if all_alike(exact, expected, actual) else fault
-    return fault
+            return _first(faults)
+        return None if all_alike(program, exact, expected, actual, faults) else _first(faults)
+    return _first(faults)
 
 
 def resized_examples(program: Program) -> Iterator[tuple[str, Example]]:
