@@ -16,9 +16,6 @@ TARGET INLINE Int all(int32_t value) { return vdupq_n_s32(value); }
 TARGET INLINE Float most(Float limit, Float value) { return vmaxq_f32(limit, value); }
 TARGET INLINE Float least(Float limit, Float value) { return vminq_f32(limit, value); }
 TARGET INLINE Float magnitude(Float value) { return vabsq_f32(value); }
-TARGET INLINE Float past(Float z, float end, Float beyond, Float within) {
-    return vbslq_f32(vcagtq_f32(z, all(end)), beyond, within);
-}
 TARGET INLINE Int integers(const int32_t* from) { return vld1q_s32(from); }
 TARGET INLINE Float floats(Int value) { return vcvtq_f32_s32(value); }
 TARGET INLINE Int nearest(Float value) { return vcvtnq_s32_f32(value); }

@@ -72,17 +72,6 @@ struct Code {
 };
 constexpr int WHOLE = -1;
 
-// sign(z) f(|z|) as z P(z^2) / Q(z^2), and 1 beyond `end`; to 2e-8 of it (fitted by weighted least squares).
-struct Rational {
-    float p[6], q[6], end;
-};
-constexpr Rational ERF = {{1.1283791439f, 0.19154061385f, 0.052873941860f, 3.8076850295e-3f, 2.8466727726e-4f, 2.0258572147e-6f},
-                          {1.f, 0.50308112771f, 0.11455541542f, 0.015054142279f, 1.1705919959e-3f, 3.7830197860e-5f},
-                          3.95f};
-constexpr Rational TANH = {{0.99999997961f, 0.13380981037f, 3.4955344394e-3f, 2.0608184343e-5f, 1.3353414125e-8f, 0.f},
-                           {1.f, 0.46714296691f, 0.025876779624f, 3.2855462189e-4f, 7.7760472570e-7f, 0.f},
-                           9.f};
-
 INLINE int32_t four(const void* from) {
     int32_t dword;
     std::memcpy(&dword, from, 4);

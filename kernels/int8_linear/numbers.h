@@ -58,25 +58,12 @@ TARGET static float round_row(const char* x, size_t in, size_t padded, const Gri
     return is_number(bad) ? own : std::numeric_limits<float>::quiet_NaN();
 }
 
-TARGET INLINE Float ratio(const Rational& f, Float z) {
-    const Float square = z * z;
-    Float p = all(f.p[5]), q = all(f.q[5]);
-    UNROLL for (int i = 4; i >= 0; --i) {
-        p = plus(all(f.p[i]), p, square);
-        q = plus(all(f.q[i]), q, square);
-    }
-    return z * p / q;
-}
+#include "../cpu/gelu.h"
 
 template <Activation ACTIVATION>
 TARGET INLINE Float activated(Float x) {
     if constexpr (ACTIVATION == Activation::NONE) return x;
-    constexpr bool EXACT = ACTIVATION == Activation::GELU;
-    constexpr Rational F = EXACT ? ERF : TANH;
-    const Float z = EXACT ? x * all(0.70710678118654752f)
-                          : x * plus(all(0.79788456080286536f), all(0.035677408136300125f), x * x);
-    const Float half = x * all(0.5f);
-    return past(z, F.end, most(all(0.f), x), plus(half, half, ratio(F, z)));
+    return gelu<ACTIVATION == Activation::GELU>(x);
 }
 
 template <Activation ACTIVATION>

@@ -15,7 +15,6 @@ INLINE Float plus(Float to, Float a, Float b) { return to + a * b; }
 INLINE Float most(Float limit, Float value) { return value < limit ? limit : value; }
 INLINE Float least(Float limit, Float value) { return value > limit ? limit : value; }
 INLINE Float magnitude(Float value) { return std::fabs(value); }
-INLINE Float past(Float z, float end, Float beyond, Float within) { return std::fabs(z) > end ? beyond : within; }
 INLINE Int integers(const int32_t* from) { return *from; }
 INLINE Float floats(Int value) { return static_cast<float>(value); }
 INLINE Int nearest(Float value) { return value == value ? static_cast<int32_t>(std::nearbyintf(value)) : 0; }

@@ -14,9 +14,6 @@ TARGET INLINE Int all(int32_t value) { return (Int)_mm256_set1_epi32(value); }
 TARGET INLINE Float most(Float limit, Float value) { return _mm256_max_ps(limit, value); }  // of NaN, the second
 TARGET INLINE Float least(Float limit, Float value) { return _mm256_min_ps(limit, value); }
 TARGET INLINE Float magnitude(Float value) { return _mm256_andnot_ps(all(-0.f), value); }
-TARGET INLINE Float past(Float z, float end, Float beyond, Float within) {
-    return _mm256_blendv_ps(within, beyond, _mm256_cmp_ps(magnitude(z), all(end), _CMP_GT_OQ));
-}
 TARGET INLINE Int integers(const int32_t* from) { return (Int)_mm256_loadu_si256((const __m256i*)from); }
 TARGET INLINE Float floats(Int value) { return _mm256_cvtepi32_ps((__m256i)value); }
 TARGET INLINE Int nearest(Float value) { return (Int)_mm256_cvtps_epi32(value); }
@@ -116,9 +113,6 @@ TARGET INLINE Int all(int32_t value) { return (Int)_mm512_set1_epi32(value); }
 TARGET INLINE Float most(Float limit, Float value) { return _mm512_max_ps(limit, value); }  // of NaN, the second
 TARGET INLINE Float least(Float limit, Float value) { return _mm512_min_ps(limit, value); }
 TARGET INLINE Float magnitude(Float value) { return _mm512_abs_ps(value); }
-TARGET INLINE Float past(Float z, float end, Float beyond, Float within) {
-    return _mm512_mask_blend_ps(_mm512_cmp_ps_mask(magnitude(z), all(end), _CMP_GT_OQ), within, beyond);
-}
 TARGET INLINE Int integers(const int32_t* from) { return (Int)_mm512_loadu_si512(from); }
 TARGET INLINE Float floats(Int value) { return _mm512_cvtepi32_ps((__m512i)value); }
 TARGET INLINE Int nearest(Float value) { return (Int)_mm512_cvtps_epi32(value); }

@@ -8,18 +8,16 @@
 
 namespace neon {
 #define TARGET __attribute__((target(ARM_TARGET)))
+using vector_neon::all, vector_neon::load, vector_neon::store, vector_neon::plus;
+using vector_neon::Bits, vector_neon::Float, vector_neon::WIDTH;
 #include "quantize.h"
 #include "gate.h"
 
 using Int = int32x4_t;
-using Float = float32x4_t;
-constexpr int WIDTH = 4, ROWS = 8;
+constexpr int ROWS = 8;
 constexpr bool STARTS = true;
 
 TARGET INLINE Int all(int32_t value) { return vdupq_n_s32(value); }
-TARGET INLINE Float all(float value) { return vdupq_n_f32(value); }
-TARGET INLINE Float load(const float* from) { return vld1q_f32(from); }
-TARGET INLINE void store(float* to, Float value) { vst1q_f32(to, value); }
 TARGET INLINE Float load_full(const uint8_t* from) { return load(reinterpret_cast<const float*>(from)); }
 TARGET INLINE Float load_half(const uint8_t* from) { return vcvt_f32_f16(vreinterpret_f16_u8(vld1_u8(from))); }
 TARGET INLINE Float load_byte(const uint8_t* from) {
@@ -27,8 +25,6 @@ TARGET INLINE Float load_byte(const uint8_t* from) {
     return vcvtq_f32_u32(vmovl_u16(vget_low_u16(vmovl_u8(vreinterpret_u8_u32(vdup_n_u32(dword))))));
 }
 TARGET INLINE Float floats(Int value) { return vcvtq_f32_s32(value); }
-TARGET INLINE Float times(Float a, Float b) { return vmulq_f32(a, b); }
-TARGET INLINE Float plus(Float to, Float a, Float b) { return vfmaq_f32(to, a, b); }
 TARGET INLINE Float minus(Float from, Float a, Float b) { return vfmsq_f32(from, a, b); }
 
 // The products are of signed bytes: 128 is subtracted from codes of 8 bits.

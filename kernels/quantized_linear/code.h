@@ -7,24 +7,11 @@
 #include <limits>
 
 #include "../cpu/isa.h"
+#include "../cpu/vector.h"
 
-#if defined(__x86_64__) || defined(__i386__)
-#include <immintrin.h>
-#define X86 1
 #if defined(__linux__) && defined(__x86_64__)
 #define AMX 1
 #endif
-#elif defined(__aarch64__)
-#include <arm_neon.h>
-#define ARM 1
-#endif
-
-#if defined(__clang__)
-#define UNROLL _Pragma("unroll")
-#else
-#define UNROLL _Pragma("GCC unroll 16")
-#endif
-#define INLINE static inline __attribute__((always_inline))
 
 namespace tokopt {
 namespace {

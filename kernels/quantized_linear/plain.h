@@ -2,6 +2,7 @@
 
 namespace plain {
 #define TARGET
+using namespace vector_plain;
 #include "quantize.h"
 #include "gate.h"
 

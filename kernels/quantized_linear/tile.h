@@ -77,7 +77,7 @@ TARGET static void strip(const Tile& tile, const Rows& rows, int first, float* y
                     value[r] = minus(value[r], zero, all(numbers[2 * R + r]));
             }
             UNROLL for (int r = 0; r < R; ++r)
-                total[r][h] = plus(total[r][h], times(scale, all(numbers[r])), value[r]);
+                total[r][h] = plus(total[r][h], scale * all(numbers[r]), value[r]);
         }
     }
     UNROLL for (int r = 0; r < R; ++r) {

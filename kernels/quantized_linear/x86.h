@@ -6,15 +6,13 @@
 namespace avx2 {
 #define TARGET __attribute__((target("avx2,fma,f16c")))
 
+using vector_avx2::all, vector_avx2::load, vector_avx2::store, vector_avx2::plus;
+using vector_avx2::Bits, vector_avx2::Float, vector_avx2::WIDTH;
 using Int = __m256i;
-using Float = __m256;
-constexpr int WIDTH = 8, ROWS = 8;
+constexpr int ROWS = 8;
 constexpr bool STARTS = false;
 
 TARGET INLINE Int all(int32_t value) { return _mm256_set1_epi32(value); }
-TARGET INLINE Float all(float value) { return _mm256_set1_ps(value); }
-TARGET INLINE Float load(const float* from) { return _mm256_loadu_ps(from); }
-TARGET INLINE void store(float* to, Float value) { _mm256_storeu_ps(to, value); }
 TARGET INLINE Float load_full(const uint8_t* from) { return load(reinterpret_cast<const float*>(from)); }
 TARGET INLINE Float load_half(const uint8_t* from) {
     return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
@@ -23,8 +21,6 @@ TARGET INLINE Float load_byte(const uint8_t* from) {
     return _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(from))));
 }
 TARGET INLINE Float floats(Int value) { return _mm256_cvtepi32_ps(value); }
-TARGET INLINE Float times(Float a, Float b) { return _mm256_mul_ps(a, b); }
-TARGET INLINE Float plus(Float to, Float a, Float b) { return _mm256_fmadd_ps(a, b, to); }
 TARGET INLINE Float minus(Float from, Float a, Float b) { return _mm256_fnmadd_ps(a, b, from); }
 TARGET INLINE Int bytes(const uint8_t* from) { return _mm256_loadu_si256(reinterpret_cast<const Int*>(from)); }
 // The largest and the sum of the eight numbers of a vector.
@@ -127,7 +123,7 @@ constexpr Code CODE = {ROWS,
 namespace avx_vnni {
 #define TARGET __attribute__((target("avx2,fma,f16c,avxvnni")))
 using avx2::Int, avx2::Float, avx2::WIDTH, avx2::all, avx2::load, avx2::store, avx2::load_full, avx2::load_half;
-using avx2::load_byte, avx2::floats, avx2::times, avx2::plus, avx2::minus, avx2::bytes, avx2::Bytes, avx2::repeated, avx2::low_half, avx2::high_half;
+using avx2::load_byte, avx2::floats, avx2::plus, avx2::minus, avx2::bytes, avx2::Bytes, avx2::repeated, avx2::low_half, avx2::high_half;
 constexpr int ROWS = 8;
 constexpr bool STARTS = true;
 
@@ -169,15 +165,13 @@ constexpr Code CODE = {ROWS,
 namespace avx512_vnni {
 #define TARGET __attribute__((target("avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512dq,avx512vnni")))
 
+using vector_avx512::all, vector_avx512::load, vector_avx512::store, vector_avx512::plus;
+using vector_avx512::Bits, vector_avx512::Float, vector_avx512::WIDTH;
 using Int = __m512i;
-using Float = __m512;
-constexpr int WIDTH = 16, ROWS = 8;
+constexpr int ROWS = 8;
 constexpr bool STARTS = true;
 
 TARGET INLINE Int all(int32_t value) { return _mm512_set1_epi32(value); }
-TARGET INLINE Float all(float value) { return _mm512_set1_ps(value); }
-TARGET INLINE Float load(const float* from) { return _mm512_loadu_ps(from); }
-TARGET INLINE void store(float* to, Float value) { _mm512_storeu_ps(to, value); }
 TARGET INLINE Float load_full(const uint8_t* from) { return load(reinterpret_cast<const float*>(from)); }
 TARGET INLINE Float load_half(const uint8_t* from) {
     return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
@@ -186,9 +180,9 @@ TARGET INLINE Float load_byte(const uint8_t* from) {
     return _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from))));
 }
 TARGET INLINE Float floats(Int value) { return _mm512_cvtepi32_ps(value); }
-TARGET INLINE Float times(Float a, Float b) { return _mm512_mul_ps(a, b); }
-TARGET INLINE Float plus(Float to, Float a, Float b) { return _mm512_fmadd_ps(a, b, to); }
 TARGET INLINE Float minus(Float from, Float a, Float b) { return _mm512_fnmadd_ps(a, b, from); }
+#include "gate.h"
+
 using Bytes = Int;
 TARGET INLINE Bytes repeated(const int8_t* q) { return all(four(q)); }
 
@@ -220,7 +214,7 @@ TARGET INLINE Int end(Int, Part part) {
 constexpr Code CODE = {ROWS,
                        {0, 0},
                        avx2::quantize,
-                       avx2::apply,
+                       apply,
                        {{product<4, 1>, product<4, 2>, product<4, 3>, product<4, 4>, product<4, 5>, product<4, 6>,
                          product<4, 7>, product<4, 8>},
                         {product<8, 1>, product<8, 2>, product<8, 3>, product<8, 4>, product<8, 5>, product<8, 6>,
@@ -311,13 +305,13 @@ TARGET static void product(const Tile& tile, const Rows& rows, float* y, size_t 
             const Float minimum = tile.half ? load_half(others) : load_full(others);
             UNROLL for (int r = 0; r < R; ++r) {
                 total[r] = plus(total[r], minimum, all(numbers[2 * R + r]));
-                total[r] = plus(total[r], times(scale, all(numbers[r])), floats(_mm512_load_si512(own[r])));
+                total[r] = plus(total[r], scale * all(numbers[r]), floats(_mm512_load_si512(own[r])));
             }
         } else {
             const Float zero = tile.zero ? load_byte(others) : middle;
             UNROLL for (int r = 0; r < R; ++r) {
                 const Float value = minus(floats(_mm512_load_si512(own[r])), zero, all(numbers[2 * R + r]));
-                total[r] = plus(total[r], times(scale, all(numbers[r])), value);
+                total[r] = plus(total[r], scale * all(numbers[r]), value);
             }
         }
     }
@@ -332,7 +326,7 @@ TARGET static void enter() {
 TARGET static void leave() { _tile_release(); }
 
 constexpr Code of_sixteen() {
-    Code code = {R, {0, 0}, avx2::quantize, avx2::apply, {}, true, enter, leave};
+    Code code = {R, {0, 0}, avx2::quantize, apply, {}, true, enter, leave};
     code.products[0][R - 1] = product<4>;
     code.products[1][R - 1] = product<8>;
     return code;
