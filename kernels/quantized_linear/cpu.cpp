@@ -111,9 +111,13 @@ class Call {
             product(weight.tile(t + 1), {own.q, own.numbers, after}, out[1], TILE);
             code.apply(gate, out[0], out[1], given(block) * TILE);
         }
-        for (size_t r = 0; r < given(block); ++r) {
-            const size_t place = (block * code.rows + r) * sizes.width() + sizes.column(t);
-            std::memcpy(y + place * 4, out[0] + r * TILE, sizes.valid(t) * 4);
+        const size_t valid = sizes.valid(t), row = sizes.width() * 4;
+        char* into = y + block * code.rows * row + sizes.column(t) * 4;
+        for (size_t r = 0; r < given(block); ++r, into += row) {
+            if (valid == TILE)
+                std::memcpy(into, out[0] + r * TILE, TILE * 4);
+            else
+                std::memcpy(into, out[0] + r * TILE, valid * 4);
         }
     }
 
