@@ -74,7 +74,10 @@ template <int R>
 TARGET static void attend_few(const Panel& panel, const Chunk& chunk) {
     const size_t channels = chunk.channels, count = chunk.count;
     size_t n = 0;
-    for (; n + 4 <= count; n += 4) score_few<R, 4>(panel.q, chunk.keys + n * channels, channels, panel.s + n);
+    for (; n + 4 <= count; n += 4) {
+        ask(chunk.values + n * channels, 4 * channels);
+        score_few<R, 4>(panel.q, chunk.keys + n * channels, channels, panel.s + n);
+    }
     for (; n < count; ++n) score_few<R, 1>(panel.q, chunk.keys + n * channels, channels, panel.s + n);
     if (chunk.cap != 0) {
         for (size_t r = 0; r < R; ++r) {

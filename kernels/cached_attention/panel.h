@@ -64,10 +64,20 @@ TARGET INLINE void gather(const float* s, const float* values, size_t stride, si
     }
 }
 
+// Asks for numbers that are needed later, which come from memory while others are worked on.
+TARGET INLINE void ask(const float* from, size_t count) {
+    for (size_t i = 0; i < count; i += 64 / sizeof(float)) __builtin_prefetch(from + i);
+}
+
 template <int V>
-TARGET static void scores(const float* q, const float* k, size_t channels, size_t count, float* s) {
+TARGET static void scores(const float* q, const Chunk& chunk, float* s) {
+    const size_t channels = chunk.channels, count = chunk.count;
+    const float* k = chunk.keys;
     size_t n = 0;
-    for (; n + STEP <= count; n += STEP) score<V, STEP>(q, k + n * channels, channels, s + n * V * WIDTH);
+    for (; n + STEP <= count; n += STEP) {
+        ask(chunk.values + n * channels, STEP * channels);
+        score<V, STEP>(q, k + n * channels, channels, s + n * V * WIDTH);
+    }
     for (; n + 2 <= count; n += 2) score<V, 2>(q, k + n * channels, channels, s + n * V * WIDTH);
     if (n < count) score<V, 1>(q, k + n * channels, channels, s + n * V * WIDTH);
 }
@@ -95,7 +105,7 @@ TARGET static void weigh(float* s, size_t count, float* m, float* l, Float* wort
 template <int V>
 TARGET static void attend(const Panel& panel, const Chunk& chunk) {
     const size_t channels = chunk.channels;
-    scores<V>(panel.q, chunk.keys, channels, chunk.count, panel.s);
+    scores<V>(panel.q, chunk, panel.s);
     Float worth[V];
     if (chunk.cap != 0) {
         for (size_t i = 0; i < chunk.count * V; ++i)
