@@ -1,9 +1,10 @@
 """What a call with several new tokens costs: ``python -m benchmarks.rows``.
 
 SmolLM2-135M with the weights of its file (``keep_grid``), by every instruction set of tokopt's CPU kernels that the
-machine has, by ONNX Runtime's own kernels, and by llama.cpp where it is installed (extra ``peers``). Every engine has
-its own process and they take turns; a turn times all numbers of rows. Finished parts are kept, so a run that was cut
-off goes on where it was. Writes ``rows.json``, ``rows.md`` and ``rows.png`` in ``benchmarks/results``.
+machine has, by ONNX Runtime's own kernels, and by llama.cpp where it is installed (extra ``peers``); beside them, what
+summing as many bytes takes as a call must read. Every engine has its own process and they take turns; a turn times all
+numbers of rows. Finished parts are kept, so a run that was cut off goes on where it was. Writes ``rows.json``,
+``rows.md`` and ``rows.png`` in ``benchmarks/results``.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ METHODS = ("keep_grid", "keep_grid, 8-bit cache")
 PROMPTS = (64, 1024)
 ROWS = (1, 2, 4, 8, 16, 32)
 
-LLAMA, NONE = "llama.cpp", "ONNX Runtime's own"
+LLAMA, NONE, READ = "llama.cpp", "ONNX Runtime's own", "reading the bytes"
 
 Measure = Callable[[], Mapping[int, float]]
 """One turn: the seconds of a call by its number of new tokens."""
@@ -43,7 +44,7 @@ Measure = Callable[[], Mapping[int, float]]
 
 @dataclass(frozen=True)
 class Engine:
-    """A process to time: ``name`` is an instruction set of the CPU kernels, :data:`NONE` or :data:`LLAMA`."""
+    """A process to time: ``name`` is an instruction set of the CPU kernels, NONE, LLAMA or READ."""
 
     name: str
     artifact: str
@@ -83,7 +84,7 @@ class Worker:
 
 def serve(engine: Engine) -> None:
     """Answer every line on stdin with a turn."""
-    measure = llama(engine) if engine.name == LLAMA else artifact(engine)
+    measure = {LLAMA: llama, READ: reading}.get(engine.name, artifact)(engine)
     for _ in sys.stdin:
         print(json.dumps(dict(measure())), flush=True)
 
@@ -121,6 +122,32 @@ def llama(engine: Engine) -> Measure:
     return measure
 
 
+def reading(engine: Engine) -> Measure:
+    """A turn that sums as many bytes as a call must read: all weights, and the slots of the cache in use."""
+    import torch
+
+    from tokopt.runtime import LanguageModel, load
+
+    torch.set_num_threads(engine.threads)
+    model = load(engine.artifact, threads=1, verify=False)
+    assert isinstance(model, LanguageModel)
+    buffers = model.open(1, engine.prompt + max(ROWS)).buffers
+    weights = (Path(engine.artifact) / "weights.data").stat().st_size
+
+    def held(rows: int) -> int:
+        return buffers.bytes_for(dict.fromkeys(buffers.slots, engine.prompt + rows))
+
+    memory = torch.zeros((weights + held(max(ROWS))) // 4)
+
+    def call(rows: int) -> float:
+        needed = memory[: (weights + held(rows)) // 4]
+        clock = time.perf_counter()
+        needed.sum()
+        return time.perf_counter() - clock
+
+    return lambda: {rows: call(rows) for rows in ROWS}
+
+
 def compare(engines: Sequence[Engine], rounds: int) -> dict[str, dict[int, float]]:
     """Median seconds by engine and rows; the engines take turns."""
     turns: dict[str, list[dict[int, float]]] = {engine.name: [] for engine in engines}
@@ -139,7 +166,7 @@ def engines(method: str, prompt: int, threads: int) -> list[Engine]:
     artifact(MODEL, "float32")  # which others are calibrated on
     path = str(artifact(MODEL, method))
     names = [name for name in cpu.isas() if name != "plain"]
-    made = [Engine(name, path, prompt, threads) for name in [NONE, *names]]
+    made = [Engine(name, path, prompt, threads) for name in [READ, NONE, *names]]
     if find_spec("llama_cpp") and method == METHODS[0]:
         made.insert(0, Engine(LLAMA, str(smollm2_gguf()), prompt, threads))
     return made
@@ -177,7 +204,7 @@ def parts(report: Mapping[str, Any]) -> list[tuple[str, Mapping[str, Mapping[str
 
 def label(name: str) -> str:
     """An engine's name in a table."""
-    return name if name == LLAMA else f"tokopt, {name}" if name == NONE else f"tokopt, `{name}`"
+    return name if name in (LLAMA, READ) else f"tokopt, {name}" if name == NONE else f"tokopt, `{name}`"
 
 
 def draw(report: Mapping[str, Any], path: Path) -> None:
@@ -188,7 +215,7 @@ def draw(report: Mapping[str, Any], path: Path) -> None:
     for column, (title, found) in enumerate(parts(report)[: len(PROMPTS)]):
         for name, seconds in found.items():
             times = np.array(list(seconds.values()))
-            style = "--" if name in (LLAMA, NONE) else "-"
+            style = ":" if name == READ else "--" if name in (LLAMA, NONE) else "-"
             axes[0, column].plot(ROWS, 1e3 * times, style, marker="o", label=name)
             axes[1, column].plot(ROWS, times / times[0], style, marker="o", label=name)
         axes[0, column].set_title(title.replace("`", ""))
