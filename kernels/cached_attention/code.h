@@ -66,6 +66,7 @@ namespace plain {
 #define TARGET
 using namespace vector_plain;
 constexpr int VECTORS = 2, STEP = 4, FEW = 2;
+#include "../cpu/exponential.h"
 #include "panel.h"
 #include "few.h"
 constexpr Code CODE = {false, WIDTH, VECTORS, {attend<1>, attend<2>}, {merge<1>, merge<2>}, widen};
@@ -78,6 +79,7 @@ namespace avx2 {
 #define TARGET TARGET_AVX2
 using namespace vector_avx2;
 constexpr int VECTORS = 2, STEP = 4, FEW = 2;
+#include "../cpu/exponential.h"
 #include "panel.h"
 #include "few.h"
 constexpr Code CODE = {false, WIDTH, VECTORS, {attend<1>, attend<2>}, {merge<1>, merge<2>}, widen};
@@ -89,6 +91,7 @@ namespace avx512 {
 #define TARGET TARGET_AVX512
 using namespace vector_avx512;
 constexpr int VECTORS = 2, STEP = 8, FEW = 4;
+#include "../cpu/exponential.h"
 #include "panel.h"
 #include "few.h"
 constexpr Code CODE = {false, WIDTH, VECTORS, {attend<1>, attend<2>}, {merge<1>, merge<2>}, widen};
@@ -100,6 +103,7 @@ namespace neon {
 #define TARGET
 using namespace vector_neon;
 constexpr int VECTORS = 4, STEP = 4, FEW = 4;
+#include "../cpu/exponential.h"
 #include "panel.h"
 #include "few.h"
 constexpr Code CODE = {false, WIDTH,
