@@ -10,6 +10,7 @@ namespace {
 
 constexpr float LOWEST = -104;  // a scaled logit that is so low has a weight of 0
 constexpr int HALVINGS = 32;    // of what a threshold is known to
+constexpr int NARROWINGS = 4;   // halvings after which what is left is looked at one by one
 
 // How tokens of a row are drawn, as truncated_softmax says.
 struct Options {
@@ -26,9 +27,12 @@ struct Item {
 
 // The distance at which weights, from the largest logit on, sum to `wanted`; `before` is the sum of others before them.
 uint32_t reach(Item* items, size_t count, double before, double wanted) {
-    uint32_t low = 0, high = 0x7f800000;  // the bits of infinity
+    const auto closer = [](const Item& a, const Item& b) { return a.distance < b.distance; };
+    const auto [least, most] = std::minmax_element(items, items + count, closer);
+    uint32_t low = least->distance, high = most->distance;
     while (low < high) {
         const uint32_t middle = low + (high - low) / 2;
+        uint32_t last = low, next = high;  // on either side of the middle
         size_t near = 0;
         double sum = 0;
         for (size_t i = 0; i < count; ++i) {
@@ -37,15 +41,23 @@ uint32_t reach(Item* items, size_t count, double before, double wanted) {
             items[i] = items[near], items[near] = item;
             near += is_near;
             sum += is_near ? double(item.weight) : 0;
+            last = std::max(last, is_near ? item.distance : low);
+            next = std::min(next, is_near ? high : item.distance);
         }
-        if (before + sum >= wanted || near == count) {  // of all, the last: sums in another order differ
-            count = near, high = middle;
+        if (before + sum >= wanted) {
+            count = near, high = last;
         } else {
-            items += near, count -= near, before += sum, low = middle + 1;
+            items += near, count -= near, before += sum, low = next;
         }
     }
     return low;
 }
+
+// A threshold is `low` or more, and less than `high`, from which on the weights sum to `before`.
+struct Bracket {
+    float low = LOWEST, high = 1;
+    double before = 0;
+};
 
 // What the bisection of truncated_softmax finds, where the largest threshold that does is `exact`.
 float bisected(float exact) {
@@ -115,34 +127,37 @@ class Draw {
 
     // The largest one such that the weights at or above it, or their number, are `wanted` or more.
     float threshold(const Cut& cut, bool counted, double wanted) const {
-        Cut found = {cut.temperature, 0, 0};
-        double before = 0;
-        float high = 1;
-        for (float low = -1;; low *= 2) {
-            found.floor = std::max(low, cut.floor);
+        Cut found = {cut.temperature, -1, 0};
+        Bracket bracket;
+        const auto enough = [&](float floor) {
+            found.floor = floor;
             const double got = code.sums(row, found, counted, sum);
-            if (got >= wanted) break;
-            if (found.floor <= cut.floor) return cut.floor;  // there are not so many
-            before = got, high = found.floor;
+            if (got >= wanted) return bracket.low = floor, true;
+            return bracket.high = floor, bracket.before = got, false;
+        };
+        for (float floor = -1; !enough(std::max(floor, cut.floor)); floor *= 2) {
+            if (floor <= cut.floor) return cut.floor;  // there are not so many
         }
-        const uint32_t distance = reach(items, collected(found, counted, high), before, wanted);
+        for (int i = 0; i < NARROWINGS; ++i) enough((bracket.low + std::min(bracket.high, 0.f)) / 2);
+        const size_t count = collected(cut.temperature, counted, bracket);
+        const uint32_t distance = reach(items, count, bracket.before, wanted);
         float exact;
         std::memcpy(&exact, &distance, 4);
         return bisected(-exact);
     }
 
-    // How many items lie between the cut's floor and `high`.
-    size_t collected(const Cut& cut, bool counted, float high) const {
+    // How many items lie in the bracket.
+    size_t collected(float temperature, bool counted, const Bracket& bracket) const {
         size_t count = 0;
         float logits[BLOCK], weights[BLOCK];
         for (size_t b = 0; b < blocks; ++b) {
-            if (row.scaled(row.peak[b], cut.temperature) < cut.floor) continue;
-            code.entries(row, b, cut.temperature, logits, weights);
+            if (row.scaled(row.peak[b], temperature) < bracket.low) continue;
+            code.entries(row, b, temperature, logits, weights);
             for (size_t i = 0; i < BLOCK; ++i) {
                 const float distance = std::fabs(logits[i]);
                 std::memcpy(&items[count].distance, &distance, 4);
                 items[count].weight = counted ? 1 : weights[i];
-                count += logits[i] >= cut.floor && logits[i] < high;
+                count += logits[i] >= bracket.low && logits[i] < bracket.high;
             }
         }
         return count;

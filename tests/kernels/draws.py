@@ -147,9 +147,7 @@ def reference_form(given: Draws, threads: int) -> Pair:
 
     from tokopt.kernels.draw_tokens.reference import draw_tokens
 
-    token, logprob = draw_tokens(
-        **{name: torch.from_numpy(given.inputs[name].copy()) for name in TYPES}
-    )
+    token, logprob = draw_tokens(**{name: torch.from_numpy(given.inputs[name].copy()) for name in TYPES})
     return token.numpy(), logprob.numpy()
 
 

@@ -110,7 +110,9 @@ def distribution(
 
 
 @forms
-@pytest.mark.parametrize("options", [{}, {"top_p": 0.9}, {"top_k": 300, "top_p": 0.99, "min_p": 1e-4}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, {"top_p": 0.9}, {"top_k": 300, "top_p": 0.99, "min_p": 1e-4}], ids=str
+)
 @pytest.mark.parametrize("temperature", [0.0, 0.7, 1.0, 1.5])
 def test_vocabularies_of_language_models(form: str, options: dict[str, Any], temperature: float) -> None:
     """Rows as long as those of a model, peaked and flat, on several threads."""
@@ -200,8 +202,14 @@ def one_wrong(number: float, kind: type = np.float32) -> np.ndarray:
 
 
 BAD_SHAPES: dict[str, tuple[Draws, str]] = {
-    "axes": (GOOD.but(logits=GOOD.inputs["logits"][0]), "logits must be .batch, rows, vocabulary., got .3, 70."),
-    "empty": (GOOD.but(logits=np.zeros((2, 3, 0), np.float32)), "logits must be .batch, rows, vocabulary., got "),
+    "axes": (
+        GOOD.but(logits=GOOD.inputs["logits"][0]),
+        "logits must be .batch, rows, vocabulary., got .3, 70.",
+    ),
+    "empty": (
+        GOOD.but(logits=np.zeros((2, 3, 0), np.float32)),
+        "logits must be .batch, rows, vocabulary., got ",
+    ),
     "uniform": (GOOD.but(uniform=np.zeros((2, 4), np.float32)), "uniform must be .2, 3., got .2, 4."),
     "temperature": (GOOD.but(temperature=np.ones(3, np.float32)), "temperature must be .2., got .3."),
     "top_k": (GOOD.but(top_k=np.zeros((2, 1), np.int64)), "top_k must be .2., got .2, 1."),
@@ -210,7 +218,10 @@ BAD_SHAPES: dict[str, tuple[Draws, str]] = {
 }
 
 BAD_NUMBERS: dict[str, tuple[Draws, str]] = {
-    "cold": (GOOD.but(temperature=one_wrong(-1)), "temperature of row 1 must be a number that is not negative"),
+    "cold": (
+        GOOD.but(temperature=one_wrong(-1)),
+        "temperature of row 1 must be a number that is not negative",
+    ),
     "temperature": (GOOD.but(temperature=one_wrong(np.nan)), "temperature of row 1 must be a number"),
     "hot": (GOOD.but(temperature=one_wrong(np.inf)), "temperature of row 1 must be a number"),
     "top_k": (GOOD.but(top_k=one_wrong(-1, np.int64)), "top_k of row 1 must be 0 or more"),
@@ -219,7 +230,10 @@ BAD_NUMBERS: dict[str, tuple[Draws, str]] = {
     "min_p": (GOOD.but(min_p=one_wrong(1.5)), "min_p of row 1 must be 0 to 1"),
     "no min_p": (GOOD.but(min_p=one_wrong(np.nan)), "min_p of row 1 must be 0 to 1"),
     "uniform": (GOOD.but(uniform=np.ones((2, 3), np.float32)), "uniform of row 0 must be in .0, 1."),
-    "no uniform": (GOOD.but(uniform=np.full((2, 3), np.nan, np.float32)), "uniform of row 0 must be in .0, 1."),
+    "no uniform": (
+        GOOD.but(uniform=np.full((2, 3), np.nan, np.float32)),
+        "uniform of row 0 must be in .0, 1.",
+    ),
 }
 
 
@@ -235,7 +249,9 @@ def test_bad_input_is_refused(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["logits", "uniform", "temperature", "top_k", "top_p", "min_p"])
 def test_the_reference_refuses_other_numbers_of_axes(name: str) -> None:
-    with pytest.raises(InputError, match="logits must be .batch, rows, vocabulary., uniform .batch, rows., and"):
+    with pytest.raises(
+        InputError, match=r"logits must be .batch, rows, vocabulary., uniform .batch, rows., and"
+    ):
         FORMS["reference"](GOOD.but(**{name: GOOD.inputs[name][None]}), 1)
 
 
