@@ -14,8 +14,9 @@ def draw_tokens(
     """See :func:`tokopt.kernels.draw_tokens.reference.draw_tokens`."""
     token = draw(truncated_softmax(logits, temperature, top_k, top_p, min_p), uniform)
     wide = op.Cast(logits, to=FLOAT.dtype)
-    chosen = op.Squeeze(op.GatherElements(wide, op.Unsqueeze(op.Max(token, 0), [2]), axis=2), [2])
-    logprob = chosen - op.ReduceLogSumExp(wide, [-1], keepdims=0)
+    below = wide - op.ReduceMax(wide, [-1], keepdims=1)
+    chosen = op.Squeeze(op.GatherElements(below, op.Unsqueeze(op.Max(token, 0), [2]), axis=2), [2])
+    logprob = chosen - op.ReduceLogSumExp(below, [-1], keepdims=0)
     return token, op.Where(op.Less(token, 0), NAN, logprob)
 
 

@@ -33,8 +33,9 @@ def draw_tokens(
     check(logits, uniform, temperature, top_k, top_p, min_p)
     token = draw(truncated_softmax(logits, temperature, top_k, top_p, min_p), uniform)
     wide = logits.float()
-    chosen = wide.gather(-1, token.clamp_min(0)[:, :, None])[:, :, 0]
-    return token, torch.where(token < 0, torch.nan, chosen - wide.logsumexp(-1))
+    below = wide - wide.amax(-1, keepdim=True)  # else the logarithm of a likely token is a difference of large numbers
+    chosen = below.gather(-1, token.clamp_min(0)[:, :, None])[:, :, 0]
+    return token, torch.where(token < 0, torch.nan, chosen - below.logsumexp(-1))
 
 
 def fake(
