@@ -25,15 +25,18 @@ def draw_tokens(
 
     Returns:
         Tokens [batch, rows] int64, and the logarithm of each one's probability in the softmax of the logits as they
-        are, [batch, rows] float32; -1 and NaN in a row with a NaN, with +inf, or with -inf alone.
+        are, [batch, rows] float32, or float64 of such logits. A row with a NaN, with +inf, or with -inf alone gives
+        -1 and NaN.
 
     Raises:
         InputError: numbers of dimensions that disagree.
     """
     check(logits, uniform, temperature, top_k, top_p, min_p)
     token = draw(truncated_softmax(logits, temperature, top_k, top_p, min_p), uniform)
-    wide = logits.float()
-    below = wide - wide.amax(-1, keepdim=True)  # else the logarithm of a likely token is a difference of large numbers
+    wide = logits.to(_wide(logits))
+    below = wide - wide.amax(
+        -1, keepdim=True
+    )  # else the logarithm of a likely token is a difference of large numbers
     chosen = below.gather(-1, token.clamp_min(0)[:, :, None])[:, :, 0]
     return token, torch.where(token < 0, torch.nan, chosen - below.logsumexp(-1))
 
@@ -44,7 +47,11 @@ def fake(
     """Empty outputs of the right shape."""
     check(logits, uniform, temperature, top_k, top_p, min_p)
     shape = logits.shape[:2]
-    return logits.new_empty(shape, dtype=torch.int64), logits.new_empty(shape, dtype=torch.float32)
+    return logits.new_empty(shape, dtype=torch.int64), logits.new_empty(shape, dtype=_wide(logits))
+
+
+def _wide(logits: Tensor) -> torch.dtype:
+    return torch.promote_types(logits.dtype, torch.float32)
 
 
 def check(

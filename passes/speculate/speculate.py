@@ -299,7 +299,7 @@ def _commit(
     """
     shape = tree(parent)
     uniform = ops.uniforms(seed, stream, counter, proposed.shape[1])[:, shape.depth]
-    chosen, given = ops.draw_tokens(logits, uniform, temperature, top_k, top_p, min_p)
+    chosen, given = ops.draw_tokens(logits.float(), uniform, temperature, top_k, top_p, min_p)
     path, count = accepted(shape, proposed, chosen, limit)
     inside = shape.index[None] < count[:, None]
     tokens, logprobs = chosen.gather(1, path), given.gather(1, path)
