@@ -16,7 +16,7 @@ def draw_tokens(
     wide = op.Cast(logits, to=FLOAT.dtype)
     below = wide - op.ReduceMax(wide, [-1], keepdims=1)
     chosen = op.Squeeze(op.GatherElements(below, op.Unsqueeze(op.Max(token, 0), [2]), axis=2), [2])
-    logprob = chosen - op.ReduceLogSumExp(below, [-1], keepdims=0)
+    logprob = chosen - op.Log(op.ReduceSum(op.Exp(below), [-1], keepdims=0))
     return token, op.Where(op.Less(token, 0), NAN, logprob)
 
 
