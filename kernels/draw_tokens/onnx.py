@@ -13,10 +13,9 @@ def draw_tokens(
 ) -> tuple[INT64, FLOAT]:
     """See :func:`tokopt.kernels.draw_tokens.reference.draw_tokens`."""
     token = draw(truncated_softmax(logits, temperature, top_k, top_p, min_p), uniform)
-    wide = op.Cast(logits, to=FLOAT.dtype)
-    below = wide - op.ReduceMax(wide, [-1], keepdims=1)
-    chosen = op.Squeeze(op.GatherElements(below, op.Unsqueeze(op.Max(token, 0), [2]), axis=2), [2])
-    logprob = chosen - op.Log(op.ReduceSum(op.Exp(below), [-1], keepdims=0))
+    # Sums of ONNX Runtime's reductions lose digits over a vocabulary, those of its LogSoftmax do not.
+    known = op.LogSoftmax(op.Cast(logits, to=FLOAT.dtype), axis=-1)
+    logprob = op.Squeeze(op.GatherElements(known, op.Unsqueeze(op.Max(token, 0), [2]), axis=2), [2])
     return token, op.Where(op.Less(token, 0), NAN, logprob)
 
 
