@@ -65,14 +65,6 @@ Kernel read(const Api& api, const OrtKernelInfo* info, Isa isa, bool codes) {
     return kernel;
 }
 
-// An input of a call, without memory of its own.
-struct Argument {
-    static constexpr size_t MOST_AXES = 4;
-    const char* data = nullptr;
-    size_t rank = 0;
-    int64_t sizes[MOST_AXES] = {};
-};
-
 class Arguments {
   public:
     Arguments(const Kernel& kernel, const OrtKernelContext* context) : kernel(kernel), api(kernel.api), context(context) {}
@@ -113,25 +105,13 @@ class Arguments {
 
   private:
     [[noreturn]] void refuse(Input place, const Argument& given, const std::string& wanted) const {
-        const bool known = given.rank <= Argument::MOST_AXES;
-        throw Refused(kernel.where + INPUT_NAMES[place] + " must be " + wanted + ", got " +
-                      (known ? text({given.sizes, given.sizes + given.rank}) : std::to_string(given.rank) + " axes") + ".");
+        throw Refused(kernel.where + INPUT_NAMES[place] + " must be " + wanted + ", got " + text(given) + ".");
     }
 
-    Argument argument(Input place) const {
-        Argument found;
-        const OrtValue* value = api.input(context, place);
-        OrtShapeInfo* info = api.shape_info(value);
-        found.rank = api.rank(info);
-        if (found.rank <= Argument::MOST_AXES) api.dimensions(info, found.sizes, found.rank);
-        api.release(info);
-        found.data = static_cast<const char*>(api.data(value));
-        return found;
-    }
+    Argument argument(Input place) const { return tokopt::argument(api, api.input(context, place)); }
 
     void fit(Input place, const Argument& given, std::initializer_list<int64_t> sizes) const {
-        if (given.rank != sizes.size() || !std::equal(sizes.begin(), sizes.end(), given.sizes))
-            refuse(place, given, text(Shape(sizes)));
+        if (!given.is(sizes)) refuse(place, given, text(Shape(sizes)));
     }
 
     static Source source(const Argument& given) {

@@ -1,5 +1,5 @@
-// Included in the namespace of one instruction set after another, which says what TARGET is and brings the vectors of
-// vector.h.
+// The exponential of a vector of numbers. Included in the namespace of one instruction set after another, which says
+// what TARGET is and brings the vectors of vector.h.
 
 // exp(x) of numbers that are not above 0, and of NaN; below LEAST it is 0.
 TARGET INLINE Float exponential(Float x) {

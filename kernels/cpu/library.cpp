@@ -22,6 +22,7 @@ OrtCustomOpDomain* domain(const tokopt::Api& api, tokopt::Isa isa) {
         api.add(made, tokopt::quantized_linear(isa));
         for (bool codes : {false, true}) api.add(made, tokopt::cached_attention(isa, codes));
         api.add(made, tokopt::int8_linear(isa));
+        api.add(made, tokopt::draw_tokens(isa));
         own = made;
     }
     return own;

@@ -1,7 +1,9 @@
 // Reading a node, and refusing what kernels could not compute.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
+#include <initializer_list>
 #include <string>
 #include <vector>
 
@@ -34,6 +36,34 @@ inline Tensor tensor(const Api& api, const OrtValue* value) {
     api.release(info);
     found.data = static_cast<const char*>(api.data(value));
     return found;
+}
+
+// An input of a call, without memory of its own; no sizes are known where it has more axes than are asked for.
+struct Argument {
+    static constexpr size_t MOST_AXES = 4;
+
+    bool is(std::initializer_list<int64_t> shape) const {
+        return rank == shape.size() && std::equal(shape.begin(), shape.end(), sizes);
+    }
+
+    const char* data = nullptr;
+    size_t rank = 0;
+    int64_t sizes[MOST_AXES] = {};
+};
+
+inline Argument argument(const Api& api, const OrtValue* value) {
+    Argument found;
+    OrtShapeInfo* info = api.shape_info(value);
+    found.rank = api.rank(info);
+    if (found.rank <= Argument::MOST_AXES) api.dimensions(info, found.sizes, found.rank);
+    api.release(info);
+    found.data = static_cast<const char*>(api.data(value));
+    return found;
+}
+
+inline std::string text(const Argument& given) {
+    const bool known = given.rank <= Argument::MOST_AXES;
+    return known ? text(Shape(given.sizes, given.sizes + given.rank)) : std::to_string(given.rank) + " axes";
 }
 
 class Node {

@@ -17,6 +17,7 @@ void* const* registered();
 const OrtCustomOp* quantized_linear(Isa isa);
 const OrtCustomOp* cached_attention(Isa isa, bool codes);
 const OrtCustomOp* int8_linear(Isa isa);
+const OrtCustomOp* draw_tokens(Isa isa);
 
 // Bytes of packed weights that this process holds now.
 size_t packed_bytes();

@@ -177,6 +177,11 @@ class Api {
         call(87, info, name, &value[0], &size);
         return value.c_str();  // up to the zero that ends it
     }
+    size_t outputs(const OrtKernelInfo* info) const {
+        size_t count = 0;
+        call(231, info, &count);
+        return count;
+    }
     size_t inputs(const OrtKernelInfo* info) const {
         size_t count = 0;
         call(230, info, &count);

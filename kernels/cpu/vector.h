@@ -4,6 +4,7 @@
 //   all    one number in every lane          load, store   at any address
 //   plus   to + a * b, rounded once or twice  codes         WIDTH bytes with signs, as floats
 //   add_lanes   the sum of a vector's lanes, or those of four vectors
+//   most_lanes  the largest of a vector's lanes, none of which is NaN
 #pragma once
 
 #include <cstdint>
@@ -57,6 +58,10 @@ INLINE float add_lanes(Float a) { return (a[0] + a[1]) + (a[2] + a[3]); }
 INLINE void add_lanes(const Float* of, float* into) {
     for (int i = 0; i < 4; ++i) into[i] = add_lanes(of[i]);
 }
+INLINE float most_lanes(Float a) {
+    const float first = a[0] > a[1] ? a[0] : a[1], second = a[2] > a[3] ? a[2] : a[3];
+    return first > second ? first : second;
+}
 }  // namespace vector_plain
 
 #if X86
@@ -80,6 +85,11 @@ TARGET_AVX2 INLINE float add_lanes(Float a) {
 TARGET_AVX2 INLINE void add_lanes(const Float* of, float* into) {
     _mm_storeu_ps(into, halves(_mm256_hadd_ps(_mm256_hadd_ps(of[0], of[1]), _mm256_hadd_ps(of[2], of[3]))));
 }
+TARGET_AVX2 INLINE float most_lanes(Float a) {
+    const __m128 four = _mm_max_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
+    const __m128 pairs = _mm_max_ps(four, _mm_movehl_ps(four, four));
+    return _mm_cvtss_f32(_mm_max_ss(pairs, _mm_shuffle_ps(pairs, pairs, 1)));
+}
 }  // namespace vector_avx2
 
 namespace vector_avx512 {
@@ -102,6 +112,9 @@ TARGET_AVX512 INLINE void add_lanes(const Float* of, float* into) {
     const __m256 sums[] = {halves(of[0]), halves(of[1]), halves(of[2]), halves(of[3])};
     vector_avx2::add_lanes(sums, into);
 }
+TARGET_AVX512 INLINE float most_lanes(Float a) {
+    return vector_avx2::most_lanes(_mm256_max_ps(_mm512_castps512_ps256(a), _mm512_extractf32x8_ps(a, 1)));
+}
 }  // namespace vector_avx512
 #elif ARM
 namespace vector_neon {
@@ -122,6 +135,7 @@ INLINE float add_lanes(Float a) { return vaddvq_f32(a); }
 INLINE void add_lanes(const Float* of, float* into) {
     vst1q_f32(into, vpaddq_f32(vpaddq_f32(of[0], of[1]), vpaddq_f32(of[2], of[3])));
 }
+INLINE float most_lanes(Float a) { return vmaxvq_f32(a); }
 }  // namespace vector_neon
 #endif
 

@@ -99,8 +99,6 @@ def draw_next(
     [batch, 1]. Operands are [batch]; a row whose ``limit`` is 0 gets no token and uses no random number.
     """
     uniform = ops.uniforms(seed, stream, counter, 1)
-    probabilities = ops.truncated_softmax(logits, temperature, top_k, top_p, min_p)
-    token = ops.draw(probabilities, uniform)
-    logprobs = logits.float().log_softmax(-1).gather(-1, token.clamp_min(0)[:, :, None])[:, :, 0]
+    token, logprobs = ops.draw_tokens(logits.float(), uniform, temperature, top_k, top_p, min_p)
     count = limit.clamp(0, 1)
     return token, count, logprobs, counter + count

@@ -320,12 +320,9 @@ def _commit(
     """
     shape = tree(parent)
     uniform = ops.uniforms(seed, stream, counter, proposed.shape[1])[:, shape.depth]
-    probabilities = ops.truncated_softmax(logits, temperature, top_k, top_p, min_p)
-    chosen = ops.draw(probabilities, uniform)
+    chosen, given = ops.draw_tokens(logits.float(), uniform, temperature, top_k, top_p, min_p)
     path, count = accepted(shape, proposed, chosen, limit)
     inside = shape.index[None] < count[:, None]
-    wide = logits.float()
-    given = wide.gather(-1, chosen.clamp_min(0)[:, :, None])[:, :, 0] - wide.logsumexp(-1)
     tokens, logprobs = chosen.gather(1, path), given.gather(1, path)
     here = torch.where(inside, positions + shape.index, -1)
     there = torch.where(inside, positions + 1 + shape.index, -1)

@@ -230,6 +230,7 @@ CASES = (
     Case("fake_quantize", {"scale": 0.25, "zero": 0}),
     Case("fake_quantize", {"scale": 0.0078125, "zero": -128}),
     Case("draw", inputs=sampling_world()),
+    Case("draw_tokens", inputs=sampling_world()),
     Case("likeliest", {"count": 1}, inputs=sampling_world()),
     Case("likeliest", {"count": 3}, inputs=sampling_world()),
     Case("truncated_softmax", inputs=sampling_world()),

@@ -288,6 +288,21 @@ def draw(probabilities: np.ndarray, uniform: np.ndarray) -> np.ndarray:
     return result
 
 
+def draw_tokens(
+    logits: np.ndarray,
+    uniform: np.ndarray,
+    temperature: np.ndarray,
+    top_k: np.ndarray,
+    top_p: np.ndarray,
+    min_p: np.ndarray,
+) -> Arrays:
+    token = draw(truncated_softmax(logits, temperature, top_k, top_p, min_p), uniform)
+    wide = logits.astype(np.float64)
+    softmax = np.exp(wide) / np.exp(wide).sum(-1, keepdims=True)
+    chosen = np.take_along_axis(softmax, token[..., None], -1)[..., 0]
+    return token, np.log(chosen).astype(np.float32)
+
+
 def likeliest(logits: np.ndarray, count: int) -> np.ndarray:
     result = np.zeros((*logits.shape[:2], count), np.int64)
     for place in np.ndindex(result.shape[:2]):

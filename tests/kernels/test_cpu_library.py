@@ -141,7 +141,7 @@ def test_a_machine_without_a_compiler_installs_all_the_same(tmp_path: Path) -> N
     assert not [*copy.rglob("*.so")]
 
 
-@pytest.mark.parametrize("name", ["products", "attends", "int8_products"])
+@pytest.mark.parametrize("name", ["products", "attends", "int8_products", "row_draws"])
 def test_the_arm_kernels_equal_plain_c(tmp_path: Path, name: str) -> None:
     """Compiled for Arm, they run on an emulated processor."""
     compiler, emulator = shutil.which("aarch64-linux-gnu-g++"), shutil.which("qemu-aarch64")

@@ -11,6 +11,7 @@ from onnx_ir.passes import common as passes
 from tokopt.ir.program import Program
 from tokopt.kernels.cpu import DOMAIN, VERSION
 from tokopt.lower.cpu.cached_attention import CachedAttention
+from tokopt.lower.cpu.draw_tokens import DrawTokens
 from tokopt.lower.cpu.int8_linear import Int8Linear
 from tokopt.lower.cpu.quantized_linear import QuantizedLinear
 from tokopt.lower.onnx.export import WeightFile
@@ -64,11 +65,12 @@ def lower_with_kernels(
 
 
 def fuse_for_kernels(model: ir.Model, program: Program) -> list[Outcome]:
-    """Rewrite ``model`` in place; without a product or an attention that becomes an op, nothing is changed."""
+    """Rewrite ``model`` in place; without something that becomes an op, nothing is changed."""
     attention = CachedAttention(model, program.aliases)
     outcomes = [
         apply_rule(QuantizedLinear(model), model.graph),
         apply_rule(Int8Linear(model), model.graph),
+        apply_rule(DrawTokens(model), model.graph),
         apply_rule(attention, model.graph),
     ]
     if not any(outcome.fused for outcome in outcomes):
