@@ -85,11 +85,13 @@ class Pieces {
 
 class Call {
   public:
-    Call(const Code& code, const Given& given)
+    // Where rows are computed `alike`, nothing that is summed is parted by how many there are.
+    Call(const Code& code, const Given& given, bool alike)
         : code(code),
           given(given),
           sizes(given.sizes),
-          block(std::max<size_t>(1, BLOCK / sizes.group())),
+          alike(alike),
+          block(std::max<size_t>(1, alike ? sizes.tokens : BLOCK / sizes.group())),
           blocks((sizes.tokens + block - 1) / block) {}
 
     void run(const Api& api, const OrtKernelContext* context) {
@@ -290,8 +292,15 @@ class Call {
         return room;
     }
 
-    // `rows` attend to slots; room: see chunk_room.
+    // `rows` attend to slots; room: see chunk_room. Where rows are computed alike, the largest score of each is known
+    // first: its sums then depend on nothing but the order of the slots that it sees.
     void attend(const Rows& rows, size_t unit, const int32_t* slots, size_t count, float* room) const {
+        if (alike) work(code.raise, rows, unit, slots, count, room);
+        work(code.attend, rows, unit, slots, count, room);
+    }
+
+    using Work = void (*const[MOST_VECTORS])(const Panel&, const Chunk&);
+    void work(Work& done, const Rows& rows, size_t unit, const int32_t* slots, size_t count, float* room) const {
         const size_t channels = sizes.channels;
         float *keys = room + CHUNK * MOST_ROWS, *values = keys + CHUNK * channels;
         for (size_t first = 0; first < count; first += CHUNK) {
@@ -307,7 +316,7 @@ class Call {
                                  rows.masks};
             for (size_t r = 0; r < rows.count; r += code.rows()) {
                 const Panel panel = panel_of(rows.q, room, rows.state, r, rows.count);
-                code.attend[vectors(panel) - 1](panel, chunk);
+                done[vectors(panel) - 1](panel, chunk);
             }
         }
     }
@@ -387,7 +396,7 @@ class Call {
             total += counts[list_of(unit)];
             most = std::max(most, counts[list_of(unit)]);
         }
-        part = std::max(PART, (total / TASKS + CHUNK - 1) / CHUNK * CHUNK);
+        part = alike ? std::max<size_t>(1, sizes.slots) : std::max(PART, (total / TASKS + CHUNK - 1) / CHUNK * CHUNK);
         most_parts = (most + part - 1) / part;
         const auto cut = [&](Pieces pieces) {
             pending = pieces.take<std::atomic<size_t>>(sizes.units());
@@ -429,6 +438,7 @@ class Call {
     const Code& code;
     const Given& given;
     const Sizes& sizes;
+    const bool alike;
     const size_t block, blocks;  // tokens of a block of queries, and how many blocks there are
     void (Call::*current)(size_t) = nullptr;
     size_t lists = 0, part = 1, most_parts = 1;

@@ -27,7 +27,7 @@ struct Kernel {
     std::string where;
     int64_t heads, key_heads;
     float scale, cap;
-    bool interleaved, packed, rotates;
+    bool interleaved, alike, packed, rotates;
     std::vector<float> key_scale, value_scale;  // [key heads, channels], empty where the cache holds floats
 };
 
@@ -41,6 +41,7 @@ Kernel read(const Api& api, const OrtKernelInfo* info, Isa isa, bool codes) {
                      node.number("scale"),
                      node.number("softcap"),
                      node.integer("interleaved") != 0,
+                     node.integer("alike") != 0,
                      !node.has(KEY),
                      node.has(COS),
                      {},
@@ -187,7 +188,8 @@ OrtStatus* compute(void* opaque, OrtKernelContext* context) {
         given.result = static_cast<char*>(api.output(context, RESULT, result, 3));
         given.caches.next_keys = static_cast<char*>(api.output(context, PRESENT_KEY, cache, 4));
         given.caches.next_values = static_cast<char*>(api.output(context, PRESENT_VALUE, cache, 4));
-        Call(code(kernel.isa, sizes.tokens * sizes.group(), sizes.channels), given).run(api, context);
+        const Code& fastest = code(kernel.isa, sizes.tokens * sizes.group(), sizes.channels, kernel.alike);
+        Call(fastest, given, kernel.alike).run(api, context);
     });
 }
 

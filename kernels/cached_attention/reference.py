@@ -29,6 +29,7 @@ def cached_attention(
     scale: float,
     softcap: float = 0.0,
     interleaved: bool = False,
+    alike: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The attention's result and both caches with the new tokens in the slots ``length .. length + tokens - 1``.
 
@@ -54,6 +55,8 @@ def cached_attention(
         scale: of scores.
         softcap: the largest score, 0 for none.
         interleaved: whether neighbouring channels are a pair, and not those of both halves.
+        alike: whether a kernel has to give a token the same bits beside any number of others, which may cost time at
+            many slots; here they are the same anyway up to rounding.
 
     Returns:
         [batch, tokens, heads x channels] in the dtype of ``query``, and both caches in their own.

@@ -43,6 +43,7 @@ class Attention:
     scale: float
     softcap: float = 0.0
     interleaved: bool = False
+    alike: bool = False
 
     @property
     def attributes(self) -> dict[str, float]:
@@ -52,6 +53,7 @@ class Attention:
             "scale": self.scale,
             "softcap": self.softcap,
             "interleaved": int(self.interleaved),
+            "alike": int(self.alike),
         }
 
     def but(self, **inputs: np.ndarray | None) -> Attention:
@@ -74,6 +76,7 @@ def random_attention(
     pairs: int = 0,
     interleaved: bool = False,
     softcap: float = 0.0,
+    alike: bool = False,
     masks: tuple[bool, int, bool] = (True, 1, True),
     density: float = 0.7,
 ) -> Attention:
@@ -104,7 +107,7 @@ def random_attention(
     if pairs:
         angles = random.uniform(-3, 3, (random.choice([1, batch]), tokens, pairs))
         inputs |= {"cos": np.cos(angles).astype(np.float32), "sin": np.sin(angles).astype(np.float32)}
-    return Attention(inputs, group * key_heads, key_heads, 0.7 / channels**0.5, softcap, interleaved)
+    return Attention(inputs, group * key_heads, key_heads, 0.7 / channels**0.5, softcap, interleaved, alike)
 
 
 def naive(attention: Attention) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -212,7 +215,7 @@ def reference_form(attention: Attention, threads: int, in_place: bool) -> Result
     from tokopt.kernels.cached_attention.reference import cached_attention
 
     given: dict[str, Any] = {name: torch.from_numpy(array) for name, array in attention.inputs.items()}
-    attributes = attention.attributes | {"interleaved": attention.interleaved}
+    attributes = attention.attributes | {"interleaved": attention.interleaved, "alike": attention.alike}
     found = cached_attention(**{"key": None, "value": None} | given, **attributes)  # type: ignore[arg-type]
     return found[0].numpy(), found[1].numpy(), found[2].numpy()
 

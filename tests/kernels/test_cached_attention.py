@@ -72,6 +72,7 @@ def test_form_equals_naive(form: str, data: st.DataObject) -> None:
         pairs=data.draw(st.sampled_from([0, channels // 2, channels // 4]), "pairs"),
         interleaved=data.draw(st.booleans(), "interleaved"),
         softcap=data.draw(st.sampled_from([0.0, 1.5]), "softcap"),
+        alike=data.draw(st.booleans(), "alike"),
         masks=(
             data.draw(st.booleans(), "by row"),
             data.draw(st.sampled_from([1, key_heads, key_heads * group]), "by head"),
@@ -81,6 +82,49 @@ def test_form_equals_naive(form: str, data: st.DataObject) -> None:
     )
     threads, in_place = data.draw(st.sampled_from([1, 2]), "threads"), data.draw(st.booleans(), "in place")
     agree(FORMS[form](attention, threads, in_place), naive(attention))
+
+
+@libraries
+@examples(40)
+@given(st.data())
+def test_alike_a_token_has_the_same_bits_beside_any_others(isa: str, data: st.DataObject) -> None:
+    """A path of a tree of proposed tokens, in the slots of the tree, and token by token in slots of its own."""
+    length = data.draw(st.sampled_from([1, 3, 60, 62, 64, 127, 200, 1000]), "length")
+    nodes = data.draw(st.integers(1, 20), "nodes")
+    path = sorted(data.draw(st.sets(st.integers(0, nodes - 1), min_size=1), "path"))
+    key_heads, group = data.draw(st.integers(1, 2), "key heads"), data.draw(st.integers(1, 4), "group")
+    channels = data.draw(st.sampled_from([8, 24, 64]), "channels")
+    softcap, codes = data.draw(st.sampled_from([0.0, 1.5]), "softcap"), data.draw(st.booleans(), "codes")
+    tree = random_attention(
+        data.draw(st.integers(0, 99), "seed"),
+        1,
+        nodes,
+        length + nodes + 3,
+        key_heads=key_heads,
+        group=group,
+        channels=channels,
+        codes=codes,
+        softcap=softcap,
+    )
+    mask = np.zeros((1, 1, nodes, length + nodes + 3), bool)
+    mask[..., :length] = True
+    for place, node in enumerate(path):
+        mask[..., node, length + np.array(path[: place + 1])] = True
+    tree = replace(tree.but(mask=mask, length=np.array([length])), alike=True)
+    threads = data.draw(st.sampled_from([1, 2]), "threads")
+    together = FORMS[f"library-{isa}"](tree, threads, False)[0][0, path]
+    caches = {name: tree.inputs[name] for name in ("past_key", "past_value")}
+    for place, node in enumerate(path):
+        own = np.arange(mask.shape[-1]) <= length + place
+        alone = tree.but(
+            **{name: tree.inputs[name][:, node : node + 1] for name in ("query", "key", "value")},
+            **caches,
+            mask=own[None, None, None],
+            length=np.array([length + place]),
+        )
+        result, *written = FORMS[f"library-{isa}"](alone, threads, False)
+        caches = dict(zip(caches, written, strict=True))
+        np.testing.assert_array_equal(result[0, 0], together[place])
 
 
 @forms

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import ClassVar
 
 import numpy as np
 import onnx_ir as ir
 
+from tokopt.ir.program import Program
 from tokopt.kernels.cpu import DOMAIN
 from tokopt.lower.onnx.cached import HEADS_INNER, CachedAttentions, Rotation, Site, packed, static
 from tokopt.lower.onnx.expand import Body
@@ -36,6 +37,7 @@ ATTRIBUTES = {
     "scale": ir.AttributeType.FLOAT,
     "softcap": ir.AttributeType.FLOAT,
     "interleaved": ir.AttributeType.INT,
+    "alike": ir.AttributeType.INT,
 }
 
 LOW, HIGH = -128, 127
@@ -43,13 +45,18 @@ LOW, HIGH = -128, 127
 
 
 class CachedAttention(CachedAttentions):
-    """``Attention`` and the writes of the cache that it reads."""
+    """``Attention`` and the writes of the cache that it reads.
+
+    A program that verifies proposed tokens computes them ``alike``: what a token follows decides its bits, not how many
+    others were proposed. So its text is the one that is written token by token.
+    """
 
     name: ClassVar[str] = "attention and its cache as one op of tokopt's CPU kernels"
 
-    def __init__(self, model: ir.Model, aliases: Mapping[str, str]) -> None:
-        super().__init__(aliases)
+    def __init__(self, model: ir.Model, program: Program) -> None:
+        super().__init__(program.aliases)
         self.model = model
+        self.alike = any(spec.role == "parent" for spec in program.inputs)
 
     def check(self, site: Site) -> None:
         """The kernel takes a mask over slots, of all heads or of each."""
@@ -80,6 +87,7 @@ class CachedAttention(CachedAttentions):
                 "scale": site.scale,
                 "softcap": site.softcap,
                 "interleaved": rotation.interleaved if rotation is not None else 0,
+                "alike": int(self.alike),
             },
             domain=DOMAIN,
             overload=body.overload,

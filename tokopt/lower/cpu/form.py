@@ -66,7 +66,7 @@ def lower_with_kernels(
 
 def fuse_for_kernels(model: ir.Model, program: Program) -> list[Outcome]:
     """Rewrite ``model`` in place; without something that becomes an op, nothing is changed."""
-    attention = CachedAttention(model, program.aliases)
+    attention = CachedAttention(model, program)
     outcomes = [
         apply_rule(QuantizedLinear(model), model.graph),
         apply_rule(Int8Linear(model), model.graph),
