@@ -46,8 +46,8 @@ def reference_form(given: Inputs) -> np.ndarray:
 
     from tokopt.kernels.uniforms.reference import uniforms
 
-    words = (torch.from_numpy(given[name]) for name in ("seed", "stream", "counter"))
-    return uniforms(*words, int(given["count"])).numpy()
+    seed, stream, counter = (torch.from_numpy(given[name]) for name in ("seed", "stream", "counter"))
+    return uniforms(seed, stream, counter, int(given["count"])).numpy()
 
 
 @cache

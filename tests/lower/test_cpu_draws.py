@@ -97,7 +97,7 @@ def test_log_probabilities_are_computed_where_they_are_read(read: tuple[str, ...
     )
     got = session.run(None, dict(given.inputs))
     for output, want in zip(got, reference_form(given, 1), strict=False):
-        np.testing.assert_allclose(output, want, atol=1e-5)
+        np.testing.assert_allclose(np.asarray(output), want, atol=1e-5)
 
 
 def test_logits_of_another_dtype_are_left_with_the_reason() -> None:
