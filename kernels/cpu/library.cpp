@@ -23,6 +23,7 @@ OrtCustomOpDomain* domain(const tokopt::Api& api, tokopt::Isa isa) {
         for (bool codes : {false, true}) api.add(made, tokopt::cached_attention(isa, codes));
         api.add(made, tokopt::int8_linear(isa));
         api.add(made, tokopt::draw_tokens(isa));
+        api.add(made, tokopt::uniforms());
         own = made;
     }
     return own;

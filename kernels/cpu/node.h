@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <cstring>
 #include <initializer_list>
 #include <string>
 #include <vector>
@@ -65,6 +66,18 @@ inline std::string text(const Argument& given) {
     const bool known = given.rank <= Argument::MOST_AXES;
     return known ? text(Shape(given.sizes, given.sizes + given.rank)) : std::to_string(given.rank) + " axes";
 }
+
+// Numbers of a call, at any address.
+template <class Number>
+struct Numbers {
+    const char* data;
+
+    Number operator[](size_t i) const {
+        Number value;
+        std::memcpy(&value, data + i * sizeof value, sizeof value);
+        return value;
+    }
+};
 
 class Node {
   public:

@@ -25,18 +25,6 @@ struct Kernel {
     std::string where;
 };
 
-// Numbers of a call, at any address.
-template <class Number>
-struct Numbers {
-    const char* data;
-
-    Number operator[](size_t i) const {
-        Number value;
-        std::memcpy(&value, data + i * sizeof value, sizeof value);
-        return value;
-    }
-};
-
 // What a call is given, looked at before anything is computed.
 class Given {
   public:

@@ -1,4 +1,4 @@
-"""tokopt::uniforms."""
+"""tokopt::uniforms, and ``tokopt.cpu::Uniforms``."""
 
 from tokopt.kernels.declaration import Op
 

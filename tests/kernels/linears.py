@@ -43,8 +43,8 @@ def nmse(got: np.ndarray, want: np.ndarray) -> float:
 
 
 def unaligned(x: np.ndarray) -> np.ndarray:
-    """The same numbers one byte past where floats lie."""
-    return np.frombuffer(b"_" + x.tobytes(), np.float32, offset=1).reshape(x.shape) if x.size else x
+    """The same numbers one byte past where numbers of their type lie."""
+    return np.frombuffer(b"_" + x.tobytes(), x.dtype, offset=1).reshape(x.shape) if x.size else x
 
 
 CONSTANTS = ("codes", "scale", "zero", "minimum", "bias")

@@ -6,13 +6,11 @@ from collections.abc import Iterator
 from typing import ClassVar
 
 import onnx_ir as ir
-from onnx_ir.serde import deserialize_function
 
-from tokopt.kernels.cpu import DOMAIN
 from tokopt.kernels.draw_tokens.onnx import draw_tokens
+from tokopt.lower.cpu.functions import body_of, call
 from tokopt.lower.onnx.nodes import input_at
 from tokopt.lower.onnx.rule import Candidate, Rule, Unfit
-from tokopt.lower.onnx.weights import take_over
 
 OP = "DrawTokens"
 
@@ -40,23 +38,9 @@ class DrawTokens(Rule[ir.Node]):
 
     def fuse(self, graph: ir.Graph, site: ir.Node) -> None:
         """One node, whose body the file holds."""
+        body = body_of(draw_tokens, OP, self.model.opset_imports[""])
         logprobs = site.outputs[1]
-        count = 2 if logprobs.uses() or logprobs.is_graph_output() else 1
-        body = _body(count, self.model.opset_imports[""])
-        self.model.functions.setdefault(body.identifier(), body)
-        node = ir.node(OP, site.inputs, domain=DOMAIN, overload=body.overload, num_outputs=count)
-        node.metadata_props.update(site.metadata_props)
-        graph.insert_before(site, node)
-        for new, old in zip(node.outputs, site.outputs, strict=False):
-            new.type, new.shape = old.type, old.shape
-            take_over(new, old)
-
-
-def _body(outputs: int, opset: int) -> ir.Function:
-    """What the op with so many outputs computes, in functions of standard ops."""
-    form = draw_tokens.to_function_proto()
-    form.domain, form.name, form.overload = DOMAIN, OP, "" if outputs == 2 else "token"
-    del form.output[outputs:]
-    body = deserialize_function(form)
-    body.opset_imports[""] = opset
-    return body
+        if not (logprobs.uses() or logprobs.is_graph_output()):
+            body.outputs.pop()
+            body.overload = "token"
+        call(self.model, site, body)

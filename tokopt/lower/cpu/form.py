@@ -14,6 +14,7 @@ from tokopt.lower.cpu.cached_attention import CachedAttention
 from tokopt.lower.cpu.draw_tokens import DrawTokens
 from tokopt.lower.cpu.int8_linear import Int8Linear
 from tokopt.lower.cpu.quantized_linear import QuantizedLinear
+from tokopt.lower.cpu.uniforms import Uniforms
 from tokopt.lower.onnx.export import WeightFile
 from tokopt.lower.onnx.rule import Outcome, apply_rule
 from tokopt.lower.onnxruntime.attention import CONTRIB
@@ -71,6 +72,7 @@ def fuse_for_kernels(model: ir.Model, program: Program) -> list[Outcome]:
         apply_rule(QuantizedLinear(model), model.graph),
         apply_rule(Int8Linear(model), model.graph),
         apply_rule(DrawTokens(model), model.graph),
+        apply_rule(Uniforms(model), model.graph),
         apply_rule(attention, model.graph),
     ]
     if not any(outcome.fused for outcome in outcomes):
