@@ -19,7 +19,16 @@ DOMAIN = "tokopt.cpu"
 VERSION = 2
 """The version of the ops: raised when inputs, attributes or meaning of one change."""
 
-OPS = frozenset({"CachedAttention", "DrawTokens", "Int8Linear", "QuantizedLinear", "Uniforms"})
+OPS = frozenset(
+    {
+        "CachedAttention",
+        "DrawTokens",
+        "Int8Linear",
+        "MoveEntries",
+        "QuantizedLinear",
+        "Uniforms",
+    }
+)
 """The ops of the domain."""
 
 _PATH = Path(__file__).with_name("libtokopt_cpu.so")

@@ -24,6 +24,7 @@ OrtCustomOpDomain* domain(const tokopt::Api& api, tokopt::Isa isa) {
         api.add(made, tokopt::int8_linear(isa));
         api.add(made, tokopt::draw_tokens(isa));
         api.add(made, tokopt::uniforms());
+        api.add(made, tokopt::move_entries());
         own = made;
     }
     return own;

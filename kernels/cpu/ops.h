@@ -19,6 +19,7 @@ const OrtCustomOp* cached_attention(Isa isa, bool codes);
 const OrtCustomOp* int8_linear(Isa isa);
 const OrtCustomOp* draw_tokens(Isa isa);
 const OrtCustomOp* uniforms();  // the same for all
+const OrtCustomOp* move_entries();  // the same for all
 
 // Bytes of packed weights that this process holds now.
 size_t packed_bytes();

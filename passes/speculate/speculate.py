@@ -175,7 +175,6 @@ class _Speculation:
         self.ranges = {axis: bounds for axis, bounds in drawn.ranges.items() if axis in axes}
         self.ranges[NODES] = AxisRange(1, MOST)
         self.module = new_graph(self.inputs, self.ranges, self.example)
-        self.slots: dict[object, Node] = {}
         named = list(zip(self.inputs, placeholders(self.module), strict=True))
         self.by_role = {spec.role: node for spec, node in named}
         self.by_state = {spec.state: node for spec, node in named if spec.state is not None}
@@ -255,9 +254,7 @@ class _Speculation:
             self._check_write(state, node)
             buffer = self.by_state[state.name].name
             made.add(TensorSpec(f"proposed_{state.name}", spec.dtype, spec.axes, "written"), node, buffer)
-            moved = (
-                (_places_over, here) if state.kind == "position" else (_entries_over, self._slots(node, path))
-            )
+            moved = (_places_over, here) if state.kind == "position" else (ops.move_entries, path)
             made.give(state, self._insert(moved[0], node, moved[1], operand_at(node, 2)), buffer)
         elif state.kind == "length":
             made.give(state, self._insert(_longer, self.by_state[state.name], count))
@@ -265,14 +262,6 @@ class _Speculation:
             made.give(state, node)
         else:
             raise PassRefused(f"state {state.name!r} would take note of tokens that are rejected")
-
-    def _slots(self, cache: Node, path: Node) -> Node:
-        """The slots of the path's nodes, for every entry of a cache; one node for all caches that are alike."""
-        length, (_, *heads, _, channels) = operand_at(cache, 2), cache.meta["val"].shape
-        question = (length, *heads, channels)
-        if question not in self.slots:
-            self.slots[question] = self._insert(partial(_slots_of, (*heads, channels)), path, length)
-        return self.slots[question]
 
     def _check_write(self, state: State, node: Node) -> None:
         """What a state holds of a token lies in the token's slot, so that it can be moved."""
@@ -327,18 +316,6 @@ def _commit(
     here = torch.where(inside, positions + shape.index, -1)
     there = torch.where(inside, positions + 1 + shape.index, -1)
     return torch.where(inside, tokens, 0), count, logprobs, counter + count, path, here, there
-
-
-def _slots_of(sizes: tuple[int, ...], path: Tensor, length: Tensor) -> Tensor:
-    """The slots of the path's nodes, for a cache whose heads and channels are ``sizes``: what ``gather`` takes."""
-    batch, nodes = path.shape
-    index = (length[:, None] + path).reshape(batch, *[1] * (len(sizes) - 1), nodes, 1)
-    return index.expand(batch, *sizes[:-1], nodes, sizes[-1])
-
-
-def _entries_over(cache: Tensor, slots: Tensor, length: Tensor) -> Tensor:
-    """The cache with the entries of the path's nodes where those of the first tokens would be."""
-    return ops.cache_write(cache, cache.gather(-2, slots), length)
 
 
 def _places_over(slots: Tensor, positions: Tensor, length: Tensor) -> Tensor:

@@ -186,6 +186,14 @@ def cache_write(cache: np.ndarray, new: np.ndarray, length: np.ndarray) -> np.nd
     return result
 
 
+def move_entries(cache: np.ndarray, path: np.ndarray, length: np.ndarray) -> np.ndarray:
+    result = cache.copy()
+    for row, start in enumerate(length):
+        for i, node in enumerate(path[row]):
+            result[row, :, start + i] = cache[row, :, start + node]
+    return result
+
+
 def keep_slots(
     score: np.ndarray, used: np.ndarray, budget: np.ndarray, sinks: int, recent: int
 ) -> np.ndarray:

@@ -29,6 +29,10 @@ BAD = {
         "metric must be [batch, tokens",
     ),
     "cache rank": (lambda: ops.cache_write(METRIC, X[0], INDEX[:, 0]), "cache and new must be [batch"),
+    "path rank": (
+        lambda: ops.move_entries(METRIC, INDEX, INDEX[:, 0]),
+        "cache must be [batch, heads, slots, channels]",
+    ),
     "mask rank": (
         lambda: ops.cache_mask(X, INDEX, INDEX, INDEX[:, 0], 0),
         "slots must be [batch, heads, slots, 1]",

@@ -15,8 +15,8 @@ from tokopt.ir.graph import aten, describe, dtype_name, is_call, is_op, value_us
 from tokopt.ir.program import Program
 from tokopt.runtime.format.checks import FormatError, check_format
 
-_WRITE = "tokopt::cache_write"
-"""The operator that writes new entries into a buffer."""
+_WRITES = ("tokopt::cache_write", "tokopt::move_entries")
+"""The operators that write entries into a buffer, their first operand."""
 
 
 def verify_bundle(bundle: Bundle) -> None:
@@ -37,7 +37,7 @@ def verify_bundle(bundle: Bundle) -> None:
 
 
 def _verify_aliases(program: Program) -> None:
-    """An output that aliases an input is that input after one ``cache_write``, or a chain of them.
+    """An output that aliases an input is that input after one ``cache_write`` or ``move_entries``, or a chain of them.
 
     The buffer that serves as both may hold any link of the chain when something reads it. So every other reader of a
     link, or of a view of it, must come before the next write: it must be an ancestor of that write. What the buffer
@@ -68,7 +68,7 @@ def _verify_aliases(program: Program) -> None:
 def _chain(name: str, node: object, buffer: Node) -> Iterator[Node]:
     """The writes that lead from a buffer to an output."""
     while node is not buffer:
-        _require(is_op(node, _WRITE), f"{name!r} is not only written in place")
+        _require(any(is_op(node, write) for write in _WRITES), f"{name!r} is not only written in place")
         assert isinstance(node, Node)
         yield node
         node = node.args[0]

@@ -37,6 +37,8 @@ def rewrite_for_tensorrt(model: ir.Model, fixed: Mapping[str, int]) -> None:
     for node in list(model.graph):
         if node.domain == "tokopt" and node.op_type == "cache_write":
             _write_by_index(model, node)
+        elif node.domain == "tokopt" and node.op_type == "move_entries":
+            _call(model, node, move_entries_by_index)
         elif node.domain == "tokopt" and node.op_type == "fake_quantize":
             _centre(model, node)
     for node in list(model.graph):
@@ -120,6 +122,18 @@ def cache_write_by_index(cache: TensorType, new: TensorType, length: INT64) -> T
     slot = op.Unsqueeze(length, [1]) + op.Unsqueeze(tokens, [0])
     index = op.Expand(op.Unsqueeze(slot, [1, 3]), op.Shape(new))
     return op.ScatterElements(cache, index, new, axis=2)
+
+
+@script(TOKOPT, default_opset=op)
+def move_entries_by_index(cache: TensorType, path: INT64, length: INT64) -> TensorType:
+    """``tokopt::move_entries``, whose cache was written before, so that TensorScatter does not take it."""
+    first = op.Unsqueeze(length, [1])
+    batch, nodes = op.Shape(path, start=0, end=1), op.Shape(path, start=1, end=2)
+    heads, channels = op.Shape(cache, start=1, end=2), op.Shape(cache, start=3, end=4)
+    sizes = op.Concat(batch, heads, nodes, channels, axis=0)
+    moved = op.GatherElements(cache, op.Expand(op.Unsqueeze(first + path, [1, 3]), sizes), axis=2)
+    slot = first + op.Unsqueeze(op.Range(0, op.Squeeze(nodes), 1), [0])
+    return op.ScatterElements(cache, op.Expand(op.Unsqueeze(slot, [1, 3]), sizes), moved, axis=2)
 
 
 def _write_by_index(model: ir.Model, node: ir.Node) -> None:
