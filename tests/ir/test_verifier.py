@@ -79,6 +79,12 @@ def chain(cache: Tensor, new: Tensor, length: Tensor) -> tuple[Tensor, ...]:
     return second, first
 
 
+def moving(cache: Tensor, new: Tensor, length: Tensor) -> tuple[Tensor, ...]:
+    """A write, and a move of what it wrote to the slot before."""
+    first = write(cache, new, length)
+    return ops.move_entries(first, torch.ones_like(length)[:, None], length - 1), first
+
+
 def once(cache: Tensor, new: Tensor, length: Tensor) -> tuple[Tensor, ...]:
     return (write(cache, new, length),)
 
@@ -94,7 +100,7 @@ def read_before(cache: Tensor, new: Tensor, length: Tensor) -> tuple[Tensor, ...
 
 @pytest.mark.parametrize(
     ("body", "aliases"),
-    [(once, ONE), (read_at_the_end, ONE), (read_before, ONE), (chain, ONE), (chain, BOTH)],
+    [(once, ONE), (read_at_the_end, ONE), (read_before, ONE), (chain, ONE), (chain, BOTH), (moving, BOTH)],
 )
 def test_chains_of_writes_are_accepted(body: Body, aliases: dict[str, str]) -> None:
     """The last link may be read by anything; an earlier one by what the next write needs."""
@@ -104,6 +110,11 @@ def test_chains_of_writes_are_accepted(body: Body, aliases: dict[str, str]) -> N
 def read_beside(cache: Tensor, new: Tensor, length: Tensor) -> tuple[Tensor, ...]:
     first = write(cache, new, length)
     return write(first, new, length + 1), first.sum()
+
+
+def read_beside_a_move(cache: Tensor, new: Tensor, length: Tensor) -> tuple[Tensor, ...]:
+    moved, first = moving(cache, new, length)
+    return moved, first.sum()
 
 
 def read_the_old(cache: Tensor, new: Tensor, length: Tensor) -> tuple[Tensor, ...]:
@@ -127,6 +138,11 @@ def scaled(cache: Tensor, new: Tensor, length: Tensor) -> tuple[Tensor, ...]:
             r"sum\.default \(test_verifier\.py:\d+\) reads 'cache' while it is written in place",
         ),
         (
+            read_beside_a_move,
+            ONE,
+            r"sum\.default \(test_verifier\.py:\d+\) reads 'cache' while it is written in place",
+        ),
+        (
             read_the_old,
             ONE,
             r"sum\.default \(test_verifier\.py:\d+\) reads 'cache' while it is written in place",
@@ -143,9 +159,10 @@ def test_what_one_buffer_cannot_hold_is_refused(body: Body, aliases: dict[str, s
         verify_bundle(bundle(replace(made, aliases=aliases)))
 
 
-def test_onnxruntime_writes_one_buffer_for_two_outputs(tmp_path: Path) -> None:
+@pytest.mark.parametrize("body", [chain, moving])
+def test_onnxruntime_writes_one_buffer_for_two_outputs(body: Body, tmp_path: Path) -> None:
     """Bound to one buffer, both outputs are the last link, and what was read between the writes is right."""
-    made = writing(chain, BOTH)
+    made = writing(body, BOTH)
     session = onnxruntime.InferenceSession(lower(made, tmp_path, "write", check=False))
     names = [spec.name for spec in made.outputs]
     feed = {spec.name: t.numpy() for spec, t in zip(made.inputs, made.example, strict=True)}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
@@ -65,12 +66,16 @@ def onnx_model(given: Move) -> ModelProto:
 
 
 def bound(given: Move, *, in_place: bool) -> np.ndarray:
-    """What the library makes of buffers of its own; the cache that it was given is checked to be as it was, or moved."""
+    """What the library makes of buffers of its own; a cache that is not moved in place is checked to stay as it is."""
     made = session(onnx_model(given))
     binding = made.io_binding()
     values = {
         name: onnxruntime.OrtValue.ortvalue_from_numpy_with_onnx_type(given.inputs[name].copy(), kind)
-        for name, kind in {"cache": given.kind, "path": TensorProto.INT64, "length": TensorProto.INT64}.items()
+        for name, kind in {
+            "cache": given.kind,
+            "path": TensorProto.INT64,
+            "length": TensorProto.INT64,
+        }.items()
     }
     for name, value in values.items():
         binding.bind_ortvalue_input(name, value)
@@ -87,8 +92,6 @@ def bound(given: Move, *, in_place: bool) -> np.ndarray:
 
 def bits(value: onnxruntime.OrtValue) -> np.ndarray:
     """The bytes of a value; numpy has no bfloat16 of its own."""
-    import ctypes
-
     return np.frombuffer(ctypes.string_at(value.data_ptr(), value.tensor_size_in_bytes()), np.uint8)
 
 
@@ -130,7 +133,7 @@ def assert_moved(given: Move, got: np.ndarray) -> None:
 @examples(60)
 @given(st.data())
 def test_every_entry_is_where_it_belongs(form: str, data: st.DataObject) -> None:
-    """Of any sizes and dtype, along paths in any order: an entry may be wanted twice, and overwrite another's source."""
+    """Of any sizes and dtype, along paths in any order: an entry may be wanted twice, and lie where another goes."""
     random = np.random.default_rng(data.draw(st.integers(0, 999), "seed"))
     batch, heads = data.draw(st.integers(1, 3), "batch"), data.draw(st.integers(1, 3), "heads")
     slots, channels = data.draw(st.integers(1, 20), "slots"), data.draw(st.integers(1, 9), "channels")
@@ -145,13 +148,8 @@ def test_every_entry_is_where_it_belongs(form: str, data: st.DataObject) -> None
 @forms
 @pytest.mark.parametrize("shape", [(0, 2, 5, 3), (2, 0, 5, 3), (2, 2, 5, 0)], ids=str)
 def test_a_cache_of_nothing_stays_nothing(form: str, shape: tuple[int, ...]) -> None:
-    if form == "library in place" or form == "library":
-        given = move(shape, np.zeros((shape[0], 2)), [1] * shape[0])
-        (got,) = session(onnx_model(given)).run(None, dict(given.inputs))
-        assert np.asarray(got).shape == shape
-    else:
-        given = move(shape, np.zeros((shape[0], 2)), [1] * shape[0])
-        assert FORMS[form](given).shape == shape
+    given = move(shape, np.zeros((shape[0], 2)), [1] * shape[0])
+    assert FORMS[form](given).shape == shape
 
 
 GOOD = move((2, 3, 8, 4), np.array([[0, 2, 1], [0, 1, 3]]), [4, 5])
@@ -164,7 +162,10 @@ BAD: dict[str, tuple[Move, str]] = {
     "path": (GOOD.but(path=np.zeros(2, np.int64)), r"path must be \[2, nodes\], got \[2\]"),
     "rows": (GOOD.but(path=np.zeros((3, 3), np.int64)), r"path must be \[2, nodes\], got \[3, 3\]"),
     "length": (GOOD.but(length=np.zeros(1, np.int64)), r"length must be \[2\], got \[1\]"),
-    "negative": (GOOD.but(length=np.array([4, -1])), "row 1 has length -1, and 3 nodes do not fit into 8 slots"),
+    "negative": (
+        GOOD.but(length=np.array([4, -1])),
+        "row 1 has length -1, and 3 nodes do not fit into 8 slots",
+    ),
     "full": (GOOD.but(length=np.array([6, 5])), "row 0 has length 6, and 3 nodes do not fit into 8 slots"),
     "huge": (GOOD.but(length=np.array([2**63 - 1, 5])), "row 0 has length 9223372036854775807, and 3"),
     "behind": (
@@ -172,7 +173,10 @@ BAD: dict[str, tuple[Move, str]] = {
         "path of row 1 has node 4, which is in none of the 8 slots from length 4 on",
     ),
     "before": (GOOD.but(path=np.array([[0, -1, 2], [0, 1, 2]])), "path of row 0 has node -1"),
-    "far": (GOOD.but(path=np.array([[0, 1, 2], [0, 1, 2**63 - 1]])), "path of row 1 has node 9223372036854775807"),
+    "far": (
+        GOOD.but(path=np.array([[0, 1, 2], [0, 1, 2**63 - 1]])),
+        "path of row 1 has node 9223372036854775807",
+    ),
 }
 
 
