@@ -19,7 +19,7 @@ from tests.kernels.linears import FAILURES, LIBRARY, needs_library, session
 from tests.kernels.sanitizers import check_watched, examples, skip_when_watched
 from tokopt.kernels import cpu
 
-DTYPES = {
+DTYPES: dict[int, np.dtype] = {
     TensorProto.FLOAT: np.dtype(np.float32),
     TensorProto.FLOAT16: np.dtype(np.float16),
     TensorProto.BFLOAT16: np.dtype(ml_dtypes.bfloat16),
