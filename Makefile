@@ -20,7 +20,7 @@ demo: $(VENV)/.demo  ## merge the tokens of a real DINOv2 on real photographs, t
 # Pyright keeps one core busy: it runs beside the tests, and what lint says comes after what they say.
 test: $(VENV)/.installed  ## everything that CI checks
 	@$(MAKE) --no-print-directory lint > $(VENV)/lint.txt 2>&1 & lint=$$!; \
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup --no-loadscope-reorder --durations 20; \
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadscope --no-loadscope-reorder --durations 20; \
 	tests=$$?; wait $$lint; lint=$$?; cat $(VENV)/lint.txt; exit $$((tests + lint))
 
 lint: $(VENV)/.installed  ## ruff and pyright
