@@ -172,7 +172,8 @@ def markdown(report: Mapping[str, Any]) -> str:
     lines += [
         f"{NEW} new tokens after each of eight prompts of a kind. Speed: tokens/s of decoding over that of the "
         "artifact without speculation, the median over prompts (the slowest); then tokens that a call commits, and on "
-        "how many prompts the text is the same.",
+        "how many prompts the text is the same: the artifact without speculation rounds attention in another order, "
+        "so that near ties go another way.",
         "",
         "![Speed by drafter and kind of prompt](speculate.png)",
         "",
