@@ -244,10 +244,7 @@ constexpr OrtCustomOp op() {
 
 template <bool CODES>
 const OrtCustomOp* of(Isa isa) {
-    static const OrtCustomOp ops[ISAS] = {op<Isa::PLAIN, CODES>(),    op<Isa::NEON, CODES>(),
-                                          op<Isa::AVX2, CODES>(),     op<Isa::AVX_VNNI, CODES>(),
-                                          op<Isa::AVX512_VNNI, CODES>(), op<Isa::AMX_INT8, CODES>()};
-    return &ops[static_cast<int>(isa)];
+    return of_isa(isa, [](auto own) { return op<own.value, CODES>(); });
 }
 
 }  // namespace

@@ -4,6 +4,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <string>
+#include <type_traits>
 #include <vector>
 
 #include "node.h"
@@ -29,6 +30,18 @@ constexpr OrtCustomOp common_op() {
     op.GetEndVersion = [](const OrtCustomOp*) { return VERSION; };
     op.KernelDestroy = [](void* kernel) { delete static_cast<Kernel*>(kernel); };
     return op;
+}
+
+// An op of one instruction set: `make` is called once with each, as a constant.
+template <class Make>
+const OrtCustomOp* of_isa(Isa isa, const Make& make) {
+    static const OrtCustomOp ops[ISAS] = {make(std::integral_constant<Isa, Isa::PLAIN>()),
+                                          make(std::integral_constant<Isa, Isa::NEON>()),
+                                          make(std::integral_constant<Isa, Isa::AVX2>()),
+                                          make(std::integral_constant<Isa, Isa::AVX_VNNI>()),
+                                          make(std::integral_constant<Isa, Isa::AVX512_VNNI>()),
+                                          make(std::integral_constant<Isa, Isa::AMX_INT8>())};
+    return &ops[static_cast<int>(isa)];
 }
 
 // Input 0 of a call: rows [..., in] of float32, at any address.

@@ -184,9 +184,7 @@ constexpr OrtCustomOp op() {
 }  // namespace
 
 const OrtCustomOp* int8_linear(Isa isa) {
-    static const OrtCustomOp ops[ISAS] = {op<Isa::PLAIN>(),    op<Isa::NEON>(),        op<Isa::AVX2>(),
-                                          op<Isa::AVX_VNNI>(), op<Isa::AVX512_VNNI>(), op<Isa::AMX_INT8>()};
-    return &ops[static_cast<int>(isa)];
+    return of_isa(isa, [](auto own) { return op<own.value>(); });
 }
 
 }  // namespace tokopt
