@@ -150,9 +150,10 @@ def _decomposed(module: GraphModule, table: Table) -> Graph:
         elif node.target in _SAME or _is_cast(node):
             known[node] = _as_another(graph, node, known)
         elif node.target in table or node.target in _UNKNOWN or _is_composite(node.target):
-            decomposition = traced.get(likeness := _likeness(node)) or _decomposition(node, table)
-            if not makes_symbols(decomposition):
-                traced[likeness] = decomposition
+            if (decomposition := traced.get(likeness := _likeness(node))) is None:
+                decomposition = _decomposition(node, table)
+                if not makes_symbols(decomposition):
+                    traced[likeness] = decomposition
             operands = [known[operand] for operand in node.all_input_nodes]
             known[node] = splice(graph, decomposition, operands, like=node)
         else:
