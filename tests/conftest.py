@@ -61,6 +61,7 @@ def pytest_collection_finish() -> None:
     """Let garbage be looked for among what tests make only: what is imported and collected stays anyway."""
     gc.collect()
     gc.freeze()
+    gc.set_threshold(20_000)
 
 
 @pytest.fixture(scope="session", autouse=True)

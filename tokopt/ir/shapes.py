@@ -11,10 +11,13 @@ value's shape is derived by running its operator on tensors without data (FakeTe
 from __future__ import annotations
 
 import math
+from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
+from functools import lru_cache, partial
+from threading import get_ident
 from typing import Any, cast
+from weakref import ReferenceType, ref
 
 import sympy
 import torch
@@ -30,6 +33,7 @@ from torch.utils._sympy.functions import Mod, PythonMod
 from torch.utils._sympy.numbers import int_oo
 from torch.utils._sympy.printers import PythonPrinter
 from torch.utils._sympy.value_ranges import ValueRanges, bound_sympy
+from torch.utils.weak import WeakIdKeyDictionary
 
 from tokopt.errors import PassError
 from tokopt.ir.export import copied, placeholders
@@ -38,12 +42,15 @@ from tokopt.ir.program import AxisRange, Program, TensorSpec
 
 _KEY = "tokopt.shapes"
 
+_REMEMBERED = 2048
+"""Answers that graphs with the same axes share, at most: enough for a model's blocks and the passes on it."""
+
 _SMALLEST = 2
 """``torch.export`` proves graphs for sizes from 2, since some operators take an axis of size 1 for one to broadcast."""
 
 
 class Symbols:
-    """The symbols that graphs derived from one another share, so that opening one derives nothing anew.
+    """The symbols that graphs with the same axes share, so that what was derived for one need not be for another.
 
     What may be taken for granted of a symbol differs from graph to graph: that of the one being edited holds.
     """
@@ -52,15 +59,24 @@ class Symbols:
         self.env = ShapeEnv()
         self.mode = FakeTensorMode(shape_env=self.env, allow_non_fake_inputs=True)
         self.mode.cache_enabled = False  # with symbols, an entry costs more than running the operator again
-        self.derived: dict[object, Any] = {}
-        self._constants: dict[int, tuple[Tensor, Tensor]] = {}
-        self._count = 0
-        self._active: Shapes | None = None
+        self._made: dict[tuple[str, int], torch.SymInt] = {}
+        self._answers: OrderedDict[object, Any] = OrderedDict()
+        self._constants = WeakIdKeyDictionary()
+        self._last: ReferenceType[Shapes] | None = None  # weak: a graph that nobody else holds has to go
 
-    def make(self, axis: str, size: int) -> torch.SymInt:
-        """A new symbol, ``size`` in the example."""
-        self._count += 1
-        source = ConstantSource(f"{axis}_{self._count}")
+    @property
+    def active(self) -> Shapes | None:
+        """The shapes of the graph that is being edited."""
+        return None if self._last is None else self._last()
+
+    def symbol(self, axis: str, size: int) -> torch.SymInt:
+        """The symbol of an axis that has ``size`` in the example."""
+        if (axis, size) not in self._made:
+            self._made[axis, size] = self._make(axis, size)
+        return self._made[axis, size]
+
+    def _make(self, axis: str, size: int) -> torch.SymInt:
+        source = ConstantSource(f"{axis}_{len(self._made)}")
         symbol = self.env.create_symbol(
             size, source, dynamic_dim=DimDynamic.DYNAMIC, do_not_specialize_zero_one=True, positive=True
         )
@@ -70,17 +86,31 @@ class Symbols:
 
     def constant(self, value: Tensor) -> Tensor:
         """A parameter without its data."""
-        if id(value) not in self._constants:
-            self._constants[id(value)] = (value, self.mode.from_tensor(value, static_shapes=True))
-        return self._constants[id(value)][1]
+        if value not in self._constants:
+            self._constants[value] = self.mode.from_tensor(value, static_shapes=True)
+        return self._constants[value]
+
+    def answer(self, question: object) -> Any:
+        """What :meth:`remember` was told lately; None otherwise."""
+        if question not in self._answers:
+            return None
+        self._answers.move_to_end(question)
+        return self._answers[question]
+
+    def remember(self, question: object, answer: object) -> None:
+        """Keep an answer, and forget the one that nobody has asked for longest when there are too many."""
+        self._answers[question] = answer
+        if len(self._answers) > _REMEMBERED:
+            self._answers.popitem(last=False)
 
     def activate(self, shapes: Shapes) -> FakeTensorMode:
         """Let what one graph says of the symbols hold from now on."""
-        if self._active is not shapes:
-            if self._active is not None:
-                self._active.bounds = self._active.narrowed()
-                self._active.guards += self.env.guards
-            self._active = shapes
+        active = self.active
+        if active is not shapes:
+            if active is not None:
+                active.bounds = active.narrowed()
+                active.guards += self.env.guards
+            self._last = ref(shapes)
             self.env.guards.clear()
             self.env.replacements.clear()
             for axis, bounds in shapes.bounds.items():
@@ -102,6 +132,12 @@ class Symbols:
         low = int(known.lower) if known.lower > max(_SMALLEST, declared.min) else declared.min
         high = None if known.upper >= int_oo else int(known.upper)
         return AxisRange(low, declared.max if high is None else min(high, declared.max or high))
+
+
+@lru_cache(maxsize=8)
+def _symbols(sizes: tuple[tuple[str, int], ...], thread: int) -> Symbols:
+    """The symbols that all graphs of one thread with axes of these names and sizes share."""
+    return Symbols()
 
 
 _Calls = dict[tuple[Callable[..., Any], tuple[Any, ...]], Any]
@@ -127,8 +163,14 @@ class Shapes:
     def of(
         cls, inputs: Sequence[TensorSpec], ranges: Mapping[str, AxisRange], example: Sequence[Tensor]
     ) -> Shapes:
-        """New symbols for the named axes of a signature, with the example's sizes as hints."""
-        shapes = cls(Symbols())
+        """Symbols for the named axes of a signature, with the example's sizes as hints."""
+        sizes = {
+            axis: size
+            for spec, tensor in zip(inputs, example, strict=True)
+            for axis, size in zip(spec.axes, tensor.shape, strict=True)
+            if isinstance(axis, str)
+        }
+        shapes = cls(_symbols(tuple(sizes.items()), get_ident()))
         for spec, tensor in zip(inputs, example, strict=True):
             shapes.name(spec, tensor, ranges)
         return shapes
@@ -160,9 +202,10 @@ class Shapes:
         """Give the named axes of an input, of which ``tensor`` is an example, their symbols."""
         for axis, size in zip(spec.axes, tensor.shape, strict=True):
             if isinstance(axis, str) and axis not in self.axes:
-                self.axes[axis] = self.symbols.make(axis, size)
+                self.axes[axis] = self.symbols.symbol(axis, size)
                 self.bounds[axis] = ranges.get(axis, AxisRange())
-                self.symbols.bound(self.axes[axis], self.bounds[axis])
+                if self.symbols.active is self:
+                    self.symbols.bound(self.axes[axis], self.bounds[axis])
 
     def fits(self, inputs: Sequence[TensorSpec], example: Sequence[Tensor]) -> bool:
         """Whether the symbols' hints are the sizes of this example."""
@@ -218,22 +261,21 @@ class Shapes:
         if question in self._derived:
             return self._derived[question]
         self.active()
-        granted, shared = self._granted(), self.symbols.derived
-        if (question, granted) in shared:
-            answer = shared[question, granted]
-        else:
+        granted = self._granted()
+        answer = self.symbols.answer((question, granted))
+        if answer is None:
             answer = derive()
             if makes_symbols(answer):
                 return answer
             if self._granted() == granted:
-                shared[question, granted] = answer
+                self.symbols.remember((question, granted), answer)
         self._derived[question] = answer
         return answer
 
     def _granted(self) -> object:
         """All that is taken for granted of the symbols now."""
-        env = self.symbols.env
-        ranges = tuple(env.var_to_range[_symbol(size)] for size in self.axes.values())
+        env, symbols = self.symbols.env, [_symbol(size) for size in self.axes.values()]
+        ranges = tuple((symbol, env.var_to_range[symbol]) for symbol in symbols)
         return ranges, tuple(env.replacements.items()), tuple(guard.expr for guard in env.guards)
 
     def constraints(self) -> dict[Any, ValueRanges[Any]]:
