@@ -1,9 +1,11 @@
 """Speculation on real prompts: ``python -m benchmarks.speculate``.
 
 SmolLM2-135M with the weights of its file (``keep_grid``), with every drafter and without speculation: completing code
-of Python's library, summarising and quoting its documentation, and chat, greedily and at temperature 0.7. Every engine
-has its own process, and for each prompt they take turns. Finished parts are kept, so a run that was cut off goes on
-where it was. Writes ``speculate.json``, ``speculate.md`` and ``speculate.png`` in ``benchmarks/results``.
+of Python's library, summarising and quoting its documentation, and chat, greedily and at temperature 0.7. Beside them
+llama.cpp without speculation and with its lookup in the prompt, where it is installed (extra ``peers``), on the same
+file. Every engine has its own process, and for each prompt they take turns. Finished parts are kept, so a run that was
+cut off goes on where it was. Writes ``speculate.json``, ``speculate.md``, ``speculate.png`` and
+``speculate-lengths.png`` in ``benchmarks/results``.
 """
 
 from __future__ import annotations
@@ -13,9 +15,11 @@ import inspect
 import json
 import subprocess
 import sys
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack, closing
 from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +28,7 @@ import numpy as np
 from benchmarks.kv.quality import documentation
 from benchmarks.machine import describe
 from benchmarks.progress import Progress
-from examples.data import cache_folder, smollm2, write_atomically
+from examples.data import cache_folder, smollm2, smollm2_gguf, write_atomically
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -35,6 +39,8 @@ ENGINES: Mapping[str, str] = {
     "hybrid": "keep_grid,speculate",
 }
 """Name in the tables -> pipeline; the first is what the others are compared with."""
+
+PEERS: tuple[str, ...] = ("llama.cpp", "llama.cpp with lookup") if find_spec("llama_cpp") else ()
 
 SOURCES = ("textwrap", "heapq", "bisect", "fnmatch", "shlex", "string", "calendar", "csv")
 QUESTIONS = (
@@ -76,8 +82,18 @@ def prompts(model: Any) -> dict[str, list[list[int]]]:
 class Worker:
     """An engine in its own process, which answers a prompt with what its text took."""
 
-    def __init__(self, path: Path, threads: int) -> None:
-        command = [sys.executable, "-m", "benchmarks.speculate", "--serve", path, "--threads", str(threads)]
+    def __init__(self, name: str, threads: int) -> None:
+        path = smollm2_gguf() if name in PEERS else artifact(name)
+        command = [
+            sys.executable,
+            "-m",
+            "benchmarks.speculate",
+            "--serve",
+            name,
+            path,
+            "--threads",
+            str(threads),
+        ]
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
     def generate(self, ids: list[int], temperature: float) -> dict[str, Any]:
@@ -96,18 +112,61 @@ class Worker:
         self.process.wait(timeout=30)
 
 
-def serve(path: str, threads: int) -> None:
-    """Answer every line on stdin; the drafter begins each text with an empty memory."""
+Answer = Callable[[list[int], float], dict[str, Any]]
+"""Token ids of a prompt and a temperature -> seconds of decoding, and the new tokens."""
+
+
+def serve(name: str, path: str, threads: int) -> None:
+    """Answer every line on stdin; what an engine remembers of texts is empty at the start of each."""
+    answer = (llama if name in PEERS else tokopt_model)(name, path, threads)
+    for line in sys.stdin:
+        ids, temperature = json.loads(line)
+        print(json.dumps(answer(ids, temperature)), flush=True)
+
+
+def tokopt_model(name: str, path: str, threads: int) -> Answer:
+    """An artifact; it also says how many tokens its calls committed."""
     from tokopt.runtime import LanguageModel, Sampling, load
 
     model = load(path, threads=threads, verify=False)
     assert isinstance(model, LanguageModel)
-    for line in sys.stdin:
-        ids, temperature = json.loads(line)
+
+    def answer(ids: list[int], temperature: float) -> dict[str, Any]:
         done = model.generate(ids, max_tokens=NEW, sampling=Sampling(temperature=temperature, seed=1))
         took = done.statistics
-        answer = {"seconds": took.decode_seconds, "calls": took.decode_calls, "tokens": list(done.tokens)}
-        print(json.dumps(answer), flush=True)
+        return {
+            "seconds": took.decode_seconds,
+            "calls": took.decode_calls,
+            "commits": took.commits,
+            "tokens": list(done.tokens),
+        }
+
+    return answer
+
+
+def llama(name: str, path: str, threads: int) -> Answer:
+    """llama.cpp by its package for Python, whose lookup proposes ten tokens."""
+    from benchmarks import timing
+    from benchmarks.peers.language import _llama
+
+    options: dict[str, Any] = {}
+    if name != PEERS[0]:
+        speculative: Any = import_module("llama_cpp.llama_speculative")
+        options = {"draft_model": speculative.LlamaPromptLookupDecoding(), "logits_all": True}
+    model = _llama(timing.Engine(name, "llama.cpp", Path(path), 1, 2048, threads), **options)
+    stops = {model.token_eos(), *model.tokenize(b"<|im_end|>", add_bos=False, special=True)}
+
+    def answer(ids: list[int], temperature: float) -> dict[str, Any]:
+        tokens: list[int] = []
+        start = 0.0
+        for token in model.generate(ids, temp=temperature, top_k=0, top_p=1.0, min_p=0.0, repeat_penalty=1.0):
+            start = start or time.perf_counter()
+            tokens.append(token)
+            if len(tokens) == NEW or token in stops:
+                break
+        return {"seconds": time.perf_counter() - start, "tokens": tokens}
+
+    return answer
 
 
 def artifact(name: str) -> Path:
@@ -130,9 +189,9 @@ def build(pipeline: str, path: str) -> None:
 
 def measure(kind: str, texts: list[list[int]], temperature: float, threads: int) -> dict[str, list[Any]]:
     """What every engine took for each of the prompts."""
-    found: dict[str, list[Any]] = {name: [] for name in ENGINES}
+    found: dict[str, list[Any]] = {name: [] for name in (*ENGINES, *PEERS)}
     with ExitStack() as stack:
-        workers = {name: stack.enter_context(closing(Worker(artifact(name), threads))) for name in ENGINES}
+        workers = {name: stack.enter_context(closing(Worker(name, threads))) for name in found}
         for worker in workers.values():
             worker.generate(texts[0], temperature)  # the first allocates
         for ids in texts:
@@ -145,11 +204,12 @@ def measure(kind: str, texts: list[list[int]], temperature: float, threads: int)
 
 
 def speeds(found: Mapping[str, list[Any]], name: str) -> list[float]:
-    """Tokens per second over those of the first engine, prompt by prompt."""
+    """Tokens per second over those of the first engine, prompt by prompt; a text's first token is the prompt's."""
     base = next(iter(found.values()))
     return [
-        (len(own["tokens"]) / own["seconds"]) / (len(plain["tokens"]) / plain["seconds"])
+        ((len(own["tokens"]) - 1) / own["seconds"]) / ((len(plain["tokens"]) - 1) / plain["seconds"])
         for own, plain in zip(found[name], base, strict=True)
+        if len(own["tokens"]) > 1
     ]
 
 
@@ -177,18 +237,21 @@ def markdown(report: Mapping[str, Any]) -> str:
         "",
         "![Speed by drafter and kind of prompt](speculate.png)",
         "",
+        "How many tokens calls commit, greedily, as shares of all calls:",
+        "",
+        "![Tokens per call by drafter and kind of prompt](speculate-lengths.png)",
+        "",
     ]
     for temperature in TEMPERATURES:
         lines += [f"## Temperature {temperature:g}", ""]
         lines += ["| drafter | " + " | ".join(KINDS) + " | all |", "|---" * (len(KINDS) + 2) + "|"]
-        for name in list(ENGINES)[1:]:
+        for name in [*ENGINES, *PEERS][1:]:
             cells = []
             for kind in KINDS:
                 found = report[f"{kind}/{temperature}"]
                 ratios, same = speeds(found, name), agreement(found, name)
-                cells.append(
-                    f"{np.median(ratios):.2f} ({min(ratios):.2f}), {per_call(found, name):.2f}, {same}"
-                )
+                said = "" if name in PEERS else f", {per_call(found, name):.2f}, {same}"
+                cells.append(f"{np.median(ratios):.2f} ({min(ratios):.2f}){said}")
             every = [r for kind in KINDS for r in speeds(report[f"{kind}/{temperature}"], name)]
             lines.append(f"| {name} | " + " | ".join(cells) + f" | {np.mean(every):.2f} |")
         plain = [own for kind in KINDS for own in report[f"{kind}/{temperature}"]["without"]]
@@ -218,19 +281,44 @@ def draw(report: Mapping[str, Any], path: Path) -> None:
     pyplot.close(figure)
 
 
+def draw_lengths(report: Mapping[str, Any], path: Path) -> None:
+    """Histograms of the tokens that a greedy call commits."""
+    from matplotlib import pyplot
+
+    names = list(ENGINES)[1:]
+    figure, grid = pyplot.subplots(
+        len(names), len(KINDS), figsize=(11, 6), sharex=True, sharey=True, constrained_layout=True
+    )
+    for row, name in zip(grid, names, strict=True):
+        for axis, kind in zip(row, KINDS, strict=True):
+            texts = [own["commits"] for own in report[f"{kind}/{TEMPERATURES[0]}"][name]]
+            longest = max(map(len, texts))
+            total = np.sum([np.pad(counts, (0, longest - len(counts))) for counts in texts], axis=0)
+            axis.bar(np.arange(1, longest + 1), total / total.sum())
+        row[0].set_ylabel(name)
+    for axis, kind in zip(grid[0], KINDS, strict=True):
+        axis.set_title(kind)
+    for axis in grid[-1]:
+        axis.set_xlabel("tokens of a call")
+    figure.savefig(path, dpi=110, format="png")
+    pyplot.close(figure)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.speculate", description=__doc__)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--serve", metavar="ARTIFACT", help="be the process of one engine")
+    parser.add_argument("--serve", nargs=2, metavar=("NAME", "FILE"), help="be the process of one engine")
     parser.add_argument(
         "--build", nargs=2, metavar=("PIPELINE", "ARTIFACT"), help="write one engine's artifact"
     )
     options = parser.parse_args()
     if options.serve:
-        serve(options.serve, options.threads)
+        name, file = options.serve
+        serve(name, file, options.threads)
         return
     if options.build:
-        build(*options.build)
+        pipeline, file = options.build
+        build(pipeline, file)
         return
     from tokopt.runtime import load
 
@@ -251,6 +339,7 @@ def main() -> None:
     write_atomically(RESULTS / "speculate.json", lambda path: path.write_text(json.dumps(report) + "\n"))
     write_atomically(RESULTS / "speculate.md", lambda path: path.write_text(text))
     write_atomically(RESULTS / "speculate.png", lambda path: draw(report, path))
+    write_atomically(RESULTS / "speculate-lengths.png", lambda path: draw_lengths(report, path))
     print(text)
 
 
