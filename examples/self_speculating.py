@@ -74,12 +74,15 @@ class Model:
     def __init__(self, path: Path) -> None:
         self.manifest: Any = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
         schedule = self.manifest["schedule"]
-        self.entries = {entry["role"]: entry for entry in schedule["entries"]}
-        self.tree: list[int] = self.entries.get("decode", {}).get("tree", [])
-        if not self.tree or schedule["triggers"]:
+        self.reading = next((e["program"] for e in schedule["entries"] if e["role"] == "prefill"), "")
+        decoding = {len(e["tree"]): e for e in schedule["entries"] if e["role"] == "decode"}
+        self.nodes = max(decoding, default=0)
+        if not self.nodes or schedule["triggers"]:
             raise SystemExit(
                 f"{path} does not speculate, or evicts as well; give one made with speculate alone"
             )
+        self.plain, self.speculating = decoding[min(decoding)]["program"], decoding[self.nodes]["program"]
+        self.tree: list[int] = decoding[self.nodes]["tree"]
         self.programs = self.manifest["programs"]
         quiet = onnxruntime.SessionOptions()
         quiet.log_severity_level = 3  # without bound buffers each call copies the cache, and warns
@@ -101,10 +104,9 @@ class Model:
         }
 
     def call(
-        self, role: str, states: dict[str, np.ndarray], given: dict[str, np.ndarray], limit: int
+        self, name: str, states: dict[str, np.ndarray], given: dict[str, np.ndarray], limit: int
     ) -> list[int]:
-        """Run the program of an entry: the tokens that it commits. ``states`` gets their next values."""
-        name = self.entries[role]["program"]
+        """Run a program: the tokens that it commits. ``states`` gets their next values."""
         program = self.programs[name]
         values = given | {"limit": np.array([limit]), "rows": np.array([-1])}
         feed = {}
@@ -126,7 +128,11 @@ class Model:
         return made["tokens"][0, : made["count"][0]].tolist()
 
     def write(self, prompt: list[int], count: int, nodes: int) -> Written:
-        """Go on with a prompt, where every call is given the first ``nodes`` nodes of the tree."""
+        """Go on with a prompt, where every call is given the first ``nodes`` nodes of the tree.
+
+        One node alone proposes nothing, so that the program runs which does without a tree.
+        """
+        name = self.plain if nodes == 1 else self.speculating
         states = self.states(len(prompt) + count + nodes)
         size, parent = len(prompt), np.array(self.tree[:nodes])
         given = {
@@ -134,12 +140,17 @@ class Model:
             "positions": np.arange(size)[None],
             "mask": np.tril(np.ones((1, size, size), bool)),
         }
-        tokens = self.call("prefill", states, given, count)
+        tokens = self.call(self.reading, states, given, count)
         calls, begun = 0, time.perf_counter()
         while len(tokens) < count and tokens[-1] not in self.manifest["generation"]["eos"]:
             position = size + len(tokens) - 1
-            given = {"tokens": np.array([tokens[-1:]]), "positions": np.array([[position]]), "parent": parent}
-            tokens += self.call("decode", states, given, count - len(tokens))
+            given = {
+                "tokens": np.array([tokens[-1:]]),
+                "positions": np.array([[position]]),
+                "parent": parent,
+                "mask": np.ones((1, 1, 1), bool),
+            }
+            tokens += self.call(name, states, given, count - len(tokens))
             calls += 1
         return Written(tokens, calls, time.perf_counter() - begun)
 
@@ -151,7 +162,7 @@ def main() -> None:
     model = Model(args.artifact)
     tokenizer = Tokenizer.from_file(str(args.artifact / model.manifest["tokenizer"]))
     prompt = tokenizer.encode(args.prompt).ids
-    nodes = len(model.tree)
+    nodes = model.nodes
     for size in (1, nodes):
         model.write(prompt, min(args.max_tokens, 8), size)  # the first calls allocate
     plain, fast = (model.write(prompt, args.max_tokens, size) for size in (1, nodes))

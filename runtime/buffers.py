@@ -177,6 +177,7 @@ class Bound:
         self.moved = {n: state for n, state in wiring(entry.outputs).items() if n not in self.shared}
         self.returned = [t for t in entry.outputs if t.name not in self.shared and t.name not in self.moved]
         self.spare: dict[str, Any] = {}
+        self._read: dict[str, Any] = {}
         self._results: dict[str, np.ndarray] = {}
         self._places: list[str] = []
         self._fed = [tensor for tensor in entry.inputs if tensor.state is None]
@@ -188,12 +189,21 @@ class Bound:
         values = self.buffers.values
         self.spare.clear()
         for name, state in self.read.items():
-            self.binding.bind_ortvalue_input(name, values[state])
+            self._bind_input(name, state)
         for name, state in self.shared.items():
             self._bind_output(name, values[state])
         for name, state in self.moved.items():
             self.spare[name] = self.buffers.like(values[state])
             self._bind_output(name, self.spare[name])
+
+    def follow(self) -> None:
+        """Bind states that another program left in other memory of the same size."""
+        values = self.buffers.values
+        for name, state in self.read.items():
+            if values[state] is not self._read[state]:
+                self._bind_input(name, state)
+        for name, state in self.shared.items():
+            self.binding.bind_ortvalue_output(name, values[state])
 
     def run(self, feed: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """One call: the states move on, the other outputs are returned (valid until the next call)."""
@@ -214,7 +224,11 @@ class Bound:
             values[state], self.spare[name] = self.spare[name], values[state]
             self.binding.bind_ortvalue_output(name, self.spare[name])
             if state in self._reader:
-                self.binding.bind_ortvalue_input(self._reader[state], values[state])
+                self._bind_input(self._reader[state], state)
+
+    def _bind_input(self, name: str, state: str) -> None:
+        value = self._read[state] = self.buffers.values[state]
+        self.binding.bind_ortvalue_input(name, value)
 
     def _bind_output(self, name: str, value: Any) -> None:
         self.binding.bind_ortvalue_output(name, value)

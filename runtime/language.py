@@ -47,10 +47,8 @@ class LanguageModel:
         self.draws = any(emits_tokens(manifest.programs[entry.program]) for entry in entries)
         self._takes = {tensor.role for entry in entries for tensor in manifest.programs[entry.program].inputs}
         self.interface = Interface.of(manifest)
-        decode = manifest.schedule.entry("decode")
-        self._speculation = (
-            Speculation(path, len(decode.tree)) if decode is not None and decode.tree else None
-        )
+        proposing = manifest.schedule.proposing
+        self._speculation = None if proposing is None else Speculation(path, len(proposing.tree))
         self._tokenizer: Tokenizer | None = None
 
     def open(self, batch: int, slots: int, inputs: Mapping[str, Any] | None = None) -> Request:
@@ -183,7 +181,7 @@ class LanguageModel:
                 f"{self.path} draws its tokens itself and gives no probabilities; generate with it"
             )
         ids = self._ids("the text", tokens)
-        request, size = self.open(1, len(ids), inputs), chunk_size(self.manifest, "prefill")
+        request, size = self.open(1, len(ids), inputs), chunk_size(self.manifest)
         found: list[np.ndarray] = []
         for start in range(0, len(ids), size):
             part = ids[start : start + size]
@@ -223,7 +221,7 @@ class LanguageModel:
             texts.append(Text(TokenIds(ids), len(ids), stream))
         feed = self._feed(len(texts), options.inputs)
         longest = max(text.prompt for text in texts)
-        slots, size = prompt_slots(self.manifest, longest, most), chunk_size(self.manifest, "prefill")
+        slots, size = prompt_slots(self.manifest, longest, most), chunk_size(self.manifest)
         self.sessions.check_reading(len(texts), min(longest, size), slots)
         context = None if self.endless else self.settings.context
         return Generating(

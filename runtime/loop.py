@@ -17,7 +17,7 @@ from tokopt.runtime.encode import Encoded, carry, needed_slots
 from tokopt.runtime.engines.base import Stateful
 from tokopt.runtime.format.link import Port
 from tokopt.runtime.format.manifest import Manifest, ProgramEntry
-from tokopt.runtime.format.schedule import Entry, Trigger
+from tokopt.runtime.format.schedule import Entry, Schedule, Trigger
 from tokopt.runtime.format.signature import SEVERAL, find_role, with_role
 from tokopt.runtime.sampling import Sampling
 
@@ -68,9 +68,9 @@ class _Roles:
         )
 
 
-def chunk_size(manifest: Manifest, role: str) -> int:
-    """The most tokens that one call of the prefill or decode entry reads of a text of any length."""
-    entry = manifest.schedule.entry(role)
+def chunk_size(manifest: Manifest) -> int:
+    """The most tokens that one call of the program that reads prompts takes of a text of any length."""
+    entry = manifest.schedule.entry("prefill")
     assert entry is not None
     tokens = find_role(manifest.programs[entry.program].inputs, "tokens")
     if tokens is None:
@@ -87,10 +87,15 @@ def prompt_slots(manifest: Manifest, longest: int, more: int) -> int:
     """Slots to begin with for a prompt of ``longest`` tokens and ``more`` new ones, as far as they are not evicted."""
     schedule = manifest.schedule
     bounds = [trigger.every for trigger in schedule.triggers if trigger.prompt]
-    decode = schedule.entry("decode")
-    assert decode is not None
-    extra = decode.slots if isinstance(decode.slots, int) else 0
+    extra = _extra(schedule)
     return min(longest, *bounds) + min(more, BLOCK) + extra if bounds else longest + min(more, BLOCK) + extra
+
+
+def _extra(schedule: Schedule) -> int:
+    """The most slots that a call which decodes needs whatever it is given."""
+    return max(
+        (entry.slots for entry in schedule.of_role("decode") if isinstance(entry.slots, int)), default=0
+    )
 
 
 class Request:
@@ -122,7 +127,7 @@ class Request:
         self._counting = [trigger for trigger in self.schedule.triggers if trigger.after == "tokens"]
         self.since = [np.zeros(batch, np.int64) for _ in self._counting]
         self.program: Any = None
-        self._bound = ""
+        self._bound: dict[str, Any] = {}
         self._roles = {
             entry.program: _Roles.of(manifest.programs[entry.program]) for entry in self.schedule.entries
         }
@@ -176,11 +181,13 @@ class Request:
 
         ``limit`` [batch] is the most tokens that a row may commit, for a program that draws them. ``role`` tells the
         entry that reads them. ``mask`` [batch, n, n] bool says which new token (row) sees which (column), by default
-        itself and those before it. ``nodes`` are as many of the tree's as are proposed, by default all. Raises
-        InputError for a mask of another shape, or that the program cannot take.
+        itself and those before it. ``nodes`` are as many of the tree's as are proposed, by default all; with one, the
+        program runs that proposes none, where there is one. Raises InputError for a mask of another shape, or that the
+        program cannot take.
         """
         most = None if limit is None else self.allowed(limit)
-        entry = self.entry(role)
+        entry = self.schedule.decode(nodes) if role == "decode" else self.entry(role)
+        assert entry is not None
         if nodes is not None:
             entry = replace(entry, tree=entry.tree[:nodes])
         begun = time.perf_counter()
@@ -192,8 +199,8 @@ class Request:
         return emission
 
     def bind(self, name: str, program: Any) -> None:
-        """Let a program that is bound to this request's buffers be the one that runs; the one before is dropped."""
-        self.program, self._bound = program, name
+        """Let a program that is bound to this request's buffers be the one that runs."""
+        self.program = self._bound[name] = program
 
     def allowed(self, limit: np.ndarray, prompt: int = 0) -> np.ndarray:
         """``limit`` [batch], and no more than the tokens left to a row's next trigger.
@@ -206,7 +213,7 @@ class Request:
         return limit.astype(np.int64)
 
     def entry(self, role: str) -> Entry:
-        """The entry of role ``"prefill"`` or ``"decode"``."""
+        """The entry of role ``"prefill"``, or the first of role ``"decode"``."""
         entry = self.schedule.entry(role)
         assert entry is not None
         return entry
@@ -231,7 +238,7 @@ class Request:
 
     def _prompt_part(self, entry: Entry, left: int) -> int:
         """How many of the tokens that are left are read in one call."""
-        axis, size = self._tokens_axis(entry), min(left, chunk_size(self.manifest, "prefill"))
+        axis, size = self._tokens_axis(entry), min(left, chunk_size(self.manifest))
         if self._reads_at_once(entry):
             most = axis if isinstance(axis, int) else self.manifest.programs[entry.program].ranges[axis].max
             if most is not None and left > most:
@@ -346,16 +353,29 @@ class Request:
 
     def _call(self, entry: Entry, feed: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         """One call of a program, with the free slots that it needs."""
-        if self._bound != entry.program:
-            self.bind(entry.program, self.programs.bind(entry.program, self.buffers))
+        self._switch(entry.program)
         slots = needed_slots(entry, self.manifest.programs[entry.program], feed)
         if self._lacks(slots):
             self.used = self.buffers.occupied()
         if self._lacks(slots):
             sizes = self.buffers.slots
             self.buffers.resize({axis: max(capacity(self.used[axis] + slots), sizes[axis]) for axis in sizes})
-            self.program.bind()
+            self._rebind()
         return self.program.run(feed)
+
+    def _switch(self, name: str) -> None:
+        """Let a program be the one that runs, on the states that the one before left."""
+        if name not in self._bound:
+            self.bind(name, self.programs.bind(name, self.buffers))
+        elif self.program is not self._bound[name]:
+            self.program = self._bound[name]
+            self.program.follow()
+
+    def _rebind(self) -> None:
+        """Bind the program that runs to buffers of other sizes; the others are bound anew when they are to run."""
+        self._bound = {name: bound for name, bound in self._bound.items() if bound is self.program}
+        if self.program is not None:
+            self.program.bind()
 
     def _lacks(self, slots: int) -> bool:
         return any(self.used[axis] + slots > size for axis, size in self.buffers.slots.items())
@@ -410,13 +430,10 @@ class Request:
         if due.all():
             room = self._room()
             self.buffers.resize({axis: used + room for axis, used in self.used.items()})
-        if self.program is not None:
-            self.program.bind()
+        self._rebind()
 
     def _room(self) -> int:
         """Free slots after a trigger: as many as are filled until the next one, or until the context ends."""
-        decode = self.entry("decode")
         assert self.manifest.generation is not None
-        extra = decode.slots - 1 if isinstance(decode.slots, int) else 0
         every = min((trigger.every for trigger in self._counting), default=BLOCK)
-        return min(every, self.manifest.generation.context) + max(extra, 0)
+        return min(every, self.manifest.generation.context) + max(_extra(self.schedule) - 1, 0)

@@ -360,6 +360,7 @@ def _lower_programs(
             program,
             path,
             weights,
+            alike=bundle.schedule.proposing is not None,
             check=check,
             tolerance=tolerance,
             original=original,

@@ -47,6 +47,9 @@ function argmax(logits) {
   return best;
 }
 
+/** The entry that decodes and proposes tokens, where there is one. */
+const proposing = ({ schedule }) => schedule.entries.find(({ role, tree }) => role === 'decode' && tree?.length);
+
 /** The shape of nested lists. */
 const shapeOf = (nested) => (Array.isArray(nested) ? [nested.length, ...shapeOf(nested[0])] : []);
 
@@ -64,6 +67,11 @@ class Request {
 
   entry(role) {
     return this.manifest.schedule.entries.find((entry) => entry.role === role);
+  }
+
+  /** The entry that decodes when a call gets so many nodes: with one there is nothing to propose. */
+  decoding(nodes = 1) {
+    return (nodes > 1 ? proposing(this.manifest) : undefined) ?? this.entry('decode');
   }
 
   /** One call of a program on what roles of inputs stand for; its outputs by role. */
@@ -167,9 +175,9 @@ class Request {
 
   /** The tokens that follow the last one, which stands at `position`; `trees` says how many nodes are proposed. */
   async decode(token, position, limit, trees) {
-    const entry = this.entry('decode');
     const most = this.allowed(limit);
     const nodes = trees?.next(most);
+    const entry = this.decoding(nodes);
     const begun = performance.now();
     const made = await this.read(entry, [token], position, most, nodes);
     trees?.observe(nodes, (performance.now() - begun) / 1000, made.length, most);
@@ -267,7 +275,7 @@ const given = { inputs: await read(inputs), sampling: await read(sampling) };
 const takes = new Set(Object.values(model.manifest.programs).flatMap((program) => program.inputs.map(({ role }) => role)));
 const unknown = Object.keys(given.sampling).find((role) => !(role in DRAWING && takes.has(role)));
 if (unknown) throw new Error(`${folder} does not take ${unknown}; export it with the pass sample`);
-const most = model.manifest.schedule.entries.find(({ role }) => role === 'decode').tree?.length;
+const most = proposing(model.manifest)?.tree.length;
 const fixed = options.nodes === undefined ? undefined : Number(options.nodes);
 if ((options.compare || fixed !== undefined) && !most) throw new Error(`${folder} does not speculate`);
 if (fixed !== undefined && !(Number.isInteger(fixed) && fixed >= 1 && fixed <= most)) {

@@ -14,7 +14,7 @@ from torch.fx import Node
 from tokopt.errors import PassError, PassRefused
 from tokopt.ir.bundle import Bundle, Semantics, fresh
 from tokopt.ir.export import placeholders
-from tokopt.ir.format import BATCH, DRAWING, State, emits_tokens
+from tokopt.ir.format import BATCH, DRAWING, Entry, State, emits_tokens
 from tokopt.ir.graph import is_call, operand_at
 from tokopt.ir.program import AxisRange, Program, TensorSpec
 from tokopt.kernels import ops
@@ -76,7 +76,7 @@ class Speculate(Pass):
             raise PassError(f"{self.name}: program {name!r} draws its tokens already; leave sample out")
 
     def run(self, bundle: Bundle, context: Context) -> PassResult:
-        """Add the program that speculates; the one there was reads prompts and draws the first token."""
+        """Add the program that speculates; the one there was reads prompts, and decodes where nothing is proposed."""
         name, drafter = language_program(self.name, bundle), load_drafter(self.drafter)
         assert bundle.generation is not None
         step = bundle.programs[name]
@@ -91,15 +91,12 @@ class Speculate(Pass):
             return PassResult(bundle, 0, (), (Refusal(name, str(reason)),))
         added = fresh("speculate", bundle.programs)
         parents = best_first(drafter.rates, drafter.fade, self.nodes, self.depth)
-        entries = [
-            replace(entry, program=added, slots=NODES, tree=parents) if entry.role == "decode" else entry
-            for entry in bundle.schedule.entries
-        ]
+        entries = (*bundle.schedule.entries, Entry(added, "decode", NODES, parents))
         made = replace(
             drawing,
             programs={**drawing.programs, name: _reading(drawing, name, memory, drafter), added: speculating},
             states=(*drawing.states, *memory),
-            schedule=replace(bundle.schedule, entries=tuple(entries)),
+            schedule=replace(bundle.schedule, entries=entries),
         )
         return PassResult(made, 1)
 

@@ -156,6 +156,10 @@ class Fitting:
         """Bind the buffers as they are now; to be called after they were resized."""
         self.bound.bind()
 
+    def follow(self) -> None:
+        """Bind states that another program left in other memory of the same size."""
+        self.bound.follow()
+
     def run(self, feed: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """One call: the states move on, the other outputs are returned (valid until the next call)."""
         form = ONE_ROW if hides_later(feed[self.mask]) else PORTABLE

@@ -344,6 +344,9 @@ class BoundEngine:
             if not self.engine.writes_in_place(name) and (spare is None or spare.shape != value.shape):
                 self.spare[name] = self.buffers.like(value)
 
+    def follow(self) -> None:
+        """States are looked up in every call, wherever another program left them."""
+
     def run(self, feed: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """One call: the states move on, the other outputs are returned (valid until the next call)."""
         values = self.buffers.values

@@ -35,6 +35,7 @@ def check_schedule(
     _check_order(schedule, generation)
     for entry in schedule.entries:
         _check_entry(entry, programs[entry.program], generation)
+    _check_decodes(programs, tuple(schedule.of_role("decode")))
     encoders = {entry.program: programs[entry.program] for entry in schedule.of_role("encode")}
     _check_caller(encoders)
     _check_exits(encoders, schedule)
@@ -59,12 +60,17 @@ def _check_order(schedule: Schedule, generation: Generation | None) -> None:
     )
     if double := first_double(f"{entry.program} as {entry.role}" for entry in schedule.entries):
         raise FormatError(f"the schedule runs {short(double)} twice")
-    for role in ("prefill", "decode"):
-        require(
-            roles.count(role) == (generation is not None),
-            f"the schedule has {roles.count(role)} entries of role {role!r}, it must have one where there is "
-            "'generation', and none elsewhere",
-        )
+    prefills, decodes = roles.count("prefill"), roles.count("decode")
+    require(
+        prefills == (generation is not None),
+        f"the schedule has {prefills} entries of role 'prefill', it must have one where there is 'generation', and "
+        "none elsewhere",
+    )
+    require(
+        (decodes > 0) == (generation is not None),
+        f"the schedule has {decodes} entries of role 'decode', it must have one or more where there is 'generation', "
+        "and none elsewhere",
+    )
     require(
         generation is not None or not (schedule.triggers or schedule.endless),
         "the schedule has triggers or is endless, and nothing generates",
@@ -154,6 +160,43 @@ def _check_chunks(entry: Entry, program: Signature, count: str | int, where: str
         entry.role != "decode" or isinstance(count, str) or count == 1,
         f"{where} takes {count} tokens in every call, and a row has one to read",
     )
+
+
+def _check_decodes(programs: Mapping[str, Signature], entries: Sequence[Entry]) -> None:
+    """Entries that stand for one another: what a call is given, emits and leaves behind is the same for all."""
+    for number, entry in enumerate(entries[1:]):
+        first, where = (
+            entries[0],
+            f"the entry of program {short(entry.program)} is a further one that decodes, and",
+        )
+        require(
+            not number and bool(entry.tree) and not first.tree,
+            f"{where} only one may be, with a tree where the first has none",
+        )
+        one, other = programs[first.program], programs[entry.program]
+        for what, ours, theirs in (
+            ("is given", _told(one), _told(other)),
+            ("emits", _emitted(one), _emitted(other)),
+            ("changes the states", _changed(one), _changed(other)),
+        ):
+            require(
+                ours == theirs,
+                f"{where} {what} {', '.join(sorted(theirs)) or 'nothing'}, where the first has "
+                f"{', '.join(sorted(ours)) or 'nothing'}",
+            )
+
+
+def _told(program: Signature) -> set[str]:
+    """Roles of what a host decides for a call; which token sees which follows from the number of tokens."""
+    return {tensor.role for tensor in program.inputs} - {"parent", "mask", "rows", "link", "state"}
+
+
+def _emitted(program: Signature) -> set[str]:
+    return {tensor.role for tensor in program.outputs} - {"link", "written", "state"}
+
+
+def _changed(program: Signature) -> set[str]:
+    return {tensor.state for tensor in program.outputs if tensor.state is not None}
 
 
 def _check_caller(encoders: Mapping[str, Signature]) -> None:

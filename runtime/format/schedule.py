@@ -23,7 +23,8 @@ class Entry:
     inputs, such as that of its tokens.
 
     ``tree`` is for a program that proposes tokens: of every node the one that it follows, -1 of the first, which is the
-    last committed token. Its first n nodes are a tree, too, so that a host may propose fewer.
+    last committed token. Its first n nodes are a tree, too, so that a host may propose fewer. An entry without one
+    beside it proposes none, and is what runs where nothing is to be proposed.
     """
 
     program: str
@@ -51,9 +52,10 @@ class Trigger:
 class Schedule:
     """All that a host needs to drive a model, beside the roles of inputs and outputs.
 
-    Entries of one role run in their order. What a call emits follows from the roles of the program's outputs: arrays,
-    logits that the host draws from, or tokens with their count. ``endless``: a text may outgrow the context of
-    :class:`.Generation`, since a trigger renumbers positions.
+    Entries that encode run one after another, in their order. Those that decode stand for one another: a call runs one
+    of them, the first where nothing speaks for another. What a call emits follows from the roles of the program's
+    outputs: arrays, logits that the host draws from, or tokens with their count. ``endless``: a text may outgrow the
+    context of :class:`.Generation`, since a trigger renumbers positions.
     """
 
     entries: tuple[Entry, ...]
@@ -65,8 +67,21 @@ class Schedule:
         return (entry for entry in self.entries if entry.role == role)
 
     def entry(self, role: str) -> Entry | None:
-        """The one entry of role ``"prefill"`` or ``"decode"``; None without one."""
+        """The entry of role ``"prefill"``, or the first of role ``"decode"``; None without one."""
         return next(self.of_role(role), None)
+
+    def decode(self, nodes: int | None = None) -> Entry | None:
+        """What decodes when a call proposes a tree of so many nodes, the committed token included, by default all.
+
+        A single node runs as an entry without a tree where there is one.
+        """
+        proposing = self.proposing if nodes != 1 else None
+        return proposing or self.entry("decode")
+
+    @property
+    def proposing(self) -> Entry | None:
+        """The entry that decodes and proposes tokens; None where none does."""
+        return next((entry for entry in self.of_role("decode") if entry.tree), None)
 
     @property
     def generates(self) -> bool:

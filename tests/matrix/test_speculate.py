@@ -43,6 +43,26 @@ def test_speculation_changes_no_token(name: str, passes: str, pass_: str, sampli
             assert fast.generate(given, max_tokens=60, sampling=sampling, nodes=nodes) == want
 
 
+def test_with_one_node_the_program_decodes_that_reads() -> None:
+    """It proposes nothing; a host may run it in every call, and finds the same states."""
+    schedule = artifact("llama", "speculate").manifest.schedule
+    (reading,), (plain, proposing) = (tuple(schedule.of_role(role)) for role in ("prefill", "decode"))
+    assert plain.program == reading.program != proposing.program
+    assert not plain.tree and len(proposing.tree) == 8
+    assert (schedule.decode(1), schedule.decode(2), schedule.decode()) == (plain, proposing, proposing)
+
+
+@pytest.mark.filterwarnings("ignore:.*about none was accepted")
+def test_with_kernels_both_programs_round_alike() -> None:
+    """Weights in blocks, and an attention that gives a token the same bits alone and among others."""
+    model, ids = artifact("llama", "rtn{group=16},speculate"), prompt(7) * 6
+    if not model.kernels.library:
+        pytest.skip(str(model.kernels))
+    plain, whole = (model.generate(ids, max_tokens=60, nodes=nodes) for nodes in (1, model.nodes))
+    assert whole.statistics.decode_calls < plain.statistics.decode_calls
+    assert plain.tokens == whole.tokens and plain.logprobs == whole.logprobs
+
+
 @cases
 def test_fewer_calls_write_the_same_text(name: str, passes: str, pass_: str) -> None:
     """Toy models repeat themselves, and what repeats is proposed."""

@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 
-from tests.runtime.toys import STATES, VOCABULARY, encoder, evictor, program, reader, reads, toy
+from tests.runtime.toys import STATES, VOCABULARY, choosing, encoder, evictor, program, reader, reads, toy
 from tokopt.runtime.format.checks import FormatError, check_format
 from tokopt.runtime.format.link import Link, Port
 from tokopt.runtime.format.manifest import Manifest, ProgramEntry
 from tokopt.runtime.format.schedule import Entry, Schedule, Trigger
-from tokopt.runtime.format.signature import Tensor
+from tokopt.runtime.format.signature import Tensor, find_role
 from tokopt.runtime.format.state import Occupancy, State
 
 Y, DONE = Tensor("y", "float32", ("batch", 1), "output"), Tensor("done", "bool", ("batch",), "done")
@@ -24,8 +24,9 @@ def check(manifest: Manifest) -> None:
     check_format(manifest.programs, manifest.states, manifest.links, manifest.schedule, manifest.generation)
 
 
-def test_the_toy_keeps_every_law() -> None:
+def test_the_toys_keep_every_law() -> None:
     check(toy())
+    check(choosing())
 
 
 def test_a_program_that_nothing_runs_is_allowed() -> None:
@@ -82,6 +83,20 @@ def encoders(schedule: str, **programs: ProgramEntry) -> Manifest:
     """A model of nothing but programs that run once, in the order of ``schedule``."""
     return Manifest(programs, {}, Schedule(tuple(Entry(name, "encode") for name in schedule)))
 
+
+def decoding(*programs: ProgramEntry) -> Manifest:
+    """A model with so many programs that decode, with a tree for each that takes one."""
+    made = choosing()
+    named = {f"go_{i}": program for i, program in enumerate(programs)}
+    entries = [
+        Entry(name, "decode", 4, (-1, 0) if find_role(program.inputs, "parent") else ())
+        for name, program in named.items()
+    ]
+    schedule = replace(made.schedule, entries=(made.schedule.entries[0], *entries))
+    return replace(made, programs={"read": made.programs["read"], **named}, schedule=schedule)
+
+
+DRAWS, GUESSES = choosing().programs["go"], choosing().programs["guess"]
 
 BROKEN: dict[str, tuple[Callable[[], Manifest], str]] = {
     # programs
@@ -273,7 +288,27 @@ BROKEN: dict[str, tuple[Callable[[], Manifest], str]] = {
             with_program("other", reader(emits="logits", count=1)),
             schedule=replace(toy().schedule, entries=(*toy().schedule.entries, Entry("other", "decode", 1))),
         ),
-        "has 2 entries of role 'decode'",
+        "'other' is a further one that decodes, and only one may be, with a tree where the first has none",
+    ),
+    "trees alone": (
+        lambda: decoding(GUESSES, GUESSES),
+        "'go_1' is a further one that decodes, and only one may be",
+    ),
+    "three decodes": (
+        lambda: decoding(DRAWS, GUESSES, GUESSES),
+        "'go_2' is a further one that decodes, and only one may be",
+    ),
+    "decodes that are told other things": (
+        lambda: decoding(DRAWS, reader("limit", "parent", "seed", emits="tokens", count=1)),
+        "'go_1' .* is given limit, positions, seed, tokens, where the first has limit, positions, tokens",
+    ),
+    "decodes that emit other things": (
+        lambda: decoding(reader("limit", emits="logits", count=1), GUESSES),
+        "'go_1' .* emits count, tokens, where the first has logits",
+    ),
+    "decodes with other states": (
+        lambda: decoding(DRAWS, replace(GUESSES, outputs=GUESSES.outputs[:-1], aliases={})),
+        "'go_1' .* changes the states length, where the first has history, length",
     ),
     "no generation": (
         lambda: replace(toy(), generation=None),

@@ -21,6 +21,7 @@ from tests.runtime.toys import (
     STATES,
     VOCABULARY,
     Graph,
+    choosing,
     encoder,
     evictor,
     program,
@@ -133,6 +134,58 @@ def test_a_text_ends_at_the_context(tmp_path: Path) -> None:
     short = opened(tmp_path, replace(toy(), generation=Generation(8, VOCABULARY)))
     got = short.generate(PROMPTS, max_tokens=50, inputs={"images": IMAGES})
     assert [len(row.tokens) for row in got] == [5, 7, 6]
+
+
+# ------------------------------------------------------------------------------- several that decode
+
+
+def test_a_call_runs_what_fits_its_nodes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a single node the program that takes no tree; each goes on from what the other left, in any order."""
+    both = opened(tmp_path, choosing())
+    assert both.nodes == 3
+    ran: list[tuple[str, tuple[int, ...]]] = []
+    original = loop.Request.emit
+
+    def record(request: loop.Request, entry: Entry, *rest: Any) -> loop.Emission:
+        ran.append((entry.program, entry.tree))
+        return original(request, entry, *rest)
+
+    monkeypatch.setattr(loop.Request, "emit", record)
+    request = both.open(1, 1)
+    made, got = request.prefill([[1, 2]], np.array([1])), list[int]()
+    for nodes in (1, 3, 1, 1, 2, None, 1) * 3:
+        assert made.tokens is not None and made.count is not None
+        got += made.tokens[0, : made.count[0]].tolist()
+        made = request.step(np.array([got[-1:]]), np.array([[len(got)]]), limit=np.array([9]), nodes=nodes)
+    wanted = [
+        ("go", ()),
+        ("guess", (-1, 0, 1)),
+        ("go", ()),
+        ("go", ()),
+        ("guess", (-1, 0)),
+        ("guess", (-1, 0, 1)),
+    ]
+    assert ran[1:] == [*wanted, ("go", ())] * 3
+    assert got == text([2], 1, len(got))
+    length = int(request.buffers.read("length")[0])
+    assert length > loop.BLOCK  # the buffers grew
+    assert request.buffers.read("history")[0, : len(got) + 1].tolist() == [1, 2, *got[:-1]]
+
+
+@pytest.mark.parametrize(("nodes", "program"), [(1, "go"), (3, "guess")])
+def test_a_text_has_the_nodes_it_asks_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, nodes: int, program: str
+) -> None:
+    both, ran = opened(tmp_path, choosing()), list[str]()
+    original = loop.Request.emit
+
+    def record(request: loop.Request, entry: Entry, *rest: Any) -> loop.Emission:
+        ran.append(entry.program)
+        return original(request, entry, *rest)
+
+    monkeypatch.setattr(loop.Request, "emit", record)
+    assert list(both.generate([1, 2], max_tokens=9, nodes=nodes).tokens) == text([2], 1, 9)
+    assert set(ran) == {"read", program}
 
 
 # ---------------------------------------------------------------------------------------------- prompts

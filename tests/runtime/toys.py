@@ -55,7 +55,13 @@ def program(
 
 def reader(*roles: str, emits: str, links: int = 0, count: str | int = "n") -> ProgramEntry:
     """A program that reads tokens; ``roles`` are inputs beside tokens and positions."""
-    axes = {"mask": ("batch", count, count), "rows": ("k",), "limit": ("batch",)}
+    axes = {
+        "mask": ("batch", count, count),
+        "rows": ("k",),
+        "limit": ("batch",),
+        "seed": ("batch",),
+        "parent": ("nodes",),
+    }
     kinds = {"mask": "bool"}
     inputs = [Tensor(name, "int64", ("batch", count), name) for name in ("tokens", "positions")]
     inputs += [Tensor(role, kinds.get(role, "int64"), axes[role], role) for role in roles]
@@ -69,6 +75,21 @@ def reader(*roles: str, emits: str, links: int = 0, count: str | int = "n") -> P
     states = [reads("length"), reads("history")]
     made = [reads("length", new=True), reads("history", new=True)]
     return program([*inputs, *states], [*outputs, *made], {"next_history": "history"})
+
+
+def choosing() -> Manifest:
+    """One program that reads, two that decode: ``go`` proposes nothing, ``guess`` takes a tree; both draw tokens."""
+    programs = {
+        "read": reader("limit", emits="tokens"),
+        "go": reader("limit", emits="tokens", count=1),
+        "guess": reader("limit", "parent", emits="tokens", count=1),
+    }
+    entries = (
+        Entry("read", "prefill", "n"),
+        Entry("go", "decode", DRAWN),
+        Entry("guess", "decode", DRAWN, (-1, 0, 1)),
+    )
+    return Manifest(programs, {}, Schedule(entries), STATES[:2], generation=Generation(64, VOCABULARY))
 
 
 def evictor(*, due: bool) -> ProgramEntry:

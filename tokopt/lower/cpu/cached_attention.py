@@ -47,16 +47,15 @@ LOW, HIGH = -128, 127
 class CachedAttention(CachedAttentions):
     """``Attention`` and the writes of the cache that it reads.
 
-    A program that verifies proposed tokens computes them ``alike``: what a token follows decides its bits, not how many
+    Programs of a model that proposes tokens compute them ``alike``: what a token follows decides its bits, not how many
     others were proposed. So its text is the one that is written token by token.
     """
 
     name: ClassVar[str] = "attention and its cache as one op of tokopt's CPU kernels"
 
-    def __init__(self, model: ir.Model, program: Program) -> None:
+    def __init__(self, model: ir.Model, program: Program, *, alike: bool) -> None:
         super().__init__(program.aliases)
-        self.model = model
-        self.alike = any(spec.role == "parent" for spec in program.inputs)
+        self.model, self.alike = model, alike
 
     def check(self, site: Site) -> None:
         """The kernel takes a mask over slots, of all heads or of each."""

@@ -29,6 +29,7 @@ def lower_with_kernels(
     path: Path,
     weights: WeightFile,
     *,
+    alike: bool = False,
     check: bool = True,
     tolerance: float | None = None,
     original: Program | None = None,
@@ -37,14 +38,15 @@ def lower_with_kernels(
 ) -> Path | None:
     """Write the portable ``<name>.onnx`` at ``path`` with ops of tokopt's CPU kernels beside it, ``<name>.cpu.onnx``.
 
-    ``weights`` is the file of weights of both, which holds the same codes once. The result carries the bodies of the
-    ops that it calls, and ``check`` compares what these bodies compute, in float32 arithmetic, with the program, or
-    with ``original``, the program before it was cleaned up, in the outputs ``compared``. ``report`` is told what was
+    ``weights`` is the file of weights of both, which holds the same codes once. ``alike`` is for a model that proposes
+    tokens: the same bits for a token beside any number of others, in all of its programs. The result carries the bodies
+    of the ops that it calls, and ``check`` compares what these bodies compute, in float32 arithmetic, with the program,
+    or with ``original``, the program before it was cleaned up, in the outputs ``compared``. ``report`` is told what was
     fused and what was left.
     Returns None, and writes nothing, when there is nothing to fuse. Raises LoweringError when the two disagree.
     """
     model = ir.load(path)
-    outcomes = fuse_for_kernels(model, program)
+    outcomes = fuse_for_kernels(model, program, alike=alike)
     for outcome in outcomes:
         if report is not None and outcome.candidates:
             report(outcome)
@@ -66,9 +68,9 @@ def lower_with_kernels(
     return target
 
 
-def fuse_for_kernels(model: ir.Model, program: Program) -> list[Outcome]:
+def fuse_for_kernels(model: ir.Model, program: Program, *, alike: bool = False) -> list[Outcome]:
     """Rewrite ``model`` in place; without something that becomes an op, nothing is changed."""
-    attention = CachedAttention(model, program)
+    attention = CachedAttention(model, program, alike=alike)
     outcomes = [
         apply_rule(QuantizedLinear(model), model.graph),
         apply_rule(Int8Linear(model), model.graph),
