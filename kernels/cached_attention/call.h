@@ -2,6 +2,9 @@
 //
 // A unit is a row of the batch and one of its key heads. New keys and values are written first. Few rows of queries then
 // read the slots in parts, which are merged by whoever is last; many are read in blocks, each over all of its slots.
+//
+// Rows of queries whose slots are listed together are a strip: all of a unit's. Where tokens are computed alike, a strip
+// is the rows of one token, so that neither what it reads nor the order of any sum depends on the tokens beside it.
 #pragma once
 
 #include <algorithm>
@@ -85,12 +88,12 @@ class Pieces {
 
 class Call {
   public:
-    // Where rows are computed `alike`, nothing that is summed is parted by how many there are.
     Call(const Code& code, const Given& given, bool alike)
         : code(code),
           given(given),
           sizes(given.sizes),
           alike(alike),
+          strips(alike ? sizes.tokens : 1),
           block(std::max<size_t>(1, alike ? sizes.tokens : BLOCK / sizes.group())),
           blocks((sizes.tokens + block - 1) / block) {}
 
@@ -108,7 +111,7 @@ class Call {
         lists = given.mask.by_key_head || given.mask.by_head ? units : sizes.batch;
         prepare(scratch);
         const size_t work = sizes.tokens * (sizes.group() + 2) * sizes.channels;
-        share(api, context, lists, sizes.tokens * sizes.slots / 8, &Call::list);
+        share(api, context, lists * strips, sizes.tokens / strips * sizes.slots / 8, &Call::list);
         share(api, context, units, work, &Call::start_unit);
         split();
         share(api, context, units * most_parts, SERIAL, &Call::read_part);
@@ -138,8 +141,8 @@ class Call {
 
     size_t unit_bytes() const { return sizes.slots * sizes.channels * given.caches.width(); }
     size_t padded(size_t rows) const { return (rows + code.width - 1) / code.width * code.width; }
-    size_t rows() const { return std::min(block, sizes.tokens) * sizes.group(); }  // of a block, at most
-    size_t state() const { return (sizes.channels + 2) * padded(rows()); }         // numbers: o, m and l
+    size_t rows() const { return std::min(block, sizes.tokens) / strips * sizes.group(); }  // of a strip or block, at most
+    size_t state() const { return (sizes.channels + 2) * padded(rows()); }                  // numbers: o, m and l
 
     void copy(size_t unit) {
         const size_t bytes = unit_bytes(), place = unit * bytes;
@@ -234,13 +237,30 @@ class Call {
             }
             one = any;
         }
-        size_t count = 0;
-        for (size_t slot = 0; slot < slots; ++slot) {
-            into[count] = step < all && !every[slot] ? ~int32_t(slot) : int32_t(slot);
-            count += one[slot] != 0;
+        size_t count = 0, slot = 0;
+        const auto take = [&](size_t end) {
+            for (; slot < end; ++slot) {
+                into[count] = step < all && !every[slot] ? ~int32_t(slot) : int32_t(slot);
+                count += one[slot] != 0;
+            }
+        };
+        constexpr size_t WORD = 8;
+        while (slot + WORD <= slots) {  // most are seen by all, or by none
+            const size_t end = slot + WORD;
+            if (same(step < all ? every + slot : one + slot, 0x0101010101010101u)) {
+                for (; slot < end; ++slot) into[count++] = int32_t(slot);
+            } else if (same(one + slot, 0)) {
+                slot = end;
+            } else {
+                take(end);
+            }
         }
+        take(slots);
         return count;
     }
+
+    // Whether eight bytes are those of a word.
+    static bool same(const uint8_t* bytes, uint64_t word) { return std::memcmp(bytes, &word, sizeof word) == 0; }
 
     // Strides of queries and of sums in a panel.
     struct Layout {
@@ -292,32 +312,21 @@ class Call {
         return room;
     }
 
-    // `rows` attend to slots; room: see chunk_room. Where rows are computed alike, the largest score of each is known
-    // first: its sums then depend on nothing but the order of the slots that it sees.
+    // `rows` attend to the slots of a chunk, `count` at most CHUNK; room: see chunk_room.
     void attend(const Rows& rows, size_t unit, const int32_t* slots, size_t count, float* room) const {
-        if (alike) work(code.raise, rows, unit, slots, count, room);
-        work(code.attend, rows, unit, slots, count, room);
-    }
-
-    using Work = void (*const[MOST_VECTORS])(const Panel&, const Chunk&);
-    void work(Work& done, const Rows& rows, size_t unit, const int32_t* slots, size_t count, float* room) const {
         const size_t channels = sizes.channels;
         float *keys = room + CHUNK * MOST_ROWS, *values = keys + CHUNK * channels;
-        for (size_t first = 0; first < count; first += CHUNK) {
-            const size_t some = std::min(CHUNK, count - first);
-            const int32_t* own = slots + first;
-            const Chunk chunk = {together(given.caches.next_keys, unit, own, some, keys),
-                                 together(given.caches.next_values, unit, own, some, values),
-                                 own,
-                                 some,
-                                 channels,
-                                 given.cap,
-                                 std::any_of(own, own + some, [](int32_t slot) { return slot < 0; }),
-                                 rows.masks};
-            for (size_t r = 0; r < rows.count; r += code.rows()) {
-                const Panel panel = panel_of(rows.q, room, rows.state, r, rows.count);
-                done[vectors(panel) - 1](panel, chunk);
-            }
+        const Chunk chunk = {together(given.caches.next_keys, unit, slots, count, keys),
+                             together(given.caches.next_values, unit, slots, count, values),
+                             slots,
+                             count,
+                             channels,
+                             given.cap,
+                             std::any_of(slots, slots + count, [](int32_t slot) { return slot < 0; }),
+                             rows.masks};
+        for (size_t r = 0; r < rows.count; r += code.rows()) {
+            const Panel panel = panel_of(rows.q, room, rows.state, r, rows.count);
+            code.attend[vectors(panel) - 1](panel, chunk);
         }
     }
     size_t chunk_room() const { return CHUNK * (MOST_ROWS + 2 * sizes.channels); }
@@ -360,78 +369,106 @@ class Call {
         const Rows rows = {count, masks_of(unit / sizes.key_heads, unit % sizes.key_heads, first), q, own};
         queries(unit, first, last, q);
         clear(own);
-        attend(rows, unit, slots, seen(rows.masks, count, bytes, slots), room);
+        const size_t all = seen(rows.masks, count, bytes, slots);
+        for (size_t slot = 0; slot < all; slot += CHUNK)
+            attend(rows, unit, slots + slot, std::min(CHUNK, all - slot), room);
         finish(rows, unit, first);
     }
 
     // Few rows: what the parts of a unit share.
     void prepare(Scratch& scratch) {
         const auto cut = [&](Pieces pieces) {
-            q = pieces.take<float>(sizes.units() * padded(rows()) * sizes.channels);
-            slots = pieces.take<int32_t>(lists * sizes.slots);
-            bytes = pieces.take<uint8_t>(lists * 2 * sizes.slots);
-            counts = pieces.take<size_t>(lists);
+            q = pieces.take<float>(sizes.units() * strips * padded(rows()) * sizes.channels);
+            slots = pieces.take<int32_t>(lists * strips * sizes.slots);
+            bytes = pieces.take<uint8_t>(lists * strips * 2 * sizes.slots);
+            counts = pieces.take<size_t>(lists * strips);
             return pieces.used;
         };
         cut(Pieces(scratch.of(cut(Pieces()))));
     }
-    size_t list_of(size_t unit) const { return lists == sizes.units() ? unit : unit / sizes.key_heads; }
+    size_t tokens() const { return sizes.tokens / strips; }  // of a strip
+    // The list of a unit's first strip; those of the others follow it.
+    size_t list_of(size_t unit) const { return (lists == sizes.units() ? unit : unit / sizes.key_heads) * strips; }
 
     void list(size_t i) {
-        const size_t unit = lists == sizes.units() ? i : i * sizes.key_heads;
-        const Masks masks = masks_of(unit / sizes.key_heads, unit % sizes.key_heads, 0);
+        const size_t unit = lists == sizes.units() ? i / strips : i / strips * sizes.key_heads;
+        const Masks masks = masks_of(unit / sizes.key_heads, unit % sizes.key_heads, i % strips * tokens());
         counts[i] = seen(masks, rows(), bytes + 2 * i * sizes.slots, slots + i * sizes.slots);
+    }
+
+    float* queries_of(size_t unit, size_t strip) const {
+        return q + (unit * strips + strip) * padded(rows()) * sizes.channels;
     }
 
     void start_unit(size_t unit) {
         write(unit);
-        queries(unit, 0, sizes.tokens, q + unit * padded(rows()) * sizes.channels);
+        for (size_t strip = 0; strip < strips; ++strip)
+            queries(unit, strip * tokens(), (strip + 1) * tokens(), queries_of(unit, strip));
     }
 
-    // So many parts that the threads have enough to share out, and that none is small.
+    // So many parts that the threads have enough to share out, and that none is small; for strips of a token always the
+    // same, which its sums depend on.
     void split() {
         static thread_local Scratch scratch;
         size_t total = 0, most = 1;
         for (size_t unit = 0; unit < sizes.units(); ++unit) {
             total += counts[list_of(unit)];
-            most = std::max(most, counts[list_of(unit)]);
+            most = std::max(most, longest(unit));
         }
-        part = alike ? std::max<size_t>(1, sizes.slots) : std::max(PART, (total / TASKS + CHUNK - 1) / CHUNK * CHUNK);
+        part = alike ? PART : std::max(PART, (total / TASKS + CHUNK - 1) / CHUNK * CHUNK);
         most_parts = (most + part - 1) / part;
         const auto cut = [&](Pieces pieces) {
             pending = pieces.take<std::atomic<size_t>>(sizes.units());
-            states = pieces.take<float>(most_parts > 1 ? sizes.units() * most_parts * state() : 0);
+            states = pieces.take<float>(most_parts > 1 ? sizes.units() * most_parts * strips * state() : 0);
             return pieces.used;
         };
         cut(Pieces(scratch.of(cut(Pieces()))));
-        for (size_t unit = 0; unit < sizes.units(); ++unit) new (&pending[unit]) std::atomic<size_t>(parts_of(unit));
+        for (size_t unit = 0; unit < sizes.units(); ++unit)
+            new (&pending[unit]) std::atomic<size_t>(parts_of(longest(unit)));
     }
-    size_t parts_of(size_t unit) const { return std::max<size_t>(1, (counts[list_of(unit)] + part - 1) / part); }
+    size_t longest(size_t unit) const {
+        const size_t* own = counts + list_of(unit);
+        return *std::max_element(own, own + strips);
+    }
+    size_t parts_of(size_t count) const { return std::max<size_t>(1, (count + part - 1) / part); }
+
+    // The sums of a part of a unit's slots, strip after strip.
+    float* state_of(size_t unit, size_t own_part, size_t strip, float* alone) const {
+        return (most_parts > 1 ? states + (unit * most_parts + own_part) * strips * state() : alone) + strip * state();
+    }
 
     void read_part(size_t i) {
         static thread_local Scratch scratch;
-        const size_t unit = i / most_parts, own_part = i % most_parts, parts = parts_of(unit), list = list_of(unit);
-        if (own_part >= parts) return;
-        float* room = reinterpret_cast<float*>(scratch.of(4 * (chunk_room() + state())));
-        float* own = most_parts > 1 ? states + (unit * most_parts + own_part) * state() : room + chunk_room();
-        const Masks masks = masks_of(unit / sizes.key_heads, unit % sizes.key_heads, 0);
-        const Rows rows = {this->rows(), masks, q + unit * padded(this->rows()) * sizes.channels, own};
-        const size_t first = own_part * part, count = std::min(part, counts[list] - std::min(first, counts[list]));
-        clear(own);
-        attend(rows, unit, slots + list * sizes.slots + first, count, room);
+        const size_t unit = i / most_parts, own_part = i % most_parts, list = list_of(unit);
+        if (own_part >= parts_of(longest(unit))) return;
+        float* room = reinterpret_cast<float*>(scratch.of(4 * (chunk_room() + strips * state())));
+        float* alone = room + chunk_room();
+        const auto rows_of = [&](size_t strip, size_t own_part) {
+            const Masks masks = masks_of(unit / sizes.key_heads, unit % sizes.key_heads, strip * tokens());
+            return Rows{rows(), masks, queries_of(unit, strip), state_of(unit, own_part, strip, alone)};
+        };
+        for (size_t strip = 0; strip < strips; ++strip) clear(state_of(unit, own_part, strip, alone));
+        for (size_t first = own_part * part; first < (own_part + 1) * part; first += CHUNK) {
+            for (size_t strip = 0; strip < strips; ++strip) {
+                const size_t count = counts[list + strip];
+                if (first < count)
+                    attend(rows_of(strip, own_part), unit, slots + (list + strip) * sizes.slots + first,
+                           std::min(CHUNK, count - first), room);
+            }
+        }
         if (pending[unit].fetch_sub(1, std::memory_order_acq_rel) > 1) return;
-        if (parts > 1) join(rows, states + unit * most_parts * state(), parts);
-        finish({rows.count, masks, rows.q, parts > 1 ? states + unit * most_parts * state() : own}, unit, 0);
+        for (size_t strip = 0; strip < strips; ++strip) {
+            const Rows rows = rows_of(strip, 0);
+            for (size_t p = 1; p < parts_of(counts[list + strip]); ++p) join(rows, state_of(unit, p, strip, alone));
+            finish(rows, unit, strip * tokens());
+        }
     }
 
-    // All parts of a unit into the first.
-    void join(const Rows& rows, float* first, size_t parts) const {
-        for (size_t p = 1; p < parts; ++p) {
-            for (size_t r = 0; r < rows.count; r += code.rows()) {
-                const Panel into = panel_of(rows.q, nullptr, first, r, rows.count);
-                const Panel other = panel_of(rows.q, nullptr, first + p * state(), r, rows.count);
-                code.merge[vectors(into) - 1](into, other);
-            }
+    // What rows have made of another part of their slots.
+    void join(const Rows& rows, float* other) const {
+        for (size_t r = 0; r < rows.count; r += code.rows()) {
+            const Panel into = panel_of(rows.q, nullptr, rows.state, r, rows.count);
+            code.merge[vectors(into) - 1](into, panel_of(rows.q, nullptr, other, r, rows.count));
         }
     }
 
@@ -439,6 +476,7 @@ class Call {
     const Given& given;
     const Sizes& sizes;
     const bool alike;
+    const size_t strips;         // of a unit; one for each token where tokens are computed alike
     const size_t block, blocks;  // tokens of a block of queries, and how many blocks there are
     void (Call::*current)(size_t) = nullptr;
     size_t lists = 0, part = 1, most_parts = 1;

@@ -55,8 +55,7 @@ struct Chunk {
 struct Code {
     bool few;               // channels lie in the lanes of vectors, and not rows: see few.h
     size_t width, vectors;  // rows in a vector, vectors in a panel
-    void (*attend[MOST_VECTORS])(const Panel&, const Chunk&);       // [vectors - 1]
-    void (*raise[MOST_VECTORS])(const Panel&, const Chunk&);        // none where few
+    void (*attend[MOST_VECTORS])(const Panel&, const Chunk&);  // [vectors - 1]
     void (*merge[MOST_VECTORS])(const Panel&, const Panel& other);
     void (*widen)(const int8_t* from, size_t count, float* into);
 
@@ -69,8 +68,8 @@ using namespace vector_plain;
 constexpr int VECTORS = 2, STEP = 4, FEW = 2;
 #include "panel.h"
 #include "few.h"
-constexpr Code CODE = {false, WIDTH, VECTORS, {attend<1>, attend<2>}, {raise<1>, raise<2>}, {merge<1>, merge<2>}, widen};
-constexpr Code FEW_CODE = {true, 1, 4, {attend_few<1>, attend_few<2>, attend_few<3>, attend_few<4>}, {}, {merge_few<1>, merge_few<2>, merge_few<3>, merge_few<4>}, widen};
+constexpr Code CODE = {false, WIDTH, VECTORS, {attend<1>, attend<2>}, {merge<1>, merge<2>}, widen};
+constexpr Code FEW_CODE = {true, 1, 4, {attend_few<1>, attend_few<2>, attend_few<3>, attend_few<4>}, {merge_few<1>, merge_few<2>, merge_few<3>, merge_few<4>}, widen};
 #undef TARGET
 }  // namespace plain
 
@@ -81,8 +80,8 @@ using namespace vector_avx2;
 constexpr int VECTORS = 2, STEP = 4, FEW = 2;
 #include "panel.h"
 #include "few.h"
-constexpr Code CODE = {false, WIDTH, VECTORS, {attend<1>, attend<2>}, {raise<1>, raise<2>}, {merge<1>, merge<2>}, widen};
-constexpr Code FEW_CODE = {true, 1, 4, {attend_few<1>, attend_few<2>, attend_few<3>, attend_few<4>}, {}, {merge_few<1>, merge_few<2>, merge_few<3>, merge_few<4>}, widen};
+constexpr Code CODE = {false, WIDTH, VECTORS, {attend<1>, attend<2>}, {merge<1>, merge<2>}, widen};
+constexpr Code FEW_CODE = {true, 1, 4, {attend_few<1>, attend_few<2>, attend_few<3>, attend_few<4>}, {merge_few<1>, merge_few<2>, merge_few<3>, merge_few<4>}, widen};
 #undef TARGET
 }  // namespace avx2
 
@@ -92,8 +91,8 @@ using namespace vector_avx512;
 constexpr int VECTORS = 2, STEP = 8, FEW = 4;
 #include "panel.h"
 #include "few.h"
-constexpr Code CODE = {false, WIDTH, VECTORS, {attend<1>, attend<2>}, {raise<1>, raise<2>}, {merge<1>, merge<2>}, widen};
-constexpr Code FEW_CODE = {true, 1, 4, {attend_few<1>, attend_few<2>, attend_few<3>, attend_few<4>}, {}, {merge_few<1>, merge_few<2>, merge_few<3>, merge_few<4>}, widen};
+constexpr Code CODE = {false, WIDTH, VECTORS, {attend<1>, attend<2>}, {merge<1>, merge<2>}, widen};
+constexpr Code FEW_CODE = {true, 1, 4, {attend_few<1>, attend_few<2>, attend_few<3>, attend_few<4>}, {merge_few<1>, merge_few<2>, merge_few<3>, merge_few<4>}, widen};
 #undef TARGET
 }  // namespace avx512
 #elif ARM
@@ -106,19 +105,17 @@ constexpr int VECTORS = 4, STEP = 4, FEW = 4;
 constexpr Code CODE = {false, WIDTH,
                        VECTORS,
                        {attend<1>, attend<2>, attend<3>, attend<4>},
-                       {raise<1>, raise<2>, raise<3>, raise<4>},
                        {merge<1>, merge<2>, merge<3>, merge<4>},
                        widen};
-constexpr Code FEW_CODE = {true, 1, 4, {attend_few<1>, attend_few<2>, attend_few<3>, attend_few<4>}, {}, {merge_few<1>, merge_few<2>, merge_few<3>, merge_few<4>}, widen};
+constexpr Code FEW_CODE = {true, 1, 4, {attend_few<1>, attend_few<2>, attend_few<3>, attend_few<4>}, {merge_few<1>, merge_few<2>, merge_few<3>, merge_few<4>}, widen};
 #undef TARGET
 }  // namespace neon
 #endif
 
-// What attends fastest with so many rows of queries of a key head; where they are to be computed alike, whatever their
-// number, lanes hold rows.
-const Code& code(Isa isa, size_t rows, size_t channels, bool alike) {
+// What attends fastest with so many rows of queries in a strip.
+const Code& code(Isa isa, size_t rows, size_t channels) {
     const auto fitting = [&](const Code& few, const Code& many, size_t width) -> const Code& {
-        return !alike && rows <= FEW_ROWS && channels % width == 0 ? few : many;
+        return rows <= FEW_ROWS && channels % width == 0 ? few : many;
     };
     switch (isa) {
 #if X86

@@ -18,6 +18,9 @@ enum Input : size_t {
 };
 const char* const INPUT_NAMES[INPUTS] = {"query", "key", "value", "past_key",  "past_value", "length",
                                          "mask",  "cos", "sin",   "key_scale", "value_scale"};
+// Tokens of a call that are computed alike, where the node asks for it: a prompt's are more, and no tree's.
+constexpr size_t MOST_ALIKE = 64;
+
 enum Output : size_t { RESULT, PRESENT_KEY, PRESENT_VALUE, OUTPUTS };
 
 // What is known when the session is created.
@@ -188,8 +191,9 @@ OrtStatus* compute(void* opaque, OrtKernelContext* context) {
         given.result = static_cast<char*>(api.output(context, RESULT, result, 3));
         given.caches.next_keys = static_cast<char*>(api.output(context, PRESENT_KEY, cache, 4));
         given.caches.next_values = static_cast<char*>(api.output(context, PRESENT_VALUE, cache, 4));
-        const Code& fastest = code(kernel.isa, sizes.tokens * sizes.group(), sizes.channels, kernel.alike);
-        Call(fastest, given, kernel.alike).run(api, context);
+        const bool alike = kernel.alike && sizes.tokens <= MOST_ALIKE;
+        const Code& fastest = code(kernel.isa, (alike ? 1 : sizes.tokens) * sizes.group(), sizes.channels);
+        Call(fastest, given, alike).run(api, context);
     });
 }
 

@@ -91,7 +91,6 @@ TARGET static void weigh(float* s, size_t count, float* m, float* l, Float* wort
         for (size_t n = 0; n < count; ++n) most = larger(load(s + n * V * WIDTH), most);
         const Float base = most < all(-FLT_MAX) ? all(0.f) : most;  // of a row that sees nothing yet
         worth[v] = exponential(before - base);
-        // One number after the other, as values are summed: where chunks begin changes no bit.
         Float sum = load(l) * worth[v];
         for (size_t n = 0; n < count; ++n) {
             float* own = s + n * V * WIDTH;
@@ -105,30 +104,14 @@ TARGET static void weigh(float* s, size_t count, float* m, float* l, Float* wort
 }
 
 template <int V>
-TARGET static void look(const Panel& panel, const Chunk& chunk) {
+TARGET static void attend(const Panel& panel, const Chunk& chunk) {
+    const size_t channels = chunk.channels;
     scores<V>(panel.q, chunk, panel.s);
     if (chunk.cap != 0) {
         for (size_t i = 0; i < chunk.count * V; ++i)
             store(panel.s + i * WIDTH, capped(load(panel.s + i * WIDTH), chunk.cap));
     }
     if (chunk.partly) chunk.hide(panel.s, V * WIDTH, 1, panel.first, panel.rows);
-}
-
-// Raises m to the largest score of the chunk, so that what is summed later need not be rescaled.
-template <int V>
-TARGET static void raise(const Panel& panel, const Chunk& chunk) {
-    look<V>(panel, chunk);
-    UNROLL for (int v = 0; v < V; ++v) {
-        Float most = load(panel.m + v * WIDTH);
-        for (size_t n = 0; n < chunk.count; ++n) most = larger(load(panel.s + (n * V + v) * WIDTH), most);
-        store(panel.m + v * WIDTH, most);
-    }
-}
-
-template <int V>
-TARGET static void attend(const Panel& panel, const Chunk& chunk) {
-    const size_t channels = chunk.channels;
-    look<V>(panel, chunk);
     Float worth[V];
     weigh<V>(panel.s, chunk.count, panel.m, panel.l, worth);
     size_t c = 0;

@@ -55,8 +55,8 @@ def cached_attention(
         scale: of scores.
         softcap: the largest score, 0 for none.
         interleaved: whether neighbouring channels are a pair, and not those of both halves.
-        alike: whether a kernel has to give a token the same bits beside any number of others, which may cost time at
-            many slots; here they are the same anyway up to rounding.
+        alike: whether a kernel has to give a token the same bits beside others, up to 64 in all; here they are the same
+            anyway up to rounding.
 
     Returns:
         [batch, tokens, heads x channels] in the dtype of ``query``, and both caches in their own.

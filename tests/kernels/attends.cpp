@@ -77,9 +77,9 @@ int main() {
         std::printf("%s\n", name(isa));
         for (size_t channels : {16, 64, 72})
             for (size_t count : {2, 37, 64})
-                for (size_t rows = 1; rows <= code(isa, 1000, channels, false).rows(); ++rows) {
-                    const Code& own = code(isa, rows, channels, false);
-                    if (rows > own.rows() || agree(own, code(Isa::PLAIN, 1000, channels, false), rows, channels, count)) continue;
+                for (size_t rows = 1; rows <= code(isa, 1000, channels).rows(); ++rows) {
+                    const Code& own = code(isa, rows, channels);
+                    if (rows > own.rows() || agree(own, code(Isa::PLAIN, 1000, channels), rows, channels, count)) continue;
                     std::printf("channels %zu, slots %zu, rows %zu\n", channels, count, rows);
                     all = false;
                 }
