@@ -35,8 +35,8 @@ RESULTS = Path(__file__).parent / "results"
 ENGINES: Mapping[str, str] = {
     "without": "keep_grid",
     "token_recycling": "keep_grid,speculate{drafter=token_recycling}",
-    "prompt_lookup": "keep_grid,speculate{drafter=prompt_lookup}",
-    "hybrid": "keep_grid,speculate",
+    "prompt_lookup": "keep_grid,speculate",
+    "hybrid": "keep_grid,speculate{drafter=hybrid}",
 }
 """Name in the tables -> pipeline; the first is what the others are compared with."""
 

@@ -264,6 +264,8 @@ class Generating:
                     self._take(text, token)
                     if emission.logprobs is not None:
                         text.logprobs.append(float(emission.logprobs[row, place]))
+        if self.trees is not None:
+            self.trees.sure(emission.confidence, self._left())
         return [text.new - old for text, old in zip(self.texts, before, strict=True)]
 
     def _left(self) -> np.ndarray:

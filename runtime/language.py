@@ -48,7 +48,7 @@ class LanguageModel:
         self._takes = {tensor.role for entry in entries for tensor in manifest.programs[entry.program].inputs}
         self.interface = Interface.of(manifest)
         proposing = manifest.schedule.proposing
-        self._speculation = None if proposing is None else Speculation(path, len(proposing.tree))
+        self._speculation = None if proposing is None else Speculation(path, proposing.tree)
         self._tokenizer: Tokenizer | None = None
 
     def open(self, batch: int, slots: int, inputs: Mapping[str, Any] | None = None) -> Request:
@@ -60,7 +60,7 @@ class LanguageModel:
     @property
     def nodes(self) -> int | None:
         """Nodes of the tree that a model proposes which speculates; None for any other."""
-        return None if self._speculation is None else self._speculation.most
+        return None if self._speculation is None else len(self._speculation.tree)
 
     @property
     def kernels(self) -> Kernels:

@@ -37,14 +37,16 @@ LAST = np.array([-1])
 class Emission:
     """What a call gave: logits [batch, rows, vocabulary], or tokens [batch, n] of which the first count [batch] count.
 
-    ``logprobs`` [batch, n] are the logarithms of the tokens' probabilities, where the program gives them. Arrays are
-    valid until the next call. ``seconds`` is what the call of a step took.
+    ``logprobs`` [batch, n] are the logarithms of the tokens' probabilities, where the program gives them, and
+    ``confidence`` [batch] says where it does how sure it is of what the next call would propose. Arrays are valid until
+    the next call. ``seconds`` is what the call of a step took.
     """
 
     logits: np.ndarray | None = None
     tokens: np.ndarray | None = None
     count: np.ndarray | None = None
     logprobs: np.ndarray | None = None
+    confidence: np.ndarray | None = None
     seconds: float = 0.0
 
 
@@ -288,6 +290,7 @@ class Request:
             tokens=results[roles.made["tokens"]],
             count=results[roles.made["count"]].copy(),
             logprobs=results.get(roles.made.get("logprobs", "")),
+            confidence=results.get(roles.made.get("confidence", "")),
         )
         self._check_counts(entry, emission, limit)
         assert emission.count is not None

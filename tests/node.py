@@ -53,15 +53,15 @@ def _numbers(line: str) -> list[int]:
     return [int(number) for number in line.strip().split(",")]
 
 
-def choose_nodes(most: int, calls: Sequence[Sequence[float]]) -> list[int]:
-    """The nodes that the host gives each of the calls, whose seconds and tokens are given."""
+def choose_nodes(tree: Sequence[int], calls: Sequence[Sequence[float]]) -> list[int]:
+    """The nodes that the host gives each of the calls, of which seconds, tokens, limit and confidence are given."""
     module = (ROOT / "examples" / "node" / "nodes.mjs").as_uri()
     script = f"""
     import {{ MeasuredNodes }} from {json.dumps(module)};
-    const choice = new MeasuredNodes({most}), made = [];
-    for (const [seconds, tokens] of {json.dumps(calls)}) {{
-      made.push(choice.nodes);
-      choice.observe(choice.nodes, seconds, tokens);
+    const choice = new MeasuredNodes({json.dumps(list(tree))}), made = [];
+    for (const [seconds, tokens, limit, level] of {json.dumps(calls)}) {{
+      made.push(choice.choose(level, limit));
+      choice.observe(made.at(-1), seconds, tokens, limit, level);
     }}
     console.log(made.join(','));
     """

@@ -26,6 +26,7 @@ const ARRAYS = {
 };
 
 const PADDING = -1; // position of padding
+const UNSAID = 1; // the confidence of a program that says none
 
 /** What a program that draws tokens is told, by role, and what a greedy choice takes. */
 const DRAWING = { temperature: 0, top_k: 0, top_p: 1, min_p: 0, seed: 0, stream: 0 };
@@ -115,6 +116,7 @@ class Request {
       limit: tensor('int64', [limit], [1]),
       parent: tensor('int64', parent, [parent.length]),
     });
+    this.confidence = Number(emitted.confidence?.data[0] ?? UNSAID); // in what the next call would propose
     if (emitted.tokens) return Array.from(emitted.tokens.data.slice(0, Number(emitted.count.data[0])), Number);
     return [argmax(emitted.logits.data.slice(-this.manifest.generation.vocabulary))];
   }
@@ -176,11 +178,12 @@ class Request {
   /** The tokens that follow the last one, which stands at `position`; `trees` says how many nodes are proposed. */
   async decode(token, position, limit, trees) {
     const most = this.allowed(limit);
-    const nodes = trees?.next(most);
+    const level = this.confidence;
+    const nodes = trees?.next(level, most);
     const entry = this.decoding(nodes);
     const begun = performance.now();
     const made = await this.read(entry, [token], position, most, nodes);
-    trees?.observe(nodes, (performance.now() - begun) / 1000, made.length, most);
+    trees?.observe(nodes, (performance.now() - begun) / 1000, made.length, most, level);
     await this.count(this.draws(entry) ? made.length : 1);
     return made;
   }
@@ -188,22 +191,21 @@ class Request {
 
 /** How many nodes the calls of a model get: `fixed`, or as many as write fastest. Knows what calls took and gave. */
 class Trees {
-  constructor(folder, most, fixed) {
-    Object.assign(this, { folder, most, fixed, measured: new MeasuredNodes(most), acceptances: new Acceptances() });
+  constructor(folder, tree, fixed) {
+    Object.assign(this, { folder, fixed, measured: new MeasuredNodes(tree), acceptances: new Acceptances() });
     Object.assign(this, { calls: 0, tokens: 0, seconds: 0 });
   }
 
-  next(limit) {
-    return this.fixed ?? (limit > 1 ? this.measured.nodes : 1);
+  next(level, limit) {
+    return this.fixed ?? this.measured.choose(level, limit);
   }
 
-  observe(nodes, seconds, tokens, limit) {
+  observe(nodes, seconds, tokens, limit, level) {
     this.calls += 1;
     this.tokens += tokens;
     this.seconds += seconds;
-    if (limit <= 1) return; // there was no choice
-    if (this.fixed === undefined) this.measured.observe(nodes, seconds, tokens);
-    if (this.acceptances.add(nodes, tokens)) {
+    if (this.fixed === undefined) this.measured.observe(nodes, seconds, tokens, limit, level);
+    if (limit > 1 && this.acceptances.add(nodes, tokens)) {
       console.error(`${this.folder}: of the tokens proposed in 64 calls about none was accepted`);
     }
   }
@@ -242,11 +244,11 @@ async function generate({ manifest, sessions }, prompt, count, given, trees) {
 }
 
 /** The text with the whole tree and with one node: its tokens, and a line that says what both took. */
-async function compare(model, prompt, count, given, most) {
+async function compare(model, prompt, count, given, tree) {
   const runs = [];
-  for (const nodes of [most, 1]) {
-    await generate(model, prompt, Math.min(count, 8), given, new Trees('', most, nodes)); // the first allocates
-    const trees = new Trees(folder, most, nodes);
+  for (const nodes of [tree.length, 1]) {
+    await generate(model, prompt, Math.min(count, 8), given, new Trees('', tree, nodes)); // the first allocates
+    const trees = new Trees(folder, tree, nodes);
     const tokens = await generate(model, prompt, count, given, trees);
     runs.push({ tokens: tokens.join(','), speed: trees.tokens / trees.seconds, gave: trees.tokens / trees.calls });
   }
@@ -275,15 +277,15 @@ const given = { inputs: await read(inputs), sampling: await read(sampling) };
 const takes = new Set(Object.values(model.manifest.programs).flatMap((program) => program.inputs.map(({ role }) => role)));
 const unknown = Object.keys(given.sampling).find((role) => !(role in DRAWING && takes.has(role)));
 if (unknown) throw new Error(`${folder} does not take ${unknown}; export it with the pass sample`);
-const most = proposing(model.manifest)?.tree.length;
+const tree = proposing(model.manifest)?.tree;
 const fixed = options.nodes === undefined ? undefined : Number(options.nodes);
-if ((options.compare || fixed !== undefined) && !most) throw new Error(`${folder} does not speculate`);
-if (fixed !== undefined && !(Number.isInteger(fixed) && fixed >= 1 && fixed <= most)) {
-  throw new Error(`--nodes must be 1 to ${most}`);
+if ((options.compare || fixed !== undefined) && !tree) throw new Error(`${folder} does not speculate`);
+if (fixed !== undefined && !(Number.isInteger(fixed) && fixed >= 1 && fixed <= tree.length)) {
+  throw new Error(`--nodes must be 1 to ${tree.length}`);
 }
 const ids = prompt.split(',').map(Number);
-if (options.compare) await compare(model, ids, Number(count), given, most);
+if (options.compare) await compare(model, ids, Number(count), given, tree);
 else {
-  const trees = most ? new Trees(folder, most, fixed) : undefined;
+  const trees = tree ? new Trees(folder, tree, fixed) : undefined;
   console.log((await generate(model, ids, Number(count), given, trees)).join(','));
 }

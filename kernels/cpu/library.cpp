@@ -25,6 +25,7 @@ OrtCustomOpDomain* domain(const tokopt::Api& api, tokopt::Isa isa) {
         api.add(made, tokopt::draw_tokens(isa));
         api.add(made, tokopt::uniforms());
         api.add(made, tokopt::move_entries());
+        api.add(made, tokopt::latest_repeat());
         own = made;
     }
     return own;

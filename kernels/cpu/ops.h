@@ -18,8 +18,11 @@ const OrtCustomOp* quantized_linear(Isa isa);
 const OrtCustomOp* cached_attention(Isa isa, bool codes);
 const OrtCustomOp* int8_linear(Isa isa);
 const OrtCustomOp* draw_tokens(Isa isa);
-const OrtCustomOp* uniforms();  // the same for all
-const OrtCustomOp* move_entries();  // the same for all
+
+// The same for all instruction sets.
+const OrtCustomOp* uniforms();
+const OrtCustomOp* move_entries();
+const OrtCustomOp* latest_repeat();
 
 // Bytes of packed weights that this process holds now.
 size_t packed_bytes();

@@ -66,7 +66,7 @@ namespace tokopt {
 
 constexpr uint32_t ORT_VERSION = 22;  // of the table and the struct above: ONNX Runtime 1.22
 
-enum Element : int { ANY = 0, FLOAT = 1, UINT8 = 2, INT8 = 3, INT64 = 7, BOOL = 9, FLOAT16 = 10 };
+enum Element : int { ANY = 0, FLOAT = 1, UINT8 = 2, INT8 = 3, INT32 = 6, INT64 = 7, BOOL = 9, FLOAT16 = 10 };
 enum Characteristic : int { REQUIRED = 0, OPTIONAL = 1 };
 
 // A status of ONNX Runtime's own, on its way back to it.

@@ -28,6 +28,8 @@ from tokopt.rewrite.edit import call, close_graph, inline, new_graph, open_graph
 NODES = "nodes"
 """The axis of the proposed tokens, the root included."""
 
+CONFIDENCE = "confidence"
+
 MOST = 64
 """Nodes of a tree at most."""
 
@@ -47,16 +49,16 @@ class Speculate(Pass):
     A token is drawn with the random number of its place in the text, whatever was proposed. So the text is that of
     ``sample`` for the same seed, greedy or not, up to what the rounding of calls with several tokens changes.
 
-    ``drafter``: ``token_recycling`` (arXiv 2408.08696), ``prompt_lookup``, or ``hybrid``, which is lookup where the
+    ``drafter``: ``prompt_lookup``, ``token_recycling`` (arXiv 2408.08696), or ``hybrid``, which is lookup where the
     text repeats itself and recycling elsewhere. ``depth`` bounds the levels of the tree.
 
     Rules. One program reads and decodes, and every token has a slot of its own, so a policy that evicts by scores of
     its own is refused. The pass comes last.
     """
 
-    drafter: Literal["token_recycling", "prompt_lookup", "hybrid"] = "hybrid"
+    drafter: Literal["prompt_lookup", "token_recycling", "hybrid"] = "prompt_lookup"
     nodes: int = 8
-    depth: int = 6
+    depth: int = 8
 
     name: ClassVar[str] = "speculate"
     semantics: ClassVar[Semantics] = "lossless"
@@ -122,14 +124,26 @@ def _filled(state: State, text: Tensor) -> Tensor:
 def _reading(bundle: Bundle, name: str, memory: Sequence[State], drafter: Drafter) -> Program:
     """The program that reads a prompt and draws what follows it, and of which the drafter takes note."""
     edit = ProgramEdit(bundle, name, open_graph(bundle.programs[name]))
-    tokens, positions = edit.of_role("tokens"), edit.of_role("positions")
+    drawn = {spec.role: node for spec, node in zip(edit.outputs, edit.results, strict=True)}
+    given = [edit.of_role("tokens"), edit.of_role("positions"), drawn["tokens"], drawn["count"]]
     held = [edit.take(state, _blank(state, edit.example[0].shape[0])) for state in memory]
     graph = edit.module.graph
     with graph.inserting_before(graph.output_node()):
-        noted = call(graph, partial(_read, drafter), tokens, positions, *held, like=edit.results[0])
-    for state, node in zip(memory, noted, strict=True):
+        sure, *noted = call(graph, partial(_read, drafter, memory), *given, *held, like=edit.results[0])
+    edit.outputs.append(_confidence(edit.free(CONFIDENCE)))
+    edit.results.append(sure)
+    for state, node in zip(_noting(memory), noted, strict=True):
         edit.give(state, node)
     return edit.finish()
+
+
+def _confidence(name: str) -> TensorSpec:
+    return TensorSpec(name, "int64", (BATCH,), CONFIDENCE)
+
+
+def _noting(memory: Sequence[State]) -> list[State]:
+    """The states that learn of what is read."""
+    return [state for state in memory if state.kind != "table"]
 
 
 @dataclass
@@ -198,7 +212,10 @@ class _Speculation:
             if spec.state is not None:
                 self._next_state(made, spec, results[spec.name], path, here, count)
         made.give(self.states[counter], number)
-        noted = self._insert(partial(_observe, self.drafter), proposed, logits, tokens, there, *memory)
+        sure, *noted = self._insert(
+            partial(_observe, self.drafter), proposed, logits, tokens, count, there, *memory
+        )
+        made.add(_confidence(CONFIDENCE), sure)
         for state, node in zip(self.memory, noted, strict=True):
             made.give(state, node)
         self.module.graph.output(tuple(made.nodes))
@@ -327,11 +344,33 @@ def _longer(length: Tensor, count: Tensor) -> Tensor:
     return length + count.reshape(-1, *[1] * (length.ndim - 1))
 
 
-def _read(drafter: Drafter, tokens: Tensor, positions: Tensor, *memory: Tensor) -> tuple[Tensor, ...]:
-    return tuple(drafter.read(tokens, positions, *memory))
+def _read(
+    drafter: Drafter,
+    states: Sequence[State],
+    tokens: Tensor,
+    positions: Tensor,
+    drawn: Tensor,
+    count: Tensor,
+    *memory: Tensor,
+) -> tuple[Tensor, ...]:
+    """The confidence after what was read and the token ``drawn`` [batch, 1] where ``count`` is 1; the next memory."""
+    place = torch.where(count[:, None] > 0, positions[:, -1:] + 1, -1)
+    noted = drafter.read(torch.cat([tokens, drawn], 1), torch.cat([positions, place], 1), *memory)
+    new = iter(noted)
+    after = [old if state.kind == "table" else next(new) for state, old in zip(states, memory, strict=True)]
+    return drafter.confidence(drawn[:, 0], *after), *noted
 
 
 def _observe(
-    drafter: Drafter, tokens: Tensor, logits: Tensor, committed: Tensor, places: Tensor, *memory: Tensor
+    drafter: Drafter,
+    tokens: Tensor,
+    logits: Tensor,
+    committed: Tensor,
+    count: Tensor,
+    places: Tensor,
+    *memory: Tensor,
 ) -> tuple[Tensor, ...]:
-    return tuple(drafter.observe(tokens, logits, committed, places, *memory))
+    """The confidence after what was committed, and the memory."""
+    noted = drafter.observe(tokens, logits, committed, places, *memory)
+    root = committed.gather(1, (count - 1).clamp_min(0)[:, None])[:, 0]
+    return drafter.confidence(root, *noted), *noted

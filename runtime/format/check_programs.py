@@ -32,6 +32,7 @@ _OUTPUTS = {
     "tokens": ("int64", "[batch, n]"),
     "count": ("int64", "[batch]"),
     "logprobs": ("float", "[batch, n]"),
+    "confidence": ("int64", "[batch]"),
     "done": ("bool", "[batch]"),
 }
 """Role -> dtype (or its beginning) and axes."""
@@ -113,6 +114,10 @@ def _check_new_tokens(where: str, program: Signature) -> None:
     require(
         logprobs is None or (made is not None and made.axes[1] == logprobs.axes[1]),
         f"{where} gives log-probabilities of other tokens than it emits",
+    )
+    require(
+        made is not None or find_role(program.outputs, "confidence") is None,
+        f"{where} is confident of tokens to come and emits none",
     )
 
 

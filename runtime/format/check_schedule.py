@@ -11,7 +11,7 @@ from tokopt.runtime.format.schedule import AFTER, ENTRY_ROLES, Entry, Schedule, 
 from tokopt.runtime.format.signature import BATCH, DRAWING, Signature, TensorLike, find_role, with_role
 
 _READS = frozenset(("tokens", "positions", "mask", "rows", "limit", "parent", *DRAWING, "link", "state"))
-_WRITES = frozenset(("logits", "tokens", "count", "logprobs", "link", "written", "state"))
+_WRITES = frozenset(("logits", "tokens", "count", "logprobs", "confidence", "link", "written", "state"))
 
 _INPUTS = {"encode": frozenset(("input", "link", "state")), "prefill": _READS, "decode": _READS}
 _OUTPUTS = {"encode": frozenset(("output", "link", "done", "state")), "prefill": _WRITES, "decode": _WRITES}
@@ -177,13 +177,17 @@ def _check_decodes(programs: Mapping[str, Signature], entries: Sequence[Entry]) 
         for what, ours, theirs in (
             ("is given", _told(one), _told(other)),
             ("emits", _emitted(one), _emitted(other)),
-            ("changes the states", _changed(one), _changed(other)),
         ):
             require(
                 ours == theirs,
                 f"{where} {what} {', '.join(sorted(theirs)) or 'nothing'}, where the first has "
                 f"{', '.join(sorted(ours)) or 'nothing'}",
             )
+        lacking = _changed(one) - _changed(other)
+        require(
+            not lacking,
+            f"{where} leaves the states {', '.join(sorted(lacking))} as they were, which the first changes",
+        )
 
 
 def _told(program: Signature) -> set[str]:

@@ -40,7 +40,18 @@ INPUT_ROLES = (
     "link",
     "state",
 )
-OUTPUT_ROLES = ("output", "logits", "tokens", "count", "logprobs", "done", "link", "written", "state")
+OUTPUT_ROLES = (
+    "output",
+    "logits",
+    "tokens",
+    "count",
+    "logprobs",
+    "confidence",
+    "done",
+    "link",
+    "written",
+    "state",
+)
 
 SEVERAL = frozenset(("input", "output", "link", "written", "state"))
 """Roles that more than one input or output of a program may have."""
@@ -62,9 +73,10 @@ class Tensor:
     drawn; ``"stream"`` says which of the seed's streams of random numbers is the row's) and ``"link"`` (another
     program's output). Those of outputs are ``"output"`` (an array for the caller), ``"logits"`` [batch, rows,
     vocabulary], ``"tokens"`` [batch, n] with ``"count"`` [batch] (the first so many tokens of a row were committed) and
-    perhaps ``"logprobs"`` [batch, n] (logarithms of the probabilities that the model gave them), ``"done"`` [batch]
-    (the rows that leave after this program), ``"link"``, and ``"written"`` (a buffer of a state between two writes into
-    it, which a host may bind to that buffer and need not read).
+    perhaps ``"logprobs"`` [batch, n] (logarithms of the probabilities that the model gave them) and ``"confidence"``
+    [batch] (0 where the next call has nothing to propose, larger numbers where what it has is likelier right),
+    ``"done"`` [batch] (the rows that leave after this program), ``"link"``, and ``"written"`` (a buffer of a state
+    between two writes into it, which a host may bind to that buffer and need not read).
     """
 
     name: str

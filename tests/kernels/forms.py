@@ -166,6 +166,19 @@ def weight_world(group: int) -> dict[str, Callable[[dict], Tensor]]:
     }
 
 
+def text_world() -> dict[str, Callable[[dict], Tensor]]:
+    """Texts of three tokens, which repeat themselves, as long as there are tokens; a row may have none."""
+
+    def text(world: dict) -> Tensor:
+        return torch.randint(3, tuple(world["size"].shape), generator=world["generator"]).int()
+
+    def end(world: dict) -> Tensor:
+        batch, tokens = world["size"].shape
+        return torch.randint(-1, tokens, (batch,), generator=world["generator"])
+
+    return {"text": text, "end": end}
+
+
 def sampling_world() -> dict[str, Callable[[dict], Tensor]]:
     """Two rows of logits over as many tokens as the world has, options of every kind, and random numbers."""
 
@@ -236,6 +249,7 @@ CASES = (
     Case("likeliest", {"count": 1}, inputs=sampling_world()),
     Case("likeliest", {"count": 3}, inputs=sampling_world()),
     Case("truncated_softmax", inputs=sampling_world()),
+    Case("latest_repeat", inputs=text_world()),
     Case("uniforms", {"count": 5}, inputs=sampling_world()),
     Case("gather_tokens", {"dim": 1}),
     Case("gather_tokens", {"dim": 1}, inputs=side(1, "tokens", 4)),

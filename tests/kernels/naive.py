@@ -230,6 +230,21 @@ def dequantize_keys(codes: np.ndarray, scale: np.ndarray, zero: np.ndarray) -> n
     return x
 
 
+def latest_repeat(text: np.ndarray, end: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    found = []
+    for row, last in zip(text.tolist(), end.tolist(), strict=True):
+        best = (0, -1)
+        for place in range(last):
+            agreed = 0
+            while agreed < min(3, place + 1) and row[place - agreed] == row[last - agreed]:
+                agreed += 1
+            if agreed:
+                best = max(best, (agreed, place))
+        found.append(best)
+    agreed, places = np.array(found, np.int64).reshape(-1, 2).T
+    return places, agreed
+
+
 def cache_mask(
     slots: np.ndarray, positions: np.ndarray, own: np.ndarray, length: np.ndarray, window: int
 ) -> np.ndarray:

@@ -29,6 +29,10 @@ BAD = {
         "metric must be [batch, tokens",
     ),
     "cache rank": (lambda: ops.cache_write(METRIC, X[0], INDEX[:, 0]), "cache and new must be [batch"),
+    "text rank": (
+        lambda: ops.latest_repeat(INDEX[0].int(), INDEX[:, 0]),
+        "text must be [batch, size] and end [batch], got 1 and 1",
+    ),
     "path rank": (
         lambda: ops.move_entries(METRIC, INDEX, INDEX[:, 0]),
         "cache must be [batch, heads, slots, channels]",

@@ -91,26 +91,31 @@ def memory(name: str, batch: int = 1) -> list[torch.Tensor]:
     return made
 
 
-def copied(text: list[int]) -> list[int]:
-    """What followed the longest and newest earlier occurrence of a text's last three, two or one tokens."""
+def copied(text: list[int]) -> tuple[int, list[int]]:
+    """How many of a text's last three tokens occurred before, and what followed the newest such occurrence."""
     for words in (3, 2, 1):
         for end in range(len(text) - 1, words - 1, -1):
             if len(text) > words and text[end - words : end] == text[-words:]:
-                return text[end:]
-    return []
+                return words, text[end:]
+    return 0, []
 
 
 @settings(max_examples=80)
 @given(st.lists(st.integers(0, 3), min_size=2, max_size=30))
 def test_prompt_lookup_copies_what_followed(text: list[int]) -> None:
-    drafter = load_drafter("prompt_lookup")
+    """And once more what followed, where the text ends before the tree does; of nothing it is not confident."""
+    drafter, size = load_drafter("prompt_lookup"), len(text)
     held = drafter.read(
-        torch.tensor([[9, *text[:-1]]]), torch.tensor([[-1, *range(len(text) - 1)]]), *memory("prompt_lookup")
+        torch.tensor([[9, *text]]), torch.tensor([[-1, *range(size)]]), *memory("prompt_lookup")
     )
-    chain = tree(torch.tensor([-1, 0, 1, 2]))
-    got = drafter.propose(torch.tensor([text[-1]]), torch.tensor([len(text) - 1]), chain, *held)
-    want = [text[-1], *copied(text)[:3]]
-    assert got[0].tolist() == want + [0] * (4 - len(want))  # token 0 stands for none
+    chain, root = tree(torch.tensor([-1, 0, 1, 2])), torch.tensor([text[-1]])
+    words, after = copied(text)
+    assert drafter.confidence(root, *held).tolist() == [words]
+    got = drafter.propose(root, torch.tensor([size - 1]), chain, *held)
+    if words:
+        assert got[0].tolist() == [text[-1], *(after * 3)[:3]]
+    again = drafter.observe(got, torch.zeros(1), torch.tensor([text]), torch.arange(size)[None], *held)
+    assert all(map(torch.equal, held, again))  # what is committed is text as any other
 
 
 def test_recycling_proposes_the_followers_it_has_seen() -> None:
@@ -124,6 +129,7 @@ def test_recycling_proposes_the_followers_it_has_seen() -> None:
     assert torch.equal(table[1], order[2]) and torch.equal(table[2], order[1])
     assert not table[3:].any() and not table[0].any()
     shape = tree(torch.tensor([-1, 0, 0, 1]))
+    assert drafter.confidence(torch.tensor([1, 2, 3]), table).tolist() == [1, 1, 0]
     got = drafter.propose(torch.tensor([1, 2]), torch.tensor([5, 9]), shape, table)
     for row, root in enumerate((1, 2)):
         first, second = int(table[root, 0]), int(table[root, 1])
@@ -158,8 +164,12 @@ def test_a_host_and_a_program_recycle_alike(up: list[int], seed: int) -> None:
 def test_padding_and_what_is_not_committed_leave_no_trace(name: str) -> None:
     drafter, held = load_drafter(name), memory(name)
     tokens, none = torch.tensor([[3, 4]]), torch.full((1, 2), -1)
-    for table, after in zip(held, drafter.read(tokens, none, *held), strict=True):
-        assert torch.equal(after, table)
+    read = iter(drafter.read(tokens, none, *held))
+    states = load_drafter(name).states(GENERATION)
+    after = [old if s.kind == "table" else next(read) for s, old in zip(states, held, strict=True)]
+    assert drafter.confidence(tokens[:, 0], *after).tolist() == [0]
+    for state, old, new in zip(states, held, after, strict=True):
+        assert state.name == "repeat" or torch.equal(new, old)
 
 
 def test_a_table_is_small() -> None:

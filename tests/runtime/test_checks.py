@@ -308,7 +308,7 @@ BROKEN: dict[str, tuple[Callable[[], Manifest], str]] = {
     ),
     "decodes with other states": (
         lambda: decoding(DRAWS, replace(GUESSES, outputs=GUESSES.outputs[:-1], aliases={})),
-        "'go_1' .* changes the states length, where the first has history, length",
+        "'go_1' .* leaves the states history as they were, which the first changes",
     ),
     "no generation": (
         lambda: replace(toy(), generation=None),

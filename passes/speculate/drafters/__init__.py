@@ -29,7 +29,17 @@ class Drafter(Protocol):
         ...
 
     def read(self, tokens: Tensor, positions: Tensor, *memory: Tensor) -> Sequence[Tensor]:
-        """Take note of a part of the prompt [batch, n]; -1 is the position of padding."""
+        """Take note of tokens [batch, n] of the text, the newest last; -1 is the position of padding.
+
+        Of the states of kind ``table``, which learn of logits alone, nothing is returned.
+        """
+        ...
+
+    def confidence(self, root: Tensor, *memory: Tensor) -> Tensor:
+        """How much is to be hoped of what it would propose below ``root`` [batch], which it has taken note of.
+
+        [batch] int64: 0 where it has nothing to propose, larger numbers where it is surer.
+        """
         ...
 
     def propose(self, root: Tensor, position: Tensor, shape: Tree, *memory: Tensor) -> Tensor:
@@ -47,7 +57,7 @@ class Drafter(Protocol):
         ...
 
 
-DRAFTERS = ("token_recycling", "prompt_lookup", "hybrid")
+DRAFTERS = ("prompt_lookup", "token_recycling", "hybrid")
 
 
 def load_drafter(name: str) -> Drafter:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from tokopt.ir.format import Generation, State
-from tokopt.passes.speculate.drafters.prompt_lookup import PromptLookup, occurrence, written
+from tokopt.passes.speculate.drafters.prompt_lookup import PromptLookup, following
 from tokopt.passes.speculate.drafters.token_recycling import LEVELS, WIDTH, TokenRecycling
 from tokopt.passes.speculate.tree import Tree
 
@@ -34,18 +34,20 @@ class Hybrid:
         return (*self.text.states(generation), *self.table.states(generation))
 
     def read(self, tokens: Tensor, positions: Tensor, *memory: Tensor) -> Sequence[Tensor]:
-        """Both read."""
-        text, table = memory
-        return [*self.text.read(tokens, positions, text), *self.table.read(tokens, positions, table)]
+        """The text is read."""
+        return self.text.read(tokens, positions, *memory[:-1])
+
+    def confidence(self, root: Tensor, *memory: Tensor) -> Tensor:
+        """One more than the tokens that agree, where they are enough; else that of Token Recycling."""
+        agreed = self.text.confidence(root, *memory[:-1])
+        return torch.where(agreed >= SURE, agreed + 1, self.table.confidence(root, memory[-1]))
 
     def propose(self, root: Tensor, position: Tensor, shape: Tree, *memory: Tensor) -> Tensor:
         """Level by level, since what follows a token of the text may be recycled."""
-        text, table = written(memory[0], root[:, None], position[:, None]), memory[1]
-        place, length = occurrence(text, position)
+        *text, table = memory
         first = (shape.sees & (shape.rank > 0)[None, :]).sum(1) == 0
-        copied = (length >= SURE)[:, None] & first[None]
-        spot = (place[:, None] + shape.depth).clamp(0, text.shape[1] - 1)
-        token = text.gather(1, spot).long()
+        copied = (self.text.confidence(root, *text) >= SURE)[:, None] & first[None]
+        token = following(position, shape, *text)
         rank = shape.rank.clamp_max(WIDTH - 1)
         tokens = root[:, None].expand(-1, shape.index.shape[0])
         for _ in range(LEVELS):
@@ -58,9 +60,8 @@ class Hybrid:
         self, tokens: Tensor, logits: Tensor, committed: Tensor, places: Tensor, *memory: Tensor
     ) -> Sequence[Tensor]:
         """Both observe."""
-        text, table = memory
         given = (tokens, logits, committed, places)
-        return [*self.text.observe(*given, text), *self.table.observe(*given, table)]
+        return [*self.text.observe(*given, *memory[:-1]), *self.table.observe(*given, memory[-1])]
 
 
 DRAFTER = Hybrid()

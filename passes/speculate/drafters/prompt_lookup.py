@@ -9,45 +9,50 @@ import torch
 from torch import Tensor
 
 from tokopt.ir.format import BATCH, Generation, State
+from tokopt.kernels import ops
 from tokopt.passes.speculate.tree import Tree
-
-WORDS = 3
-"""Tokens that are looked for at most."""
 
 
 @dataclass(frozen=True)
 class PromptLookup:
-    """The text so far by position; the tokens after the longest and newest earlier occurrence of its end.
+    """The text so far by position, and where its end occurred before: the longest and newest such place.
 
     Of the last three tokens, two or one, as many as possible have to be the same. A node of rank 0 at depth d gets the
-    d-th token after that occurrence; its siblings get none.
+    d-th token after that place, and behind the text's end what came after the place once more, and so on.
     """
 
     rates: list[float] = field(default_factory=lambda: [0.7])
     fade: float = 1.0
 
     def states(self, generation: Generation) -> Sequence[State]:
-        """The token at every position, -1 where there is none yet; one place more takes what is no token."""
-        return (State("text", "history", "int32", (BATCH, generation.context + 1), -1),)
+        """The token at every position, -1 where there is none yet, and one place more that takes what is no token.
+
+        And where the end occurred before, with the number of tokens that agree there: -1 and 0 for nowhere.
+        """
+        return (
+            State("text", "history", "int32", (BATCH, generation.context + 1), -1),
+            State("repeat", "history", "int64", (BATCH, 2)),
+        )
 
     def read(self, tokens: Tensor, positions: Tensor, *memory: Tensor) -> Sequence[Tensor]:
-        """Write the prompt."""
-        return [written(memory[0], tokens, positions)]
+        """Write the text, and look for its end."""
+        text = written(memory[0], tokens, positions)
+        return [text, torch.stack(ops.latest_repeat(text, positions.amax(1).clamp_max(text.shape[1] - 2)), 1)]
+
+    def confidence(self, root: Tensor, *memory: Tensor) -> Tensor:
+        """The tokens that agree."""
+        return memory[1][:, 1]
 
     def propose(self, root: Tensor, position: Tensor, shape: Tree, *memory: Tensor) -> Tensor:
-        """The tokens after the occurrence; -1 stands for none and becomes token 0."""
-        text = written(memory[0], root[:, None], position[:, None])
-        found, _ = occurrence(text, position)
-        place = (found[:, None] + shape.depth).clamp(0, text.shape[1] - 1)
-        token = text.gather(1, place).long().clamp_min(0)
-        return torch.where(shape.index == 0, root[:, None], token)
+        """The tokens after the place; -1 stands for none and becomes token 0."""
+        copied = following(position, shape, *memory).clamp_min(0)
+        return torch.where(shape.index == 0, root[:, None], copied)
 
     def observe(
         self, tokens: Tensor, logits: Tensor, committed: Tensor, places: Tensor, *memory: Tensor
     ) -> Sequence[Tensor]:
-        """Write the root, in front of what was committed, and that."""
-        tokens, places = torch.cat([tokens[:, :1], committed], 1), torch.cat([places[:, :1] - 1, places], 1)
-        return [written(memory[0], tokens, places)]
+        """As when reading what was committed."""
+        return self.read(committed, places, *memory)
 
 
 def written(text: Tensor, tokens: Tensor, places: Tensor) -> Tensor:
@@ -61,25 +66,12 @@ def written(text: Tensor, tokens: Tensor, places: Tensor) -> Tensor:
     return text.scatter(1, index, value)
 
 
-def occurrence(text: Tensor, position: Tensor) -> tuple[Tensor, Tensor]:
-    """Where the text's end at ``position`` [batch] occurred before, and how many of its tokens agree [batch].
-
-    Without an occurrence that is the last place of the text, and 0.
-    """
-    size = text.shape[1] - 1
-    place = torch.arange(size)
-    length = torch.zeros_like(text[:, :size], dtype=torch.int64)
-    agree = torch.ones_like(text[:, :size], dtype=torch.bool)
-    for back in range(WORDS):
-        here = text.gather(1, (position - back).clamp_min(0)[:, None])[:, 0]
-        there = text[:, :size].roll(back, 1) if back else text[:, :size]
-        known = (place >= back) & (position[:, None] >= back)
-        agree = agree & known & (there == here[:, None])
-        length = length + agree
-    before = place < position[:, None]
-    score = torch.where(before & (length > 0), length * size + place, -1)
-    best, found = score.max(-1)
-    return torch.where(best >= 0, found, size), torch.where(best >= 0, best // size, 0)
+def following(position: Tensor, shape: Tree, text: Tensor, repeat: Tensor) -> Tensor:
+    """Tokens [batch, nodes] for the depths of a tree below the root at ``position`` [batch]; -1 for none."""
+    place = repeat[:, :1]
+    period = (position[:, None] - place).clamp_min(1)
+    spot = place + 1 + (shape.depth - 1).clamp_min(0).remainder(period)
+    return text.gather(1, spot.clamp_max(text.shape[1] - 1)).long()
 
 
 DRAFTER = PromptLookup()

@@ -35,8 +35,12 @@ class TokenRecycling:
         return (State("followers", "table", "int32", (generation.vocabulary, WIDTH)),)
 
     def read(self, tokens: Tensor, positions: Tensor, *memory: Tensor) -> Sequence[Tensor]:
-        """A prompt has no logits: nothing is learned of it."""
-        return [table.clone() for table in memory]
+        """What is read alone has no logits: nothing is learned of it."""
+        return []
+
+    def confidence(self, root: Tensor, *memory: Tensor) -> Tensor:
+        """1 where followers of the token are known."""
+        return (memory[0][root] != 0).any(1).long()
 
     def propose(self, root: Tensor, position: Tensor, shape: Tree, *memory: Tensor) -> Tensor:
         """Followers of followers."""

@@ -2,105 +2,147 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
-from tokopt.arguments import check_integer
-
-TRY = 4
-"""Calls of a size that are made in a row before another one is chosen."""
-
-SHARE = 1 / 64
-"""The part of the time that may be lost on trying sizes which are not the best as far as is known."""
+from tokopt.errors import InputError
 
 MEMORY = 128
-"""Calls after which what was committed counts e times less, so that a text may change."""
+"""Calls after which what was accepted counts e times less, so that a text may change."""
+
+DOUBT = 3
+"""Calls that count as much as what is believed without experience."""
 
 TIMES = 15
 """Calls of a size over which the median of the seconds is taken."""
 
+ENOUGH = 3
+"""Calls of a size without which its seconds are not known: the first ones allocate memory."""
+
+STALE = 256
+"""Calls, times what a size costs beside the cheapest, after which it is tried once more: the machine may change."""
+
 
 @dataclass(frozen=True)
-class Size:
-    """What is known of calls with so many nodes.
+class Acceptance:
+    """Of calls that proposed down to each depth with all above accepted, how many there were, and with it accepted.
 
-    ``seconds`` are those of the last such calls. ``calls`` and ``tokens`` are sums over all of them, in which older
-    ones count less. ``credit`` are the seconds that may be lost on trying this size.
+    Older ones count less.
     """
 
-    nodes: int
-    seconds: tuple[float, ...] = ()
-    calls: float = 0.0
-    tokens: float = 0.0
-    credit: float = 0.0
+    tried: tuple[float, ...]
+    right: tuple[float, ...]
 
-    @property
-    def cost(self) -> float:
-        """Seconds of a call: the lower median, which no single slow call changes."""
-        return sorted(self.seconds)[(len(self.seconds) - 1) // 2]
+    @classmethod
+    def unknown(cls, depth: int) -> Acceptance:
+        """Nothing was seen yet."""
+        return cls((0.0,) * depth, (0.0,) * depth)
 
-    @property
-    def speed(self) -> float:
-        """Tokens per second."""
-        return self.tokens / self.calls / self.cost
+    def share(self, place: int, before: float) -> float:
+        """How many of the proposals of a depth are right; ``before`` is what to believe without experience."""
+        return (self.right[place] + DOUBT * before) / (self.tried[place] + DOUBT)
 
-    def loss(self, speed: float) -> float:
-        """Seconds that calls of this size lose against a speed, when it is tried."""
-        return TRY * max(self.cost - self.tokens / self.calls / speed, 0.0)
+    def after(self, depth: int, committed: Sequence[tuple[int, int]]) -> Acceptance:
+        """What is known after a call down to a depth.
 
-    def after(self, seconds: float, tokens: float, *, timed: bool) -> Size:
-        """What is known after one more call of this size."""
-        times = (*self.seconds, max(seconds, 1e-9))[-TIMES:] if timed else self.seconds
-        return replace(self, seconds=times, calls=self.calls + 1, tokens=self.tokens + tokens)
-
-    def later(self, credit: float) -> Size:
-        """What is known one call later, of whatever size."""
-        fade = 1 - 1 / MEMORY
-        return replace(self, calls=self.calls * fade, tokens=self.tokens * fade, credit=self.credit + credit)
+        ``committed`` has for every row its tokens, and the most that it might have had.
+        """
+        fade, share = 1 - 1 / MEMORY, 1 / len(committed)
+        tried, right = [x * fade for x in self.tried], [x * fade for x in self.right]
+        for count, limit in committed:
+            for place in range(min(depth, limit - 1, count)):
+                tried[place] += share
+                right[place] += share * (count > place + 1)
+        return Acceptance(tuple(tried), tuple(right))
 
 
 @dataclass(frozen=True)
 class MeasuredNodes:
-    """The number of ``nodes`` for the next call of one model and batch, of which ``left`` calls follow one another.
+    """The number of nodes for the calls of one model and batch.
 
-    Of the ``sizes`` the fastest is chosen. Each other one earns a part of the time that passes, and is tried when that
-    pays for what the trial is expected to lose: a size that is nearly as fast is tried often, one that is far slower
-    rarely. The first call after one of another size (``last``) is not timed, since memory is laid out anew for it.
+    ``depths`` are those of a tree's nodes. Of the ``sizes``, which are one, powers of two and the whole tree, a call
+    gets the one of the most tokens per second. Tokens follow from what was accepted so far where proposals were as
+    sure, since text that was copied at length goes on otherwise than where one word occurred before. For what was never
+    tried a good deal is hoped, and a little where it was long ago: so each size is tried, again and again, and the less
+    it gave the more rarely.
     """
 
-    sizes: tuple[Size, ...]
-    nodes: int
-    left: int = TRY
-    last: int = 0
+    depths: tuple[int, ...]
+    sizes: tuple[int, ...]
+    calls: int = 0
+    last: Mapping[int, int] = field(default_factory=dict[int, int])
+    seconds: Mapping[int, tuple[float, ...]] = field(default_factory=dict[int, tuple[float, ...]])
+    accepted: Mapping[tuple[int, int], Acceptance] = field(default_factory=dict[tuple[int, int], Acceptance])
 
     @classmethod
-    def of(cls, most: int) -> MeasuredNodes:
-        """Nothing was seen yet of a tree of ``most`` nodes: the whole, one node, and powers of 2 between are tried."""
-        most = check_integer("most", most, 1)
-        between = [2**k for k in range(most.bit_length(), 0, -1) if 2**k < most]
-        order = [most, *([1] if most > 1 else []), *between]
-        return cls(tuple(map(Size, order)), most)
+    def of(cls, parents: Sequence[int]) -> MeasuredNodes:
+        """Nothing was seen yet of a tree; ``parents`` says whom each of its nodes follows."""
+        if not parents:
+            raise InputError("a tree has no node; give the parent of each, -1 for the root")
+        depths: list[int] = []
+        for parent in parents:
+            depths.append(depths[parent] + 1 if depths else 0)
+        powers = (2**k for k in range(len(parents).bit_length()))
+        return cls(tuple(depths), (*(size for size in powers if size < len(parents)), len(parents)))
 
-    def observe(self, nodes: int, seconds: float, tokens: float) -> MeasuredNodes:
-        """What follows from a call with ``nodes`` nodes that committed ``tokens``, of several rows their mean."""
-        credit = SHARE * seconds / max(len(self.sizes) - 1, 1)
-        sizes = [size.later(credit) for size in self.sizes]
-        sizes = [
-            size.after(seconds, tokens, timed=nodes == self.last) if size.nodes == nodes else size
-            for size in sizes
-        ]
-        made = replace(self, sizes=tuple(sizes), last=nodes, left=self.left - 1)
-        return made if made.left > 0 else made._choose()
+    def choose(self, level: int, limit: int) -> int:
+        """The nodes for a call of at most ``limit`` tokens, of which proposals are as sure as ``level`` says."""
+        if level <= 0 or limit <= 1:
+            return 1
+        return max(self.sizes, key=lambda size: self._tokens(size, level, limit) / self._cost(size))
 
-    def _choose(self) -> MeasuredNodes:
-        for size in self.sizes:
-            if not size.seconds:
-                return replace(self, nodes=size.nodes, left=TRY)
-        best = max(self.sizes, key=lambda size: size.speed)
-        # No more credit than for one trial: whoever was the best has none when it no longer is.
-        sizes = [replace(size, credit=min(size.credit, size.loss(best.speed))) for size in self.sizes]
-        due = [size for size in sizes if size.nodes != best.nodes and size.credit >= size.loss(best.speed)]
-        if not due:
-            return replace(self, sizes=tuple(sizes), nodes=best.nodes, left=1)
-        tried = min(due, key=lambda size: size.calls)
-        paid = [replace(size, credit=0.0) if size.nodes == tried.nodes else size for size in sizes]
-        return replace(self, sizes=tuple(paid), nodes=tried.nodes, left=TRY)
+    def observe(
+        self, nodes: int, seconds: float, committed: Sequence[tuple[int, int]], level: int
+    ) -> MeasuredNodes:
+        """What follows from a call.
+
+        ``committed`` has for every row that goes on its tokens, and the most that it might have had.
+        """
+        calls = self.calls + 1
+        times = (*self.seconds.get(nodes, ()), max(seconds, 1e-9))[-TIMES:]
+        made = replace(
+            self, calls=calls, seconds={**self.seconds, nodes: times}, last={**self.last, nodes: calls}
+        )
+        if level <= 0:
+            return made
+        own, depth = self._key(nodes, level), max(self.depths[:nodes])
+        accepted = {own: Acceptance.unknown(max(self.depths)), **self.accepted}
+        for key in accepted:
+            if key[0] == level:
+                accepted[key] = accepted[key].after(depth if key == own else 0, committed)
+        return replace(made, accepted=accepted)
+
+    def _key(self, size: int, level: int) -> tuple[int, int]:
+        """Nodes of a chain tell what fewer of them would have given; of a tree they do not."""
+        return level, 0 if self.depths[-1] == len(self.depths) - 1 else size
+
+    def _tokens(self, size: int, level: int, limit: int) -> float:
+        """What a call commits on average.
+
+        Without experience the d-th proposal is right in ``sure / (sure + 1)`` of the calls in which those before it
+        are, where ``sure`` is d - 1 more than the level; of more nodes of a tree so many as of fewer.
+        """
+        keys = dict.fromkeys(self._key(fewer, level) for fewer in self.sizes if fewer <= size)
+        known = [self.accepted[key] for key in keys if key in self.accepted]
+        reached, total = 1.0, 1.0
+        for place in range(min(max(self.depths[:size]), limit - 1)):
+            share = (level + place) / (level + place + 1)
+            for acceptance in known:
+                share = acceptance.share(place, share)
+            reached *= share
+            total += reached
+        return total
+
+    def _cost(self, size: int) -> float:
+        """Seconds of a call; where they are not known, or not since long, those of fewer nodes: it cannot be less."""
+        known = {
+            nodes: sorted(times)[(len(times) - 1) // 2]
+            for nodes, times in self.seconds.items()
+            if len(times) >= ENOUGH
+        }
+        if not known:
+            return 1.0
+        if size in known and self.calls - self.last[size] < STALE * known[size] / min(known.values()):
+            return known[size]
+        fewer = [nodes for nodes in known if nodes < size]
+        return known[max(fewer)] if fewer else known[min(known)] * size / min(known)

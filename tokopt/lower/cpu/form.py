@@ -13,6 +13,7 @@ from tokopt.kernels.cpu import DOMAIN, VERSION
 from tokopt.lower.cpu.cached_attention import CachedAttention
 from tokopt.lower.cpu.draw_tokens import DrawTokens
 from tokopt.lower.cpu.int8_linear import Int8Linear
+from tokopt.lower.cpu.latest_repeat import LatestRepeat
 from tokopt.lower.cpu.move_entries import MoveEntries
 from tokopt.lower.cpu.quantized_linear import QuantizedLinear
 from tokopt.lower.cpu.uniforms import Uniforms
@@ -76,6 +77,7 @@ def fuse_for_kernels(model: ir.Model, program: Program, *, alike: bool = False) 
         apply_rule(Int8Linear(model), model.graph),
         apply_rule(DrawTokens(model), model.graph),
         apply_rule(Uniforms(model), model.graph),
+        apply_rule(LatestRepeat(model), model.graph),
         apply_rule(MoveEntries(model), model.graph),
         apply_rule(attention, model.graph),
     ]

@@ -2,12 +2,41 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from typing import ClassVar
+
 import onnx_ir as ir
 from onnx_ir.serde import deserialize_function
 from onnxscript import OnnxFunction
 
 from tokopt.kernels.cpu import DOMAIN
+from tokopt.lower.onnx.rule import Candidate, Rule
 from tokopt.lower.onnx.weights import take_over
+
+
+class WholeCall(Rule[ir.Node]):
+    """Every call of ``function`` becomes a call of ``op``, which has the same arguments."""
+
+    op: ClassVar[str]
+    function: ClassVar[OnnxFunction]
+
+    def __init__(self, model: ir.Model) -> None:
+        self.model = model
+
+    def candidates(self, graph: ir.Graph) -> Iterator[Candidate]:
+        """Every call."""
+        for node in list(graph):
+            if node.domain == "tokopt" and node.op_type == self.function.name:
+                yield (node,)
+
+    def match(self, graph: ir.Graph, candidate: Candidate) -> ir.Node:
+        """The call."""
+        (node,) = candidate
+        return node
+
+    def fuse(self, graph: ir.Graph, site: ir.Node) -> None:
+        """One node, whose body the file holds."""
+        call(self.model, site, body_of(self.function, self.op, self.model.opset_imports[""]))
 
 
 def body_of(function: OnnxFunction, op: str, opset: int) -> ir.Function:
