@@ -20,7 +20,15 @@ from tokopt.ir.program import AxisRange, Program, TensorSpec
 from tokopt.kernels import ops
 from tokopt.passes.sample.sample import SampleTokens
 from tokopt.passes.speculate.drafters import Drafter, load_drafter
-from tokopt.passes.speculate.tree import accepted, best_first, tree
+from tokopt.passes.speculate.tree import (
+    Tree,
+    accepted,
+    accepted_in_chain,
+    best_first,
+    chain,
+    is_chain,
+    tree,
+)
 from tokopt.pipeline.base import Context, Pass, PassResult, Refusal
 from tokopt.rewrite.cache import ProgramEdit, language_program
 from tokopt.rewrite.edit import call, close_graph, inline, new_graph, open_graph
@@ -87,12 +95,15 @@ class Speculate(Pass):
             return PassResult(bundle, 0, (), (Refusal(name, reason),))
         drawing = SampleTokens().run(bundle, context).bundle
         memory = tuple(_named(drafter.states(bundle.generation), drawing))
+        parents = best_first(drafter.rates, drafter.fade, self.nodes, self.depth)
         try:
-            speculating = _Speculation(step, drawing.programs[name], drawing, memory, drafter).program()
+            made = _Speculation(
+                step, drawing.programs[name], drawing, memory, drafter, chain=is_chain(parents)
+            )
+            speculating = made.program()
         except PassRefused as reason:
             return PassResult(bundle, 0, (), (Refusal(name, str(reason)),))
         added = fresh("speculate", bundle.programs)
-        parents = best_first(drafter.rates, drafter.fade, self.nodes, self.depth)
         entries = (*bundle.schedule.entries, Entry(added, "decode", NODES, parents))
         made = replace(
             drawing,
@@ -171,14 +182,22 @@ class _Outputs:
 class _Speculation:
     """The program that speculates, made of ``step``, which gives logits.
 
-    ``drawn`` is the same after ``sample``: of it are the inputs that say how tokens are drawn, and the counter.
+    ``drawn`` is the same after ``sample``: of it are the inputs that say how tokens are drawn, and the counter. In a
+    ``chain``, where every node follows the one before it, the entries of the path are where they belong from the start.
     """
 
     def __init__(
-        self, step: Program, drawn: Program, bundle: Bundle, memory: Sequence[State], drafter: Drafter
+        self,
+        step: Program,
+        drawn: Program,
+        bundle: Bundle,
+        memory: Sequence[State],
+        drafter: Drafter,
+        *,
+        chain: bool,
     ) -> None:
         """``bundle`` has the states of ``drawn``, and ``memory`` are those of the drafter."""
-        self.step, self.drawn, self.memory, self.drafter = step, drawn, memory, drafter
+        self.step, self.drawn, self.memory, self.drafter, self.chain = step, drawn, memory, drafter, chain
         self.states = {state.name: state for state in (*bundle.states, *memory)}
         given = dict(self._given())
         self.inputs, self.example = tuple(given), tuple(given.values())
@@ -195,7 +214,9 @@ class _Speculation:
         made = _Outputs()
         memory = [self.by_state[state.name] for state in self.memory]
         proposed, *told = self._insert(
-            partial(_propose, self.drafter), *self._of_roles("tokens", "positions", "parent"), *memory
+            partial(_propose, self.drafter, chain if self.chain else tree),
+            *self._of_roles("tokens", "positions", "parent"),
+            *memory,
         )
         results = self._run_model(proposed, *told)
         logits = next(results[spec.name] for spec in self.step.outputs if spec.role == "logits")
@@ -203,7 +224,7 @@ class _Speculation:
         assert counter is not None
         how = self._of_roles("positions", "parent", "limit", *DRAWING)
         tokens, count, logprobs, number, path, here, there = self._insert(
-            _commit, logits, proposed, self.by_state[counter], *how
+            _commit_chain if self.chain else _commit, logits, proposed, self.by_state[counter], *how
         )
         made.add(TensorSpec("next_tokens", "int64", (BATCH, NODES), "tokens"), tokens)
         made.add(TensorSpec("count", "int64", (BATCH,), "count"), count)
@@ -236,7 +257,10 @@ class _Speculation:
             TensorSpec("positions", "int64", (BATCH, 1), "positions"),
             held.reshape(batch, -1)[:, :1].clone(),
         )
-        yield TensorSpec("parent", "int64", (NODES,), "parent"), torch.tensor([-1, 0, 0, 1, 3])
+        yield (
+            TensorSpec("parent", "int64", (NODES,), "parent"),
+            torch.tensor([-1, 0, 1, 2, 3] if self.chain else [-1, 0, 0, 1, 3]),
+        )
         for spec, value in known.items():
             if spec.role not in ("tokens", "positions", "mask"):
                 yield spec, torch.full_like(value, 3) if spec.role == "limit" else value
@@ -267,6 +291,9 @@ class _Speculation:
         if spec.name in self.step.aliases:
             self._check_write(state, node)
             buffer = self.by_state[state.name].name
+            if self.chain and state.kind != "position":
+                made.give(state, node, buffer)
+                return
             made.add(TensorSpec(f"proposed_{state.name}", spec.dtype, spec.axes, "written"), node, buffer)
             moved = (_places_over, here) if state.kind == "position" else (ops.move_entries, path)
             made.give(state, self._insert(moved[0], node, moved[1], operand_at(node, 2)), buffer)
@@ -292,10 +319,15 @@ class _Speculation:
 
 
 def _propose(
-    drafter: Drafter, tokens: Tensor, positions: Tensor, parent: Tensor, *memory: Tensor
+    drafter: Drafter,
+    shaped: Callable[[Tensor], Tree],
+    tokens: Tensor,
+    positions: Tensor,
+    parent: Tensor,
+    *memory: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Tokens and positions [batch, nodes] of the tree, who sees whom, and the rows whose logits are wanted: all."""
-    shape = tree(parent)
+    shape = shaped(parent)
     proposed = drafter.propose(tokens[:, 0], positions[:, 0], shape, *memory)
     places = torch.where(positions >= 0, positions + shape.depth, positions)
     mask = shape.sees[None].expand(tokens.shape[0], -1, -1)
@@ -330,6 +362,32 @@ def _commit(
     here = torch.where(inside, positions + shape.index, -1)
     there = torch.where(inside, positions + 1 + shape.index, -1)
     return torch.where(inside, tokens, 0), count, logprobs, counter + count, path, here, there
+
+
+def _commit_chain(
+    logits: Tensor,
+    proposed: Tensor,
+    counter: Tensor,
+    positions: Tensor,
+    parent: Tensor,
+    limit: Tensor,
+    temperature: Tensor,
+    top_k: Tensor,
+    top_p: Tensor,
+    min_p: Tensor,
+    seed: Tensor,
+    stream: Tensor,
+) -> tuple[Tensor, ...]:
+    """What :func:`_commit` returns for a chain, with ``parent`` in place of the path, which nothing reads."""
+    uniform = ops.uniforms(seed, stream, counter, proposed.shape[1])
+    chosen, given = ops.draw_tokens(logits.float(), uniform, temperature, top_k, top_p, min_p)
+    count = accepted_in_chain(proposed, chosen, limit)
+    index = torch.arange(proposed.shape[1])
+    inside = index[None] < count[:, None]
+    here = torch.where(inside, positions + index, -1)
+    there = torch.where(inside, positions + 1 + index, -1)
+    tokens, logprobs = torch.where(inside, chosen, 0), torch.where(inside, given, 0.0)
+    return tokens, count, logprobs, counter + count, parent.clone(), here, there
 
 
 def _places_over(slots: Tensor, positions: Tensor, length: Tensor) -> Tensor:

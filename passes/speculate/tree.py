@@ -6,6 +6,7 @@ itself, and stands as many positions behind the root as it is deep.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -39,6 +40,26 @@ def tree(parent: Tensor) -> Tree:
     older = index[None, :] < index[:, None]
     rank = ((parent[:, None] == parent[None, :]) & older).sum(1)
     return Tree(index, up, sees, depth, rank)
+
+
+def is_chain(parents: Sequence[int]) -> bool:
+    """Whether each node of a tree follows the one before it."""
+    return list(parents) == list(range(-1, len(parents) - 1))
+
+
+def chain(parent: Tensor) -> Tree:
+    """What :func:`tree` says of a chain, by the number of its nodes alone."""
+    index = torch.arange(parent.shape[0])
+    sees = index[None, :] <= index[:, None]
+    return Tree(index, (index - 1).clamp_min(0), sees, index, torch.zeros_like(index))
+
+
+def accepted_in_chain(tokens: Tensor, chosen: Tensor, limit: Tensor) -> Tensor:
+    """The number of tokens [batch] that :func:`accepted` says of a chain, whose path is its first nodes."""
+    index = torch.arange(tokens.shape[1])
+    wrong = (tokens[:, 1:] != chosen[:, :-1]).int().cumsum(1) > 0
+    right = (~wrong & (index[None, 1:] < limit[:, None])).sum(1)
+    return torch.where(limit > 0, right + 1, 0)
 
 
 def accepted(shape: Tree, tokens: Tensor, chosen: Tensor, limit: Tensor) -> tuple[Tensor, Tensor]:

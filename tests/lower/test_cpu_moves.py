@@ -19,7 +19,11 @@ from tokopt.lower.tensorrt.graph import rewrite_for_tensorrt
 from tokopt.runtime.format.manifest import OWN, read_manifest
 
 
-@pytest.mark.parametrize(("passes", "dtype"), [("speculate", "float32"), ("int8_kv,speculate", "int8")])
+TREE = "speculate{drafter=hybrid}"
+"""Of a chain nothing has to be moved."""
+
+
+@pytest.mark.parametrize(("passes", "dtype"), [(TREE, "float32"), (f"int8_kv,{TREE}", "int8")])
 def test_every_cache_is_moved_by_one_op(passes: str, dtype: str, tmp_path: Path) -> None:
     """The file holds its body, and nothing else moves entries."""
     bundle = tokopt.optimize(language.bundle("llama"), passes, calibration=[language.prompt(24)])
@@ -33,6 +37,16 @@ def test_every_cache_is_moved_by_one_op(passes: str, dtype: str, tmp_path: Path)
     assert not kinds["tokopt", "move_entries"] and kinds["tokopt", "cache_write"] == 2  # of the positions
     bodies = {function.name for function in model.functions.values()}
     assert "MoveEntries" in bodies and "move_entries" not in bodies
+
+
+def test_a_chain_moves_nothing(tmp_path: Path) -> None:
+    """What is proposed one token after another lies where it belongs; of the positions alone two writes remain."""
+    bundle = tokopt.optimize(language.bundle("llama"), "speculate")
+    path = tokopt.export(bundle, tmp_path / "model.tokopt", target="onnx")
+    program = read_manifest(path).programs["speculate"]
+    kinds = {(node.domain, node.op_type) for node in ir.load(path / program.files[OWN]).graph}
+    assert not {(cpu.DOMAIN, "MoveEntries"), ("tokopt", "move_entries")} & kinds
+    assert [tensor.name for tensor in program.outputs if tensor.role == "written"] == ["proposed_slots"]
 
 
 class Moving(torch.nn.Module):

@@ -15,7 +15,7 @@ from tokopt.ir.format import Generation
 from tokopt.passes import Speculate
 from tokopt.passes.speculate.drafters import DRAFTERS, load_drafter
 from tokopt.passes.speculate.drafters.token_recycling import LEVELS
-from tokopt.passes.speculate.tree import accepted, best_first, tree
+from tokopt.passes.speculate.tree import accepted, accepted_in_chain, best_first, chain, is_chain, tree
 from tokopt.runtime.speculation.draft import Draft, Drawn
 from tokopt.runtime.speculation.drafters.base import Verified
 from tokopt.runtime.speculation.drafters.token_recycling import TokenRecycling
@@ -64,6 +64,23 @@ def test_the_longest_right_path_is_committed(up: list[int], data: st.DataObject)
     best = next(node for node in right if len(lineage(up, node)) == depth)
     assert int(count) == (depth if limit else 0)
     assert path[0].tolist() == [*lineage(up, best)[::-1], *[0] * (size - depth)]
+
+
+@settings(max_examples=60)
+@given(st.integers(1, 12), st.data())
+def test_a_chain_is_the_tree_whose_nodes_follow_one_another(size: int, data: st.DataObject) -> None:
+    """Its shape, and what is committed of it; a limit of 0, and one that the chain outgrows, among the rows."""
+    parent = torch.arange(-1, size - 1)
+    assert is_chain(parent.tolist()) and not is_chain([-1, 0, 0])
+    assert all(map(torch.equal, tree(parent), chain(parent)))
+    tokens, chosen = (
+        torch.tensor([[data.draw(st.integers(0, 1)) for _ in range(size)]] * 3) for _ in range(2)
+    )
+    limit = torch.tensor([0, data.draw(st.integers(1, size)), size + 1])
+    path, count = accepted(tree(parent), tokens, chosen, limit)
+    assert torch.equal(accepted_in_chain(tokens, chosen, limit), count)
+    inside = torch.arange(size)[None] < count[:, None]
+    assert torch.equal(torch.where(inside, path, 0), torch.where(inside, torch.arange(size)[None], 0))
 
 
 @settings(max_examples=30)
