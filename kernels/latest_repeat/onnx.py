@@ -6,10 +6,10 @@ from tokopt.kernels.opset import BOOL, INT64, TOKOPT, TensorType, node, op, scri
 @script(TOKOPT, default_opset=op)
 def entry_repeats(text: TensorType, end: INT64, back: INT64) -> BOOL:
     """Whether the entry ``back`` [1] before each place is that before ``end`` [batch, 1]; not where there is none."""
-    here = op.GatherElements(text, op.Max(end - back, 0), axis=1)
-    same = op.Equal(text, here)
-    padding = op.Concat([0], back, [0, 0], axis=0)
-    return op.Pad(op.Slice(same, [0], op.Shape(text, start=1, end=2) - back, [1]), padding, False)
+    size = op.Shape(text, start=1, end=2)
+    padded = op.Pad(text, op.Concat([0], back, [0, 0], axis=0), op.CastLike(0, text))
+    same = op.Equal(op.Slice(padded, [0], size, [1]), op.GatherElements(text, op.Max(end - back, 0), axis=1))
+    return op.And(same, op.GreaterOrEqual(op.Range(0, op.Squeeze(size), 1), back))
 
 
 @script(TOKOPT, default_opset=op)
