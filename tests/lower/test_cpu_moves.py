@@ -18,7 +18,6 @@ from tokopt.lower.onnx.translate import translate
 from tokopt.lower.tensorrt.graph import rewrite_for_tensorrt
 from tokopt.runtime.format.manifest import OWN, read_manifest
 
-
 TREE = "speculate{drafter=hybrid}"
 """Of a chain nothing has to be moved."""
 
