@@ -98,10 +98,22 @@ def decoding(*programs: ProgramEntry) -> Manifest:
 
 DRAWS, GUESSES = choosing().programs["go"], choosing().programs["guess"]
 
+SURE = Tensor("sure", "int64", ("batch",), "confidence")
+
 BROKEN: dict[str, tuple[Callable[[], Manifest], str]] = {
     # programs
     "no program": (lambda: replace(toy(), programs={}), "programs is empty"),
     "no outputs": (lambda: with_program("see", program([X], [])), "program 'see' has no outputs"),
+    "confidence": (
+        lambda: with_program(
+            "read", replace(toy().programs["read"], outputs=(*toy().programs["read"].outputs, SURE))
+        ),
+        "program 'read' is confident of tokens to come and emits none",
+    ),
+    "confidence of one": (
+        lambda: decoding(DRAWS, replace(GUESSES, outputs=(*GUESSES.outputs, SURE))),
+        "'go_1' .* emits confidence, count, tokens, where the first has count, tokens",
+    ),
     "two inputs": (
         lambda: with_input("read", "mask", name="rows"),
         "inputs of program 'read' has the name 'rows'",
