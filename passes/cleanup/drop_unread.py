@@ -10,7 +10,7 @@ from torch.fx import Graph, Node
 
 from tokopt.analysis.reads import VIEWS, Part, find_parts, fixed_read, operands_read, part_read
 from tokopt.ir.bundle import Bundle, Semantics
-from tokopt.ir.graph import SDPA, aten, is_call, is_tensor
+from tokopt.ir.graph import SDPA, aten, drop_dead, is_call, is_tensor
 from tokopt.ir.program import Program, Reductions
 from tokopt.kernels import declared
 from tokopt.pipeline.base import Context, Pass, PassResult
@@ -69,7 +69,7 @@ def drop(program: Program) -> Dropped | None:
     module = open_graph(program)
     reductions = 0
     while _pass_reduction(module.graph):
-        module.graph.eliminate_dead_code()
+        drop_dead(module.graph)
         reductions += 1
     parts = find_parts(module.graph)
     products = sum(is_call(node, aten.linear, aten.addmm, SDPA) for node in parts)

@@ -124,7 +124,7 @@ class TokenReduction(Pass):
         blocks = [site for site in sites if isinstance(site, Block)]
         streams = find_streams(module, blocks, done.base.example)
         chosen = self.chosen(blocks, len(blocks))
-        refusals = [Refusal(_block_name(b), reason) for b, reason in streams.unfit if b in chosen]
+        refusals = [Refusal(b.label, reason) for b, reason in streams.unfit if b in chosen]
         if self.layers is None:
             refusals += [Refusal(s.site.path or _WHOLE, s.reason) for s in sites if _is_missed(s)]
         proved, impossible = _prove(module.graph, streams, (*_reductions(done), self), failed)
@@ -242,10 +242,6 @@ def _is_missed(site: Block | NoBlock) -> TypeGuard[NoBlock]:
     return isinstance(site, NoBlock) and site.site.kind != "pooling"
 
 
-def _block_name(block: Block) -> str:
-    return f"block {block.index} ({block.site.path})"
-
-
 @dataclass(frozen=True)
 class Proved:
     """What is to be removed in one stream, by its number, and the proof that it can be; ``where`` is its module."""
@@ -342,7 +338,7 @@ class Step:
         most = max(self.method.most(tokens, prefix, self.padded), 0)
         if r > most:
             raise PassError(
-                f"r={r} is too large for block {self.block.index} ({self.block.site.path}), which has {tokens} "
+                f"r={r} is too large for {self.block.label}, which has {tokens} "
                 f"tokens, {prefix} of them protected, and can lose at most {most}; remove fewer"
             )
         return r
@@ -387,13 +383,13 @@ class Plan:
             obstacle = trace.obstacles[0]
             blocks = list(dict.fromkeys(step.block for step in plan.steps))
             guilty = [b for b in blocks if b.residual in ancestors(obstacle.node)] or blocks
-            refusals += [Refusal(_block_name(b), str(obstacle)) for b in guilty]
+            refusals += [Refusal(b.label, str(obstacle)) for b in guilty]
             plan = replace(plan, steps=tuple(s for s in plan.steps if s.block not in guilty))
 
     def seeds(self) -> dict[torch.fx.Node, Seed]:
         """Where tokens are removed, for the tracer."""
         count = Counter(step.block.residual for step in self.steps)
-        return {s.block.residual: Seed(s.block.token_axis, count[s.block.residual]) for s in self.steps}
+        return {s.block.residual: Seed(s.block.tokens_at, count[s.block.residual]) for s in self.steps}
 
     def prefix(self, trace: TokenTrace, method: TokenReduction) -> int:
         """Protected leading tokens: what the user says, else what the graph shows."""
@@ -425,7 +421,7 @@ class Plan:
         for step, count in zip(self.steps, counts, strict=True):
             if isinstance(step.removal, Fraction) and count < 2:
                 raise PassError(
-                    f"block {step.block.index} ({step.block.site.path}) would lose {count} of the example's {tokens} "
+                    f"{step.block.label} would lose {count} of the example's {tokens} "
                     "tokens, and a share of a varying number has to remove two at least; capture with a longer example"
                 )
 
@@ -476,7 +472,7 @@ _LONGEST = 4096
 
 
 def _tokens(block: Block) -> Size:
-    return block.residual.meta["val"].shape[block.token_axis]
+    return block.residual.meta["val"].shape[block.tokens_at]
 
 
 def _raise_minimum(program: Program, module: GraphModule, plan: Plan, trace: TokenTrace) -> Program:

@@ -1,7 +1,8 @@
 """Attention sites and transformer blocks of a captured graph.
 
-A *site* is one attention. A *block* is a self-attention site together with the add that returns its output
-to the residual stream; reductions are inserted after that add, between attention and MLP.
+A *site* is one attention. A *block* is a self-attention site together with what returns to the residual stream: from
+the stream that the attention's branch reads to the stream that the next block's reads. Encoders and decoders have
+them alike; what may be done to a block says the pass that does it.
 """
 
 from __future__ import annotations
@@ -36,6 +37,8 @@ _WRAPPERS = (
     *(aten.view, aten.reshape, aten.transpose, aten.permute),
 )
 
+_NORMS = (aten.layer_norm, aten.rms_norm)
+
 _WEIGHTED = (aten.linear, aten.addmm, aten.mm, aten.convolution, aten.conv1d, aten.conv2d)
 
 
@@ -44,7 +47,7 @@ class Site:
     """One attention: queries ``[batch, heads, query tokens, channels]`` against keys and values.
 
     ``self``: queries and keys are projected from the same tensor. ``pooling``: the queries come from
-    parameters (a probe). ``cross``: anything else.
+    parameters (a probe). ``cross``: anything else. ``cached``: keys and values of earlier calls are among them.
     """
 
     node: Node
@@ -54,6 +57,7 @@ class Site:
     value: Node
     mask: Node | None
     causal: bool
+    cached: bool = False
 
     @property
     def path(self) -> str:
@@ -73,22 +77,37 @@ class Site:
 
 @dataclass(frozen=True)
 class Block:
-    """A self-attention site, the residual stream before it and the add after it.
+    """A self-attention site, and the residual stream around it.
 
-    ``token_axis`` is the token axis of both; ``path`` the module that holds the block.
+    ``stream`` is what the attention's branch reads, ``residual`` the add that returns its output, and ``end`` the
+    stream after the block's last branch, an MLP mostly: what the next block reads, or what stands between the two.
+    ``token_axis`` is the token axis of all three where they have a single one, [batch, tokens, channels] or
+    [tokens, batch, channels].
     """
 
     index: int
     site: Site
     stream: Node
     residual: Node
-    token_axis: int
+    end: Node
+    token_axis: int | None
     style: Style
+
+    @property
+    def tokens_at(self) -> int:
+        """The token axis of a block that has a single one."""
+        assert self.token_axis is not None, f"block {self.index} has no single token axis"
+        return self.token_axis
+
+    @property
+    def label(self) -> str:
+        """How notes and refusals name the block: ``block 3 (encoder.layer.3.attention)``."""
+        return f"block {self.index}" + (f" ({self.site.path})" if self.site.path else "")
 
 
 @dataclass(frozen=True)
 class NoBlock:
-    """A site that is not a block that tokens could be reduced in, and the reason."""
+    """A site that is no block, and the reason."""
 
     site: Site
     reason: str
@@ -102,10 +121,17 @@ def find_sites(graph: Graph) -> list[Site]:
 def find_blocks(graph: Graph) -> list[Block | NoBlock]:
     """A Block per self-attention with a residual add, a NoBlock with its reason for every other site."""
     found: list[Block | NoBlock] = []
-    for site in find_sites(graph):
+    sites = find_sites(graph)
+    attentions = {site.node for site in sites if site.kind == "self"}
+    for site in sites:
         index = sum(isinstance(b, Block) for b in found)
-        found.append(_block(site, index))
+        found.append(_block(site, index, attentions))
     return found
+
+
+def blocks_of(graph: Graph) -> list[Block]:
+    """The blocks of a graph, in execution order."""
+    return [found for found in find_blocks(graph) if isinstance(found, Block)]
 
 
 def _site(node: Node) -> Site:
@@ -113,14 +139,30 @@ def _site(node: Node) -> Site:
     assert isinstance(query, Node) and isinstance(key, Node) and isinstance(value, Node)
     mask = argument(node, 3, "attn_mask")
     causal = bool(argument(node, 5, "is_causal", False))
-    return Site(node, _kind(query, key), query, key, value, mask if isinstance(mask, Node) else None, causal)
+    mask, cached = mask if isinstance(mask, Node) else None, _is_cached(key)
+    return Site(node, _kind(query, key, cached), query, key, value, mask, causal, cached)
 
 
-def _kind(query: Node, key: Node) -> Kind:
-    if is_call(key, ops.cache_write):
-        return "self"  # over the new tokens and those before them
+def _is_cached(key: Node) -> bool:
+    """Whether keys were written into a cache, perhaps as integers, after they were projected."""
+    stack, seen = [key], {key}
+    while stack:
+        current = stack.pop()
+        if is_call(current, ops.cache_write):
+            return True
+        if is_call(current, *_WEIGHTED):
+            continue
+        above = [operand for operand in tensor_inputs(current) if operand not in seen]
+        seen.update(above)
+        stack += above
+    return False
+
+
+def _kind(query: Node, key: Node, cached: bool) -> Kind:
     from_query, from_key = _projected_from(query), _projected_from(key)
     if from_query & from_key or _unwrap(query) is _unwrap(key):
+        if cached:
+            return "self"  # over the new tokens and those before them
         same = same_size(query.meta["val"].shape[-2], key.meta["val"].shape[-2])
         return "self" if same else "cross"
     inputs = [n for n in {query, *ancestors(query)} if n.op == "placeholder"]
@@ -157,24 +199,71 @@ def _unwrap(node: Node) -> Node:
             return node
 
 
-def _block(site: Site, index: int) -> Block | NoBlock:
+def _block(site: Site, index: int, attentions: set[Node]) -> Block | NoBlock:
     if site.kind == "pooling":
         return NoBlock(site, "pooling attention: its output is not per token")
-    if is_call(site.key, ops.cache_write):
-        return NoBlock(site, "its keys and values are in a cache, which the eviction passes bound")
     if site.kind == "cross":
         return NoBlock(site, "cross attention: queries and keys are different tokens")
-    if site.causal:
-        return NoBlock(site, "causal attention: reducing tokens would let later tokens reach earlier ones")
     add = _residual_add(site)
     if isinstance(add, str):
         return NoBlock(site, add)
-    axis = _token_axis(add, site)
-    if axis is None:
-        return NoBlock(site, "the residual stream has no single axis of the attention's token count")
     stream = next(n for n in tensor_inputs(add) if n in ancestors(site.node))
-    end, parallel = _past_parallel_branch(add, site)
-    return Block(index, site, stream, end, axis, "parallel" if parallel else _style(site, stream))
+    residual, parallel = _past_parallel_branch(add, site)
+    style = "parallel" if parallel else _style(site, stream)
+    end = _end(residual, style, attentions)
+    return Block(index, site, stream, residual, end, _token_axis(add, site), style)
+
+
+def _end(residual: Node, style: Style, attentions: set[Node]) -> Node:
+    """The stream after every branch that leaves ``residual`` and returns before the next self-attention.
+
+    A norm that all readers read belongs to the block where it stands between two branches, and after the last one of a
+    post-norm block.
+    """
+    end = stream = residual
+    while True:
+        normed = _only_reader(stream)
+        between = normed is not None and is_call(normed, *_NORMS)
+        start = normed if between and normed is not None else stream
+        back = _returning_add(start, attentions)
+        if back is None:
+            return start if between and style == "post-norm" else end
+        stream, end = back, _in_shape_of(back, residual)
+
+
+def _only_reader(node: Node) -> Node | None:
+    """The one node that reads a value."""
+    users = value_users(node)
+    return users[0] if len(users) == 1 else None
+
+
+def _returning_add(stream: Node, attentions: set[Node]) -> Node | None:
+    """The add of ``stream``, or of a view of it, and a branch that reads it, without a self-attention on the way."""
+    node = stream
+    while (only := _only_reader(node)) is not None and is_call(only, *_WRAPPERS):
+        node = only
+    add = _meeting(node)
+    if add is None or not is_call(add, aten.add) or add.kwargs or node not in add.args[:2]:
+        return None
+    branch = _other_operand(add, node)
+    inside = reaches(node)
+    if (
+        branch not in inside
+        or not _same_shape(branch, add)
+        or not attentions.isdisjoint(inside & ancestors(add))
+    ):
+        return None
+    return add
+
+
+def _in_shape_of(node: Node, stream: Node) -> Node:
+    """``node``, or the view of it in the shape of ``stream`` that alone is read."""
+    found: Node | None = node
+    while found is not None and not _same_shape(found, stream):
+        found = _only_reader(found)
+        if not is_call(found, *_WRAPPERS):
+            return node
+    return node if found is None else found
 
 
 def _residual_add(site: Site) -> Node | str:

@@ -14,10 +14,10 @@ from tokopt.ir.program import Program
 
 @dataclass(frozen=True)
 class BlockRow:
-    """One attention: ``index`` counts the blocks that passes can reduce tokens in, None for the others.
+    """One attention: ``index`` counts the blocks, None for what is none.
 
     ``flops`` is the cost of the layer that holds the attention (the module path up to its last number), under
-    the example inputs. ``note`` is the norm style, or the reason why the site is not a block.
+    the example inputs. ``note`` is the norm style and whether keys are cached, or the reason why the site is no block.
     """
 
     index: int | None
@@ -58,10 +58,14 @@ def describe_blocks(program: Program) -> list[BlockRow]:
         site = found.site
         layer = _layer(site.path)
         flops = sum(flops for path, flops in costs if path == layer or path.startswith(layer + "."))
-        note = found.style if isinstance(found, Block) else found.reason
+        note = _note(found) if isinstance(found, Block) else found.reason
         index = found.index if isinstance(found, Block) else None
         rows.append(BlockRow(index, site.path, site.kind, site.tokens, site.heads, flops, note))
     return rows
+
+
+def _note(block: Block) -> str:
+    return f"{block.style}, cached" if block.site.cached else block.style
 
 
 def _layer(path: str) -> str:

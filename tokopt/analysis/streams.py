@@ -43,8 +43,9 @@ class Streams:
 def find_streams(module: GraphModule, blocks: Sequence[Block], example: Sequence[Tensor]) -> Streams:
     """Group blocks by the tokens that they work on.
 
-    A block is in no stream whose attention is causal by its mask on the ``example`` inputs, whose tokens are learned
-    queries, or whose attention does not see its stream's tokens in their order.
+    A block is in no stream whose keys are in a cache, whose attention is causal, by its mask on the ``example`` inputs
+    or by itself, whose tokens are learned queries or along no single axis, or whose attention does not see its stream's
+    tokens in their order.
     """
     inputs = (node for node in module.graph.nodes if node.op == "placeholder")
     known = dict(zip(inputs, example, strict=True))
@@ -52,12 +53,15 @@ def find_streams(module: GraphModule, blocks: Sequence[Block], example: Sequence
     traces: dict[Block, TokenTrace] = {}
     unfit: list[tuple[Block, str]] = []
     for block in blocks:
-        trace = trace_tokens(module.graph, {block.stream: Seed(block.token_axis)}, reduce=False)
+        if reason := _unlike(block):
+            unfit.append((block, reason))
+            continue
+        trace = trace_tokens(module.graph, {block.stream: Seed(block.tokens_at)}, reduce=False)
         if reason := _unseen(block, trace) or _causal(module, block, known):
             unfit.append((block, reason))
             continue
         traces[block] = trace
-        joined = [s for s in streams if _whole(traces[s[-1]], block.stream, block.token_axis)]
+        joined = [s for s in streams if _whole(traces[s[-1]], block.stream, block.tokens_at)]
         if joined:
             joined[-1].append(block)
         else:
@@ -65,6 +69,20 @@ def find_streams(module: GraphModule, blocks: Sequence[Block], example: Sequence
     learned = [stream for stream in streams if not _depends_on_input(stream[0])]
     unfit += [(block, _LEARNED) for stream in learned for block in stream]
     return Streams(tuple(tuple(s) for s in streams if s not in learned), tuple(unfit))
+
+
+_CAUSAL = "causal attention: reducing tokens would let later tokens reach earlier ones"
+
+
+def _unlike(block: Block) -> str | None:
+    """Why a block's tokens are not those of an encoder; None where they may be."""
+    if block.site.cached:
+        return "its keys and values are in a cache, which the eviction passes bound"
+    if block.site.causal:
+        return _CAUSAL
+    if block.token_axis is None:
+        return "the residual stream has no single axis of the attention's token count"
+    return None
 
 
 _LEARNED = "its tokens are learned queries, each of which is read by its place"
@@ -101,7 +119,7 @@ def _causal(module: GraphModule, block: Block, known: dict[Node, Any]) -> str | 
     if shown.ndim < 2 or shown.shape[-2] != tokens or tokens == 1:
         return None
     if any(not (shown & side).any() for side in _sides(tokens)):
-        return "causal attention: reducing tokens would let later tokens reach earlier ones"
+        return _CAUSAL
     return None
 
 

@@ -123,7 +123,7 @@ def output_specs(program: Program) -> tuple[TensorSpec, ...]:
     specs: list[TensorSpec] = []
     for spec, node in zip(program.outputs, results(program.module.graph), strict=True):
         value = node.meta["val"]
-        axes = tuple(size if isinstance(size, int) else _spell(size, names) for size in value.shape)
+        axes = tuple(size if isinstance(size, int) else spell(size, names) for size in value.shape)
         specs.append(replace(spec, axes=axes, dtype=str(value.dtype).removeprefix("torch.")))
     return tuple(specs)
 
@@ -149,6 +149,7 @@ def user_inputs(exported: torch.export.ExportedProgram) -> list[Node]:
     return [node for node in exported.graph.nodes if node.op == "placeholder" and node.name in names]
 
 
-def _spell(size: torch.SymInt, names: dict[str, str]) -> str:
+def spell(size: torch.SymInt, names: Mapping[str, str]) -> str:
+    """A size as an expression of named axes (``"tokens - 4"``), which ``names`` gives by symbol."""
     # A symbol may begin with another's name: s7 and s73.
     return re.sub(r"\bs\d+\b", lambda symbol: names.get(symbol[0], symbol[0]), str(size))

@@ -131,6 +131,11 @@ def results(graph: Graph) -> list[Node]:
     return nodes
 
 
+def drop_dead(graph: Graph) -> None:
+    """Delete the nodes that nothing reads, also those that torch takes for random: a program draws no numbers."""
+    graph.eliminate_dead_code(lambda node: node.is_impure(impure_random=False))
+
+
 def module_path(node: Node) -> str:
     """The dotted path, in the user's model, of the module whose code made this node."""
     stack: dict[str, tuple[str, object]] = node.meta.get("nn_module_stack") or {}

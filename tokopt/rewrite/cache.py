@@ -20,7 +20,7 @@ from tokopt.errors import PassError
 from tokopt.ir.bundle import Bundle, fresh
 from tokopt.ir.export import placeholders
 from tokopt.ir.format import BATCH, Occupancy, State, slot_axis
-from tokopt.ir.graph import argument, is_call, results
+from tokopt.ir.graph import argument, drop_dead, is_call, results
 from tokopt.ir.program import Axis, AxisRange, Program, TensorSpec
 from tokopt.ir.shapes import Shapes
 from tokopt.kernels import ops
@@ -210,7 +210,7 @@ class ProgramEdit:
         del self.states[name], self.inputs[place], self.example[place], self.outputs[out], self.results[out]
         graph = self.module.graph
         graph.output_node().args = (tuple(self.results),)
-        graph.eliminate_dead_code()
+        drop_dead(graph)
         graph.erase_node(self.nodes.pop(name))
 
     def respell(self, name: str, example: Tensor, **changes: Any) -> None:

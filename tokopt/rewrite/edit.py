@@ -23,7 +23,7 @@ from torch.fx._lazy_graph_module import _LazyGraphModule as LazyGraphModule
 from torch.utils import _pytree as pytree
 
 from tokopt.ir.export import copied, output_specs
-from tokopt.ir.graph import aten, is_call
+from tokopt.ir.graph import aten, drop_dead, is_call
 from tokopt.ir.program import AxisRange, Program, TensorSpec
 from tokopt.ir.shapes import Shapes, described, with_shapes
 from tokopt.ir.splice import drop_lifts, splice
@@ -60,7 +60,7 @@ def close_graph(program: Program, module: GraphModule, **changes: Any) -> Progra
     for node in list(module.graph.nodes):
         if is_call(node, aten._assert_tensor_metadata):  # what it asserts of dtypes is derived anew
             module.graph.erase_node(node)
-    module.graph.eliminate_dead_code()
+    drop_dead(module.graph)
     drop_unused(module)
     shapes = Shapes.attached(module)
     shapes.refresh(module)

@@ -330,7 +330,7 @@ class TokenRewriter:
 
 def batch_size(block: Block) -> int:
     """The batch size of a block's residual stream under the example inputs."""
-    return sizes(block.residual)[1 - block.token_axis]
+    return sizes(block.residual)[1 - block.tokens_at]
 
 
 # --- plain functions that the re-export traces -----------------------------------------------------------
