@@ -61,7 +61,7 @@ class Halves:
     def links_of(
         self, links: Iterable[Link], whole: str, first: str, second: str, when: str = "once"
     ) -> tuple[Link, ...]:
-        """A bundle's links once its program ``whole`` is cut into ``first`` and ``second``, as the bundle names them."""
+        """A bundle's links once its program ``whole`` is cut into the programs ``first`` and ``second``."""
         made: list[Link] = []
         for link in links:
             source, target = link.source, link.target
