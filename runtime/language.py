@@ -44,8 +44,9 @@ class LanguageModel:
             sessions.best(name, batch=1)  # what cannot be loaded is refused now
         self.settings, self.endless = manifest.generation, manifest.schedule.endless
         entries = [entry for entry in manifest.schedule.entries if entry.role != "encode"]
-        self.draws = any(emits_tokens(manifest.programs[entry.program]) for entry in entries)
-        self._takes = {tensor.role for entry in entries for tensor in manifest.programs[entry.program].inputs}
+        programs = [manifest.programs[name] for entry in entries for name in entry.programs]
+        self.draws = any(map(emits_tokens, programs))
+        self._takes = {tensor.role for program in programs for tensor in program.inputs}
         self.interface = Interface.of(manifest)
         proposing = manifest.schedule.proposing
         self._speculation = None if proposing is None else Speculation(path, proposing.tree)

@@ -130,9 +130,7 @@ class Request:
         self.since = [np.zeros(batch, np.int64) for _ in self._counting]
         self.program: Any = None
         self._bound: dict[str, Any] = {}
-        self._roles = {
-            entry.program: _Roles.of(manifest.programs[entry.program]) for entry in self.schedule.entries
-        }
+        self._roles = {name: _Roles.of(manifest.programs[name]) for name in self.schedule.programs}
 
     # ------------------------------------------------------------------------------------------- entries
 
@@ -270,18 +268,14 @@ class Request:
     ) -> Emission:
         """One call of an entry, which no trigger counts; raises InputError for tokens that are not of the batch."""
         self._check_tokens(tokens, positions)
-        roles = self._roles[entry.program]
-        feed = self._feed(entry, tokens, positions, rows, limit)
+        values = self._values(entry, tokens, positions, rows, limit)
         if mask is not None:
-            feed[self._mask_input(entry)] = self._checked_mask(mask, tokens.shape[1])
-        results = self._call(entry, feed)
-        if roles.carried:
-            carry(
-                self.manifest.links,
-                entry.program,
-                {name: np.array(results[name]) for name in roles.carried},
-                self.links,
-            )
+            values["mask"] = self._checked_mask(entry, mask, tokens.shape[1])
+        self._reserve(entry, values)
+        results: dict[str, np.ndarray] = {}
+        for name in entry.programs:
+            results = self._call(name, values)
+        roles = self._roles[entry.emitter]
         if "logits" in roles.made:
             self._occupy(tokens.shape[1])
             found = results[roles.made["logits"]]
@@ -310,7 +304,7 @@ class Request:
                 "for both"
             )
 
-    def _feed(
+    def _values(
         self,
         entry: Entry,
         tokens: np.ndarray,
@@ -318,31 +312,22 @@ class Request:
         rows: np.ndarray,
         limit: np.ndarray | None,
     ) -> dict[str, np.ndarray]:
-        """An array for every input that is no state."""
-        roles, count = self._roles[entry.program], tokens.shape[1]
-        values = {
+        """What a call is told, by role."""
+        count = tokens.shape[1]
+        causal = np.tril(np.ones((count, count), bool))
+        return {
             "tokens": np.ascontiguousarray(tokens),
             "positions": np.ascontiguousarray(positions),
             "rows": rows,
+            "parent": np.array(entry.tree, np.int64),
+            "limit": np.full(self.batch, NO_LIMIT) if limit is None else limit,
+            "mask": np.ascontiguousarray(np.broadcast_to(causal, (self.batch, count, count))),
             **self.drawing,
         }
-        if "parent" in roles.given:
-            values["parent"] = np.array(entry.tree, np.int64)
-        if "limit" in roles.given:
-            values["limit"] = np.full(self.batch, NO_LIMIT) if limit is None else limit
-        if "mask" in roles.given:
-            causal = np.tril(np.ones((count, count), bool))
-            values["mask"] = np.ascontiguousarray(np.broadcast_to(causal, (self.batch, count, count)))
-        feed = {name: values[role] for role, name in roles.given.items()}
-        return feed | {name: self.links[Port(entry.program, name)] for name in roles.linked}
 
-    def _mask_input(self, entry: Entry) -> str:
-        roles = self._roles[entry.program]
-        if "mask" not in roles.given:
+    def _checked_mask(self, entry: Entry, mask: object, count: int) -> np.ndarray:
+        if not any("mask" in self._roles[name].given for name in entry.programs):
             raise InputError(f"program {entry.program!r} takes no mask; leave it out")
-        return roles.given["mask"]
-
-    def _checked_mask(self, mask: object, count: int) -> np.ndarray:
         wanted = (self.batch, count, count)
         found = type(mask).__name__
         if isinstance(mask, np.ndarray):
@@ -354,9 +339,11 @@ class Request:
             f"mask is {found}, it must be a numpy array bool{list(wanted)} [batch, tokens, tokens]"
         )
 
-    def _call(self, entry: Entry, feed: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """One call of a program, with the free slots that it needs."""
+    def _reserve(self, entry: Entry, values: Mapping[str, np.ndarray]) -> None:
+        """Have the free slots that a call needs."""
         self._switch(entry.program)
+        given = self._roles[entry.program].given
+        feed = {name: values[role] for role, name in given.items()}
         slots = needed_slots(entry, self.manifest.programs[entry.program], feed)
         if self._lacks(slots):
             self.used = self.buffers.occupied()
@@ -364,7 +351,18 @@ class Request:
             sizes = self.buffers.slots
             self.buffers.resize({axis: max(capacity(self.used[axis] + slots), sizes[axis]) for axis in sizes})
             self._rebind()
-        return self.program.run(feed)
+
+    def _call(self, name: str, values: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """One call of a program on what its roles stand for; what it gives for others is kept."""
+        roles = self._roles[name]
+        feed = {given: values[role] for role, given in roles.given.items()}
+        feed |= {linked: self.links[Port(name, linked)] for linked in roles.linked}
+        self._switch(name)
+        results = self.program.run(feed)
+        if roles.carried:
+            made = {carried: np.array(results[carried]) for carried in roles.carried}
+            carry(self.manifest.links, name, made, self.links)
+        return results
 
     def _switch(self, name: str) -> None:
         """Let a program be the one that runs, on the states that the one before left."""

@@ -94,10 +94,10 @@ class RowTimer:
         self._used = dict(self.request.used)
 
     def _bind(self, model: LanguageModel, form: str) -> None:
-        name = self.entry.program
-        session = model.sessions.get(name, form)
-        bound = Bound(session, model.manifest.programs[name], self.request.buffers)
-        self.request.bind(name, bound)
+        for name in self.entry.programs:
+            session = model.sessions.get(name, form)
+            bound = Bound(session, model.manifest.programs[name], self.request.buffers)
+            self.request.bind(name, bound)
 
     def measure(self) -> dict[int, float]:
         """The seconds of one call for each number of new tokens.

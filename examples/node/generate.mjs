@@ -51,6 +51,9 @@ function argmax(logits) {
 /** The entry that decodes and proposes tokens, where there is one. */
 const proposing = ({ schedule }) => schedule.entries.find(({ role, tree }) => role === 'decode' && tree?.length);
 
+/** The programs of one call of an entry, in their order: more than one where a program was cut. */
+const programs = ({ program, then }) => [program, ...(then ?? [])];
+
 /** The shape of nested lists. */
 const shapeOf = (nested) => (Array.isArray(nested) ? [nested.length, ...shapeOf(nested[0])] : []);
 
@@ -108,14 +111,16 @@ class Request {
     const padding = Array(wanted - tokens.length).fill(0);
     const positions = [...padding.map(() => PADDING), ...tokens.map((_, i) => start + i)];
     const parent = (entry.tree ?? []).slice(0, nodes);
-    const emitted = await this.run(entry.program, {
+    const told = {
       tokens: tensor('int64', [...padding, ...tokens], [1, wanted]),
       positions: tensor('int64', positions, [1, wanted]),
       mask: causal(wanted),
       rows: tensor('int64', [-1], [1]),
       limit: tensor('int64', [limit], [1]),
       parent: tensor('int64', parent, [parent.length]),
-    });
+    };
+    let emitted;
+    for (const program of programs(entry)) emitted = await this.run(program, told); // the last one emits
     this.confidence = Number(emitted.confidence?.data[0] ?? UNSAID); // in what the next call would propose
     if (emitted.tokens) return Array.from(emitted.tokens.data.slice(0, Number(emitted.count.data[0])), Number);
     return [argmax(emitted.logits.data.slice(-this.manifest.generation.vocabulary))];
@@ -128,8 +133,8 @@ class Request {
     return typeof axis === 'number' ? { fixed: axis, most: axis } : { most: ranges[axis].max ?? Infinity };
   }
 
-  draws({ program }) {
-    return this.manifest.programs[program].outputs.some((output) => output.role === 'tokens');
+  draws(entry) {
+    return this.manifest.programs[programs(entry).at(-1)].outputs.some((output) => output.role === 'tokens');
   }
 
   /** `limit`, and no more than the tokens left to the next trigger, when so many of the prompt are read before. */

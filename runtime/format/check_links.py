@@ -54,7 +54,7 @@ def _check_link(programs: Mapping[str, Signature], link: Link) -> None:
 
 def _check_order(link: Link, schedule: Schedule) -> None:
     """What a link carries is there when its target first runs."""
-    runs = [entry.program for entry in schedule.entries]
+    runs = schedule.programs
     if link.target.program not in runs:
         return
     require(
@@ -63,7 +63,7 @@ def _check_order(link: Link, schedule: Schedule) -> None:
     )
     require(
         link.when == "call"
-        or all(entry.role != "decode" for entry in schedule.entries if entry.program == link.target.program),
+        or all(entry.role != "decode" for entry in schedule.entries if link.target.program in entry.programs),
         f"the link to {_spell(link.target)} is of a program that runs more than once per request, so it must be 'call'",
     )
 

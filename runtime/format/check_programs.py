@@ -99,15 +99,12 @@ def _check_ranges(where: str, program: Signature) -> None:
 
 def _check_new_tokens(where: str, program: Signature) -> None:
     """Positions and mask are those of the tokens, and count and log-probabilities those of emitted tokens."""
-    tokens = find_role(program.inputs, "tokens")
-    for role in ("positions", "mask"):
-        given = find_role(program.inputs, role)
-        if given is not None:
-            count = tokens.axes[1] if tokens else None
-            require(
-                all(axis == count for axis in given.axes[1:]),
-                f"the {role} of {where} have not the axes of its tokens",
-            )
+    read = [found for role in ("tokens", "positions", "mask") if (found := find_role(program.inputs, role))]
+    for given in read[1:]:
+        require(
+            all(axis == read[0].axes[1] for axis in given.axes[1:]),
+            f"the {given.role} of {where} have not the axes of its {read[0].role}",
+        )
     emitted = [find_role(program.outputs, role) is not None for role in ("tokens", "count")]
     require(emitted[0] == emitted[1], f"{where} must emit tokens and their count, or neither")
     made, logprobs = find_role(program.outputs, "tokens"), find_role(program.outputs, "logprobs")

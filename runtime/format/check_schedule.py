@@ -17,6 +17,9 @@ _INPUTS = {"encode": frozenset(("input", "link", "state")), "prefill": _READS, "
 _OUTPUTS = {"encode": frozenset(("output", "link", "done", "state")), "prefill": _WRITES, "decode": _WRITES}
 """Role of an entry -> roles that its program's inputs and outputs may have."""
 
+_HANDED_ON = frozenset(("link", "written", "state"))
+"""Roles that the outputs of a program may have that others of the same call follow."""
+
 
 def check_schedule(
     programs: Mapping[str, Signature], schedule: Schedule, generation: Generation | None
@@ -28,13 +31,11 @@ def check_schedule(
             entry.role in ENTRY_ROLES,
             f"an entry of the schedule has the role {short(entry.role)}, it must be one of {', '.join(ENTRY_ROLES)}",
         )
-        require(
-            entry.program in programs,
-            f"the schedule names the program {short(entry.program)}, which is not there",
-        )
+        for name in entry.programs:
+            require(name in programs, f"the schedule names the program {short(name)}, which is not there")
     _check_order(schedule, generation)
     for entry in schedule.entries:
-        _check_entry(entry, programs[entry.program], generation)
+        _check_entry(entry, programs, generation)
     _check_decodes(programs, tuple(schedule.of_role("decode")))
     encoders = {entry.program: programs[entry.program] for entry in schedule.of_role("encode")}
     _check_caller(encoders)
@@ -58,7 +59,7 @@ def _check_order(schedule: Schedule, generation: Generation | None) -> None:
         roles == sorted(roles, key=ENTRY_ROLES.index),
         "the schedule's entries are not in the order of their roles",
     )
-    if double := first_double(f"{entry.program} as {entry.role}" for entry in schedule.entries):
+    if double := first_double(f"{name} as {e.role}" for e in schedule.entries for name in e.programs):
         raise FormatError(f"the schedule runs {short(double)} twice")
     prefills, decodes = roles.count("prefill"), roles.count("decode")
     require(
@@ -77,14 +78,20 @@ def _check_order(schedule: Schedule, generation: Generation | None) -> None:
     )
 
 
-def _check_entry(entry: Entry, program: Signature, generation: Generation | None) -> None:
-    where = f"program {short(entry.program)} runs as {entry.role} and"
-    _check_roles(where, program.inputs, _INPUTS[entry.role])
-    _check_roles(where, program.outputs, _OUTPUTS[entry.role])
-    _check_slots(entry, program)
-    _check_tree(entry, program)
+def _check_entry(entry: Entry, programs: Mapping[str, Signature], generation: Generation | None) -> None:
+    require(
+        not entry.then or entry.role != "encode",
+        f"the entry of program {short(entry.program)} encodes and has further programs; make each an entry",
+    )
+    for name in entry.programs:
+        where = f"program {short(name)} runs as {entry.role} and"
+        _check_roles(where, programs[name].inputs, _INPUTS[entry.role])
+        last = name == entry.emitter
+        _check_roles(where, programs[name].outputs, _OUTPUTS[entry.role] if last else _HANDED_ON)
+    _check_slots(entry, programs[entry.program])
+    _check_tree(entry, programs[entry.program])
     if generation is not None and entry.role != "encode":
-        _check_emission(entry, program, where, generation)
+        _check_emission(entry, programs, generation)
 
 
 def _check_roles(where: str, tensors: Iterable[TensorLike], allowed: frozenset[str]) -> None:
@@ -129,8 +136,10 @@ def _check_tree(entry: Entry, program: Signature) -> None:
     )
 
 
-def _check_emission(entry: Entry, program: Signature, where: str, generation: Generation) -> None:
-    logits, tokens = find_role(program.outputs, "logits"), find_role(program.outputs, "tokens")
+def _check_emission(entry: Entry, programs: Mapping[str, Signature], generation: Generation) -> None:
+    where, reading = f"program {short(entry.emitter)} runs as {entry.role} and", programs[entry.program]
+    emitting = programs[entry.emitter]
+    logits, tokens = find_role(emitting.outputs, "logits"), find_role(emitting.outputs, "tokens")
     require(
         (logits is None) != (tokens is None), f"{where} must emit either logits or tokens with their count"
     )
@@ -138,18 +147,21 @@ def _check_emission(entry: Entry, program: Signature, where: str, generation: Ge
         logits is None or logits.axes[2] == generation.vocabulary,
         f"{where} emits logits of another vocabulary than the {generation.vocabulary} of 'generation'",
     )
-    given = find_role(program.inputs, "tokens"), find_role(program.inputs, "positions")
+    where = f"program {short(entry.program)} runs as {entry.role} and"
+    given = find_role(reading.inputs, "tokens"), find_role(reading.inputs, "positions")
     require(
         None not in given or (entry.role == "decode" and tokens is not None),
         f"{where} needs inputs of the roles 'tokens' and 'positions'",
     )
     require(
-        entry.role != "prefill" or tokens is None or find_role(program.inputs, "limit") is not None,
+        entry.role != "prefill" or tokens is None or find_role(emitting.inputs, "limit") is not None,
         f"{where} emits tokens and has no input of the role 'limit', so it cannot be told to emit none "
         "before the prompt's end",
     )
     if given[0] is not None:
-        _check_chunks(entry, program, given[0].axes[1], where)
+        _check_chunks(entry, reading, given[0].axes[1], where)
+        for name in entry.then:
+            _check_part(name, programs[name], given[0].axes[1], reading)
 
 
 def _check_chunks(entry: Entry, program: Signature, count: str | int, where: str) -> None:
@@ -160,6 +172,22 @@ def _check_chunks(entry: Entry, program: Signature, count: str | int, where: str
         entry.role != "decode" or isinstance(count, str) or count == 1,
         f"{where} takes {count} tokens in every call, and a row has one to read",
     )
+
+
+def _check_part(name: str, program: Signature, count: str | int, reading: Signature) -> None:
+    """A further program of a call reads as many tokens as the first, whatever their number."""
+    for role in ("tokens", "positions", "mask"):
+        given = find_role(program.inputs, role)
+        require(
+            given is None or given.axes[1] == count,
+            f"the {role} of program {short(name)} have not the axis {short(count)} of the first program's tokens",
+        )
+    if isinstance(count, str) and count in program.ranges:
+        ours, theirs = program.ranges[count], reading.ranges[count]
+        require(
+            (ours.min, ours.max) == (theirs.min, theirs.max),
+            f"program {short(name)} takes other numbers of tokens than the first program of its call",
+        )
 
 
 def _check_decodes(programs: Mapping[str, Signature], entries: Sequence[Entry]) -> None:
@@ -173,7 +201,7 @@ def _check_decodes(programs: Mapping[str, Signature], entries: Sequence[Entry]) 
             not number and bool(entry.tree) and not first.tree,
             f"{where} only one may be, with a tree where the first has none",
         )
-        one, other = programs[first.program], programs[entry.program]
+        one, other = ([programs[name] for name in each.programs] for each in (first, entry))
         for what, ours, theirs in (
             ("is given", _told(one), _told(other)),
             ("emits", _emitted(one), _emitted(other)),
@@ -190,17 +218,18 @@ def _check_decodes(programs: Mapping[str, Signature], entries: Sequence[Entry]) 
         )
 
 
-def _told(program: Signature) -> set[str]:
+def _told(programs: Sequence[Signature]) -> set[str]:
     """Roles of what a host decides for a call; which token sees which follows from the number of tokens."""
-    return {tensor.role for tensor in program.inputs} - {"parent", "mask", "rows", "link", "state"}
+    roles = {tensor.role for program in programs for tensor in program.inputs}
+    return roles - {"parent", "mask", "rows", "link", "state"}
 
 
-def _emitted(program: Signature) -> set[str]:
-    return {tensor.role for tensor in program.outputs} - {"link", "written", "state"}
+def _emitted(programs: Sequence[Signature]) -> set[str]:
+    return {tensor.role for program in programs for tensor in program.outputs} - _HANDED_ON
 
 
-def _changed(program: Signature) -> set[str]:
-    return {tensor.state for tensor in program.outputs if tensor.state is not None}
+def _changed(programs: Sequence[Signature]) -> set[str]:
+    return {tensor.state for p in programs for tensor in p.outputs if tensor.state is not None}
 
 
 def _check_caller(encoders: Mapping[str, Signature]) -> None:
@@ -270,6 +299,6 @@ def _check_trigger(trigger: Trigger, programs: Mapping[str, Signature], schedule
     require(
         not counts
         or find_role(program.inputs, "due") is not None
-        or not emits_tokens(programs[decode.program]),
+        or not emits_tokens(programs[decode.emitter]),
         f"{where} takes no 'due', though the rows advance by different numbers of tokens",
     )

@@ -20,7 +20,7 @@ class Link:
     """The value of ``source`` (an output) is the value of ``target`` (an input of role ``"link"``).
 
     ``when`` is ``"once"``: the target program runs once per request, so that a prefill reads the whole prompt in one
-    call; or ``"call"``: it may run more often, and gets the same value in every call of the request.
+    call; or ``"call"``: it may run more often, and gets in every call what the source gave last.
     """
 
     source: Port

@@ -291,11 +291,12 @@ def _schedule(value: Json, where: str) -> Schedule:
 
 
 def _entry(value: Json, where: str) -> Entry:
-    entry = read_object(value, where, "program role slots", "tree")
+    entry = read_object(value, where, "program role slots", "tree then")
     slots = read_axis(entry["slots"], f"{where}.slots")
     role = read_choice(entry["role"], f"{where}.role", ENTRY_ROLES)
     tree = read_items(entry.get("tree", []), f"{where}.tree", _parent)
-    return Entry(read_name(entry["program"], f"{where}.program"), role, slots, tree)
+    then = read_items(entry.get("then", []), f"{where}.then", read_name)
+    return Entry(read_name(entry["program"], f"{where}.program"), role, slots, tree, then=then)
 
 
 def _parent(value: Json, where: str) -> int:

@@ -25,12 +25,26 @@ class Entry:
     ``tree`` is for a program that proposes tokens: of every node the one that it follows, -1 of the first, which is the
     last committed token. Its first n nodes are a tree, too, so that a host may propose fewer. An entry without one
     beside it proposes none, and is what runs where nothing is to be proposed.
+
+    ``then`` are the programs that run after it in the same call, in their order, of a program that was cut: all are
+    told the same, links carry what the earlier ones give, and the last one emits.
     """
 
     program: str
     role: str
     slots: int | str = 0
     tree: tuple[int, ...] = ()
+    then: tuple[str, ...] = ()
+
+    @property
+    def programs(self) -> tuple[str, ...]:
+        """The programs of one call, in their order."""
+        return (self.program, *self.then)
+
+    @property
+    def emitter(self) -> str:
+        """The program whose outputs are those of the call."""
+        return self.programs[-1]
 
 
 @dataclass(frozen=True)
@@ -61,6 +75,11 @@ class Schedule:
     entries: tuple[Entry, ...]
     triggers: tuple[Trigger, ...] = ()
     endless: bool = False
+
+    @property
+    def programs(self) -> tuple[str, ...]:
+        """The programs that entries run, each once, in the order of their first run."""
+        return tuple(dict.fromkeys(name for entry in self.entries for name in entry.programs))
 
     def of_role(self, role: str) -> Iterator[Entry]:
         """The entries of a role in the order of running."""

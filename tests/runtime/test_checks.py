@@ -8,12 +8,24 @@ from typing import Any
 
 import pytest
 
-from tests.runtime.toys import STATES, VOCABULARY, choosing, encoder, evictor, program, reader, reads, toy
+from tests.runtime.toys import (
+    STATES,
+    VOCABULARY,
+    choosing,
+    encoder,
+    evictor,
+    half,
+    halves,
+    program,
+    reader,
+    reads,
+    toy,
+)
 from tokopt.runtime.format.checks import FormatError, check_format
 from tokopt.runtime.format.link import Link, Port
 from tokopt.runtime.format.manifest import Manifest, ProgramEntry
 from tokopt.runtime.format.schedule import Entry, Schedule, Trigger
-from tokopt.runtime.format.signature import Tensor, find_role
+from tokopt.runtime.format.signature import Range, Tensor, find_role
 from tokopt.runtime.format.state import Occupancy, State
 
 Y, DONE = Tensor("y", "float32", ("batch", 1), "output"), Tensor("done", "bool", ("batch",), "done")
@@ -27,6 +39,7 @@ def check(manifest: Manifest) -> None:
 def test_the_toys_keep_every_law() -> None:
     check(toy())
     check(choosing())
+    check(halves())
 
 
 def test_a_program_that_nothing_runs_is_allowed() -> None:
@@ -96,7 +109,14 @@ def decoding(*programs: ProgramEntry) -> Manifest:
     return replace(made, programs={"read": made.programs["read"], **named}, schedule=schedule)
 
 
+def in_halves(**programs: ProgramEntry) -> Manifest:
+    """A model of two programs in a call, with others in place of these."""
+    made = halves()
+    return replace(made, programs={**made.programs, **programs})
+
+
 DRAWS, GUESSES = choosing().programs["go"], choosing().programs["guess"]
+REST = halves().programs["rest"]
 
 SURE = Tensor("sure", "int64", ("batch",), "confidence")
 
@@ -321,6 +341,36 @@ BROKEN: dict[str, tuple[Callable[[], Manifest], str]] = {
     "decodes with other states": (
         lambda: decoding(DRAWS, replace(GUESSES, outputs=GUESSES.outputs[:-1], aliases={})),
         "'go_1' .* leaves the states history as they were, which the first changes",
+    ),
+    "further programs of what encodes": (
+        lambda: replace(encoders("a", a=encoder()), schedule=Schedule((Entry("a", "encode", then=("b",)),))),
+        "names the program 'b', which is not there",
+    ),
+    "an encoder in parts": (
+        lambda: replace(
+            encoders("a", a=encoder(), b=encoder()), schedule=Schedule((Entry("a", "encode", then=("b",)),))
+        ),
+        "'a' encodes and has further programs; make each an entry",
+    ),
+    "a first part that emits": (
+        lambda: in_halves(half=replace(half(), outputs=(*half().outputs, REST.outputs[0]))),
+        "'half' runs as prefill and has 'logits' of the role 'logits', which means nothing there",
+    ),
+    "a last part that emits nothing": (
+        lambda: in_halves(rest=replace(REST, outputs=REST.outputs[1:])),
+        "'rest' runs as prefill and must emit either logits or tokens with their count",
+    ),
+    "a part of other tokens": (
+        lambda: in_halves(rest=reader("rows", emits="logits", links=1, count="m")),
+        "the tokens of program 'rest' have not the axis 'n' of the first program's tokens",
+    ),
+    "a part of other numbers of tokens": (
+        lambda: in_halves(rest=replace(REST, ranges={**REST.ranges, "n": Range(1, 9)})),
+        "'rest' takes other numbers of tokens than the first program of its call",
+    ),
+    "a link within a call once": (
+        lambda: replace(halves(), links=(replace(halves().links[0], when="once"),)),
+        "runs more than once per request, so it must be 'call'",
     ),
     "no generation": (
         lambda: replace(toy(), generation=None),

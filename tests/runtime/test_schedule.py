@@ -24,6 +24,8 @@ from tests.runtime.toys import (
     choosing,
     encoder,
     evictor,
+    half,
+    halves,
     program,
     reader,
     save,
@@ -172,6 +174,18 @@ def test_a_call_runs_what_fits_its_nodes(tmp_path: Path, monkeypatch: pytest.Mon
     assert request.buffers.read("history")[0, : len(got) + 1].tolist() == [1, 2, *got[:-1]]
 
 
+def test_the_programs_of_a_call_hand_on_what_they_make(tmp_path: Path) -> None:
+    """Each call's own value goes over the link, for every row; the last program emits."""
+    made = opened(tmp_path, halves())
+    got = made.generate(PROMPTS, max_tokens=40)
+    for ids, row in zip(PROMPTS, got, strict=True):
+        wanted = [ids[-1]]
+        for _ in range(40):
+            wanted.append((wanted[-1] + 1 + wanted[-1] % 3) % VOCABULARY)
+        assert list(row.tokens) == wanted[1:]
+    assert made.generate(PROMPTS[0], max_tokens=40) == got[0]
+
+
 @pytest.mark.parametrize(("nodes", "program"), [(1, "go"), (3, "guess")])
 def test_a_text_has_the_nodes_it_asks_for(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, nodes: int, program: str
@@ -290,9 +304,9 @@ def test_a_call_that_commits_nothing_is_an_error(
     """Else the text would never end."""
     original = loop.Request._call
 
-    def stuck(request: loop.Request, entry: Entry, feed: dict[str, np.ndarray]) -> Mapping[str, np.ndarray]:
-        results = original(request, entry, feed)
-        return results if entry.role != "decode" else {**results, "count": np.zeros(1, np.int64)}
+    def stuck(request: loop.Request, name: str, values: Mapping[str, np.ndarray]) -> Mapping[str, np.ndarray]:
+        results = original(request, name, values)
+        return results if name != "go" else {**results, "count": np.zeros(1, np.int64)}
 
     monkeypatch.setattr(loop.Request, "_call", stuck)
     with pytest.raises(TokoptError, match="program 'go' committed 0 of 4 tokens in row 0"):
@@ -446,6 +460,7 @@ def manifests(draw: st.DrawFn) -> Manifest:
     """Programs, links and a schedule of all kinds, most of which fit together."""
     seldom = st.sampled_from([False] * 9 + [True])
     encoders, same = draw(st.integers(0, 2)), draw(st.booleans())
+    cut = draw(st.sampled_from([None, None, *(("prefill", "decode") if not same else ())]))
     programs: dict[str, ProgramEntry] = {}
     links: list[Link] = []
     for i in range(encoders):
@@ -460,13 +475,20 @@ def manifests(draw: st.DrawFn) -> Manifest:
             extra = extra - {"rows"} if draw(seldom) else (extra | {"limit"}) - {"rows"}
         count = draw(st.sampled_from(["n", 1] if role == "decode" else ["n", "n", 3, 1]))
         wanted = draw(st.integers(0, 1)) if encoders else 0
-        programs[names[role]] = reader(*sorted(extra), emits=emits, links=wanted, count=count)
+        links_in = wanted + (cut == role)
+        programs[names[role]] = reader(*sorted(extra), emits=emits, links=links_in, count=count)
+        if cut == role:
+            programs["half"] = half(draw(st.sampled_from([count, count, "n"])))
+            port = Port(names[role], f"offset_{wanted}")
+            links.append(Link(Port("half", "offset_0"), port, "once" if draw(seldom) else "call"))
         if wanted:
             when = draw(st.sampled_from(["once", "call"])) if role == "prefill" else "call"
             links.append(Link(Port(f"see_{encoders - 1}", "offset_1"), Port(names[role], "offset_0"), when))
     slots = {"prefill": draw(st.sampled_from(["n", 5])), "decode": draw(st.sampled_from(["n", DRAWN]))}
     entries = [Entry(f"see_{i}", "encode") for i in range(encoders)]
-    entries += [Entry(names[role], role, slots[role]) for role in ("prefill", "decode")]
+    for role in ("prefill", "decode"):
+        whole = Entry(names[role], role, slots[role])
+        entries.append(replace(whole, program="half", then=(whole.program,)) if cut == role else whole)
     if draw(seldom):
         entries = draw(st.permutations(entries))
     triggers: list[Trigger] = []

@@ -24,7 +24,7 @@ from tokopt.runtime.format.generation import Generation
 from tokopt.runtime.format.link import Link, Port
 from tokopt.runtime.format.manifest import Manifest, ProgramEntry
 from tokopt.runtime.format.schedule import Entry, Schedule, Trigger
-from tokopt.runtime.format.signature import Range, Tensor, find_role, with_role
+from tokopt.runtime.format.signature import Range, Tensor, find_role, wiring, with_role
 from tokopt.runtime.format.state import Occupancy, State
 
 VOCABULARY, DRAWN, KEPT = 11, 4, 2
@@ -75,6 +75,20 @@ def reader(*roles: str, emits: str, links: int = 0, count: str | int = "n") -> P
     states = [reads("length"), reads("history")]
     made = [reads("length", new=True), reads("history", new=True)]
     return program([*inputs, *states], [*outputs, *made], {"next_history": "history"})
+
+
+def half(count: str | int = "n") -> ProgramEntry:
+    """A program that others follow in the same call: it makes an offset of the last token."""
+    inputs = [Tensor(name, "int64", ("batch", count), name) for name in ("tokens", "positions")]
+    return program(inputs, [Tensor("offset_0", "int64", ("batch", 1), "link")])
+
+
+def halves() -> Manifest:
+    """Two programs that read and decode together: the token after t is t + 1 + t mod 3."""
+    programs = {"half": half(), "rest": reader("rows", emits="logits", links=1)}
+    entries = tuple(Entry("half", role, "n", then=("rest",)) for role in ("prefill", "decode"))
+    links = (Link(Port("half", "offset_0"), Port("rest", "offset_0"), "call"),)
+    return Manifest(programs, {}, Schedule(entries), STATES[:2], links, Generation(64, VOCABULARY))
 
 
 def choosing() -> Manifest:
@@ -207,7 +221,7 @@ class Graph:
 def _model(entry: ProgramEntry) -> bytes:
     made = Graph()
     if find_role(entry.inputs, "tokens") is not None:
-        _read(made, entry)
+        (_read if wiring(entry.outputs) else _halve)(made, entry)
     elif any(tensor.state == "turns" for tensor in entry.inputs):
         _evict(made, entry)
     else:
@@ -237,6 +251,11 @@ def _encode(g: Graph, entry: ProgramEntry) -> None:
         offset = g.op("Add", _sum_of_links(g, entry), g.const(1))
     for tensor in entry.outputs:
         g.give(tensor, offset)
+
+
+def _halve(g: Graph, entry: ProgramEntry) -> None:
+    last = g.op("Gather", "tokens", g.const([-1]), axis=1)
+    g.give(entry.outputs[0], g.op("Add", g.op("Mod", last, g.const(3)), g.const(1)))
 
 
 def _read(g: Graph, entry: ProgramEntry) -> None:

@@ -68,7 +68,7 @@ class Bundle:
 
     @property
     def main(self) -> Program:
-        """The program that does most of the work: the one that decodes, or the last that encodes."""
+        """The program that does most of the work: the (first) one that decodes, or the last that encodes."""
         return self.programs[self.main_name]
 
     @property
@@ -79,7 +79,7 @@ class Bundle:
     @property
     def entries(self) -> tuple[str, ...]:
         """The names of the programs that entries of the schedule run, each once."""
-        return tuple(dict.fromkeys(entry.program for entry in self.schedule.entries))
+        return self.schedule.programs
 
     @property
     def encoders(self) -> tuple[str, ...]:
@@ -162,7 +162,9 @@ class Bundle:
         """
         calls = self.calls(given)
         if self.schedule.generates:
-            return calls.outputs(self.main_name, "logits")
+            decode = self.schedule.entry("decode")
+            assert decode is not None
+            return calls.outputs(decode.emitter, "logits")
         for name in self.encoders:
             if find_role(self.programs[name].outputs, "done") is not None:
                 raise InputError(

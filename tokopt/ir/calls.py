@@ -19,8 +19,11 @@ from tokopt.errors import InputError
 from tokopt.ir.graph import dtype_name
 from tokopt.ir.program import AxisRange, Program, TensorSpec
 from tokopt.runtime.format.link import Link, Port
-from tokopt.runtime.format.signature import BATCH, DRAWING, find_role, with_role
+from tokopt.runtime.format.signature import BATCH, DRAWING, with_role
 from tokopt.runtime.format.state import State, slot_axis
+
+_OF_TEXTS = ("tokens", "positions", "mask", "rows")
+"""Roles of inputs that programs have which read a text, or a part of what does."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +54,7 @@ class Calls:
     def _given(self, name: str, program: Program) -> tuple[Tensor, ...]:
         links = {spec.name: self._linked(name, spec) for spec in with_role(program.inputs, "link")}
         known = {**self.given, **links}
-        if self.tokens is not None and find_role(program.inputs, "tokens") is not None:
+        if self.tokens is not None and any(spec.role in _OF_TEXTS for spec in program.inputs):
             return first_call(program, self.tokens, self.states, known)
         for spec in program.inputs:
             if spec.state is not None:

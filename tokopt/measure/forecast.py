@@ -51,12 +51,17 @@ class TextForecast:
 def forecast(bundle: Bundle, machine: Machine, prompt: int) -> TextForecast:
     """Predict what one text takes whose prompt has so many tokens."""
     rooflines = {name: Roofline(program) for name, program in bundle.programs.items()}
-    step, decode = bundle.main, rooflines[bundle.main_name]
+    step, entry = bundle.main, bundle.schedule.entry("decode")
+    assert entry is not None
     kept = occupied(bundle, prompt)
     slots = {axis: capacity(count + STEPS) for axis, count in kept.items()}
 
     def call(count: int) -> float:
-        return decode.seconds(machine, {**slots, **_call_axes(step, count)})
+        sizes = {**slots, **_call_axes(step, count)}
+        return sum(
+            rooflines[name].seconds(machine, sizes | _call_axes(bundle.programs[name], count))
+            for name in entry.programs
+        )
 
     after = [trigger for trigger in bundle.schedule.triggers if trigger.after == "tokens"]
     compacting = sum(rooflines[t.program].seconds(machine, {BATCH: 1, **slots}) / t.every for t in after)
@@ -65,7 +70,7 @@ def forecast(bundle: Bundle, machine: Machine, prompt: int) -> TextForecast:
         _reading(bundle, rooflines, machine, prompt),
         one + compacting,
         {count: call(count) / one for count in ROWS if _takes(step, count)},
-        max(roofline.weight_bytes for roofline in rooflines.values()),
+        max(sum(rooflines[name].weight_bytes for name in each.programs) for each in bundle.schedule.entries),
         sum(_bytes(state, slots) for state in bundle.states),
     )
 
@@ -82,7 +87,11 @@ def _reading(bundle: Bundle, rooflines: Mapping[str, Roofline], machine: Machine
     for start in range(0, prompt, size):
         count = min(size, prompt - start)
         sizes = dict.fromkeys(axes, capacity(prompt + STEPS))
-        total += rooflines[entry.program].seconds(machine, {**sizes, **_call_axes(program, count)})
+        sizes |= _call_axes(program, count)
+        total += sum(
+            rooflines[name].seconds(machine, sizes | _call_axes(bundle.programs[name], count))
+            for name in entry.programs
+        )
     return total
 
 
@@ -93,7 +102,9 @@ def occupied(bundle: Bundle, prompt: int) -> dict[str, int]:
     """
     axes = {axis: state for state in bundle.states if (axis := slot_axis(state.axes)) is not None}
     compactions = [t.program for t in bundle.schedule.triggers if t.after == "prefill"]
+    decode = bundle.schedule.entry("decode")
     linked = any(spec.role in ("link", "input") for spec in bundle.main.inputs)
+    linked = linked or (decode is not None and bool(decode.then))
     if not compactions or linked or bundle.generation is None:
         return dict.fromkeys(axes, prompt)
     vocabulary, generator = bundle.generation.vocabulary, torch.Generator().manual_seed(0)

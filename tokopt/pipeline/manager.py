@@ -120,7 +120,9 @@ def _run_one(step: Pass, bundle: Bundle, context: Context) -> tuple[Bundle, Pass
 def _remembering(step: Pass, before: Bundle, after: Bundle) -> Bundle:
     """Let programs whose tokens were reduced remember a pass that would have done the same to them before that."""
     for name, program in before.programs.items():
-        changed, done = after.programs[name], program.reductions
+        changed, done = after.programs.get(name), program.reductions
+        if changed is None:  # it was cut into others
+            continue
         if step.data_free and done is not None and changed is not program and changed.reductions is None:
             done = replace(done, later=(*done.later, step))
             after = after.with_program(name, replace(changed, reductions=done))

@@ -62,9 +62,12 @@ def language_program(name: str, bundle: Bundle) -> str:
 
     Raises PassError where there is none, or where they are two.
     """
-    names = [entry.program for role in ("prefill", "decode") for entry in bundle.schedule.of_role(role)]
-    if not names:
+    entries = [entry for role in ("prefill", "decode") for entry in bundle.schedule.of_role(role)]
+    if not entries:
         raise PassError(f"{name} works on language models; this bundle is an encoder")
+    if any(entry.then for entry in entries):
+        raise PassError(f"{name} works on a model in one piece; put it before split")
+    names = [entry.program for entry in entries]
     if len(set(names)) > 1:
         raise PassError(f"{name} works where one program reads prompts and decodes; here they are two")
     return names[0]

@@ -195,7 +195,9 @@ def _forms(path: str) -> tuple[str, ...]:
     manifest = read_manifest(folder)
     entry = manifest.schedule.entry("decode")
     assert entry is not None
-    return Sessions(folder, manifest).forms(entry.program)
+    sessions = Sessions(folder, manifest)
+    first, *others = (sessions.forms(name) for name in entry.programs)
+    return tuple(form for form in first if all(form in forms for forms in others))
 
 
 def _kernels(path: str) -> str:

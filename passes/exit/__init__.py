@@ -1,0 +1,1 @@
+"""Depth as data: rows that leave early, and models with fewer blocks."""
