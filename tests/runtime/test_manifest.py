@@ -100,9 +100,9 @@ def good() -> Json:
     ]
     doc["schedule"] = {
         "entries": [
-            {"program": "see", "role": "encode", "slots": 0, "tree": []},
-            {"program": "step", "role": "prefill", "slots": "tokens", "tree": []},
-            {"program": "step", "role": "decode", "slots": 1, "tree": []},
+            {"program": "see", "role": "encode", "slots": 0, "tree": [], "then": []},
+            {"program": "step", "role": "prefill", "slots": "tokens", "tree": [], "then": []},
+            {"program": "step", "role": "decode", "slots": 1, "tree": [], "then": []},
         ],
         "triggers": [{"program": "evict", "after": "tokens", "every": 8, "prompt": True}],
         "endless": True,
