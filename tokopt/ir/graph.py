@@ -132,7 +132,13 @@ def results(graph: Graph) -> list[Node]:
 
 
 def drop_dead(graph: Graph) -> None:
-    """Delete the nodes that nothing reads, also those that torch takes for random: a program draws no numbers."""
+    """Delete the nodes that nothing reads, also those that torch takes for random: a program draws no numbers.
+
+    What asserts dtypes is no reader: they are derived anew when the graph is closed.
+    """
+    for node in list(graph.nodes):
+        if is_call(node, aten._assert_tensor_metadata):
+            graph.erase_node(node)
     graph.eliminate_dead_code(lambda node: node.is_impure(impure_random=False))
 
 

@@ -256,7 +256,7 @@ class _Cut:
             measured = node.args[0]
             if measured in own:
                 continue
-            found = _axis_of_size(node.meta["val"], [*given, *inputs, *rest])
+            found = axis_of_size(node.meta["val"], [*given, *inputs, *rest])
             if found is None:
                 raise PassRefused(f"{describe(node)} measures what only the first half has")
             node.args = found
@@ -274,9 +274,6 @@ class _Cut:
         program = program or self.program
         graph = twin.graph
         graph.output_node().args = (tuple(made),)
-        for node in list(graph.nodes):
-            if is_call(node, aten._assert_tensor_metadata):
-                graph.erase_node(node)
         drop_dead(graph)
         unread = {spec.name for node, spec in self.inputs.items() if not node.users}
         kept: list[tuple[TensorSpec, Tensor]] = []
@@ -328,8 +325,8 @@ def _twin(program: Program, module: GraphModule) -> tuple[GraphModule, dict[Node
     return twin, known
 
 
-def _axis_of_size(size: Any, nodes: Iterable[Node]) -> tuple[Node, int] | None:
-    """A value and its axis of this size."""
+def axis_of_size(size: Any, nodes: Iterable[Node]) -> tuple[Node, int] | None:
+    """The first of some values that has an axis of this size, and the axis; None where none has."""
     for node in nodes:
         for axis, found in enumerate(node.meta["val"].shape):
             if same_size(found, size):

@@ -23,7 +23,7 @@ from torch.fx._lazy_graph_module import _LazyGraphModule as LazyGraphModule
 from torch.utils import _pytree as pytree
 
 from tokopt.ir.export import copied, output_specs
-from tokopt.ir.graph import aten, drop_dead, is_call
+from tokopt.ir.graph import drop_dead
 from tokopt.ir.program import AxisRange, Program, TensorSpec
 from tokopt.ir.shapes import Shapes, described, with_shapes
 from tokopt.ir.splice import drop_lifts, splice
@@ -57,9 +57,6 @@ def close_graph(program: Program, module: GraphModule, **changes: Any) -> Progra
     from the graph, and the ranges of named axes are narrowed by what the edits take for granted. Raises PassError where
     they take more for granted than a range can say.
     """
-    for node in list(module.graph.nodes):
-        if is_call(node, aten._assert_tensor_metadata):  # what it asserts of dtypes is derived anew
-            module.graph.erase_node(node)
     drop_dead(module.graph)
     drop_unused(module)
     shapes = Shapes.attached(module)
