@@ -101,7 +101,10 @@ def _extra(schedule: Schedule) -> int:
 
 
 class Request:
-    """One batch on its way: the states, the values of links, and how far the triggers have counted."""
+    """One batch on its way: the states, the values of links, and how far the triggers have counted.
+
+    ``written`` is how many tokens calls that decode have written since the last prompt.
+    """
 
     def __init__(
         self,
@@ -128,6 +131,7 @@ class Request:
             self.used = self.buffers.occupied()
         self._counting = [trigger for trigger in self.schedule.triggers if trigger.after == "tokens"]
         self.since = [np.zeros(batch, np.int64) for _ in self._counting]
+        self.written = 0
         self.program: Any = None
         self._bound: dict[str, Any] = {}
         self._roles = {name: _Roles.of(manifest.programs[name]) for name in self.schedule.programs}
@@ -142,7 +146,7 @@ class Request:
         """
         if len(prompts) != self.batch or not all(len(ids) for ids in prompts):
             raise InputError(f"there are {len(prompts)} prompts; give {self.batch}, none of them empty")
-        entry = self.entry("prefill")
+        entry, self.written = self.entry("prefill"), 0
         tokens, positions = self._padded(entry, prompts)
         total, start = tokens.shape[1], 0
         emission = Emission()
@@ -186,13 +190,15 @@ class Request:
         program cannot take.
         """
         most = None if limit is None else self.allowed(limit)
-        entry = self.schedule.decode(nodes) if role == "decode" else self.entry(role)
+        entry = self.schedule.decode(nodes, self.written) if role == "decode" else self.entry(role)
         assert entry is not None
         if nodes is not None:
             entry = replace(entry, tree=entry.tree[:nodes])
         begun = time.perf_counter()
         emission = self.emit(entry, tokens, positions, rows, most, mask)
         emission = replace(emission, seconds=time.perf_counter() - begun)
+        count = tokens.shape[1] if emission.count is None else int(emission.count.max())
+        self.written = self.written + count if role == "decode" else 0
         if self._counting:
             read = emission.count if emission.count is not None else np.full(self.batch, tokens.shape[1])
             self._count([True] * len(self._counting), read)
@@ -252,7 +258,7 @@ class Request:
         return min([size, *(trigger.every - int(since.max()) for trigger, since in counts if trigger.prompt)])
 
     def _reads_at_once(self, entry: Entry) -> bool:
-        links = (link for link in self.manifest.links if link.target.program == entry.program)
+        links = (link for link in self.manifest.links if link.target.program in entry.programs)
         return any(link.when == "once" for link in links)
 
     # --------------------------------------------------------------------------------------------- calls

@@ -63,6 +63,7 @@ class Request {
     Object.assign(this, { manifest, sessions, inputs, sampling: { ...DRAWING, ...sampling }, states: {}, links: {} });
     this.counting = manifest.schedule.triggers.filter((trigger) => trigger.after === 'tokens');
     this.since = this.counting.map(() => 0); // committed tokens since each of them ran
+    this.written = 0; // tokens that were decoded since the prompt
     const size = (axis) => (typeof axis === 'number' ? axis : axis === 'batch' ? 1 : slots);
     for (const { name, dtype, axes, initial } of manifest.states) {
       this.states[name] = full(dtype, axes.map(size), initial);
@@ -73,9 +74,14 @@ class Request {
     return this.manifest.schedule.entries.find((entry) => entry.role === role);
   }
 
-  /** The entry that decodes when a call gets so many nodes: with one there is nothing to propose. */
+  /**
+   * The entry that decodes when a call gets so many nodes: with one there is nothing to propose. Of several that follow
+   * one another it is the last that takes over at as many tokens as were decoded since the prompt.
+   */
   decoding(nodes = 1) {
-    return (nodes > 1 ? proposing(this.manifest) : undefined) ?? this.entry('decode');
+    const begun = ({ role, since }) => role === 'decode' && (since ?? 0) <= this.written;
+    const plain = this.manifest.schedule.entries.filter((entry) => begun(entry) && !entry.tree?.length).at(-1);
+    return (nodes > 1 ? proposing(this.manifest) : undefined) ?? plain ?? this.entry('decode');
   }
 
   /** One call of a program on what roles of inputs stand for; its outputs by role. */
@@ -189,6 +195,7 @@ class Request {
     const begun = performance.now();
     const made = await this.read(entry, [token], position, most, nodes);
     trees?.observe(nodes, (performance.now() - begun) / 1000, made.length, most, level);
+    this.written += made.length;
     await this.count(this.draws(entry) ? made.length : 1);
     return made;
   }

@@ -12,14 +12,14 @@ from tokopt.analysis.blocks import Block, blocks_of
 from tokopt.analysis.calibration import Sample, Site
 from tokopt.errors import PassError
 from tokopt.ir.bundle import Bundle
-from tokopt.ir.export import placeholders
-from tokopt.ir.graph import ancestors, aten, drop_dead, is_call, reaches, results, value_users
+from tokopt.ir.graph import aten, drop_dead, is_call, value_users
 from tokopt.passes.exit.heal import Healing, following_linears, is_shared
 from tokopt.passes.exit.influence import influences
 from tokopt.pipeline.base import Context, Pass, PassResult, Refusal
+from tokopt.rewrite.bypass import Bypass
 from tokopt.rewrite.cache import ProgramEdit, language_program
 from tokopt.rewrite.cut import axis_of_size
-from tokopt.rewrite.edit import open_graph, redirect
+from tokopt.rewrite.edit import open_graph
 
 
 @dataclass(frozen=True)
@@ -141,9 +141,8 @@ class _Removal:
         self.unfit = list[Block]()
         self.influence: dict[int, float] = {}
         self.refusals, self.notes = list[Refusal](), list[str]()
-        self._stands: dict[Node, Node] = {}
+        self._bypass = Bypass(bundle.programs[name], self.module)
         self._states: list[str] = []
-        self._inputs = dict(zip(placeholders(self.module), bundle.programs[name].inputs, strict=True))
 
     def measure(self, samples: Sequence[Sample]) -> None:
         """The influence of every block that is left, on the stream that reaches it now."""
@@ -157,24 +156,19 @@ class _Removal:
 
     def standing(self, stream: Node) -> Node:
         """What is read now where a stream was."""
-        while stream in self._stands:
-            stream = self._stands[stream]
-        return stream
+        return self._bypass.standing(stream)
 
     def remove(self, block: Block) -> bool:
         """Take one block out, or note why not."""
-        own = self._own(block)
-        states = [state for node, state in self._made() if node in own and state is not None]
-        if reason := self._hindrance(block, own, states):
+        own = self._bypass.own(block)
+        states = [state for node, state in self._bypass.made() if node in own and state is not None]
+        if reason := self._held(own, states) or self._bypass.lead(block):
             self.unfit.append(block)
             self.refusals.append(Refusal(block.label, reason))
             return False
-        stream = self.standing(block.stream)
-        redirect(list(block.end.users), block.end, stream)
-        self._stands[block.end] = stream
         self._states += states
-        held = {spec.state: node for node, spec in self._inputs.items()}
-        kept = (held[state] if state in states else node for node, state in self._made())
+        held = {spec.state: node for node, spec in self._bypass.inputs.items()}
+        kept = (held[state] if state in states else node for node, state in self._bypass.made())
         self.module.graph.output_node().args = (tuple(kept),)
         drop_dead(self.module.graph)
         self.left.remove(block)
@@ -183,40 +177,14 @@ class _Removal:
         self.notes.append(f"removed {block.label}" + ("" if known is None else f", influence {known:.3f}"))
         return True
 
-    def _made(self) -> list[tuple[Node, str | None]]:
-        """The node of every output, and the state that it is the next value of."""
-        specs = self.bundle.programs[self.name].outputs
-        return list(zip(results(self.module.graph), (spec.state for spec in specs), strict=True))
-
-    def _own(self, block: Block) -> set[Node]:
-        """What the block computes of the stream, and what is made of that beside its output: next states."""
-        inside = reaches(self.standing(block.stream)) & ancestors(block.end)
-        return inside.union(*map(reaches, inside)) - {block.end} - reaches(block.end)
-
-    def _hindrance(self, block: Block, own: set[Node], states: Sequence[str]) -> str | None:
-        """Why a block cannot go; sizes that were taken of it are taken of the stream."""
-        stream = self.standing(block.stream)
-        one, other = stream.meta["val"], block.end.meta["val"]
-        if str(one.shape) != str(other.shape) or one.dtype != other.dtype:
-            return "its output has other sizes than its input"
-        if any(node in own and state is None for node, state in self._made()):
-            return "an output of the model is computed inside it"
-        caches = [node for node, spec in self._inputs.items() if spec.state in states]
+    def _held(self, own: set[Node], states: Sequence[str]) -> str | None:
+        """Why the states of a block cannot leave with it."""
+        caches = [node for node, spec in self._bypass.inputs.items() if spec.state in states]
         if any(user not in own for node in caches for user in value_users(node)):
             return "its cache is read outside of it"
         for name, program in self.bundle.programs.items():
             if name != self.name and any(spec.state in states for spec in program.inputs):
                 return f"program {name!r} moves its cache; put drop_blocks before the eviction"
-        given = [stream, *(node for node, spec in self._inputs.items() if spec.state is None)]
-        for node in own:
-            for user in node.users:
-                if is_call(user, aten.sym_size) and not own.issuperset(user.users):
-                    found = axis_of_size(user.meta["val"], given)
-                    if found is None:
-                        return "a size is taken of what it computes"
-                    user.args = found
-                elif user not in own and user is not block.end and user.op != "output":
-                    return "what it computes is read after it"
         return None
 
     def heal(self, ridge: float, samples: Sequence[Sample]) -> None:
@@ -238,14 +206,20 @@ class _Removal:
 
     def finish(self) -> Bundle:
         """The bundle without the blocks and what it kept for them."""
+        inputs = self._bypass.inputs.items()
+        kept = [node for node, spec in inputs if spec.state not in self._states]
+        for node in (node for node, spec in inputs if spec.state in self._states):
+            for size in [user for user in node.users if is_call(user, aten.sym_size)]:
+                found = axis_of_size(size.meta["val"], kept)
+                assert found is not None, "the slots of a layer are those of its positions"
+                size.args = found
         edit = ProgramEdit(self.bundle, self.name, self.module)
         for state in self._states:
             edit.remove(state)
         program = edit.finish()
-        kept = edit.states.values()
-        layers = sorted({state.layer for state in kept if state.layer is not None})
+        layers = sorted({state.layer for state in edit.states.values() if state.layer is not None})
         states = (
             state if state.layer is None else replace(state, layer=layers.index(state.layer))
-            for state in kept
+            for state in edit.states.values()
         )
         return replace(self.bundle.with_program(self.name, program), states=tuple(states))

@@ -80,6 +80,11 @@ def _check_order(schedule: Schedule, generation: Generation | None) -> None:
 
 def _check_entry(entry: Entry, programs: Mapping[str, Signature], generation: Generation | None) -> None:
     require(
+        entry.since >= 0 and (not entry.since or entry.role == "decode"),
+        f"the entry of program {short(entry.program)} takes over after {entry.since} tokens and does not decode, or "
+        "that is below 0",
+    )
+    require(
         not entry.then or entry.role != "encode",
         f"the entry of program {short(entry.program)} encodes and has further programs; make each an entry",
     )
@@ -192,15 +197,23 @@ def _check_part(name: str, program: Signature, count: str | int, reading: Signat
 
 def _check_decodes(programs: Mapping[str, Signature], entries: Sequence[Entry]) -> None:
     """Entries that stand for one another: what a call is given, emits and leaves behind is the same for all."""
+    require(
+        not entries or entries[0].since == 0,
+        "the first entry of the schedule that decodes takes over later than with the first token",
+    )
     for number, entry in enumerate(entries[1:]):
         first, where = (
             entries[0],
             f"the entry of program {short(entry.program)} is a further one that decodes, and",
         )
         require(
-            not number and bool(entry.tree) and not first.tree,
-            f"{where} only one may be, with a tree where the first has none",
+            entry.since > entries[number].since
+            if entry.since
+            else not number and bool(entry.tree) and not first.tree,
+            f"{where} only one may be, with a tree where the first has none, or each takes over after more tokens than "
+            "the one before it",
         )
+        require(not entry.since or not (entry.tree or first.tree), f"{where} takes over, and one has a tree")
         one, other = ([programs[name] for name in each.programs] for each in (first, entry))
         for what, ours, theirs in (
             ("is given", _told(one), _told(other)),

@@ -291,12 +291,14 @@ def _schedule(value: Json, where: str) -> Schedule:
 
 
 def _entry(value: Json, where: str) -> Entry:
-    entry = read_object(value, where, "program role slots", "tree then")
+    entry = read_object(value, where, "program role slots", "tree then since")
     slots = read_axis(entry["slots"], f"{where}.slots")
     role = read_choice(entry["role"], f"{where}.role", ENTRY_ROLES)
     tree = read_items(entry.get("tree", []), f"{where}.tree", _parent)
     then = read_items(entry.get("then", []), f"{where}.then", read_name)
-    return Entry(read_name(entry["program"], f"{where}.program"), role, slots, tree, then=then)
+    since = read_integer(entry.get("since", 0), f"{where}.since", 0, MAX_SIZE)
+    program = read_name(entry["program"], f"{where}.program")
+    return Entry(program, role, slots, tree, then=then, since=since)
 
 
 def _parent(value: Json, where: str) -> int:

@@ -28,6 +28,9 @@ class Entry:
 
     ``then`` are the programs that run after it in the same call, in their order, of a program that was cut: all are
     told the same, links carry what the earlier ones give, and the last one emits.
+
+    ``since`` is for several programs that decode, one after another: how many tokens were decoded since the prompt when
+    this one takes over. All rows of a batch go on together: the row that has most counts.
     """
 
     program: str
@@ -35,6 +38,7 @@ class Entry:
     slots: int | str = 0
     tree: tuple[int, ...] = ()
     then: tuple[str, ...] = ()
+    since: int = 0
 
     @property
     def programs(self) -> tuple[str, ...]:
@@ -89,13 +93,16 @@ class Schedule:
         """The entry of role ``"prefill"``, or the first of role ``"decode"``; None without one."""
         return next(self.of_role(role), None)
 
-    def decode(self, nodes: int | None = None) -> Entry | None:
+    def decode(self, nodes: int | None = None, written: int = 0) -> Entry | None:
         """What decodes when a call proposes a tree of so many nodes, the committed token included, by default all.
 
-        A single node runs as an entry without a tree where there is one.
+        A single node runs as an entry without a tree where there is one. ``written`` is how many tokens were decoded
+        since the prompt.
         """
-        proposing = self.proposing if nodes != 1 else None
-        return proposing or self.entry("decode")
+        if nodes != 1 and self.proposing is not None:
+            return self.proposing
+        plain = [entry for entry in self.of_role("decode") if entry.since <= written]
+        return next((entry for entry in reversed(plain) if not entry.tree), plain[0] if plain else None)
 
     @property
     def proposing(self) -> Entry | None:

@@ -19,6 +19,7 @@ from tests.runtime.toys import (
     program,
     reader,
     reads,
+    taking_over,
     toy,
 )
 from tokopt.runtime.format.checks import FormatError, check_format
@@ -40,6 +41,7 @@ def test_the_toys_keep_every_law() -> None:
     check(toy())
     check(choosing())
     check(halves())
+    check(taking_over())
 
 
 def test_a_program_that_nothing_runs_is_allowed() -> None:
@@ -113,6 +115,14 @@ def in_halves(**programs: ProgramEntry) -> Manifest:
     """A model of two programs in a call, with others in place of these."""
     made = halves()
     return replace(made, programs={**made.programs, **programs})
+
+
+def from_token(*since: int, tree: tuple[int, ...] = ()) -> Manifest:
+    """A model of programs that decode one after another, the last perhaps with a tree."""
+    made = decoding(*[DRAWS] * (len(since) - 1), GUESSES if tree else DRAWS)
+    first, *decodes = made.schedule.entries
+    entries = (replace(entry, since=token) for entry, token in zip(decodes, since, strict=True))
+    return replace(made, schedule=replace(made.schedule, entries=(first, *entries)))
 
 
 DRAWS, GUESSES = choosing().programs["go"], choosing().programs["guess"]
@@ -367,6 +377,22 @@ BROKEN: dict[str, tuple[Callable[[], Manifest], str]] = {
     "a part of other numbers of tokens": (
         lambda: in_halves(rest=replace(REST, ranges={**REST.ranges, "n": Range(1, 9)})),
         "'rest' takes other numbers of tokens than the first program of its call",
+    ),
+    "a first entry that takes over": (
+        lambda: from_token(2, 3),
+        "first entry of the schedule that decodes takes over later than with the first token",
+    ),
+    "a later entry that takes over no later": (
+        lambda: from_token(0, 3, 3),
+        "'go_2' is a further one that decodes, and .*takes over after more tokens than the one before it",
+    ),
+    "a tree that takes over": (
+        lambda: from_token(0, 3, tree=(-1, 0)),
+        "'go_1' .*takes over, and one has a tree",
+    ),
+    "a prompt that takes over": (
+        lambda: with_schedule(entries=tuple(replace(e, since=2) for e in toy().schedule.entries)),
+        "'see' takes over after 2 tokens and does not decode",
     ),
     "a link within a call once": (
         lambda: replace(halves(), links=(replace(halves().links[0], when="once"),)),

@@ -100,9 +100,9 @@ def good() -> Json:
     ]
     doc["schedule"] = {
         "entries": [
-            {"program": "see", "role": "encode", "slots": 0, "tree": [], "then": []},
-            {"program": "step", "role": "prefill", "slots": "tokens", "tree": [], "then": []},
-            {"program": "step", "role": "decode", "slots": 1, "tree": [], "then": []},
+            {"program": "see", "role": "encode", "slots": 0, "tree": [], "then": [], "since": 0},
+            {"program": "step", "role": "prefill", "slots": "tokens", "tree": [], "then": [], "since": 0},
+            {"program": "step", "role": "decode", "slots": 1, "tree": [], "then": [], "since": 0},
         ],
         "triggers": [{"program": "evict", "after": "tokens", "every": 8, "prompt": True}],
         "endless": True,

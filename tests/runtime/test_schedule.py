@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from onnx import TensorProto
 
+from tests import node
 from tests.runtime.artifacts import graph, write
 from tests.runtime.toys import (
     DRAWN,
@@ -29,6 +30,7 @@ from tests.runtime.toys import (
     program,
     reader,
     save,
+    taking_over,
     text,
     toy,
 )
@@ -39,7 +41,7 @@ from tokopt.runtime.format.generation import Generation
 from tokopt.runtime.format.link import Link, Port
 from tokopt.runtime.format.manifest import Manifest, ProgramEntry
 from tokopt.runtime.format.schedule import Entry, Schedule, Trigger
-from tokopt.runtime.format.signature import Range, Tensor
+from tokopt.runtime.format.signature import Range, Tensor, find_role
 from tokopt.runtime.format.state import Occupancy, State
 
 PROMPTS = [[1, 2, 3], [4], [7, 7]]
@@ -184,6 +186,31 @@ def test_the_programs_of_a_call_hand_on_what_they_make(tmp_path: Path) -> None:
             wanted.append((wanted[-1] + 1 + wanted[-1] % 3) % VOCABULARY)
         assert list(row.tokens) == wanted[1:]
     assert made.generate(PROMPTS[0], max_tokens=40) == got[0]
+
+
+def added(ids: Sequence[int], count: int) -> list[int]:
+    """What :func:`taking_over` writes: one token of the prompt's call, three of the first that decodes, the rest."""
+    made = list(ids)
+    for place in range(count):
+        made.append((made[-1] + 1 + (made[-1] % 3 if place > 3 else 0)) % VOCABULARY)
+    return made[len(ids) :]
+
+
+def test_a_program_takes_over_after_so_many_tokens(tmp_path: Path) -> None:
+    """All rows of a batch at once, in both hosts; a prompt begins anew."""
+    made = opened(tmp_path, taking_over())
+    got = made.generate(PROMPTS, max_tokens=30)
+    assert [list(row.tokens) for row in got] == [added(ids, 30) for ids in PROMPTS]
+    assert node.generate(made.path, PROMPTS[0], 30) == added(PROMPTS[0], 30)
+    request = made.open(1, 1)
+    request.prefill([PROMPTS[0]])
+    for _ in range(5):
+        request.step(np.array([[2]]), np.array([[3]]))
+    emission = request.step(np.array([[2]]), np.array([[3]]))
+    assert emission.logits is not None and int(emission.logits.argmax()) == 5
+    request.step(np.array([[2, 2]]), np.array([[4, 5]]), role="prefill")
+    emission = request.step(np.array([[2]]), np.array([[3]]))
+    assert emission.logits is not None and int(emission.logits.argmax()) == 3
 
 
 @pytest.mark.parametrize(("nodes", "program"), [(1, "go"), (3, "guess")])
@@ -489,6 +516,11 @@ def manifests(draw: st.DrawFn) -> Manifest:
     for role in ("prefill", "decode"):
         whole = Entry(names[role], role, slots[role])
         entries.append(replace(whole, program="half", then=(whole.program,)) if cut == role else whole)
+    if draw(st.booleans()) and cut != "decode":  # the same program once more, which takes over
+        programs["later"] = programs[names["decode"]]
+        later = [link for link in links if link.target.program == names["decode"]]
+        links += [replace(link, target=replace(link.target, program="later"), when="call") for link in later]
+        entries.append(Entry("later", "decode", slots["decode"], since=draw(st.sampled_from([1, 2, 4, 0]))))
     if draw(seldom):
         entries = draw(st.permutations(entries))
     triggers: list[Trigger] = []
@@ -504,6 +536,15 @@ def manifests(draw: st.DrawFn) -> Manifest:
     return Manifest(programs, {}, schedule, states, tuple(links), facts)
 
 
+def within(model: LanguageModel) -> list[list[int]]:
+    """The prompts, none longer than the model reads at once, where it must."""
+    entry = model.manifest.schedule.entry("prefill")
+    assert entry is not None
+    once = any(link.when == "once" and link.target.program in entry.programs for link in model.manifest.links)
+    size = find_role(model.manifest.programs[entry.program].inputs, "tokens").axes[1]
+    return [ids[-size:] for ids in PROMPTS] if once and isinstance(size, int) else PROMPTS
+
+
 @given(manifests(), st.integers(1, 9))
 @settings(max_examples=150, deadline=None)
 def test_any_schedule_is_refused_or_runs_to_its_end(manifest: Manifest, count: int) -> None:
@@ -516,7 +557,7 @@ def test_any_schedule_is_refused_or_runs_to_its_end(manifest: Manifest, count: i
     with TemporaryDirectory() as folder:
         made = opened(Path(folder), manifest)
         inputs = {"images": IMAGES} if made.interface.inputs else None
-        got = made.generate(PROMPTS, max_tokens=count, inputs=inputs)
+        got = made.generate(within(made), max_tokens=count, inputs=inputs)
     for row in got:
         assert row.finish == ("stop" if row.tokens[-1] in made.settings.eos else "length")
         assert len(row.tokens) == count or row.finish == "stop"

@@ -91,6 +91,18 @@ def halves() -> Manifest:
     return Manifest(programs, {}, Schedule(entries), STATES[:2], links, Generation(64, VOCABULARY))
 
 
+def taking_over() -> Manifest:
+    """``go`` adds 1 to a token; after 3 decoded tokens ``half`` and ``rest`` take over, which add 1 + t mod 3."""
+    made = halves()
+    programs = {**made.programs, "go": reader("rows", emits="logits")}
+    entries = (
+        Entry("go", "prefill", "n"),
+        Entry("go", "decode", "n"),
+        Entry("half", "decode", "n", then=("rest",), since=3),
+    )
+    return replace(made, programs=programs, schedule=Schedule(entries))
+
+
 def choosing() -> Manifest:
     """One program that reads, two that decode: ``go`` proposes nothing, ``guess`` takes a tree; both draw tokens."""
     programs = {
