@@ -145,6 +145,7 @@ def test_every_pass_is_documented() -> None:
         "quantization.md",
         "language-models.md",
         "speculation.md",
+        "early-exit.md",
     )
     text = "".join((ROOT / "docs" / page).read_text() for page in pages)
     readme = (ROOT / "README.md").read_text()

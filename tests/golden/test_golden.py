@@ -41,6 +41,7 @@ def decoder() -> Bundle:
 CASES: dict[str, tuple[Callable[[], Bundle], str]] = {
     "reduce": (block, "tome{r=3}"),
     "quantize": (block, "rtn{group=16 only=[mlp.0]}"),
+    "cut": (decoder, "split{at=1}"),
     "kv": (decoder, "tova{budget=8 sinks=1 recent=2}"),
 }
 
