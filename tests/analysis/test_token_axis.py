@@ -70,7 +70,7 @@ def test_prefix_tokens_are_found_in_the_graph(name: str) -> None:
     graph = test_matrix.captured(name).main.module.graph
     blocks = [b for b in find_blocks(graph) if isinstance(b, Block)]
     assert len(blocks) == entry.layers
-    trace = trace_tokens(graph, {blocks[0].residual: Seed(blocks[0].token_axis)})
+    trace = trace_tokens(graph, {blocks[0].residual: Seed(blocks[0].tokens_at)})
     assert max(prefix_tokens(blocks[0].stream), trace.fixed) == entry.prefix
 
 

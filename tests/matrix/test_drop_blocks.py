@@ -165,11 +165,10 @@ class Scaling(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         torch.manual_seed(0)
-        self.layers = nn.ModuleList(
-            nn.TransformerEncoderLayer(16, 2, 16, batch_first=True, norm_first=True) for _ in range(3)
-        )
-        for layer in (self.layers[1], self.layers[2]):
-            for parameter in (*layer.self_attn.out_proj.parameters(), *layer.linear2.parameters()):
+        blocks = [nn.TransformerEncoderLayer(16, 2, 16, batch_first=True, norm_first=True) for _ in range(3)]
+        self.layers = nn.ModuleList(blocks)
+        for block in blocks[1:]:
+            for parameter in (*block.self_attn.out_proj.parameters(), *block.linear2.parameters()):
                 parameter.data.zero_()
 
     def forward(self, x: Tensor) -> Tensor:

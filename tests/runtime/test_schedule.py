@@ -541,7 +541,9 @@ def within(model: LanguageModel) -> list[list[int]]:
     entry = model.manifest.schedule.entry("prefill")
     assert entry is not None
     once = any(link.when == "once" and link.target.program in entry.programs for link in model.manifest.links)
-    size = find_role(model.manifest.programs[entry.program].inputs, "tokens").axes[1]
+    tokens = find_role(model.manifest.programs[entry.program].inputs, "tokens")
+    assert tokens is not None
+    size = tokens.axes[1]
     return [ids[-size:] for ids in PROMPTS] if once and isinstance(size, int) else PROMPTS
 
 
