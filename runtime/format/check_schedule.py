@@ -213,7 +213,9 @@ def _check_decodes(programs: Mapping[str, Signature], entries: Sequence[Entry]) 
             f"{where} only one may be, with a tree where the first has none, or each takes over after more tokens than "
             "the one before it",
         )
-        require(not entry.since or not (entry.tree or first.tree), f"{where} takes over, and one has a tree")
+        require(
+            not entry.since or not any(each.tree for each in entries), f"{where} takes over, and one has a tree"
+        )
         one, other = ([programs[name] for name in each.programs] for each in (first, entry))
         for what, ours, theirs in (
             ("is given", _told(one), _told(other)),
