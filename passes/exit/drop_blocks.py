@@ -191,18 +191,22 @@ class _Removal:
         """Refit what reads the stream after every gap, from the first gap to the last."""
         before = Site(self.bundle, self.name, open_graph(self.bundle.programs[self.name]))
         healing = Healing(before, Site(self.bundle, self.name, self.module), ridge)
-        gone = {block.index for block in self.removed}
-        for last in (self.blocks[number] for number in sorted(gone) if number + 1 not in gone):
-            linears = following_linears(self.module, self.standing(last.end))
+        whole, gone = blocks_of(before.module.graph), {block.index for block in self.removed}
+        for number in sorted(gone):
+            if number + 1 in gone:
+                continue
+            linears = following_linears(self.module, self.standing(self.blocks[number].end))
             fitted = [linear for linear in linears if not is_shared(self.module, linear)]
             if fitted:
-                healing.refit(fitted, last, samples)
+                healing.refit(fitted, whole[number], samples)
                 self.notes.append(f"refitted {', '.join(linear.path for linear in fitted)}")
             self.notes += [
                 f"{linear.path} is not refitted: its weight is another layer's too"
                 for linear in linears
                 if linear not in fitted
             ]
+            if not linears:
+                self.notes.append(f"after {self.blocks[number].label} there is no linear to refit")
 
     def finish(self) -> Bundle:
         """The bundle without the blocks and what it kept for them."""

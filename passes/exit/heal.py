@@ -88,8 +88,10 @@ class Healing:
     ridge: float
 
     def refit(self, linears: Sequence[Linear], block: Block, samples: Iterable[Sample]) -> None:
-        """Let the linears give, of what reaches them now, what they gave before; ``block`` stands in front of them."""
-        whole = {node.name: node for node in self.before.module.graph.nodes}
+        """Let the linears give, of what reaches them now, what they gave before.
+
+        ``block`` of the model before is the one in front of them, whose mask tells padding.
+        """
         read = {linear.node.name: linear.input for linear in find_linears(self.before.module.graph)}
         origin = {linear.input: read[linear.node.name] for linear in linears}
         known = {node: Products.of(node.meta["val"].shape[-1]) for node in origin}
@@ -99,7 +101,7 @@ class Healing:
             for node, products in known.items():
                 first.add(origin[node], lambda value, one=products: setattr(one, "before", value))
                 if mask is not None:
-                    first.add(whole[mask.name], lambda value, one=products: _note(one, value, block))
+                    first.add(mask, lambda value, one=products: _note(one, value, block))
                 second.add(node, products.add)
             observe(self.before, first.observers, [sample])
             observe(self.now, second.observers, [sample])

@@ -214,7 +214,8 @@ def _check_decodes(programs: Mapping[str, Signature], entries: Sequence[Entry]) 
             "the one before it",
         )
         require(
-            not entry.since or not any(each.tree for each in entries), f"{where} takes over, and one has a tree"
+            not entry.since or not any(each.tree for each in entries),
+            f"{where} takes over, and one has a tree",
         )
         one, other = ([programs[name] for name in each.programs] for each in (first, entry))
         for what, ours, theirs in (

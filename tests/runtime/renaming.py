@@ -136,7 +136,12 @@ def with_names(
         schedule=replace(
             schedule,
             entries=tuple(
-                replace(entry, program=programs[entry.program], slots=axis(entry.slots))
+                replace(
+                    entry,
+                    program=programs[entry.program],
+                    slots=axis(entry.slots),
+                    then=tuple(programs[name] for name in entry.then),
+                )
                 for entry in schedule.entries
             ),
             triggers=tuple(

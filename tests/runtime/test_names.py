@@ -12,7 +12,7 @@ import pytest
 from tests import node
 from tests.runtime.renaming import Choose, random_words, renamed, shuffled
 from tests.runtime.test_old_formats import DATA, prompts
-from tests.runtime.toys import save, text, toy
+from tests.runtime.toys import save, taken_over, taking_over, text, toy
 from tokopt.runtime import load
 
 OLD = DATA / "format2"
@@ -55,6 +55,12 @@ def test_a_toy_of_several_programs_says_the_same(choose: Choose, tmp_path: Path)
     assert list(got.tokens) == text([3], 3, 20)
 
 
+@choices
+def test_programs_of_one_call_and_those_that_take_over_say_the_same(choose: Choose, tmp_path: Path) -> None:
+    path = renamed(save(tmp_path / "toy", taking_over()), tmp_path / "renamed", choose)
+    assert list(load(path, threads=1).generate([1, 2, 3], max_tokens=20).tokens) == taken_over([1, 2, 3], 20)
+
+
 @with_node
 @models
 def test_node_says_the_same_of_a_language_model(name: str, tmp_path: Path) -> None:
@@ -69,3 +75,9 @@ def test_node_says_the_same_of_a_toy_of_several_programs(tmp_path: Path) -> None
     (images,) = load(path).interface.inputs
     inputs = {images.name: np.array([[1, 2]], np.float32)}
     assert node.generate(path, [1, 2, 3], 20, inputs) == text([3], 3, 20)
+
+
+@with_node
+def test_node_says_the_same_of_programs_that_take_over(tmp_path: Path) -> None:
+    path = renamed(save(tmp_path / "toy", taking_over()), tmp_path / "renamed", random_words(4))
+    assert node.generate(path, [1, 2, 3], 20) == taken_over([1, 2, 3], 20)

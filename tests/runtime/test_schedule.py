@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -30,6 +30,7 @@ from tests.runtime.toys import (
     program,
     reader,
     save,
+    taken_over,
     taking_over,
     text,
     toy,
@@ -188,20 +189,12 @@ def test_the_programs_of_a_call_hand_on_what_they_make(tmp_path: Path) -> None:
     assert made.generate(PROMPTS[0], max_tokens=40) == got[0]
 
 
-def added(ids: Sequence[int], count: int) -> list[int]:
-    """What :func:`taking_over` writes: one token of the prompt's call, three of the first that decodes, the rest."""
-    made = list(ids)
-    for place in range(count):
-        made.append((made[-1] + 1 + (made[-1] % 3 if place > 3 else 0)) % VOCABULARY)
-    return made[len(ids) :]
-
-
 def test_a_program_takes_over_after_so_many_tokens(tmp_path: Path) -> None:
     """All rows of a batch at once, in both hosts; a prompt begins anew."""
     made = opened(tmp_path, taking_over())
     got = made.generate(PROMPTS, max_tokens=30)
-    assert [list(row.tokens) for row in got] == [added(ids, 30) for ids in PROMPTS]
-    assert node.generate(made.path, PROMPTS[0], 30) == added(PROMPTS[0], 30)
+    assert [list(row.tokens) for row in got] == [taken_over(ids, 30) for ids in PROMPTS]
+    assert node.generate(made.path, PROMPTS[0], 30) == taken_over(PROMPTS[0], 30)
     request = made.open(1, 1)
     request.prefill([PROMPTS[0]])
     for _ in range(5):

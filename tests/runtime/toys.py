@@ -103,6 +103,14 @@ def taking_over() -> Manifest:
     return replace(made, programs=programs, schedule=Schedule(entries))
 
 
+def taken_over(ids: Sequence[int], count: int) -> list[int]:
+    """What :func:`taking_over` writes: one token of the prompt's call, three of the first that decodes, the rest."""
+    made = list(ids)
+    for place in range(count):
+        made.append((made[-1] + 1 + (made[-1] % 3 if place > 3 else 0)) % VOCABULARY)
+    return made[len(ids) :]
+
+
 def choosing() -> Manifest:
     """One program that reads, two that decode: ``go`` proposes nothing, ``guess`` takes a tree; both draw tokens."""
     programs = {
