@@ -12,9 +12,7 @@ from tokopt.analysis.guarantee import Promise, binomial_cdf, p_value
 
 
 def exact_cdf(most: int, count: int, probability: Fraction) -> Fraction:
-    terms = (
-        math.comb(count, k) * probability**k * (1 - probability) ** (count - k) for k in range(most + 1)
-    )
+    terms = (math.comb(count, k) * probability**k * (1 - probability) ** (count - k) for k in range(most + 1))
     return sum(terms, Fraction(0))
 
 
@@ -38,9 +36,7 @@ def test_so_many_errors_are_allowed(count: int, tolerance: float, confidence: fl
 @pytest.mark.parametrize(
     ("tolerance", "confidence", "needed"), [(0.01, 0.95, 299), (0.01, 0.9, 230), (0.05, 0.95, 59)]
 )
-def test_so_many_inputs_without_an_error_are_needed(
-    tolerance: float, confidence: float, needed: int
-) -> None:
+def test_so_many_inputs_without_an_error_are_needed(tolerance: float, confidence: float, needed: int) -> None:
     promise = Promise(tolerance, confidence)
     assert promise.needed == needed
     assert promise.holds(0, needed) and not promise.holds(0, needed - 1)
@@ -92,7 +88,9 @@ def test_losses_between_zero_and_one_keep_the_promise_too() -> None:
     random, draws, count, tolerance = np.random.default_rng(6), 2000, 250, 0.05
     promise, broken = Promise(tolerance, 0.9), 0
     for _ in range(draws):
-        losses = random.beta(0.3, 0.3 / tolerance - 0.3, count)  # its mean is the tolerance: never to be taken
+        losses = random.beta(
+            0.3, 0.3 / tolerance - 0.3, count
+        )  # its mean is the tolerance: never to be taken
         broken += promise.holds(math.fsum(losses), count)
     assert broken <= draws * 0.1
 
