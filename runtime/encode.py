@@ -40,9 +40,9 @@ def encode(
 ) -> Encoded:
     """Run every entry of role ``"encode"`` on the caller's arrays.
 
-    Where a program says which rows are done, these leave with its outputs, and the others go on alone. With a ``depth``,
-    one of :func:`exit_depths`, no row leaves before, and all leave there. Raises what the engine raises, and TokoptError
-    when the outputs of rows that left differ in size from the others'.
+    Where a program says which rows are done, these leave with its outputs, and the others go on alone. With a
+    ``depth``, one of :func:`exit_depths`, no row leaves before, and all leave there. Raises what the engine raises, and
+    TokoptError when the outputs of rows that left differ in size from the others'.
     """
     return _Encoding(manifest, programs, inputs, batch).run(depth)
 

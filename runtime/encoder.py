@@ -172,7 +172,7 @@ class Model:
         raise InputError(
             f"depth={depth!r} is none at which rows may leave; choose among {known}"
             if known
-            else f"depth={depth!r} means nothing to a model without exits; leave it out, or export one with the pass exit"
+            else f"depth={depth!r} means nothing to a model without exits; leave it out, or use the pass exit"
         )
 
     def _run(self, feed: Mapping[str, np.ndarray], depth: int | None) -> Outputs:
