@@ -56,8 +56,9 @@ class Exit(Pass):
     classes it is the mean cosine distance that is at most ``tolerance``. A threshold that is given promises nothing.
 
     ``fit``: ``ridge`` regression to the model's own output, ``logistic`` regression to its classes' probabilities (or
-    to ``labels``, a safetensors file with a tensor of that name), or ``none``. ``heads`` is a safetensors file of heads
-    instead: ``3.weight``, ``3.bias`` and perhaps ``3.temperature`` for the exit after block 3.
+    to ``labels``, a safetensors file with a tensor of that name), or the model's ``own`` last layer as it is. ``heads``
+    is a safetensors file of heads instead: ``3.weight``, ``3.bias`` and perhaps ``3.temperature`` for the exit after
+    block 3.
 
     Rules. Encoders of one program, whose batch is of variable size.
     """
@@ -67,7 +68,7 @@ class Exit(Pass):
     tolerance: float = 0.01
     confidence: float = 0.95
     threshold: float | None = None
-    fit: Literal["ridge", "logistic", "none"] = "ridge"
+    fit: Literal["ridge", "logistic", "own"] = "ridge"
     heads: str = ""
     labels: str = ""
     output: str = ""
@@ -92,7 +93,7 @@ class Exit(Pass):
     @property
     def _fits(self) -> bool:
         """Whether anything is fitted to calibration inputs."""
-        return (self.fit != "none" and not self.heads) or self.rule == "uncertainty"
+        return (self.fit != "own" and not self.heads) or self.rule == "uncertainty"
 
     def requires(self, bundle: Bundle) -> None:
         """An encoder of one program without states."""
@@ -153,7 +154,7 @@ class Exit(Pass):
         records = collect(bundle, *stages.probes(), tail, context.samples(self.name))
         parts = self._parts(records.count)
         notes: list[str] = []
-        if self.fit != "none" and loaded is None:
+        if self.fit != "own" and loaded is None:
             classes = records.targets[decides].shape[-1]
             labels = read_labels(self.labels, records.count, classes) if self.labels else None
             heads = self._heads(records, parts, tail, decides, labels)
