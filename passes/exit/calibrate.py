@@ -29,7 +29,8 @@ PLACES = 16
 FITTED, HELD = Fraction(35, 100), Fraction(15, 100)
 """Shares of the rows: those that heads are fitted to, and those that choose penalties, temperatures and candidates.
 
-The others are for the promise alone.
+The others are for the promise alone. Candidates are chosen before the promise's rows are seen, so that their order does
+not depend on them.
 """
 
 SEED = 0
@@ -104,21 +105,22 @@ class Parts:
 def divide(count: int, *, fits: bool, promises: bool) -> Parts:
     """Rows by their parts; what nothing is fitted to, or promised by, leaves its rows to the others."""
     order = torch.randperm(count, generator=torch.Generator().manual_seed(SEED))
-    whole = 1 if not promises else FITTED + HELD
-    fitted = math.floor(count * FITTED * whole / (FITTED + HELD)) if fits else 0
-    held = math.floor(count * HELD * whole / (FITTED + HELD)) if fits or not promises else 0
-    held = count - fitted if not promises else held
-    return Parts(order[:fitted], order[fitted : fitted + held], order[fitted + held :])
+    fitted = count * FITTED if fits else Fraction(0)
+    held = count * HELD
+    if not promises:  # all rows, in the same proportion
+        fitted, held = fitted / (FITTED + HELD), count - fitted / (FITTED + HELD)
+    first = math.floor(fitted)
+    return Parts(order[:first], order[first : first + math.floor(held)], order[first + math.floor(held) :])
 
 
-def least(needed: int) -> int:
-    """The fewest rows of which so many are for the promise, when heads are fitted to others.
+def least(needed: int, *, fits: bool) -> int:
+    """The fewest rows of which so many are for the promise.
 
-    >>> least(299)
-    597
+    >>> least(299, fits=True), least(299, fits=False)
+    (596, 351)
     """
     count = needed
-    while len(divide(count, fits=True, promises=True).promised) < needed:
+    while len(divide(count, fits=fits, promises=True).promised) < needed:
         count += 1
     return count
 

@@ -173,7 +173,7 @@ class Exit(Pass):
         parts = divide(count, fits=self._fits, promises=promises)
         if promises:
             needed = Promise(self.tolerance, self.confidence).needed
-            total = least(needed) if len(parts.fitted) or len(parts.held) else needed
+            total = least(needed, fits=self._fits)
             if len(parts.promised) < needed:
                 raise PassError(
                     f"{self.name}: a tolerance of {self.tolerance:g} with confidence {self.confidence:g} takes {needed} "
@@ -215,7 +215,7 @@ class Exit(Pass):
                 fit, own=own, threshold=choice.threshold, notes=(*fit.notes, self._left(choice, len(parts.held)))
             )
         promise = Promise(self.tolerance, self.confidence)
-        candidates = rule.thresholds(known[:, parts.held if len(parts.held) else parts.promised])
+        candidates = rule.thresholds(known[:, parts.held])
         choice = choose(rule, candidates, known[:, parts.promised], losses[:, parts.promised], promise)
         count = len(parts.promised)
         if choice is None or not bool((choice.left < len(self.after)).any()):
@@ -228,7 +228,7 @@ class Exit(Pass):
         if rule.classes:
             bound = (
                 f"of {count} inputs that fitted nothing {choice.loss:g} disagree with the full model; {sure} at most "
-                f"{self.tolerance:.3%} of such inputs do"
+                f"{100 * self.tolerance:g} % of such inputs do"
             )
         else:
             bound = (
