@@ -60,7 +60,11 @@ class Records:
 
 
 def collect(
-    bundle: Bundle, probes: Mapping[str, Program], links: Sequence[Link], tail: Tail, samples: Iterable[Sample]
+    bundle: Bundle,
+    probes: Mapping[str, Program],
+    links: Sequence[Link],
+    tail: Tail,
+    samples: Iterable[Sample],
 ) -> Records:
     """Run stages without exits on all samples; every stage but the last gives the features of its heads.
 
@@ -105,12 +109,10 @@ class Parts:
 def divide(count: int, *, fits: bool, promises: bool) -> Parts:
     """Rows by their parts; what nothing is fitted to, or promised by, leaves its rows to the others."""
     order = torch.randperm(count, generator=torch.Generator().manual_seed(SEED))
-    fitted = count * FITTED if fits else Fraction(0)
-    held = count * HELD
-    if not promises:  # all rows, in the same proportion
-        fitted, held = fitted / (FITTED + HELD), count - fitted / (FITTED + HELD)
-    first = math.floor(fitted)
-    return Parts(order[:first], order[first : first + math.floor(held)], order[first + math.floor(held) :])
+    known = 1 if promises else FITTED + HELD  # without a promise all rows, in the same proportion
+    fitted = math.floor(count * FITTED / known) if fits else 0
+    held = math.floor(count * HELD) if promises else count - fitted
+    return Parts(order[:fitted], order[fitted : fitted + held], order[fitted + held :])
 
 
 def least(needed: int, *, fits: bool) -> int:

@@ -35,6 +35,9 @@ from tokopt.passes.exit.stages import Decide, Stages, cut_stages
 from tokopt.passes.exit.tail import Tail
 from tokopt.pipeline.base import Context, Pass, PassResult, Refusal
 
+FEWEST = 2
+"""Rows to fit to, and to choose by, at least; a promise takes many more."""
+
 _MODEL = "the model"
 
 
@@ -47,8 +50,8 @@ class Exit(Pass):
     where there is none an affine map follows. It gives the model's outputs and says which rows are done. The runtime
     packs the others and goes on, so that no row waits for another.
 
-    ``rule``: ``entropy`` (DeeBERT, arXiv 2004.12993), ``margin`` (CALM, arXiv 2207.07061), ``uncertainty`` (BERxiT, EACL
-    2021), ``patience`` (PABEE, arXiv 2006.04152), or ``convergence`` of features, for models without classes.
+    ``rule``: ``entropy`` (DeeBERT, arXiv 2004.12993), ``margin`` (CALM, arXiv 2207.07061), ``uncertainty`` (BERxiT,
+    EACL 2021), ``patience`` (PABEE, arXiv 2006.04152), or ``convergence`` of features, for models without classes.
     ``output`` names the output that it reads, by default the first [batch, n].
 
     The ``threshold`` is chosen so that rows disagree with the full model in at most ``tolerance`` of all cases, with
@@ -105,7 +108,9 @@ class Exit(Pass):
         if bundle.exits:
             raise PassError(f"{self.name}: rows leave the model early already; use the pass once")
         if len(bundle.schedule.entries) > 1 or bundle.states:
-            raise PassError(f"{self.name}: the model has several programs or states; give a model of one program")
+            raise PassError(
+                f"{self.name}: the model has several programs or states; give a model of one program"
+            )
 
     def run(self, bundle: Bundle, context: Context) -> PassResult:
         """Cut the model, fit the heads, choose the threshold."""
@@ -165,20 +170,24 @@ class Exit(Pass):
             temperatures = [fit_temperature(one[parts.held], classes) for one in answers.outputs]
             shown = ", ".join(f"{t:.2g}" for t in temperatures)
             notes.append(f"temperatures {shown} by {len(parts.held)} others")
-        return self._with_threshold(rule, answers, parts, _Fit(rule, heads, temperatures, [], 0.0, tuple(notes)))
+        return self._with_threshold(
+            rule, answers, parts, _Fit(rule, heads, temperatures, [], 0.0, tuple(notes))
+        )
 
     def _parts(self, count: int) -> Parts:
         """The rows by what they are for; raises PassError where they are too few for the promise."""
         promises = self.threshold is None
         parts = divide(count, fits=self._fits, promises=promises)
+        if self._fits and min(len(parts.fitted), len(parts.held)) < FEWEST:
+            raise PassError(f"{self.name}: {count} calibration inputs are too few to fit heads to; give more")
         if promises:
             needed = Promise(self.tolerance, self.confidence).needed
             total = least(needed, fits=self._fits)
             if len(parts.promised) < needed:
                 raise PassError(
-                    f"{self.name}: a tolerance of {self.tolerance:g} with confidence {self.confidence:g} takes {needed} "
-                    f"inputs without an error that fitted nothing, so {total} calibration inputs, and there are {count}; "
-                    "give more, allow more, or set threshold, which promises nothing"
+                    f"{self.name}: a tolerance of {self.tolerance:g} with confidence {self.confidence:g} takes "
+                    f"{needed} inputs without an error that fitted nothing, so {total} calibration inputs, and there "
+                    f"are {count}; give more, allow more, or set threshold, which promises nothing"
                 )
         return parts
 
@@ -197,7 +206,9 @@ class Exit(Pass):
                     if labels is not None:
                         wanted = torch.nn.functional.one_hot(labels, wanted.shape[1]).float()
                     head = fit_logistic(
-                        replace(rows, targets=wanted[parts.fitted]), replace(held, targets=wanted[parts.held]), head
+                        replace(rows, targets=wanted[parts.fitted]),
+                        replace(held, targets=wanted[parts.held]),
+                        head,
                     )
                 made[-1].append(head)
         return made
@@ -205,14 +216,19 @@ class Exit(Pass):
     def _with_threshold(self, rule: Rule, answers: Answers, parts: Parts, fit: _Fit) -> _Fit | Refusal:
         """The threshold that is given, or the one that keeps the promise."""
         seen, losses = answers.seen(fit.temperatures), answers.losses(rule)
-        held = [replace(one, output=one.output[parts.held], features=one.features[parts.held]) for one in seen]
+        held = [
+            replace(one, output=one.output[parts.held], features=one.features[parts.held]) for one in seen
+        ]
         own = rule.fit(held, list(losses[:, parts.held]))
         known = scores(rule, seen, own)
         if self.threshold is not None:
             left = left_at(rule, known[:, parts.held], self.threshold)
             choice = Choice(float(self.threshold), left, total_loss(losses[:, parts.held], left))
             return replace(
-                fit, own=own, threshold=choice.threshold, notes=(*fit.notes, self._left(choice, len(parts.held)))
+                fit,
+                own=own,
+                threshold=choice.threshold,
+                notes=(*fit.notes, self._left(choice, len(parts.held))),
             )
         promise = Promise(self.tolerance, self.confidence)
         candidates = rule.thresholds(known[:, parts.held])
@@ -275,7 +291,9 @@ def _staged(bundle: Bundle, stages: Stages, fit: _Fit, decides: int) -> Bundle:
         **{other: bundle.programs[other] for other in taken},
         **{known[stage]: program for stage, program in made.items()},
     }
-    entries = tuple(Entry(made_name, "encode", depth=depth) for made_name, depth in zip(names, stages.depths, strict=True))
+    entries = tuple(
+        Entry(made_name, "encode", depth=depth) for made_name, depth in zip(names, stages.depths, strict=True)
+    )
     return replace(
         bundle,
         programs=programs,

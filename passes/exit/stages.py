@@ -83,7 +83,9 @@ class Stages:
                 done, *tell = call(output.graph, rules[i], *operands, like=end.outputs[place])
             tell = [] if i == last else tell
             specs = [*self.tail.outputs, TensorSpec(self._free("done"), "bool", (BATCH,), "done")]
-            specs += [TensorSpec(self._free(f"told_{i}_{j}"), "float32", (), "link") for j in range(len(tell))]
+            specs += [
+                TensorSpec(self._free(f"told_{i}_{j}"), "float32", (), "link") for j in range(len(tell))
+            ]
             made[name] = end.closed(stage, specs, [*end.outputs, done, *tell])
             self._check(made[name])
             told = self._told(made[name], len(tell))
@@ -117,7 +119,9 @@ def cut_stages(program: Program, after: Sequence[int]) -> Stages:
     module = open_graph(program)
     blocks = blocks_of(module.graph)
     if len(blocks) < 2:
-        raise PassRefused(f"it has {len(blocks)} blocks that return to a residual stream, and an exit needs two")
+        raise PassRefused(
+            f"it has {len(blocks)} blocks that return to a residual stream, and an exit needs two"
+        )
     if after[-1] >= len(blocks):
         raise PassError(
             f"exit: after={list(after)} is beyond block {len(blocks) - 1}, the last after which a row can leave early; "
@@ -144,7 +148,9 @@ def cut_stages(program: Program, after: Sequence[int]) -> Stages:
             )
     names = [f"stage {i}" for i in range(len(stages))]
     joined = [
-        Link(Port(names[i], name), Port(names[i + 1], name)) for i, handed in enumerate(links) for name in handed
+        Link(Port(names[i], name), Port(names[i + 1], name))
+        for i, handed in enumerate(links)
+        for name in handed
     ]
     depths = (*after, len(blocks))
     return Stages(dict(zip(names, stages, strict=True)), depths, tuple(joined), tuple(streams), tail)

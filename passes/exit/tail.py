@@ -225,7 +225,9 @@ def attach(stage: Program, tail: Tail, stream: str, heads: Sequence[Affine]) -> 
     What the tail reads of the caller's inputs and the stage does not becomes an input of the stage.
     """
     module, program = open_graph(stage), tail.program
-    end = Attached(module, list(stage.inputs), list(stage.example), {**program.ranges, **stage.ranges}, [], [])
+    end = Attached(
+        module, list(stage.inputs), list(stage.example), {**program.ranges, **stage.ranges}, [], []
+    )
     source = dict(zip((spec.name for spec in stage.outputs), results(module.graph), strict=True))[stream]
     given = dict(zip((spec.name for spec in stage.inputs), placeholders(module), strict=True))
     given[tail.stream] = source

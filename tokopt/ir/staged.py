@@ -60,7 +60,9 @@ class _Rows:
         self, programs: Mapping[str, Program], links: Sequence[Link], given: dict[str, Tensor]
     ) -> None:
         self.programs, self.links, self.given = programs, links, given
-        specs = {spec.name: spec for program in programs.values() for spec in with_role(program.inputs, "input")}
+        specs = {
+            spec.name: spec for program in programs.values() for spec in with_role(program.inputs, "input")
+        }
         self.axes = {name: specs[name].axes.index(BATCH) for name in given if BATCH in specs[name].axes}
         name, axis = next(iter(self.axes.items()))
         self.places = torch.arange(given[name].shape[axis])
@@ -73,7 +75,9 @@ class _Rows:
         for spec in program.inputs:
             if spec.role not in ("input", "link"):
                 raise InputError(f"{name!r} reads the state {spec.state!r}; call the loaded artifact")
-            inputs.append(self.given[spec.name] if spec.role == "input" else self.linked[Port(name, spec.name)])
+            inputs.append(
+                self.given[spec.name] if spec.role == "input" else self.linked[Port(name, spec.name)]
+            )
         check_sizes(program, inputs)
         results = dict(zip((spec.name for spec in program.outputs), program(*inputs), strict=True))
         for link in self.links:

@@ -70,9 +70,10 @@ def write_selftest(
 ) -> None:
     """Write the self-test of the artifact in ``folder``, whose programs compute those of ``bundle``.
 
-    ``manifest`` describes the programs that are there, ``whole`` among them. The self-test runs as ``tokopt verify`` will run it, and how far
-    each output was off decides how far it may be; ``tolerance`` replaces the NMSE that its dtype always allows. Raises
-    LoweringError when an output is so far off that no limit would tell a broken artifact from this one.
+    ``manifest`` describes the programs that are there, ``whole`` among them. The self-test runs as ``tokopt verify``
+    will run it, and how far each output was off decides how far it may be; ``tolerance`` replaces the NMSE that its
+    dtype always allows. Raises LoweringError when an output is so far off that no limit would tell a broken artifact
+    from this one.
     """
     inputs = _inputs(bundle, folder, manifest)
     outputs = _outputs(bundle, inputs)

@@ -8,9 +8,11 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor
-from torch.nn.functional import cosine_similarity
 
 from tokopt.passes.exit.rules.base import Rule, Seen
+
+TINY = 1e-30
+"""The smallest product of two lengths."""
 
 
 @dataclass(frozen=True)
@@ -31,7 +33,13 @@ class Convergence(Rule):
         output = seen.output
         if not carried:
             return torch.full_like(output[:, 0], -1), [output]
-        return cosine_similarity(output, carried[0], dim=-1).clamp(-1, 1), [output]
+        return _cosine(output, carried[0]).clamp(-1, 1), [output]
+
+
+def _cosine(a: Tensor, b: Tensor) -> Tensor:
+    """The cosine of the rows of two tensors, 0 where one is all zeros."""
+    lengths = ((a * a).sum(-1) * (b * b).sum(-1)).sqrt()
+    return (a * b).sum(-1) / lengths.clamp_min(TINY)
 
 
 RULE = Convergence()

@@ -1,7 +1,8 @@
-"""All stages of a model with exits as one ONNX graph for a batch of one: nested ``If``, for hosts that call one program.
+"""All stages of a model with exits as one ONNX graph for a batch of one, in nested ``If``.
 
-What is in a branch is the graph of its stage as it was lowered, under names of its own, and its weights stay where they
-are in the external data. So the file adds graphs and no weights, and gives what the stages give.
+It is for hosts that call one program. What is in a branch is the graph of its stage as it was lowered, under names of
+its own, and its weights stay where they are in the external data. So the file adds graphs and no weights, and gives
+what the stages give.
 """
 
 from __future__ import annotations
@@ -70,7 +71,9 @@ def lower_whole(
         onnx.checker.check_model(path, full_check=True)
     except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
         raise LoweringError(f"the ONNX graph of all stages is not valid: {error}") from error
-    ranges = {axis: bounds for entry in entries for axis, bounds in bundle.programs[entry.program].ranges.items()}
+    ranges = {
+        axis: bounds for entry in entries for axis, bounds in bundle.programs[entry.program].ranges.items()
+    }
     inputs = tuple(bundle.inputs.values())
     used = {axis for spec in inputs for axis in spec.axes}
     ranges = {axis: bounds for axis, bounds in ranges.items() if axis in used} | {BATCH: AxisRange(1, 1)}
@@ -95,8 +98,8 @@ def check_whole(bundle: Bundle, folder: Path, manifest: Manifest) -> None:
         assert want.depths is not None
         if got[depth.name].tolist() != want.depths.tolist():
             raise LoweringError(
-                f"row {row} of the example leaves the whole after block {got[depth.name][0]} and the stages after block "
-                f"{want.depths[0]}"
+                f"row {row} of the example leaves the whole after block {got[depth.name][0]} and the stages after "
+                f"block {want.depths[0]}"
             )
         for name, value in want.outputs.items():
             found = check_output(name, value, got[name], LIMITS.get(str(value.dtype), 0.0))
@@ -137,7 +140,9 @@ class _Stages:
     def model(self, name: str, outputs: Sequence[TensorSpec]) -> ir.Model:
         """The graph of the first stage, in which the others lie; its outputs have these names."""
         for spec in self.bundle.inputs.values():
-            known = (value for model in self.models for value in model.graph.inputs if value.name == spec.name)
+            known = (
+                value for model in self.models for value in model.graph.inputs if value.name == spec.name
+            )
             given = next(known)
             self.callers[spec.name] = ir.Value(name=spec.name, type=given.type, shape=ir.Shape(spec.axes))
         body = self._from(0, {}, [spec.name for spec in outputs[:-1]])
