@@ -11,9 +11,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
-from tokopt.analysis.calibration import Sample, caller_tensors
+from tokopt.analysis.calibration import Sample, read_samples
 from tokopt.analysis.guarantee import Promise
-from tokopt.errors import InputError
 from tokopt.ir.bundle import Bundle
 from tokopt.ir.calls import Calls
 from tokopt.ir.format import Link
@@ -21,7 +20,6 @@ from tokopt.ir.program import Program
 from tokopt.passes.exit.heads import Affine, Rows
 from tokopt.passes.exit.rules.base import Rule, Seen
 from tokopt.passes.exit.tail import Tail
-from tokopt.progress import track
 
 PLACES = 16
 """Tokens of a row that a head for outputs per token is fitted to."""
@@ -73,16 +71,14 @@ def collect(
     *early, last = probes
     features: list[list[list[Tensor]]] = [[[] for _ in tail.fitted] for _ in early]
     targets: list[list[Tensor]] = [[] for _ in tail.fitted]
-    for sample in track(samples, "Calibrating"):
-        calls = Calls(probes, links, (), caller_tensors(bundle, sample))
+    for given in read_samples(bundle, samples):
+        calls = Calls(probes, links, (), given)
         for kept, name in zip(features, early, strict=True):
             for held, value in zip(kept, calls.outputs(name, "output").values(), strict=True):
                 held.append(_some(value))
         made = list(calls.outputs(last, "output").values())
         for held, one in zip(targets, tail.fitted, strict=True):
             held.append(_some(made[one.place]))
-    if not targets[0]:
-        raise InputError("the calibration data is empty; pass a list of inputs")
     return Records(
         [[torch.cat(held) for held in kept] for kept in features], [torch.cat(held) for held in targets]
     )
