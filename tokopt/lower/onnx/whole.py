@@ -215,8 +215,15 @@ class _Stages:
             )
             ir.convenience.replace_all_uses_with(value, outer)
         initializers = list(graph.initializers.values())
-        nodes = list(graph)
         graph.outputs.clear()
+        for node in list(graph):
+            source = node.inputs[0] if node.op_type == "Identity" and not node.domain else None
+            if source is not None and source.producer() in list(graph):  # engines warn of copies that branches read
+                copy = node.outputs[0]
+                ir.convenience.replace_all_uses_with(copy, source)
+                outputs = {key: source if value is copy else value for key, value in outputs.items()}
+                graph.remove(node)
+        nodes = list(graph)
         for node in nodes:
             if node.name:
                 node.name = f"stage_{place}/{node.name}"
