@@ -32,13 +32,19 @@ ROUNDS = 5
 
 
 def options() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--run", type=Path, metavar="ARTIFACT", help="only run an artifact that is there")
     parser.add_argument("--after", default="6,7,8,9,10,11", help="blocks after which a photograph may leave")
-    parser.add_argument("--tolerance", type=float, default=0.05, help="mean cosine distance from the full model")
+    parser.add_argument(
+        "--tolerance", type=float, default=0.05, help="mean cosine distance from the full model"
+    )
     parser.add_argument("--size", type=int, default=224, help="image size, a multiple of 14")
     parser.add_argument("--views", type=int, default=400, help="views of photographs to calibrate with")
-    parser.add_argument("--output", type=Path, default=Path("out"), help="folder for the artifact and the picture")
+    parser.add_argument(
+        "--output", type=Path, default=Path("out"), help="folder for the artifact and the picture"
+    )
     return parser.parse_args()
 
 
@@ -128,7 +134,9 @@ def draw(folder: Path) -> Path:
     from examples.data import crops, photograph, resize
 
     depths: dict[str, int] = json.loads((folder / "depths.json").read_text(encoding="utf-8"))
-    rows = [[name for name, left in depths.items() if left == depth] for depth in sorted(set(depths.values()))]
+    rows = [
+        [name for name, left in depths.items() if left == depth] for depth in sorted(set(depths.values()))
+    ]
     side, label = 128, 70
     picture = Image.new("RGB", (label + side * max(map(len, rows)), side * len(rows)), "white")
     pen = ImageDraw.Draw(picture)

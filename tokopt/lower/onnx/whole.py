@@ -218,7 +218,9 @@ class _Stages:
         graph.outputs.clear()
         for node in list(graph):
             source = node.inputs[0] if node.op_type == "Identity" and not node.domain else None
-            if source is not None and source.producer() in list(graph):  # engines warn of copies that branches read
+            if source is not None and source.producer() in list(
+                graph
+            ):  # engines warn of copies that branches read
                 copy = node.outputs[0]
                 ir.convenience.replace_all_uses_with(copy, source)
                 outputs = {key: source if value is copy else value for key, value in outputs.items()}
