@@ -31,7 +31,8 @@ class Decide:
         self, output: Tensor, features: Tensor, carried: list[Tensor], fitted: list[Tensor]
     ) -> list[Tensor]:
         """Which rows are done [batch], and what the next exit is told."""
-        seen = Seen(output.float() / self.temperature, features.float())
+        output = output.float()
+        seen = Seen(output if self.temperature == 1 else output / self.temperature, features.float())
         score, told = self.rule.score(seen, carried, fitted)
         return [self.rule.leaves(score, self.threshold), *told]
 

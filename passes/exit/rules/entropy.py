@@ -18,7 +18,7 @@ class Entropy(Rule):
         self, seen: Seen, carried: Sequence[Tensor], fitted: Sequence[Tensor]
     ) -> tuple[Tensor, list[Tensor]]:
         """The entropy; at least 0, so that the threshold 0 lets no row leave, whatever is rounded."""
-        logs = seen.output.float().log_softmax(-1)
+        logs = seen.output.log_softmax(-1)
         return -(logs.exp() * logs).sum(-1).clamp(max=0), []
 
 

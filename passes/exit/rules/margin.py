@@ -22,7 +22,7 @@ class Margin(Rule):
         self, seen: Seen, carried: Sequence[Tensor], fitted: Sequence[Tensor]
     ) -> tuple[Tensor, list[Tensor]]:
         """The difference; at most 1, which is not above the threshold 1."""
-        first, second = seen.output.float().softmax(-1).topk(2, dim=-1).values.unbind(-1)
+        first, second = seen.output.softmax(-1).topk(2, dim=-1).values.unbind(-1)
         return (first - second).clamp(max=1), []
 
 
