@@ -27,6 +27,7 @@ from torch import Tensor, nn
 
 import tokopt
 from benchmarks.machine import describe
+from benchmarks.progress import Progress
 from benchmarks.timing import Disturbed, Engine, compare
 from examples.data import (
     cache_folder,
@@ -49,7 +50,7 @@ CONFIDENCE, TOLERANCES = 0.95, (0.01, 0.02, 0.03, 0.05, 0.08, 0.12)
 MOST_LOST = 0.01
 """Accuracy that an exit may lose."""
 
-STREAM, BATCHES, ROUNDS = 48, (1, 16), 7
+STREAM, BATCHES, ROUNDS = 48, (1, 16), 5
 """Test inputs of a timed stream, rows of a call, and turns of every engine."""
 
 READ = 16
@@ -94,7 +95,7 @@ def images(size: int, counts: Sequence[int]) -> Task:
         part: torch.from_numpy(classes[a:b]) for part, a, b in zip(PARTS, bounds, bounds[1:], strict=False)
     }
     encoder = class_feature(dinov2_small(size))
-    return Task(f"DINOv2-S/14 at {size} px, Fashion-MNIST", encoder, (3, 5, 7, 9, 10, 11), inputs, labels)
+    return Task(f"DINOv2-S/14 at {size} px, Fashion-MNIST", encoder, (4, 6, 8, 10), inputs, labels)
 
 
 DOCUMENTATION = "TOKOPT_PYTHON_DOC"
@@ -430,25 +431,36 @@ TASKS: dict[str, Callable[[argparse.Namespace], Task]] = {
 }
 
 
+def measure(key: str, options: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    """The report of one task, by its name."""
+    print(f"{key}: reading and fitting", flush=True)
+    task = TASKS[key](options)
+    example = tuple(value[:5] for value in task.inputs["test"].values())
+    bundle = tokopt.capture(probe(task), example)
+    found = curves(task, bundle)
+    print(f"{key}: timing", flush=True)
+    times(task, bundle, found, folder, options.threads)
+    return {task.name: found}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.exit", description=__doc__)
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
     parser.add_argument("--size", type=int, default=112, help="image size, a multiple of 14")
-    parser.add_argument("--images", type=int, nargs=3, default=(3000, 1600, 1500), metavar=PARTS)
-    parser.add_argument("--sentences", type=int, nargs=3, default=(1500, 2300, 1400), metavar=PARTS)
+    parser.add_argument("--images", type=int, nargs=3, default=(2000, 1400, 1200), metavar=PARTS)
+    parser.add_argument("--sentences", type=int, nargs=3, default=(1500, 2200, 1200), metavar=PARTS)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--output", type=Path, default=RESULTS)
     options = parser.parse_args()
+    folder = cache_folder() / "benchmark-exit"
+    folder.mkdir(parents=True, exist_ok=True)
+    progress = Progress(folder)
     report: dict[str, Any] = {"machine": describe(options.threads), "tasks": {}}
     for key in options.tasks:
-        print(f"{key}: reading and fitting", flush=True)
-        task = TASKS[key](options)
-        model = probe(task)
-        example = {name: value[:5] for name, value in task.inputs["test"].items()}
-        bundle = tokopt.capture(model, tuple(example.values()))
-        found = report["tasks"][task.name] = curves(task, bundle)
-        print(f"{key}: timing", flush=True)
-        times(task, bundle, found, cache_folder() / "benchmark-exit" / key, options.threads)
+        counts = "-".join(map(str, getattr(options, key)))
+        asked = f"{key} {counts} {options.size} {options.threads}"
+        progress.once(asked, lambda key=key: measure(key, options, folder / key))
+        report["tasks"] |= progress.values[asked]
     text = markdown(report)
     options.output.mkdir(parents=True, exist_ok=True)
     write_atomically(
