@@ -42,7 +42,7 @@ from examples.data import (
 from tokopt.analysis.guarantee import Promise
 from tokopt.passes.exit.calibrate import Answers, Parts, Records, choose, collect, divide, left_at, scores
 from tokopt.passes.exit.heads import Affine, Rows, fit_logistic, fit_ridge, fit_temperature
-from tokopt.passes.exit.rules import RULES, load_rule
+from tokopt.passes.exit.rules import RULES, RuleName, load_rule
 from tokopt.passes.exit.stages import cut_stages
 
 RESULTS = Path(__file__).parent / "results"
@@ -250,7 +250,7 @@ def curves(task: Task, bundle: tokopt.Bundle) -> dict[str, Any]:
     return report
 
 
-def fit_of(rule: str) -> str:
+def fit_of(rule: RuleName) -> str:
     """Classes are told best by logistic regression; other outputs have none."""
     return "logistic" if load_rule(rule).classes else "ridge"
 
@@ -263,7 +263,7 @@ def heads_of(known: Records, parts: Parts, own: Affine, exits: int) -> dict[str,
         head = fit_ridge(rows, held, own)
         soft = [replace(one, targets=one.targets.softmax(-1)) for one in (rows, held)]
         made["ridge"].append([head])
-        made["logistic"].append([fit_logistic(*soft, head)])
+        made["logistic"].append([fit_logistic(soft[0], soft[1], head)])
     return made
 
 
@@ -273,12 +273,12 @@ def _part(answers: Answers, part: Tensor) -> Answers:
     )
 
 
-def operating_point(report: Mapping[str, Any]) -> tuple[str, dict[str, float]] | None:
+def operating_point(report: Mapping[str, Any]) -> tuple[RuleName, dict[str, float]] | None:
     """Rule and tolerance of the least mean depth among those that lose little, on the calibration inputs."""
     found = [
         (name, point)
-        for name, rows in report["rules"].items()
-        for point in rows["points"]
+        for name in RULES
+        for point in report["rules"][name]["points"]
         if point["lost"] <= MOST_LOST
     ]
     return min(found, key=lambda pair: pair[1]["expected"], default=None)
@@ -326,8 +326,9 @@ def times(task: Task, bundle: tokopt.Bundle, report: dict[str, Any], folder: Pat
     made = tokopt.optimize(bundle, text, strict=True, calibration=samples)
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
-    values = (value[:STREAM].numpy() for value in task.inputs["test"].values())
-    np.savez(folder / "stream.npz", **dict(zip(bundle.inputs, values, strict=True)))
+    pairs = zip(bundle.inputs, task.inputs["test"].values(), strict=True)
+    arrays: dict[str, Any] = {name: value[:STREAM].numpy() for name, value in pairs}
+    np.savez(folder / "stream.npz", **arrays)
     paths = {
         "full": tokopt.export(bundle, folder / "full.tokopt"),
         "exits": tokopt.export(made, folder / "exits.tokopt"),
@@ -386,18 +387,22 @@ def timed(found: Mapping[str, Any]) -> list[str]:
     lines += [*(f"- {note}" for note in chosen["notes"]), ""]
     lines += [f"| batch | with exits | {static} |", "|---|---|---|"]
     for batch, rows in found["times"].items():
-        cells = [rows] if isinstance(rows, str) else []
-        for name in () if isinstance(rows, str) else ("exits", "static"):
-            low, high = rows[name]["ratio_quartiles"] if name in rows else (0, 0)
-            cells.append(
-                f"{rows[name]['ratio_median']:.2f}x ({low:.2f} to {high:.2f})" if name in rows else ""
-            )
+        if isinstance(rows, str):
+            lines.append(f"| {batch} | not measured: {rows} | |")
+            continue
+        cells = [ratio(rows[name]) if name in rows else "" for name in ("exits", "static")]
         lines.append(f"| {batch} | " + " | ".join(cells) + " |")
     return [
         *lines,
         "",
         f"Times as fast as the full model, {STREAM} test inputs, median and quartiles of turns.",
     ]
+
+
+def ratio(timing: Mapping[str, Any]) -> str:
+    """A median with its quartiles."""
+    low, high = timing["ratio_quartiles"]
+    return f"{timing['ratio_median']:.2f}x ({low:.2f} to {high:.2f})"
 
 
 def draw(report: Mapping[str, Any], path: Path) -> None:

@@ -108,7 +108,7 @@ def build(args: argparse.Namespace) -> Path:
     print("\n".join(made.history[-1].notes))
     path = tokopt.export(made, args.output / "dinov2-exits.tokopt", overwrite=True)
     whole = {name: crops(photo)[0] for name, photo in photos.items()}
-    pixels = {name: preprocess([view], args.size) for name, view in whole.items()}
+    pixels: dict[str, Any] = {name: preprocess([view], args.size) for name, view in whole.items()}
     np.savez(args.output / "photographs.npz", **pixels)
     return path
 

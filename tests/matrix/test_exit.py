@@ -129,7 +129,7 @@ def test_an_artifact_gives_row_by_row_what_it_gives_a_batch(name: str, rule: str
     for row in range(len(batch.depths)):
         one = {key: value[row : row + 1] for key, value in feed.items()}
         alone = model.run(**one)
-        *bare, left = session.run([*names, depth], one)
+        *bare, left = (np.asarray(value) for value in session.run([*names, depth], one))
         assert alone.depths.tolist() == left.tolist() == [batch.depths[row]]
         for key, array in zip(names, bare, strict=True):
             close(ZOO[name], inputs, key, row, alone[key], batch[key][row : row + 1])

@@ -13,7 +13,7 @@ import tokopt
 from tests.matrix.language import bundle as language_bundle
 from tests.matrix.test_matrix import captured
 from tests.zoo import ZOO
-from tokopt.errors import PassError, PassRefused
+from tokopt.errors import PassError, PassRefused, PipelineSyntaxError
 from tokopt.ir.bundle import Bundle
 from tokopt.passes.exit.calibrate import collect
 from tokopt.passes.exit.exit import Exit
@@ -205,7 +205,7 @@ def test_calibration_is_asked_for() -> None:
     ],
 )
 def test_options_that_mean_nothing_are_refused(text: str, message: str) -> None:
-    with pytest.raises((PassError, tokopt.errors.PipelineSyntaxError), match=message):
+    with pytest.raises((PassError, PipelineSyntaxError), match=message):
         tokopt.optimize(captured(VIT), text, calibration=CALIBRATION)
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from tokopt.analysis.guarantee import Promise
 from tokopt.passes.exit.calibrate import choose, divide, least, left_at, scores, total_loss
 from tokopt.passes.exit.heads import Affine, Rows, fit_logistic, fit_ridge, fit_temperature
-from tokopt.passes.exit.rules import RULES, load_rule
+from tokopt.passes.exit.rules import RULES, RuleName, load_rule
 from tokopt.passes.exit.rules.base import Seen
 
 EXITS, ROWS, CLASSES, CHANNELS = 4, 30, 5, 7
@@ -87,7 +87,7 @@ def naive_exit(rule: str, threshold: float, row: int) -> int:
 
 
 @pytest.mark.parametrize("name", RULES)
-def test_scores_are_those_of_the_naive_rule(name: str) -> None:
+def test_scores_are_those_of_the_naive_rule(name: RuleName) -> None:
     found = scores(load_rule(name), seen(), FITTED)
     wanted = torch.tensor([naive(name, row) for row in range(ROWS)]).T
     torch.testing.assert_close(found.double(), wanted.double(), atol=1e-5, rtol=1e-5)
@@ -103,7 +103,7 @@ def test_scores_are_those_of_the_naive_rule(name: str) -> None:
         "convergence": (0.3, 0.7, 0.95),
     }.items(),
 )
-def test_rows_leave_where_the_naive_rule_lets_them(name: str, thresholds: tuple[float, ...]) -> None:
+def test_rows_leave_where_the_naive_rule_lets_them(name: RuleName, thresholds: tuple[float, ...]) -> None:
     rule = load_rule(name)
     known = scores(rule, seen(), FITTED)
     for threshold in thresholds:
@@ -115,7 +115,7 @@ def test_rows_leave_where_the_naive_rule_lets_them(name: str, thresholds: tuple[
 
 
 @pytest.mark.parametrize("name", RULES)
-def test_at_its_limit_no_row_leaves(name: str) -> None:
+def test_at_its_limit_no_row_leaves(name: RuleName) -> None:
     """Also where an output is as sure as can be, or the same twice."""
     rule = load_rule(name)
     sure = torch.nn.functional.one_hot(torch.arange(ROWS) % CLASSES, CLASSES).float() * 1e4
@@ -125,7 +125,7 @@ def test_at_its_limit_no_row_leaves(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", RULES)
-def test_candidates_let_more_and_more_rows_leave(name: str) -> None:
+def test_candidates_let_more_and_more_rows_leave(name: RuleName) -> None:
     rule = load_rule(name)
     known = scores(rule, seen(), FITTED)
     left = [left_at(rule, known, threshold) for threshold in rule.thresholds(known)]
@@ -240,7 +240,7 @@ def test_the_fewest_inputs_are_enough_and_one_less_is_not(fits: bool) -> None:
 
 
 @pytest.mark.parametrize("name", ["entropy", "margin", "patience", "convergence"])
-def test_over_random_splits_the_promise_is_broken_at_most_as_often_as_promised(name: str) -> None:
+def test_over_random_splits_the_promise_is_broken_at_most_as_often_as_promised(name: RuleName) -> None:
     """Rows drawn from a large set, whose disagreement at every threshold is known: that is what is promised."""
     generator = torch.Generator().manual_seed(8)
     rows, rule = 4000, load_rule(name)
