@@ -29,6 +29,7 @@ CALLS = {
     "step": "benchmarks.decode:step_call",
     "generate": "benchmarks.decode:generate_call",
     "evicting": "benchmarks.kv.speed:evicting_call",
+    "stream": "benchmarks.exit:stream_call",
     **dict.fromkeys(
         ("torch", "torch-bf16", "torch-compile", "onnxruntime", "openvino-f32", "openvino-bf16"),
         "benchmarks.peers.vision:call",

@@ -20,20 +20,42 @@ Arrays = dict[str, np.ndarray]
 
 @dataclass
 class Encoded:
-    """What the programs made of a request: arrays for the caller, values of links by target, and states."""
+    """What the programs made of a request: arrays for the caller, values of links by target, and states.
+
+    ``depths`` [batch] int64 says after how many of the model's blocks each row left; None where blocks are not counted.
+    """
 
     outputs: Arrays = field(default_factory=dict[str, np.ndarray])
     links: dict[Port, np.ndarray] = field(default_factory=dict[Port, np.ndarray])
     states: Arrays = field(default_factory=dict[str, np.ndarray])
+    depths: np.ndarray | None = None
 
 
-def encode(manifest: Manifest, programs: Programs, inputs: Mapping[str, np.ndarray], batch: int) -> Encoded:
+def encode(
+    manifest: Manifest,
+    programs: Programs,
+    inputs: Mapping[str, np.ndarray],
+    batch: int,
+    depth: int | None = None,
+) -> Encoded:
     """Run every entry of role ``"encode"`` on the caller's arrays.
 
-    Where a program says which rows are done, these leave with its outputs, and the others go on alone. Raises what the
-    engine raises, and TokoptError when the outputs of rows that left differ in size from the others'.
+    Where a program says which rows are done, these leave with its outputs, and the others go on alone. With a
+    ``depth``, one of :func:`exit_depths`, no row leaves before, and all leave there. Raises what the engine raises, and
+    TokoptError when the outputs of rows that left differ in size from the others'.
     """
-    return _Encoding(manifest, programs, inputs, batch).run()
+    return _Encoding(manifest, programs, inputs, batch).run(depth)
+
+
+def exit_depths(manifest: Manifest) -> tuple[int, ...]:
+    """The depths at which a model gives its outputs: those of the programs after which rows leave, and the last."""
+    entries = tuple(manifest.schedule.of_role("encode"))
+    return tuple(
+        entry.depth
+        for entry in entries
+        if entry.depth
+        and (entry is entries[-1] or find_role(manifest.programs[entry.program].outputs, "done") is not None)
+    )
 
 
 class _Encoding:
@@ -46,21 +68,27 @@ class _Encoding:
         self.inputs, self.made = dict(inputs), Encoded()
         self.states = HostStates(manifest.states)
         self.rows = np.arange(batch)
+        self.depths = np.zeros(batch, np.int64)
         self.left: list[tuple[np.ndarray, Arrays]] = []
 
-    def run(self) -> Encoded:
+    def run(self, depth: int | None) -> Encoded:
         for entry in self.manifest.schedule.of_role("encode"):
             program = self.manifest.programs[entry.program]
             results = self._call(entry, program)
             outputs = {tensor.name: results[tensor.name] for tensor in with_role(program.outputs, "output")}
             done = find_role(program.outputs, "done")
-            if done is None:
+            if entry.depth:
+                self.depths[self.rows] = entry.depth
+            if done is None or entry.depth == depth:
                 self.made.outputs.update(outputs)
-            elif not self._leave(results[done.name], outputs):
+                if entry.depth == depth:
+                    break
+            elif depth is None and not self._leave(results[done.name], outputs):
                 break
         if self.left:
             self.made.outputs = self._together()
         self.made.states = self.states.values
+        self.made.depths = self.depths if self.depths.all() else None
         return self.made
 
     def _call(self, entry: Entry, program: ProgramEntry) -> Arrays:

@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from tokopt.arguments import check_choice, check_flag, check_path
+from tokopt.arguments import check_choice, check_flag, check_path, is_integer
 from tokopt.errors import ArtifactError, InputError, TokoptError
-from tokopt.runtime.encode import encode
+from tokopt.runtime.encode import encode, exit_depths
 from tokopt.runtime.engines.base import Programs
 from tokopt.runtime.engines.kernels import Kernels
 from tokopt.runtime.engines.onnxruntime import (
@@ -120,6 +120,9 @@ class Model:
 
     ``model(images)`` takes the inputs in the order of ``signature.inputs``, ``model(input_ids=..., ...)`` by
     name. One output is returned as an array, several as :class:`Outputs`.
+
+    A model with exits has ``depths``, the numbers of blocks after which rows may leave. ``model(images, depth=6)``
+    gives the outputs after so many blocks, of all rows. (An input that is itself named ``depth`` is then meant.)
     """
 
     def __init__(self, path: Path, manifest: Manifest, sessions: Programs) -> None:
@@ -128,6 +131,7 @@ class Model:
         entries = tuple(manifest.schedule.of_role("encode"))
         for entry in entries:
             sessions.best(entry.program, batch=1)  # what cannot be loaded is refused now
+        self.depths = exit_depths(manifest)
         self._single = entries[0].program if len(entries) == 1 and not manifest.states else None
 
     @property
@@ -135,36 +139,50 @@ class Model:
         """What is used of tokopt's own CPU kernels, and why not."""
         return self.sessions.kernels
 
-    def __call__(self, *arrays: Any, **named: Any) -> Any:
+    def __call__(self, *arrays: Any, depth: Any = None, **named: Any) -> Any:
         """Run the programs; returns an array, or :class:`Outputs` when there are several.
 
         Raises InputError, before anything runs, for a wrong name, count, dtype, rank or size, for a named
-        axis that differs between inputs or leaves its range, for an empty axis, and for NaN or infinity.
+        axis that differs between inputs or leaves its range, for an empty axis, for NaN or infinity, and for a depth
+        at which the model has no exit.
         Raises TokoptError when the engine fails on inputs that fit the signature (a token id outside the
         vocabulary, for example).
         """
-        values = self.run(*arrays, **named)
+        values = self.run(*arrays, depth=depth, **named)
         return next(iter(values.values())) if len(values) == 1 else values
 
-    def run(self, *arrays: Any, **named: Any) -> Outputs:
-        """As calling the model, but always by output name."""
+    def run(self, *arrays: Any, depth: Any = None, **named: Any) -> Outputs:
+        """As calling the model, but always by output name; ``run(images).depths`` says where each row left."""
+        if depth is not None and any(tensor.name == "depth" for tensor in self.signature.inputs):
+            named["depth"], depth = depth, None
+        self._check_depth(depth)
         feed = self.signature.feed(arrays, named)
         try:
-            return Outputs(self._run(feed))
+            return self._run(feed, depth)
         except TokoptError:
             raise
         except Exception as error:  # engines raise several unrelated classes
             reason = " ".join(str(error).split())
             raise TokoptError(f"the engine failed in {self.path} on inputs that fit: {reason}") from error
 
-    def _run(self, feed: Mapping[str, np.ndarray]) -> Iterator[tuple[str, np.ndarray]]:
+    def _check_depth(self, depth: object) -> None:
+        if depth is None or (is_integer(depth) and depth in self.depths):
+            return
+        known = ", ".join(map(str, self.depths))
+        raise InputError(
+            f"depth={depth!r} is none at which rows may leave; choose among {known}"
+            if known
+            else f"depth={depth!r} means nothing to a model without exits; leave it out, or use the pass exit"
+        )
+
+    def _run(self, feed: Mapping[str, np.ndarray], depth: int | None) -> Outputs:
         names = [tensor.name for tensor in self.signature.outputs]
         if self._single is not None:
             found = self.sessions.run(self._single, feed)
-        else:
-            batch = count_rows(self.signature.inputs, feed)
-            found = encode(self.manifest, self.sessions, feed, 1 if batch is None else batch).outputs
-        return ((name, found[name]) for name in names)
+            return Outputs((name, found[name]) for name in names)
+        batch = count_rows(self.signature.inputs, feed)
+        made = encode(self.manifest, self.sessions, feed, 1 if batch is None else batch, depth)
+        return Outputs(((name, made.outputs[name]) for name in names), made.depths)
 
     def selftest(self) -> tuple[OutputCheck | TaskCheck, ...]:
         """Run the inputs stored in the artifact and compare every output with the one stored."""
@@ -177,10 +195,14 @@ class Model:
 
 
 class Outputs(Mapping[str, np.ndarray]):
-    """The outputs of one call by name: ``outputs["pooled"]`` or ``outputs.pooled``."""
+    """The outputs of one call by name: ``outputs["pooled"]`` or ``outputs.pooled``.
 
-    def __init__(self, items: Any) -> None:
+    ``depths`` [batch] says after how many blocks each row left; None for a model without exits.
+    """
+
+    def __init__(self, items: Any, depths: np.ndarray | None = None) -> None:
         self._values: dict[str, np.ndarray] = dict(items)
+        self.depths = depths
 
     def __getitem__(self, name: str) -> np.ndarray:
         return self._values[name]

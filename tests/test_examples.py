@@ -265,3 +265,17 @@ def test_tuning_finds_a_pipeline_for_a_real_dinov2(
     assert {"trials.json", "pipeline.txt"} <= {p.name for p in (tmp_path / "tuned").iterdir()}
     assert verified(tmp_path / "tuned" / "original.tokopt", *(tmp_path / "tuned").glob("best.tokopt"))
     assert "optimizing" not in main(*command, "--minutes", "0")  # it goes on
+
+
+@REAL_DATA
+def test_photographs_leave_a_real_dinov2_in_bare_onnx_runtime(tmp_path: Path) -> None:
+    """Small images; each leaves at an exit, or at the end, of one file that no torch and no tokopt has opened."""
+    script = ROOT / "examples" / "early_exit.py"
+    exits = ("--after", "4,7,9", "--tolerance", "0.2", "--size", "112", "--views", "120")
+    out = run(sys.executable, script, *exits, "--output", tmp_path, cwd=tmp_path)
+    left = re.findall(r"^(\w+) +left after block +(\d+) of 12 +[\d.]+ ms$", out, re.MULTILINE)
+    assert len(left) == 8 and {int(depth) for _, depth in left} <= {7, 9, 12}
+    assert "of 60 inputs" in out and "with confidence 0.95 it is at most 0.2 on such inputs" in out
+    assert "torch and tokopt were not imported" in out
+    assert (tmp_path / "depths.png").stat().st_size > 10_000
+    assert verified(tmp_path / "dinov2-exits.tokopt")

@@ -47,6 +47,7 @@ if TYPE_CHECKING:
     import torch
 
     from tokopt.lower.onnx.rule import Outcome
+    from tokopt.lower.onnx.whole import Whole
     from tokopt.lower.tensorrt.engine import EngineBuilder, EngineOptions
 
 TARGETS = ("onnx", "torch", "tensorrt")
@@ -101,6 +102,7 @@ def export(
             f"engine options mean nothing to the target {target!r}; leave them out, or export to tensorrt"
         )
     from tokopt.analysis.outline import outline
+    from tokopt.lower.onnx.whole import check_whole, lower_whole
     from tokopt.lower.selftest import write_examples, write_selftest
 
     say = progress or (lambda line: None)
@@ -113,6 +115,7 @@ def export(
             files = _save_programs(bundle, folder, say)
         else:
             files = _lower_programs(cleaned, bundle, folder, metadata, say, check=check, tolerance=tolerance)
+        whole = lower_whole(cleaned, folder, files, metadata) if target == "onnx" else None
         engines: dict[str, EngineEntry] = {}
         if builder is not None:
             for name, forms in files.items():
@@ -125,20 +128,24 @@ def export(
         # Of the programs before their cleanup, which changes no output.
         if target == "torch" or not check:
             say("writing the self-test")
-            write_examples(bundle, folder)
+            write_examples(bundle, folder, whole)
         else:
-            say("running the self-test")
             written = {
                 item.name: FileEntry("", 0) for item in folder.iterdir()
             }  # they are hashed once, below
-            write_selftest(bundle, folder, _manifest(cleaned, files, engines, written), tolerance=tolerance)
+            manifest = _manifest(cleaned, files, engines, written, whole)
+            if whole is not None:
+                say("comparing the stages with the program of all")
+                check_whole(cleaned, folder, manifest)
+            say("running the self-test")
+            write_selftest(bundle, folder, manifest, whole, tolerance=tolerance)
         if target == "torch":
             (folder / OUTLINE).write_text(outline(bundle).to_json(), encoding="utf-8")
         if bundle.tokenizer is not None:
             (folder / _TOKENIZER).write_text(bundle.tokenizer, encoding="utf-8")
         entries = {item.name: describe_file(item) for item in sorted(folder.iterdir())}
         (folder / MANIFEST).write_text(
-            _manifest(cleaned, files, engines, entries).to_json(), encoding="utf-8"
+            _manifest(cleaned, files, engines, entries, whole).to_json(), encoding="utf-8"
         )
         read_manifest(folder)  # what is written can be read: names from the model are checked here
     return path
@@ -415,6 +422,7 @@ def _manifest(
     files: Mapping[str, Mapping[str, str]],
     engines: Mapping[str, EngineEntry],
     entries: Mapping[str, FileEntry],
+    whole: Whole | None,
 ) -> Manifest:
     programs = {
         name: ProgramEntry(
@@ -428,7 +436,7 @@ def _manifest(
         )
         for name, program in bundle.programs.items()
     }
-    return Manifest(
+    manifest = Manifest(
         programs=programs,
         files=entries,
         states=bundle.states,
@@ -442,6 +450,7 @@ def _manifest(
         selftest=SELFTEST,
         versions=_versions(),
     )
+    return manifest if whole is None else whole.listed(manifest)
 
 
 def _versions() -> dict[str, str]:

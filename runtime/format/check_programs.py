@@ -34,6 +34,7 @@ _OUTPUTS = {
     "logprobs": ("float", "[batch, n]"),
     "confidence": ("int64", "[batch]"),
     "done": ("bool", "[batch]"),
+    "depth": ("int64", "[batch]"),
 }
 """Role -> dtype (or its beginning) and axes."""
 

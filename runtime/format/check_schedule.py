@@ -40,6 +40,8 @@ def check_schedule(
     encoders = {entry.program: programs[entry.program] for entry in schedule.of_role("encode")}
     _check_caller(encoders)
     _check_exits(encoders, schedule)
+    _check_depths(encoders, schedule)
+    _check_whole(programs, encoders, schedule)
     for trigger in schedule.triggers:
         _check_trigger(trigger, programs, schedule)
     counts = [trigger.every for trigger in schedule.triggers if trigger.after == "tokens"]
@@ -287,6 +289,58 @@ def _check_exits(encoders: Mapping[str, Signature], schedule: Schedule) -> None:
     require(
         all(tensor.axes[:1] == (BATCH,) for tensor in given[last]),
         f"the outputs of program {short(last)} have no batch in front, by which rows that left earlier are put back",
+    )
+
+
+def _check_depths(encoders: Mapping[str, Signature], schedule: Schedule) -> None:
+    """Blocks are counted on; where rows leave, they are counted everywhere or nowhere."""
+    depths = [entry.depth for entry in schedule.entries]
+    require(
+        all(entry.depth >= 0 and (entry.role == "encode" or not entry.depth) for entry in schedule.entries),
+        "an entry of the schedule has a depth below 0, or has one and does not encode",
+    )
+    counted = [depth for depth in depths if depth]
+    require(
+        counted == sorted(set(counted)),
+        f"the depths {counted} of the schedule's entries do not grow",
+    )
+    leaving = [
+        entry.depth
+        for entry in schedule.of_role("encode")
+        if find_role(encoders[entry.program].outputs, "done") is not None
+    ]
+    require(
+        not leaving or all(leaving) == any(leaving) == bool(depths[-1]),
+        "some of the entries after which rows leave have a depth, and others have none",
+    )
+
+
+def _check_whole(
+    programs: Mapping[str, Signature], encoders: Mapping[str, Signature], schedule: Schedule
+) -> None:
+    """The program that does what all that encode do takes and gives what they do, for a batch of one."""
+    name = schedule.whole
+    if name is None:
+        return
+    where = f"the whole of the schedule, program {short(name)},"
+    require(name in programs, f"{where} is not there")
+    require(
+        name not in {entry.program for entry in schedule.entries} and not schedule.generates,
+        f"{where} is run by an entry, or the model generates",
+    )
+    whole = programs[name]
+    _check_roles(where, whole.inputs, frozenset(("input",)))
+    _check_roles(where, whole.outputs, frozenset(("output", "depth")))
+    *_, last = encoders.values()
+    given = {t.name: t for program in encoders.values() for t in with_role(program.inputs, "input")}
+    require(
+        _kinds(whole.inputs) == _kinds(list(given.values()))
+        and _kinds(with_role(whole.outputs, "output")) == _kinds(with_role(last.outputs, "output")),
+        f"{where} has not the inputs and outputs of the entries",
+    )
+    require(
+        BATCH in whole.ranges and (whole.ranges[BATCH].min, whole.ranges[BATCH].max) == (1, 1),
+        f"{where} takes other batches than one row",
     )
 
 

@@ -282,23 +282,25 @@ def _port(value: Json, where: str) -> Port:
 
 
 def _schedule(value: Json, where: str) -> Schedule:
-    entry = read_object(value, where, "entries triggers endless")
+    entry = read_object(value, where, "entries triggers endless", "whole")
     return Schedule(
         read_items(entry["entries"], f"{where}.entries", _entry),
         read_items(entry["triggers"], f"{where}.triggers", _trigger),
         read_boolean(entry["endless"], f"{where}.endless"),
+        read_optional(entry.get("whole"), f"{where}.whole", read_name),
     )
 
 
 def _entry(value: Json, where: str) -> Entry:
-    entry = read_object(value, where, "program role slots", "tree then since")
+    entry = read_object(value, where, "program role slots", "tree then since depth")
     slots = read_axis(entry["slots"], f"{where}.slots")
     role = read_choice(entry["role"], f"{where}.role", ENTRY_ROLES)
     tree = read_items(entry.get("tree", []), f"{where}.tree", _parent)
     then = read_items(entry.get("then", []), f"{where}.then", read_name)
     since = read_integer(entry.get("since", 0), f"{where}.since", 0, MAX_SIZE)
+    depth = read_integer(entry.get("depth", 0), f"{where}.depth", 0, _MAX_LAYERS)
     program = read_name(entry["program"], f"{where}.program")
-    return Entry(program, role, slots, tree, then=then, since=since)
+    return Entry(program, role, slots, tree, then, since, depth)
 
 
 def _parent(value: Json, where: str) -> int:

@@ -31,6 +31,9 @@ class Entry:
 
     ``since`` is for several programs that decode, one after another: how many tokens were decoded since the prompt when
     this one takes over. All rows of a batch go on together: the row that has most counts.
+
+    ``depth`` is for models in stages: how many of the model's blocks are computed once the program has run, those of
+    the entries before it included. 0 says nothing of it.
     """
 
     program: str
@@ -39,6 +42,7 @@ class Entry:
     tree: tuple[int, ...] = ()
     then: tuple[str, ...] = ()
     since: int = 0
+    depth: int = 0
 
     @property
     def programs(self) -> tuple[str, ...]:
@@ -74,11 +78,16 @@ class Schedule:
     of them, the first where nothing speaks for another. What a call emits follows from the roles of the program's
     outputs: arrays, logits that the host draws from, or tokens with their count. ``endless``: a text may outgrow the
     context of :class:`.Generation`, since a trigger renumbers positions.
+
+    ``whole`` names a program that no entry runs: it does for a batch of one what all entries of role ``"encode"`` do
+    together, exits included, for hosts that can only call one program. Its output of role ``"depth"`` is the depth at
+    which the row left.
     """
 
     entries: tuple[Entry, ...]
     triggers: tuple[Trigger, ...] = ()
     endless: bool = False
+    whole: str | None = None
 
     @property
     def programs(self) -> tuple[str, ...]:

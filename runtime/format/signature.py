@@ -48,6 +48,7 @@ OUTPUT_ROLES = (
     "logprobs",
     "confidence",
     "done",
+    "depth",
     "link",
     "written",
     "state",
@@ -69,14 +70,15 @@ class Tensor:
     [batch, n] (int64; the position of padding is -1), ``"mask"`` [batch, n, n] (which new token sees which), ``"rows"``
     [k] (the tokens whose logits are wanted), ``"limit"`` [batch] (the most tokens that a row may commit in this call),
     ``"due"`` [batch] (the rows that a triggered program acts on), ``"parent"`` [n] (of every proposed token, the one
-    before it; -1 for the first, which was committed), those of :data:`DRAWING` [batch] (how tokens are
-    drawn; ``"stream"`` says which of the seed's streams of random numbers is the row's) and ``"link"`` (another
-    program's output). Those of outputs are ``"output"`` (an array for the caller), ``"logits"`` [batch, rows,
-    vocabulary], ``"tokens"`` [batch, n] with ``"count"`` [batch] (the first so many tokens of a row were committed) and
-    perhaps ``"logprobs"`` [batch, n] (logarithms of the probabilities that the model gave them) and ``"confidence"``
-    [batch] (0 where the next call has nothing to propose, larger numbers where what it has is likelier right),
-    ``"done"`` [batch] (the rows that leave after this program), ``"link"``, and ``"written"`` (a buffer of a state
-    between two writes into it, which a host may bind to that buffer and need not read).
+    before it; -1 for the first, which was committed), those of :data:`DRAWING` [batch] (how tokens are drawn;
+    ``"stream"`` says which of the seed's streams of random numbers is the row's) and ``"link"`` (another program's
+    output). Those of outputs are ``"output"`` (an array for the caller), ``"logits"`` [batch, rows, vocabulary],
+    ``"tokens"`` [batch, n] with ``"count"`` [batch] (the first so many tokens of a row were committed) and perhaps
+    ``"logprobs"`` [batch, n] (logarithms of the probabilities that the model gave them) and ``"confidence"`` [batch] (0
+    where the next call has nothing to propose, larger numbers where what it has is likelier right), ``"done"`` [batch]
+    (the rows that leave after this program), ``"depth"`` [batch] (after how many blocks a row left), ``"link"``, and
+    ``"written"`` (a buffer of a state between two writes into it, which a host may bind to that buffer and need not
+    read).
     """
 
     name: str

@@ -32,6 +32,18 @@ def block() -> Bundle:
     return tokopt.capture(model, (torch.ones(2, 9, 16),))
 
 
+def classifier() -> Bundle:
+    """Two blocks on 9 tokens, and three classes of the first."""
+    blocks = [PreNormBlock(16, 32, FunctionalAttention(16, 2)) for _ in range(2)]
+
+    class First(torch.nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x[:, 0]
+
+    head = (torch.nn.LayerNorm(16), First(), torch.nn.Linear(16, 3))
+    return tokopt.capture(randomize(torch.nn.Sequential(*blocks, *head)), (torch.ones(2, 9, 16),))
+
+
 def decoder() -> Bundle:
     """One layer."""
     model = HandWritten(hidden=16, heads=2, layers=1).eval().requires_grad_(False)
@@ -42,6 +54,7 @@ CASES: dict[str, tuple[Callable[[], Bundle], str]] = {
     "reduce": (block, "tome{r=3}"),
     "quantize": (block, "rtn{group=16 only=[mlp.0]}"),
     "cut": (decoder, "split{at=1}"),
+    "exit": (classifier, "exit{after=[1] threshold=0.5 fit=own}"),
     "kv": (decoder, "tova{budget=8 sinks=1 recent=2}"),
 }
 

@@ -20,6 +20,9 @@ from tokopt.runtime.format.link import Port
 from tokopt.runtime.format.manifest import FileEntry, Manifest, read_manifest
 from tokopt.runtime.format.signature import Tensor
 
+CALLERS = ("input", "output")
+"""Roles of what callers give and get."""
+
 Names = Mapping[str, str]
 Choose = Callable[[Iterable[str]], Names]
 """New names for old ones, all different."""
@@ -144,6 +147,7 @@ def with_names(
                 )
                 for entry in schedule.entries
             ),
+            whole=schedule.whole and programs[schedule.whole],
             triggers=tuple(
                 replace(trigger, program=programs[trigger.program]) for trigger in schedule.triggers
             ),
@@ -152,10 +156,16 @@ def with_names(
 
 
 def value_names(described: Manifest | Bundle, choose: Choose) -> dict[str, Names]:
-    """New names of the inputs and outputs of every program."""
+    """New names of the inputs and outputs of every program; what callers give and get has one in all programs."""
+    sides = {name: (*entry.inputs, *entry.outputs) for name, entry in described.programs.items()}
+    callers = sorted({tensor.name for side in sides.values() for tensor in side if tensor.role in CALLERS})
+    shared = choose(callers)
     return {
-        name: choose([tensor.name for tensor in (*entry.inputs, *entry.outputs)])
-        for name, entry in described.programs.items()
+        name: {
+            **choose([tensor.name for tensor in side if tensor.role not in CALLERS]),
+            **{tensor.name: shared[tensor.name] for tensor in side if tensor.role in CALLERS},
+        }
+        for name, side in sides.items()
     }
 
 

@@ -48,6 +48,23 @@ def test_a_program_that_nothing_runs_is_allowed() -> None:
     check(with_program("other", evictor(due=False)))
 
 
+def staged(*depths: int, whole: str | None = None, **more: ProgramEntry) -> Manifest:
+    """Two stages of these depths, and a program that does both."""
+    made = encoders("ab", a=program([X], [Y, DONE]), b=program([X], [Y]), **more)
+    first, second = made.schedule.entries
+    entries = (replace(first, depth=(*depths, 0, 0)[0]), replace(second, depth=(*depths, 0, 0)[1]))
+    return replace(made, schedule=replace(made.schedule, entries=entries, whole=whole))
+
+
+def one_row(entry: ProgramEntry) -> ProgramEntry:
+    return replace(entry, ranges={**entry.ranges, "batch": Range(1, 1)})
+
+
+def test_stages_with_depths_and_a_whole_are_allowed() -> None:
+    depth = Tensor("left_after", "int64", ("batch",), "depth")
+    check(staged(3, 12, whole="c", c=one_row(program([X], [Y, depth]))))
+
+
 # ------------------------------------------------------------------------- ways to break a good description
 
 
@@ -492,6 +509,46 @@ BROKEN: dict[str, tuple[Callable[[], Manifest], str]] = {
             "see", replace(toy().programs["see"], outputs=(*toy().programs["see"].outputs, DONE))
         ),
         "rows leave after program 'see', though the model generates",
+    ),
+    "depth that falls": (
+        lambda: staged(3, 2),
+        "the depths .3, 2. of the schedule's entries do not grow",
+    ),
+    "depth twice": (lambda: staged(2, 2), "the depths .2, 2. of the schedule's entries do not grow"),
+    "depth below nothing": (lambda: staged(-1, 2), "has a depth below 0, or has one and does not encode"),
+    "depth of a text": (
+        lambda: with_schedule(
+            entries=(*toy().schedule.entries[:-1], replace(toy().schedule.entries[-1], depth=3))
+        ),
+        "has a depth below 0, or has one and does not encode",
+    ),
+    "depth of one": (lambda: staged(0, 2), "some of the entries after which rows leave have a depth"),
+    "depth of the other": (lambda: staged(2, 0), "some of the entries after which rows leave have a depth"),
+    # the whole
+    "whole that is gone": (
+        lambda: staged(whole="gone"),
+        "the whole of the schedule, program 'gone', is not there",
+    ),
+    "whole that runs": (lambda: staged(whole="b"), "program 'b', is run by an entry, or the model generates"),
+    "whole of links": (
+        lambda: staged(whole="c", c=program([replace(X, role="link")], [Y])),
+        "the link|role 'link'",
+    ),
+    "whole that decides": (
+        lambda: staged(whole="c", c=program([X], [Y, DONE])),
+        "program 'c', has 'done' of the role 'done'",
+    ),
+    "whole of other outputs": (
+        lambda: staged(whole="c", c=one_row(program([X], [replace(Y, dtype="float16")]))),
+        "program 'c', has not the inputs and outputs of the entries",
+    ),
+    "whole of other inputs": (
+        lambda: staged(whole="c", c=one_row(program([replace(X, name="z")], [Y]))),
+        "program 'c', has not the inputs and outputs of the entries",
+    ),
+    "whole of many rows": (
+        lambda: staged(whole="c", c=program([X], [Y])),
+        "program 'c', takes other batches than one row",
     ),
     # triggers
     "trigger of nothing": (

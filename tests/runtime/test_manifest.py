@@ -100,12 +100,21 @@ def good() -> Json:
     ]
     doc["schedule"] = {
         "entries": [
-            {"program": "see", "role": "encode", "slots": 0, "tree": [], "then": [], "since": 0},
-            {"program": "step", "role": "prefill", "slots": "tokens", "tree": [], "then": [], "since": 0},
-            {"program": "step", "role": "decode", "slots": 1, "tree": [], "then": [], "since": 0},
+            {"program": "see", "role": "encode", "slots": 0, "tree": [], "then": [], "since": 0, "depth": 2},
+            {
+                "program": "step",
+                "role": "prefill",
+                "slots": "tokens",
+                "tree": [],
+                "then": [],
+                "since": 0,
+                "depth": 0,
+            },
+            {"program": "step", "role": "decode", "slots": 1, "tree": [], "then": [], "since": 0, "depth": 0},
         ],
         "triggers": [{"program": "evict", "after": "tokens", "every": 8, "prompt": True}],
         "endless": True,
+        "whole": None,
     }
     return deepcopy(doc | {"tokenizer": "tokenizer.json", "selftest": "s.safetensors"})
 

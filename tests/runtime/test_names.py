@@ -9,7 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import tokopt
 from tests import node
+from tests.matrix.test_exit import split_rows
 from tests.runtime.renaming import Choose, random_words, renamed, shuffled
 from tests.runtime.test_old_formats import DATA, prompts
 from tests.runtime.toys import save, taken_over, taking_over, text, toy
@@ -59,6 +61,21 @@ def test_a_toy_of_several_programs_says_the_same(choose: Choose, tmp_path: Path)
 def test_programs_of_one_call_and_those_that_take_over_say_the_same(choose: Choose, tmp_path: Path) -> None:
     path = renamed(save(tmp_path / "toy", taking_over()), tmp_path / "renamed", choose)
     assert list(load(path, threads=1).generate([1, 2, 3], max_tokens=20).tokens) == taken_over([1, 2, 3], 20)
+
+
+@choices
+def test_stages_leave_where_they_did(choose: Choose, tmp_path: Path) -> None:
+    """Exits, links, and the program of all stages, which the manifest names."""
+    staged, inputs = split_rows("vit", "convergence")
+    path = tokopt.export(staged, tmp_path / "staged.tokopt")
+    first, second = load(path, threads=1), load(renamed(path, tmp_path / "renamed", choose), threads=1)
+    (images,) = (value.numpy() for value in inputs.values())
+    want, got = first.run(images), second.run(images)
+    np.testing.assert_array_equal(got.depths, want.depths)
+    for a, b in zip(first.signature.outputs, second.signature.outputs, strict=True):
+        np.testing.assert_array_equal(want[a.name], got[b.name])
+    assert second.manifest.schedule.whole in second.manifest.programs
+    assert tokopt.verify(second.path).ok
 
 
 @with_node

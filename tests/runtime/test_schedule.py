@@ -339,6 +339,7 @@ def test_a_call_that_commits_nothing_is_an_error(
 X = Tensor("x", "float32", ("batch", 2), "input")
 Y, DONE = Tensor("y", "float32", ("batch", 1), "output"), Tensor("done", "bool", ("batch",), "done")
 CARRIED = Tensor("carried", "float32", ("batch", 2), "link")
+DEPTHS = (2, 5, 6)
 
 
 def stages() -> tuple[Manifest, dict[str, bytes]]:
@@ -362,8 +363,8 @@ def stages() -> tuple[Manifest, dict[str, bytes]]:
         taken, made = ({t.name: (_kind(t), list(t.axes)) for t in side} for side in (inputs, outputs))
         files[f"{name}.onnx"] = graph(g.nodes, taken, made, g.constants)
     ports = [Link(Port(a, "carried"), Port(b, "given")) for a, b in (("a", "b"), ("b", "c"))]
-    schedule = Schedule(tuple(Entry(name, "encode") for name in programs))
-    return Manifest(programs, {}, schedule, links=tuple(ports)), files
+    entries = (Entry(name, "encode", depth=depth) for name, depth in zip(programs, DEPTHS, strict=True))
+    return Manifest(programs, {}, Schedule(tuple(entries)), links=tuple(ports)), files
 
 
 def _kind(tensor: Tensor) -> int:
@@ -383,6 +384,21 @@ def staged(tmp_path_factory: pytest.TempPathFactory) -> Any:
 def test_rows_leave_where_they_are_done(staged: Any, leaves: list[int]) -> None:
     x = np.stack([np.arange(len(leaves)), leaves], axis=1).astype(np.float32)
     np.testing.assert_array_equal(staged(x), x[:, :1] * (1 + x[:, 1:]))
+    np.testing.assert_array_equal(staged.run(x).depths, [DEPTHS[leave] for leave in leaves])
+
+
+@given(st.lists(st.integers(0, 2), min_size=1, max_size=7), st.sampled_from(DEPTHS))
+@settings(deadline=None)
+def test_at_a_fixed_depth_all_rows_leave(staged: Any, leaves: list[int], depth: int) -> None:
+    x = np.stack([np.arange(len(leaves)), leaves], axis=1).astype(np.float32)
+    np.testing.assert_array_equal(staged(x, depth=depth), x[:, :1] * (1 + DEPTHS.index(depth)))
+    assert set(staged.run(x, depth=np.int64(depth)).depths) == {depth}
+
+
+@pytest.mark.parametrize("depth", [0, 1, 7, -1, True, "5", 2.0])
+def test_a_depth_without_an_exit_is_refused(staged: Any, depth: Any) -> None:
+    with pytest.raises(InputError, match="none at which rows may leave; choose among 2, 5, 6"):
+        staged(np.zeros((1, 2), np.float32), depth=depth)
 
 
 def test_a_program_that_nobody_needs_is_not_run(staged: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -418,6 +434,9 @@ def test_states_of_the_rows_that_go_on(tmp_path: Path) -> None:
     kept = load(write(tmp_path / "kept.tokopt", asdict(manifest), files), threads=1)
     x = np.array([[1, 0], [2, 1], [3, 0], [4, 0], [5, 1]], np.float32)
     np.testing.assert_array_equal(kept(x)[:, 0], [10, 2, 30, 40, 5])
+    assert kept.run(x).depths is None
+    with pytest.raises(InputError, match="depth=1 means nothing to a model without exits"):
+        kept(x, depth=1)
 
 
 def test_a_state_that_is_written_once_is_read_in_every_call(tmp_path: Path) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import cast
 
@@ -81,11 +81,19 @@ def observe(site: Site, observers: Mapping[Node, Observer], samples: Iterable[Sa
     Raises InputError for samples that do not fit, and when there are none.
     """
     watch = _Watch(site.module, observers)
+    for given in read_samples(site.bundle, samples):
+        with torch.no_grad():
+            watch.run(*site.bundle.calls(given).inputs(site.name), enable_io_processing=False)
+
+
+def read_samples(bundle: Bundle, samples: Iterable[Sample]) -> Iterator[dict[str, Tensor]]:
+    """The tensors of every sample by name, one after another.
+
+    Raises InputError for samples that do not fit, and when there are none.
+    """
     count = 0
     for sample in track(samples, "Calibrating"):
-        with torch.no_grad():
-            inputs = site.bundle.calls(caller_tensors(site.bundle, sample)).inputs(site.name)
-            watch.run(*inputs, enable_io_processing=False)
+        yield caller_tensors(bundle, sample)
         count += 1
     if not count:
         raise InputError("the calibration data is empty; pass a list of inputs")

@@ -59,8 +59,8 @@ def read_samples(
 ) -> list[Sample]:
     """Samples for calibration: every file that ``run`` takes, one by one; text in windows for a language model."""
     if not bundle.schedule.generates:
-        names = [spec.name for spec in bundle.main.inputs]
-        feeds = (read_inputs([path], bundle.main.inputs, mean, std) for path in paths)
+        names = list(bundle.inputs)
+        feeds = (read_inputs([path], tuple(bundle.inputs.values()), mean, std) for path in paths)
         return [[feed[name] for name in names if name in feed] for feed in feeds]
     if bundle.tokenizer is None or bundle.generation is None:
         raise InputError("the bundle has no tokenizer to read text with; capture the model from its folder")

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     import torch
 
     from tokopt.ir.calls import Calls
+    from tokopt.ir.staged import Staged
 
 Semantics = Literal["exact", "lossless", "approximate"]
 """``exact``: equal within floating-point tolerance. ``lossless``: same output distribution. ``approximate``."""
@@ -156,21 +157,32 @@ class Bundle:
         return tokens
 
     def outputs(self, given: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """What a caller gets, by name: logits [batch, tokens, vocabulary] after empty caches, or encoders' outputs.
-
-        Raises InputError where rows may leave before the last program, which the artifact's runtime handles.
-        """
+        """What a caller gets, by name: logits [batch, tokens, vocabulary] after empty caches, or encoders' outputs."""
         calls = self.calls(given)
         if self.schedule.generates:
             decode = self.schedule.entry("decode")
             assert decode is not None
             return calls.outputs(decode.emitter, "logits")
-        for name in self.encoders:
-            if find_role(self.programs[name].outputs, "done") is not None:
-                raise InputError(
-                    f"rows may leave after {name!r}; export the bundle and call the loaded artifact"
-                )
+        if self.exits:
+            return dict(self.staged(given).outputs)
         return {key: value for name in self.encoders for key, value in calls.outputs(name, "output").items()}
+
+    @property
+    def exits(self) -> tuple[str, ...]:
+        """The names of the programs after which rows may leave."""
+        return tuple(
+            name for name in self.encoders if find_role(self.programs[name].outputs, "done") is not None
+        )
+
+    def staged(self, given: Mapping[str, torch.Tensor], depth: int | None = None) -> Staged:
+        """The outputs of an encoder of several stages, and where each row left.
+
+        Rows leave where their program says that they are done; with a ``depth`` all leave after the entry of it.
+        """
+        from tokopt.ir.staged import run_stages
+
+        entries = tuple(self.schedule.of_role("encode"))
+        return run_stages(entries, self.programs, self.links, given, depth)
 
     def __call__(self, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """The :meth:`outputs` for tensors in the order of :attr:`inputs`; raises InputError for what does not fit."""

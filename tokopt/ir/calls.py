@@ -48,7 +48,7 @@ class Calls:
         Raises InputError for a program that reads what none before it gives, and for sizes that it does not take.
         """
         given = self._given(name, self.programs[name])
-        _check_sizes(self.programs[name], given)
+        check_sizes(self.programs[name], given)
         return given
 
     def _given(self, name: str, program: Program) -> tuple[Tensor, ...]:
@@ -86,7 +86,7 @@ class Calls:
         return self._results[name]
 
 
-def _check_sizes(program: Program, given: Sequence[Tensor]) -> None:
+def check_sizes(program: Program, given: Sequence[Tensor]) -> None:
     """A graph is right for the sizes that it was captured for, and for others computes something else."""
     for spec, tensor in zip(program.inputs, given, strict=True):
         if tensor.ndim != len(spec.axes):

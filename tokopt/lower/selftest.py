@@ -19,6 +19,7 @@ from tokopt.errors import LoweringError
 from tokopt.ir.bundle import Bundle
 from tokopt.ir.calls import call_inputs, initial
 from tokopt.ir.program import AxisRange, Program
+from tokopt.lower.onnx.whole import Whole
 from tokopt.lower.parity.precision import ROUNDINGS, half_precision_limit
 from tokopt.lower.parity.selections import selects
 from tokopt.runtime import LanguageModel, Sampling
@@ -53,31 +54,38 @@ Values = Mapping[str, tuple[Tensor, ...]]
 """Inputs or outputs of every program, by its name."""
 
 
-def write_examples(bundle: Bundle, folder: Path) -> None:
-    """Write the example inputs of every program and what the program makes of them."""
+def write_examples(bundle: Bundle, folder: Path, whole: Whole | None = None) -> None:
+    """Write the example inputs of every program, ``whole`` among them, and what the program makes of them."""
     inputs = {name: program.example for name, program in bundle.programs.items()}
-    _write(folder, _tensors(bundle, inputs, _outputs(bundle, inputs)))
+    _write(folder, _tensors(bundle, inputs, _outputs(bundle, inputs)) | _whole_tensors(whole))
 
 
 def write_selftest(
-    bundle: Bundle, folder: Path, manifest: Manifest, *, tolerance: float | None = None
+    bundle: Bundle,
+    folder: Path,
+    manifest: Manifest,
+    whole: Whole | None = None,
+    *,
+    tolerance: float | None = None,
 ) -> None:
     """Write the self-test of the artifact in ``folder``, whose programs compute those of ``bundle``.
 
-    ``manifest`` describes the programs that are there. The self-test runs as ``tokopt verify`` will run it, and how far
-    each output was off decides how far it may be; ``tolerance`` replaces the NMSE that its dtype always allows. Raises
-    LoweringError when an output is so far off that no limit would tell a broken artifact from this one.
+    ``manifest`` describes the programs that are there, ``whole`` among them. The self-test runs as ``tokopt verify``
+    will run it, and how far each output was off decides how far it may be; ``tolerance`` replaces the NMSE that its
+    dtype always allows. Raises LoweringError when an output is so far off that no limit would tell a broken artifact
+    from this one.
     """
     inputs = _inputs(bundle, folder, manifest)
     outputs = _outputs(bundle, inputs)
-    tensors = _tensors(bundle, inputs, outputs)
+    tensors = _tensors(bundle, inputs, outputs) | _whole_tensors(whole)
+    limits = {name: _usual_limits(program, tolerance) for name, program in bundle.programs.items()}
+    if whole is not None:
+        limits[whole.name] = {
+            spec.name: limits[bundle.main_name].get(spec.name, 0.0) for spec in whole.entry.outputs
+        }
     tests = {
-        name: SelfTest(
-            _arrays(tensors, f"{name}/inputs/"),
-            _arrays(tensors, f"{name}/outputs/"),
-            _usual_limits(program, tolerance),
-        )
-        for name, program in bundle.programs.items()
+        name: SelfTest(_arrays(tensors, f"{name}/inputs/"), _arrays(tensors, f"{name}/outputs/"), usual)
+        for name, usual in limits.items()
     }
     found = check_forms(manifest, tests, lambda: Sessions(folder, manifest, spins=False))
     for name, test in tests.items():
@@ -103,6 +111,21 @@ def _tensors(bundle: Bundle, inputs: Values, outputs: Values) -> dict[str, Tenso
         for side, values in sides
         for spec, value in zip(getattr(program, side), values[name], strict=True)
         if side == "inputs" or spec.name in compared(program.outputs, bundle.states)
+    }
+
+
+def _whole_tensors(whole: Whole | None) -> dict[str, Tensor]:
+    """Inputs and outputs of the program of all stages."""
+    if whole is None:
+        return {}
+    sides = (
+        ("inputs", whole.entry.inputs, whole.inputs),
+        ("outputs", whole.entry.outputs, whole.outputs),
+    )
+    return {
+        f"{whole.name}/{side}/{spec.name}": value.detach().clone().contiguous()
+        for side, specs, values in sides
+        for spec, value in zip(specs, values, strict=True)
     }
 
 

@@ -19,6 +19,7 @@ from torch.fx import GraphModule, Node
 
 from tokopt.analysis.constants import evaluate
 from tokopt.analysis.cost import SizesOf, node_bytes, node_flops
+from tokopt.ir.bundle import Bundle
 from tokopt.ir.graph import aten, is_call, is_tensor, operand_at, sizes
 from tokopt.ir.program import Program
 from tokopt.ir.shapes import sizes_at, with_shapes
@@ -33,6 +34,16 @@ _LAUNCH = 5e-6
 def predict_seconds(program: Program, machine: Machine) -> float:
     """The predicted time of one call of ``program`` under its example inputs."""
     return Roofline(program).seconds(machine)
+
+
+def predict_exits(bundle: Bundle, machine: Machine) -> dict[int, float]:
+    """The predicted time of a batch whose rows all leave after so many blocks, for every exit of an encoder."""
+    seconds, found = 0.0, dict[int, float]()
+    for entry in bundle.schedule.of_role("encode"):
+        seconds += predict_seconds(bundle.programs[entry.program], machine)
+        if entry.program in bundle.exits:
+            found[entry.depth] = seconds
+    return found
 
 
 @dataclass(frozen=True)

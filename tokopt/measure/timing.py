@@ -32,13 +32,19 @@ if TYPE_CHECKING:
 Feed = dict[str, np.ndarray]
 
 
+class Run(Protocol):
+    """An opened artifact as a function: outputs by name, those of the exit after ``depth`` blocks where it is given."""
+
+    def __call__(self, feed: Feed, depth: int | None = None) -> Mapping[str, np.ndarray]: ...
+
+
 @dataclass(frozen=True)
 class Runner:
     """An opened artifact: its manifest, and a function from named inputs to named outputs."""
 
     folder: Path
     manifest: Manifest
-    run: Callable[[Feed], Mapping[str, np.ndarray]]
+    run: Run
 
     @property
     def program(self) -> Interface:
@@ -92,7 +98,7 @@ def open_runner(path: str | Path, threads: int | None = None, backend: Backend =
         return _torch_runner(folder, manifest, "cuda")
     if all(PORTABLE in program.files for program in manifest.programs.values()):
         model = load(folder, threads=threads, backend=backend)
-        return Runner(folder, manifest, lambda feed: model.run(**feed))
+        return Runner(folder, manifest, lambda feed, depth=None: model.run(**feed, depth=depth))
     if backend != "onnxruntime":
         raise InputError(
             f"{folder} is of target torch; export it for {backend} with: tokopt export {folder} -o DIR"
@@ -116,12 +122,19 @@ def _torch_runner(folder: Path, manifest: Manifest, device: str) -> Runner:
         raise MissingDependencyError(
             f"torch {torch.__version__} finds no CUDA device; leave out --backend torch-cuda"
         )
-    program = tokopt.open_bundle(folder).main
+    bundle = tokopt.open_bundle(folder)
+    if len(bundle.entries) > 1:
+        raise ArtifactError(
+            f"{folder} has several programs; export it for ONNX Runtime with: tokopt export {folder} -o DIR"
+        )
+    program = bundle.main
     module = module_on(assemble(program), device)
     inputs, outputs = [spec.name for spec in program.inputs], [spec.name for spec in program.outputs]
 
     @torch.no_grad()
-    def run(feed: Feed) -> Mapping[str, np.ndarray]:
+    def run(feed: Feed, depth: int | None = None) -> Mapping[str, np.ndarray]:
+        if depth is not None:
+            raise InputError(f"depth={depth} means nothing to a model without exits; leave it out")
         if missing := [name for name in inputs if name not in feed]:
             raise InputError(f"input {missing[0]!r} is missing; the program takes {', '.join(inputs)}")
         values = module(*(torch.from_numpy(feed[name]).to(device) for name in inputs))

@@ -32,7 +32,7 @@ def run(args: Namespace, screen: Screen) -> int:
     """Run a pipeline in memory and predict what it saves; nothing is written."""
     from tokopt.measure.forecast import forecast
     from tokopt.measure.machine import measure_machine
-    from tokopt.measure.roofline import predict_seconds
+    from tokopt.measure.roofline import predict_exits, predict_seconds
     from tokopt.pipeline.base import Context
     from tokopt.pipeline.manager import as_pipeline
 
@@ -42,12 +42,14 @@ def run(args: Namespace, screen: Screen) -> int:
         machine = measure_machine()
         seconds: list[float] = []
         texts: list[TextForecast] = []
+        stages: list[Bundle] = []
 
         def predict(made: Bundle) -> None:
             if made.schedule.generates:
                 texts.append(forecast(made, machine, args.prompt))
             else:
-                seconds.append(predict_seconds(made.main, machine))
+                seconds.append(sum(predict_seconds(made.programs[name], machine) for name in made.encoders))
+                stages.append(made)
 
         say(f"Estimating {pipeline}")
         predict(bundle)
@@ -56,7 +58,8 @@ def run(args: Namespace, screen: Screen) -> int:
     show_report(report, screen)
     if texts:
         return _predict_texts(texts, report, args, screen)
-    return _predict(seconds, report, bundle, screen)
+    exits = predict_exits(stages[-1], machine)
+    return _predict(seconds, report, bundle, exits, screen)
 
 
 def _predict_texts(texts: Sequence[TextForecast], report: Report, args: Namespace, screen: Screen) -> int:
@@ -108,19 +111,30 @@ def _predict_texts(texts: Sequence[TextForecast], report: Report, args: Namespac
     return OK
 
 
-def _predict(seconds: list[float], report: Report, bundle: Bundle, screen: Screen) -> int:
-    """Say what the predicted times before and after every pass mean."""
+def _predict(
+    seconds: list[float], report: Report, bundle: Bundle, exits: dict[int, float], screen: Screen
+) -> int:
+    """Say what the predicted times before and after every pass mean; ``exits`` are those of rows that leave early."""
     speedups = [before / after for before, after in pairwise(seconds)]
     for record, speedup in zip(report.records, speedups, strict=True):
         screen.line(f"{record.text}: predicted speed-up {speedup:.2f}x")
     total = seconds[0] / seconds[-1]
     sizes = f"the example's sizes {[list(t.shape) for t in bundle.main.example]}"
-    screen.line(f"{_verdict(total)} (roofline of this machine's CPU at {sizes}; tokopt bench measures)")
+    who = " for rows that never leave early" if exits else ""
+    screen.line(f"{_verdict(total)}{who} (roofline of this machine's CPU at {sizes}; tokopt bench measures)")
+    for depth, taken in exits.items():
+        speedup = seconds[0] / taken
+        needed = max((seconds[-1] - seconds[0]) / (seconds[-1] - taken), 0.0)
+        screen.line(
+            f"a row that leaves after block {depth}: {_verdict(speedup)}; it pays where over {needed:.0%} of rows do"
+        )
     records = [
         {**dataclasses.asdict(record), "predicted_speedup": speedup}
         for record, speedup in zip(report.records, speedups, strict=True)
     ]
-    screen.finish({"predicted_speedup": total, "pays": total >= _PAYS, "passes": records})
+    leaving = {str(depth): seconds[0] / taken for depth, taken in exits.items()}
+    result = {"predicted_speedup": total, "pays": total >= _PAYS, "passes": records}
+    screen.finish({**result, "predicted_speedup_of_exits": leaving})
     return OK
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from argparse import ArgumentParser, Namespace
+from collections.abc import Mapping
 from pathlib import Path
 
 from tokopt.cli.options import add_artifact, add_backend, add_colours, add_threads
@@ -15,6 +16,9 @@ def add_options(parser: ArgumentParser) -> None:
     add_artifact(parser)
     parser.add_argument(
         "inputs", nargs="*", metavar="FILE", help="inputs (default: the example stored in the artifact)"
+    )
+    parser.add_argument(
+        "--depth", type=int, metavar="BLOCKS", help="give the outputs after so many blocks, of all rows"
     )
     parser.add_argument("-o", "--output", type=Path, metavar="FILE", help="save to .npy or .npz")
     add_colours(parser)
@@ -35,18 +39,35 @@ def run(args: Namespace, screen: Screen) -> int:
         if args.inputs
         else runner.example()
     )
-    outputs = {name: np.asarray(value) for name, value in runner.run(feed).items()}
+    made = runner.run(feed, args.depth)
+    outputs = {name: np.asarray(value) for name, value in made.items()}
+    depths = left_after(made)
     if args.output is not None:
         _save(args.output, outputs)
     rows = [
         (n, str(v.dtype), str(list(v.shape)), float(v.mean()), float(v.std())) for n, v in outputs.items()
     ]
     screen.table(("output", "dtype", "shape", "mean", "std"), rows)
+    if depths:
+        screen.line("rows left after block " + ", ".join(f"{depth}: {n}" for depth, n in depths.items()))
     if args.output is not None:
         screen.line(f"saved to {args.output}")
     keys = ("name", "dtype", "shape", "mean", "std")
-    screen.finish({"outputs": [dict(zip(keys, row, strict=True)) for row in rows], "saved": args.output})
+    listed = [dict(zip(keys, row, strict=True)) for row in rows]
+    screen.finish({"outputs": listed, "depths": depths, "saved": args.output})
     return OK
+
+
+def left_after(made: Mapping[str, object]) -> dict[int, int]:
+    """How many rows left after how many blocks, of a model with exits."""
+    import numpy as np
+
+    from tokopt.runtime.encoder import Outputs
+
+    depths = made.depths if isinstance(made, Outputs) else None
+    if depths is None:
+        return {}
+    return dict(zip(*(side.tolist() for side in np.unique(depths, return_counts=True)), strict=True))
 
 
 def _save(path: Path, outputs: dict) -> None:

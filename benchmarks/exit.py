@@ -1,0 +1,480 @@
+"""Early exit on real models: accuracy against mean depth for every rule, and what it saves beside a shorter model.
+
+``python -m benchmarks.exit`` classifies Fashion-MNIST with DINOv2-S/14 and a linear probe, and sentences of Python's
+documentation, by the page that they are from, with MiniLM and a linear probe. Exits are fitted to calibration inputs;
+every rule's threshold is swept over the test inputs, and the point that a tolerance with its guarantee chooses is
+marked. The largest tolerance that loses at most one point of accuracy on the calibration inputs is then exported and
+timed on a stream of test inputs, one by one and in batches of 16, beside the model itself and beside the model cut
+short after the first block whose own head is as accurate: a static model, which is what an exit has to beat. It writes
+``benchmarks/results/exit.json``, ``exit.md`` and ``exit.png``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+import tokopt
+from benchmarks.machine import describe
+from benchmarks.progress import Progress
+from benchmarks.timing import Disturbed, Engine, compare
+from examples.data import (
+    cache_folder,
+    class_feature,
+    dinov2_small,
+    fashion_mnist,
+    minilm,
+    preprocess,
+    sentence_embedding,
+    write_atomically,
+)
+from tokopt.analysis.guarantee import Promise
+from tokopt.passes.exit.calibrate import Answers, Parts, Records, choose, collect, divide, left_at, scores
+from tokopt.passes.exit.heads import Affine, Rows, fit_logistic, fit_ridge, fit_temperature
+from tokopt.passes.exit.rules import RULES, RuleName, load_rule
+from tokopt.passes.exit.stages import cut_stages
+
+RESULTS = Path(__file__).parent / "results"
+CONFIDENCE, TOLERANCES = 0.95, (0.01, 0.02, 0.03, 0.05, 0.08, 0.12)
+MOST_LOST = 0.01
+"""Accuracy that an exit may lose."""
+
+STREAM, BATCHES, ROUNDS = 48, (1, 16), 5
+"""Test inputs of a timed stream, rows of a call, and turns of every engine."""
+
+READ = 16
+"""Rows of a call while features are computed."""
+
+Inputs = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Task:
+    """A frozen encoder, labelled inputs in three parts, and the blocks after which rows may leave."""
+
+    name: str
+    encoder: nn.Module
+    after: tuple[int, ...]
+    inputs: Mapping[str, Inputs]
+    labels: Mapping[str, Tensor]
+
+    def batches(self, part: str) -> list[Inputs]:
+        """The inputs of a part in batches."""
+        count = len(self.labels[part])
+        return [
+            {name: value[i : i + READ] for name, value in self.inputs[part].items()}
+            for i in range(0, count, READ)
+        ]
+
+
+PARTS = ("probe", "calibrate", "test")
+
+
+def images(size: int, counts: Sequence[int]) -> Task:
+    """Fashion-MNIST, upsampled; the probe and the calibration are of its training split."""
+    pixels, classes = fashion_mnist("train", counts[0] + counts[1])
+    test, truth = fashion_mnist("test", counts[2])
+    pixels, classes = np.concatenate([pixels, test]), np.concatenate([classes, truth])
+    bounds = np.cumsum([0, *counts])
+    inputs = {
+        part: {"pixel_values": torch.from_numpy(preprocess(list(pixels[a:b]), size))}
+        for part, a, b in zip(PARTS, bounds, bounds[1:], strict=False)
+    }
+    labels = {
+        part: torch.from_numpy(classes[a:b]) for part, a, b in zip(PARTS, bounds, bounds[1:], strict=False)
+    }
+    encoder = class_feature(dinov2_small(size))
+    return Task(f"DINOv2-S/14 at {size} px, Fashion-MNIST", encoder, (4, 6, 8, 10), inputs, labels)
+
+
+DOCUMENTATION = "TOKOPT_PYTHON_DOC"
+"""Environment variable that names the folder of the documentation's sources."""
+
+PAGES = (
+    *("argparse", "asyncio-task", "collections", "configparser", "ctypes", "datetime"),
+    *("decimal", "logging", "multiprocessing", "os", "sqlite3", "ssl"),
+)
+"""Names of pages of the library reference, of which similar ones are left out."""
+
+WORDS, LENGTH = 8, 48
+"""Words of a sentence at least, and tokens at most."""
+
+
+def page(name: str) -> list[str]:
+    """The sentences of a page: prose alone, without directives and examples."""
+    places = [os.environ.get(DOCUMENTATION), "/usr/share/doc/python3.11/html/_sources"]
+    folder = next((Path(place) for place in places if place and Path(place, "library").is_dir()), None)
+    if folder is None:
+        raise SystemExit(
+            "the sources of Python's documentation are not there; run apt-get install python3.11-doc, or set "
+            f"{DOCUMENTATION}"
+        )
+    source = next(path for path in (folder / "library").iterdir() if path.name.startswith(f"{name}.rst"))
+    text = source.read_text(encoding="utf-8")
+    text = re.sub(r":[\w:]+:`[!~]?([^`<]+?)( <[^`]*>)?`|``([^`]*)``", r"\1\3", text)
+    blocks = re.split(r"\n\s*\n", text)
+    prose = [
+        re.sub(r"\s+", " ", one)
+        for one in blocks
+        if not re.search(r"^\s*(\.\.|>>>)|::$|^[=*~-]+$", one, re.M)
+    ]
+    found = [sentence.strip() for one in prose for sentence in re.split(r"(?<=[.:])\s+", one)]
+    return [sentence for sentence in found if len(sentence.split()) >= WORDS]
+
+
+def sentences(counts: Sequence[int]) -> Task:
+    """Sentences of the pages, in random order."""
+    from transformers import AutoTokenizer
+
+    found = {sentence: label for label, name in enumerate(PAGES) for sentence in page(name)}
+    order = np.random.default_rng(0).permutation(len(found))[: sum(counts)]
+    if len(order) < sum(counts):
+        raise SystemExit(f"the pages have {len(found)} sentences, and {sum(counts)} are asked for")
+    texts = [list(found)[i] for i in order]
+    classes = torch.tensor([found[text] for text in texts])
+    tokenizer: Any = AutoTokenizer.from_pretrained(minilm())
+    made = tokenizer(texts, padding="max_length", truncation=True, max_length=LENGTH, return_tensors="pt")
+    bounds = np.cumsum([0, *counts])
+    inputs = {
+        part: {name: made[name][a:b] for name in ("input_ids", "attention_mask")}
+        for part, a, b in zip(PARTS, bounds, bounds[1:], strict=False)
+    }
+    labels = {part: classes[a:b] for part, a, b in zip(PARTS, bounds, bounds[1:], strict=False)}
+    encoder = sentence_embedding(minilm())
+    return Task(
+        f"MiniLM-L6, {len(PAGES)} pages of Python's documentation", encoder, (1, 2, 3, 4, 5), inputs, labels
+    )
+
+
+class Probed(nn.Module):
+    """An encoder with a linear classifier."""
+
+    def __init__(self, encoder: nn.Module, head: Affine) -> None:
+        super().__init__()
+        self.encoder = encoder
+        self.classifier = nn.Linear(head.weight.shape[1], head.weight.shape[0])
+        self.classifier.load_state_dict({"weight": head.weight, "bias": head.bias})
+
+    def forward(self, *inputs: Tensor) -> Tensor:
+        return self.classifier(self.encoder(*inputs))
+
+
+def probe(task: Task) -> nn.Module:
+    """The encoder with a classifier that is fitted to its frozen features."""
+    with torch.no_grad():
+        features = torch.cat([task.encoder(*batch.values()) for batch in task.batches("probe")])
+    labels = task.labels["probe"]
+    targets = nn.functional.one_hot(labels).float()
+    rows = (
+        Rows(features[::5], targets[::5]),
+        Rows(*(torch.cat([x[i::5] for i in range(1, 5)]) for x in (features, targets))),
+    )
+    start = Affine(torch.zeros(targets.shape[1], features.shape[1]), torch.zeros(targets.shape[1]))
+    return Probed(task.encoder, fit_logistic(rows[1], rows[0], start)).eval().requires_grad_(False)
+
+
+# --- accuracy against depth -----------------------------------------------------------------------------------
+
+
+def curves(task: Task, bundle: tokopt.Bundle) -> dict[str, Any]:
+    """What every rule and threshold gives on the test inputs, and the points that tolerances choose."""
+    stages = cut_stages(bundle.main, task.after)
+    probes, links = stages.probes()
+    records = {
+        part: collect(bundle, probes, links, stages.tail, [tuple(b.values()) for b in task.batches(part)])
+        for part in ("calibrate", "test")
+    }
+    known, count = records["calibrate"], records["calibrate"].count
+    parts = divide(count, fits=True, promises=True)
+    fitted_heads = heads_of(known, parts, stages.tail.fitted[0].own, len(task.after))
+    answered = {
+        fit: [Answers.of(records[part], heads, 0) for part in ("calibrate", "test")]
+        for fit, heads in fitted_heads.items()
+    }
+    calibrated, test = answered["logistic"]
+    depths = torch.tensor([*task.after, stages.depths[-1]], dtype=torch.float64)
+
+    def measured(answers: Answers, left: Tensor, labels: Tensor) -> dict[str, float]:
+        said = torch.stack([one.argmax(1) for one in (*answers.outputs, answers.final)])
+        right = said.gather(0, left[None])[0] == labels
+        return {"accuracy": float(right.double().mean()), "depth": float(depths[left].mean())}
+
+    report: dict[str, Any] = {
+        "full": measured(test, torch.full_like(task.labels["test"], len(task.after)), task.labels["test"])
+    }
+    report["static"] = [
+        measured(test, torch.full_like(task.labels["test"], e), task.labels["test"])
+        for e in range(len(task.after))
+    ]
+    promised = task.labels["calibrate"][parts.promised]
+    whole = measured(_part(calibrated, parts.promised), torch.full_like(promised, len(task.after)), promised)
+    report["rules"] = {}
+    for name in RULES:
+        rule = load_rule(name)
+        calibrated, test = answered[fit_of(name)]
+        temperatures = [1.0] * len(task.after)
+        if rule.classes:
+            answers = calibrated.final.argmax(1)[parts.held]
+            temperatures = [fit_temperature(one[parts.held], answers) for one in calibrated.outputs]
+        losses = calibrated.losses(rule)
+        held = _part(calibrated, parts.held)
+        fitted = rule.fit(held.seen(temperatures), list(losses[:, parts.held]))
+        found = scores(rule, calibrated.seen(temperatures), fitted)
+        tested = scores(rule, test.seen(temperatures), fitted)
+        candidates = rule.thresholds(found[:, parts.held])
+        rows: dict[str, Any] = {
+            "curve": [measured(test, left_at(rule, tested, c), task.labels["test"]) for c in candidates]
+        }
+        rows["points"] = []
+        for tolerance in TOLERANCES:
+            promise = Promise(tolerance, CONFIDENCE)
+            chosen = choose(rule, candidates, found[:, parts.promised], losses[:, parts.promised], promise)
+            if chosen is None:
+                continue
+            seen = measured(_part(calibrated, parts.promised), chosen.left, promised)
+            point = measured(test, left_at(rule, tested, chosen.threshold), task.labels["test"])
+            lost = whole["accuracy"] - seen["accuracy"]
+            rows["points"].append({"tolerance": tolerance, "lost": lost, "expected": seen["depth"], **point})
+        report["rules"][name] = rows
+    return report
+
+
+def fit_of(rule: RuleName) -> str:
+    """Classes are told best by logistic regression; other outputs have none."""
+    return "logistic" if load_rule(rule).classes else "ridge"
+
+
+def heads_of(known: Records, parts: Parts, own: Affine, exits: int) -> dict[str, list[list[Affine]]]:
+    """The heads that the pass fits, by how."""
+    made: dict[str, list[list[Affine]]] = {"ridge": [], "logistic": []}
+    for e in range(exits):
+        rows, held = known.rows(e, 0, parts.fitted), known.rows(e, 0, parts.held)
+        head = fit_ridge(rows, held, own)
+        soft = [replace(one, targets=one.targets.softmax(-1)) for one in (rows, held)]
+        made["ridge"].append([head])
+        made["logistic"].append([fit_logistic(soft[0], soft[1], head)])
+    return made
+
+
+def _part(answers: Answers, part: Tensor) -> Answers:
+    return Answers(
+        [x[part] for x in answers.outputs], [x[part] for x in answers.features], answers.final[part]
+    )
+
+
+def operating_point(report: Mapping[str, Any]) -> tuple[RuleName, dict[str, float]] | None:
+    """Rule and tolerance of the least mean depth among those that lose little, on the calibration inputs."""
+    found = [
+        (name, point)
+        for name in RULES
+        for point in report["rules"][name]["points"]
+        if point["lost"] <= MOST_LOST
+    ]
+    return min(found, key=lambda pair: pair[1]["expected"], default=None)
+
+
+# --- time -----------------------------------------------------------------------------------------------------
+
+
+def stream_call(engine: Engine) -> Callable[[], object]:
+    """All test inputs of a stream, in batches; ``size`` is the depth at which all rows leave, 0 for exits."""
+    from tokopt.runtime import load
+
+    model = load(engine.artifact, threads=engine.threads)
+    with np.load(engine.artifact.parent / "stream.npz") as stream:
+        feeds = [
+            {name: stream[name][i : i + engine.batch] for name in stream.files}
+            for i in range(0, STREAM, engine.batch)
+        ]
+
+    def call() -> None:
+        for feed in feeds:
+            model.run(**feed, depth=engine.size or None)
+
+    return call
+
+
+def times(task: Task, bundle: tokopt.Bundle, report: dict[str, Any], folder: Path, threads: int) -> None:
+    """Export the operating point, and time it; what is found goes into the report."""
+    best = operating_point(report)
+    if best is None:
+        report["times"] = "no tolerance lets rows leave early and loses little"
+        return
+    name, point = best
+    fixed = next(
+        (
+            d
+            for d, row in zip(task.after, report["static"], strict=True)
+            if row["accuracy"] >= point["accuracy"]
+        ),
+        None,
+    )
+    blocks = ",".join(map(str, task.after))
+    text = f"exit{{after=[{blocks}] rule={name} fit={fit_of(name)} tolerance={point['tolerance']}}}"
+    samples = [tuple(batch.values()) for batch in task.batches("calibrate")]
+    made = tokopt.optimize(bundle, text, strict=True, calibration=samples)
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    pairs = zip(bundle.inputs, task.inputs["test"].values(), strict=True)
+    arrays: dict[str, Any] = {name: value[:STREAM].numpy() for name, value in pairs}
+    np.savez(folder / "stream.npz", **arrays)
+    paths = {
+        "full": tokopt.export(bundle, folder / "full.tokopt"),
+        "exits": tokopt.export(made, folder / "exits.tokopt"),
+    }
+    report["chosen"] = {"pipeline": text, "static": fixed, **point, "notes": made.history[-1].notes}
+    report["times"] = {}
+    for batch in BATCHES:
+        engines = [Engine("full", "stream", paths["full"], batch, 0, threads)]
+        engines.append(Engine("exits", "stream", paths["exits"], batch, 0, threads))
+        if fixed is not None:
+            engines.append(Engine("static", "stream", paths["exits"], batch, fixed, threads))
+        try:
+            report["times"][str(batch)] = {t.name: asdict(t) for t in compare(engines, ROUNDS)}
+        except Disturbed as error:
+            report["times"][str(batch)] = str(error)
+
+
+# --- report ---------------------------------------------------------------------------------------------------
+
+
+def markdown(report: Mapping[str, Any]) -> str:
+    """A section for each task."""
+    lines = ["# Early exit", "", "![Accuracy against mean depth](exit.png)", ""]
+    for task, found in report["tasks"].items():
+        full = found["full"]
+        lines += [
+            f"## {task}",
+            "",
+            f"Full model: accuracy {full['accuracy']:.1%}, {full['depth']:.0f} blocks.",
+            "",
+        ]
+        lines += ["| cut short after block | accuracy |", "|---|---|"]
+        lines += [f"| {row['depth']:.0f} | {row['accuracy']:.1%} |" for row in found["static"]]
+        lines += ["", "| rule | " + " | ".join(f"tolerance {t:g}" for t in TOLERANCES) + " |"]
+        lines += ["|---" * (len(TOLERANCES) + 1) + "|"]
+        for name, rows in found["rules"].items():
+            points = {p["tolerance"]: f"{p['accuracy']:.1%} at {p['depth']:.1f}" for p in rows["points"]}
+            lines.append(f"| {name} | " + " | ".join(points.get(t, "no exit") for t in TOLERANCES) + " |")
+        lines += ["", "Accuracy at mean depth, on the test inputs.", "", *timed(found), ""]
+    return "\n".join([*lines, "```json", json.dumps(report["machine"], indent=1), "```", ""])
+
+
+def timed(found: Mapping[str, Any]) -> list[str]:
+    """What was timed."""
+    if "chosen" not in found:
+        return [str(found["times"])]
+    chosen = found["chosen"]
+    static = (
+        f"cut short after block {chosen['static']}" if chosen["static"] else "cut short: none is as accurate"
+    )
+    lost = found["full"]["accuracy"] - chosen["accuracy"]
+    lines = [
+        f"`{chosen['pipeline']}`: {100 * lost:+.1f} points of accuracy lost at mean depth {chosen['depth']:.1f}.",
+        "",
+    ]
+    lines += [*(f"- {note}" for note in chosen["notes"]), ""]
+    lines += [f"| batch | with exits | {static} |", "|---|---|---|"]
+    for batch, rows in found["times"].items():
+        if isinstance(rows, str):
+            lines.append(f"| {batch} | not measured: {rows} | |")
+            continue
+        cells = [ratio(rows[name]) if name in rows else "" for name in ("exits", "static")]
+        lines.append(f"| {batch} | " + " | ".join(cells) + " |")
+    return [
+        *lines,
+        "",
+        f"Times as fast as the full model, {STREAM} test inputs, median and quartiles of turns.",
+    ]
+
+
+def ratio(timing: Mapping[str, Any]) -> str:
+    """A median with its quartiles."""
+    low, high = timing["ratio_quartiles"]
+    return f"{timing['ratio_median']:.2f}x ({low:.2f} to {high:.2f})"
+
+
+def draw(report: Mapping[str, Any], path: Path) -> None:
+    """Accuracy against mean depth: a curve for each rule, and the shorter models."""
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(
+        1, len(report["tasks"]), figsize=(12, 4.5), constrained_layout=True, squeeze=False
+    )
+    for axis, (task, found) in zip(axes[0], report["tasks"].items(), strict=True):
+        for name, rows in found["rules"].items():
+            curve = sorted((p["depth"], p["accuracy"]) for p in rows["curve"])
+            (line,) = axis.plot(*zip(*curve, strict=True), label=name)
+            for point in rows["points"]:
+                axis.plot(point["depth"], point["accuracy"], "o", color=line.get_color(), markersize=4)
+        static = [*found["static"], found["full"]]
+        axis.plot([r["depth"] for r in static], [r["accuracy"] for r in static], "k--s", label="cut short")
+        axis.axhline(found["full"]["accuracy"] - MOST_LOST, color="grey", linewidth=0.8, linestyle=":")
+        axis.set_title(task, fontsize=10)
+        axis.set_xlabel("mean blocks of a row")
+        axis.set_ylim(found["full"]["accuracy"] - 0.15, found["full"]["accuracy"] + 0.02)
+    axes[0][0].set_ylabel("accuracy")
+    axes[0][0].legend(fontsize=8)
+    figure.savefig(path, dpi=110, format="png")
+    pyplot.close(figure)
+
+
+TASKS: dict[str, Callable[[argparse.Namespace], Task]] = {
+    "images": lambda options: images(options.size, options.images),
+    "sentences": lambda options: sentences(options.sentences),
+}
+
+
+def measure(key: str, options: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    """The report of one task, by its name."""
+    print(f"{key}: reading and fitting", flush=True)
+    task = TASKS[key](options)
+    example = tuple(value[:5] for value in task.inputs["test"].values())
+    bundle = tokopt.capture(probe(task), example)
+    found = curves(task, bundle)
+    print(f"{key}: timing", flush=True)
+    times(task, bundle, found, folder, options.threads)
+    return {task.name: found}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.exit", description=__doc__)
+    parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
+    parser.add_argument("--size", type=int, default=112, help="image size, a multiple of 14")
+    parser.add_argument("--images", type=int, nargs=3, default=(2000, 1400, 1200), metavar=PARTS)
+    parser.add_argument("--sentences", type=int, nargs=3, default=(1500, 2200, 1200), metavar=PARTS)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--output", type=Path, default=RESULTS)
+    options = parser.parse_args()
+    folder = cache_folder() / "benchmark-exit"
+    folder.mkdir(parents=True, exist_ok=True)
+    progress = Progress(folder)
+    report: dict[str, Any] = {"machine": describe(options.threads), "tasks": {}}
+    for key in options.tasks:
+        counts = "-".join(map(str, getattr(options, key)))
+        asked = f"{key} {counts} {options.size} {options.threads}"
+        progress.once(asked, lambda key=key: measure(key, options, folder / key))
+        report["tasks"] |= progress.values[asked]
+    text = markdown(report)
+    options.output.mkdir(parents=True, exist_ok=True)
+    write_atomically(
+        options.output / "exit.json", lambda path: path.write_text(json.dumps(report, indent=1) + "\n")
+    )
+    write_atomically(options.output / "exit.md", lambda path: path.write_text(text))
+    write_atomically(options.output / "exit.png", lambda path: draw(report, path))
+    print(text)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,77 @@
+"""Exits from the command line: where rows left, a fixed depth, and what an exit should save."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests.cli.command import answer, complaint
+from tokopt.cli import main
+from tokopt.runtime import load
+
+EXIT = "exit{after=[1,2] threshold=2.75 fit=own}"
+
+
+def vit() -> tuple:
+    from tests.zoo import ZOO
+
+    return ZOO["vit"].build(), ZOO["vit"].inputs(batch=9), ZOO["vit"].dynamic
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The zoo's model, with exits, and exported."""
+    folder = tmp_path_factory.mktemp("exits")
+    plain, staged, path = (str(folder / name) for name in ("plain.tokopt", "staged.tokopt", "onnx.tokopt"))
+    assert main(["capture", "tests.cli.test_exit:vit", "-o", plain, "--json"]) == 0
+    assert main(["optimize", plain, EXIT, "-o", staged, "--json"]) == 0
+    assert main(["export", staged, "-o", path, "--json"]) == 0
+    return folder
+
+
+def test_run_says_where_rows_left(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = folder / "onnx.tokopt"
+    data = answer(capsys, "run", path)
+    assert sum(data["depths"].values()) == 9 and set(data["depths"]) <= {"1", "2", "3"}
+    assert main(["run", str(path)]) == 0
+    assert "rows left after block" in capsys.readouterr().out
+
+
+def test_run_at_a_depth(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path, images = folder / "onnx.tokopt", np.load(_images(tmp_path))
+    data = answer(capsys, "run", path, tmp_path / "images.npy", "--depth", "2", "-o", tmp_path / "out.npz")
+    assert data["depths"] == {"2": 4}
+    wanted = load(path, threads=1).run(images, depth=2)
+    with np.load(tmp_path / "out.npz") as made:
+        for name, value in wanted.items():
+            np.testing.assert_allclose(made[name], value, atol=1e-5)
+
+
+def _images(folder: Path) -> Path:
+    images = np.random.default_rng(0).standard_normal((4, 3, 24, 24)).astype(np.float32)
+    np.save(folder / "images.npy", images)
+    return folder / "images.npy"
+
+
+def test_depths_that_are_none_are_refused(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "choose among 1, 2, 3" in complaint(capsys, 2, "run", folder / "onnx.tokopt", "--depth", "7")
+    assert "means nothing to a model without exits" in complaint(
+        capsys, 2, "run", folder / "plain.tokopt", "--depth", "1"
+    )
+    assert "has several programs" in complaint(capsys, 2, "run", folder / "staged.tokopt")
+
+
+def test_verify_covers_the_program_of_all_stages(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data = answer(capsys, "verify", folder / "onnx.tokopt")
+    assert data["ok"] and "whole" in data["outputs"]
+
+
+def test_estimate_says_what_an_exit_saves(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Rows that never leave pay for the heads, and those that leave save the blocks after."""
+    data = answer(capsys, "estimate", folder / "plain.tokopt", EXIT)
+    first, second = (data["predicted_speedup_of_exits"][depth] for depth in ("1", "2"))
+    assert data["predicted_speedup"] <= 1 < second < first and not data["pays"]
+    assert main(["estimate", str(folder / "plain.tokopt"), EXIT]) == 0
+    assert "it pays where over" in capsys.readouterr().out
