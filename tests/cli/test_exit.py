@@ -75,3 +75,11 @@ def test_estimate_says_what_an_exit_saves(folder: Path, capsys: pytest.CaptureFi
     assert data["predicted_speedup"] <= 1 < second < first and not data["pays"]
     assert main(["estimate", str(folder / "plain.tokopt"), EXIT]) == 0
     assert "it pays where over" in capsys.readouterr().out
+
+
+def test_bench_says_where_the_timed_rows_left(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A time holds for inputs that leave as these do."""
+    path = folder / "onnx.tokopt"
+    assert main(["bench", str(path), "--rounds", "1"]) == 0
+    printed = capsys.readouterr().out
+    assert "its stored inputs leave after blocks" in printed and "others take other times" in printed

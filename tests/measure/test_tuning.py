@@ -8,6 +8,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -214,6 +215,34 @@ def test_a_batch_is_timed_as_asked(
     with pytest.raises(InputError, match="one text at a time"):
         tokopt.tune(decoder("llama"), [[1, 2]] * 2, tmp_path / "v", machine=Machine(batch=2))
     assert batches == [3]
+
+
+@pytest.mark.parametrize(("batch", "shapes"), [(None, [1, 1, 1]), (2, [2]), (5, [5])])
+def test_exits_are_timed_on_the_samples(
+    batch: int | None,
+    shapes: list[int],
+    model: tokopt.Bundle,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Time depends on what they hold; a stored example may leave early, or never."""
+    timed: list[list[dict[str, Any]]] = []
+
+    def times(paths: list[str], *rest: Any) -> Iterator[tuple[float, float]]:
+        timed.append(rest[-1])
+        yield (2.0, 1.0)
+
+    monkeypatch.setattr(tuning, "interleaved_times", times)
+    candidates = [["tome{r=1}", "exit{after=[1] rule=margin threshold=0.5 fit=own}"]]
+    machine = Machine(batch=batch)
+    tokopt.tune(model, images(6), tmp_path, candidates=candidates, floor="cosine>=-1", machine=machine)
+    plain, feeds = timed
+    assert plain == []
+    (name,) = model.inputs
+    assert [len(feed[name]) for feed in feeds] == shapes
+    judged = torch.cat(images(6)[1::2]).numpy()
+    rows = np.concatenate([feed[name] for feed in feeds])
+    np.testing.assert_array_equal(rows, judged[np.arange(len(rows)) % len(judged)])
 
 
 def test_another_model_is_another_search(model: tokopt.Bundle, tmp_path: Path) -> None:

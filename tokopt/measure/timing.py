@@ -157,14 +157,16 @@ def interleaved_times(
     threads: int | None,
     prompt: int | None = None,
     backend: Backend = "onnxruntime",
+    feeds: Sequence[Feed] = (),
 ) -> Iterator[tuple[float, ...]]:
     """Yield, per round, the seconds that each artifact took: an encoder for its stored example, repeated or cut to
-    ``batch``, a language model for one token of those that it decodes after ``prompt`` of them.
+    ``batch``, or for all of ``feeds`` where they are given; a language model for one token of those that it decodes
+    after ``prompt`` of them.
 
     They take turns as :func:`interleaved` says.
     """
     if prompt is None:
-        return interleaved(paths, rounds, EncoderTimer(batch, threads, backend))
+        return interleaved(paths, rounds, EncoderTimer(batch, threads, backend, tuple(feeds)))
     return interleaved(paths, rounds, DecodeTimer(prompt, threads))
 
 
@@ -181,20 +183,22 @@ class Timer(Protocol[Answer]):
 
 @dataclass(frozen=True)
 class EncoderTimer:
-    """The seconds that an encoder takes for its stored example, repeated or cut to ``batch``."""
+    """The seconds that an encoder takes for its stored example, repeated or cut to ``batch``, or for all ``feeds``."""
 
     batch: int | None
     threads: int | None
     backend: Backend
+    feeds: tuple[Feed, ...] = ()
 
     def open(self, path: str) -> Callable[[], float]:
         """As :class:`Timer`."""
         runner = open_runner(path, self.threads, self.backend)
-        feed = runner.example(self.batch)
+        feeds = self.feeds or (runner.example(self.batch),)
 
         def measure() -> float:
             start = time.perf_counter()
-            runner.run(feed)
+            for feed in feeds:
+                runner.run(feed)
             return time.perf_counter() - start
 
         return measure

@@ -33,8 +33,9 @@ from tokopt.arguments import (
 from tokopt.artifact import export
 from tokopt.errors import InputError, TokoptError
 from tokopt.ir.bundle import Bundle, check_bundle
+from tokopt.ir.format import BATCH
 from tokopt.measure.judge import FEATURES, OWN, PREDICTIONS, Floor, judge
-from tokopt.measure.timing import interleaved_times, open_runner
+from tokopt.measure.timing import Feed, interleaved_times, open_runner
 from tokopt.pipeline.manager import optimize, parse
 from tokopt.place import alone, move_artifact, remove_artifact, writing
 from tokopt.runtime.engines.onnxruntime import check_threads
@@ -301,16 +302,43 @@ class _Search:
             quality[OWN] = float(self.metric(path))
         prompt = self.machine.prompt if self.bundle.schedule.generates else None
         paths = [str(self.baseline), str(path)]
-        rounds = list(interleaved_times(paths, ROUNDS, self.machine.batch, self.machine.threads, prompt))
+        machine, feeds = self.machine, self._feeds() if made.exits else []
+        timed = interleaved_times(paths, ROUNDS, machine.batch, machine.threads, prompt, "onnxruntime", feeds)
+        rounds = list(timed)
         low, middle, high = np.quantile([before / after for before, after in rounds], [0.25, 0.5, 0.75])
         return Trial(
             text,
             quality,
             speedup=float(middle),
             quartiles=(float(low), float(high)),
-            milliseconds=1e3 * statistics.median(after for _, after in rounds),
+            milliseconds=1e3 * statistics.median(after for _, after in rounds) / (len(feeds) or 1),
             megabytes=sum(file.stat().st_size for file in path.iterdir()) / 1e6,
         )
+
+    def _feeds(self) -> list[Feed]:
+        """The judging samples in batches: where rows leave early, time depends on what they hold.
+
+        Raises InputError where samples of several sizes make no batch.
+        """
+        given = [{name: tensor.numpy() for name, tensor in sample.items()} for sample in self.judged]
+        batch = self.machine.batch
+        if batch is None:
+            return given
+        axes = {
+            name: spec.axes.index(BATCH) for name, spec in self.bundle.inputs.items() if BATCH in spec.axes
+        }
+        try:
+            whole = {name: np.concatenate([one[name] for one in given], axis) for name, axis in axes.items()}
+        except ValueError as error:
+            raise InputError(
+                f"samples of several sizes make no batch of {batch}; give them one size, or leave the batch out"
+            ) from error
+        rows = min(array.shape[axes[name]] for name, array in whole.items())
+        places = np.arange(max(rows // batch, 1) * batch).reshape(-1, batch) % rows
+        return [
+            given[0] | {name: np.take(array, place, axes[name]) for name, array in whole.items()}
+            for place in places
+        ]
 
     def finish(self, found: Tuning) -> None:
         """Write the winning pipeline, its artifact if another floor chose it, and the picture."""

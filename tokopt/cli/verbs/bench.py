@@ -82,6 +82,21 @@ def _encoders(args: Namespace, rounds: int) -> list[dict[str, Any]]:
 def _show_encoders(results: Sequence[dict[str, Any]], args: Namespace, screen: Screen) -> None:
     rows = [(r["artifact"], r["min_ms"], r["median_ms"], f"{r['speedup']:.2f}x") for r in results]
     screen.table(("artifact", "min ms", "median ms", "speed-up"), rows)
+    for path in args.artifacts:
+        if left := _left(path):
+            screen.line(f"{path}: its stored inputs leave after blocks {left}; others take other times.")
+
+
+def _left(path: str) -> str:
+    """Where the rows of the stored inputs leave a model with exits; empty for one without."""
+    from tokopt.measure.timing import open_runner
+    from tokopt.runtime.encode import exit_depths
+
+    if not exit_depths(read_manifest(Path(path))):
+        return ""
+    runner = open_runner(path)
+    found: Any = runner.run(runner.example())
+    return ", ".join(map(str, found.depths))
 
 
 def _texts(args: Namespace, rounds: int) -> list[dict[str, Any]]:
