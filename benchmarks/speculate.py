@@ -41,6 +41,7 @@ ENGINES: Mapping[str, str] = {
 """Name in the tables -> pipeline; the first is what the others are compared with."""
 
 PEERS: tuple[str, ...] = ("llama.cpp", "llama.cpp with lookup") if find_spec("llama_cpp") else ()
+"""Timed greedily alone: their random numbers are others."""
 
 SOURCES = ("textwrap", "heapq", "bisect", "fnmatch", "shlex", "string", "calendar", "csv")
 QUESTIONS = (
@@ -189,7 +190,7 @@ def build(pipeline: str, path: str) -> None:
 
 def measure(kind: str, texts: list[list[int]], temperature: float, threads: int) -> dict[str, list[Any]]:
     """What every engine took for each of the prompts."""
-    found: dict[str, list[Any]] = {name: [] for name in (*ENGINES, *PEERS)}
+    found: dict[str, list[Any]] = {name: [] for name in (*ENGINES, *(() if temperature else PEERS))}
     with ExitStack() as stack:
         workers = {name: stack.enter_context(closing(Worker(name, threads))) for name in found}
         for worker in workers.values():
@@ -245,7 +246,7 @@ def markdown(report: Mapping[str, Any]) -> str:
     for temperature in TEMPERATURES:
         lines += [f"## Temperature {temperature:g}", ""]
         lines += ["| drafter | " + " | ".join(KINDS) + " | all |", "|---" * (len(KINDS) + 2) + "|"]
-        for name in [*ENGINES, *PEERS][1:]:
+        for name in list(report[f"{KINDS[0]}/{temperature}"])[1:]:
             cells = []
             for kind in KINDS:
                 found = report[f"{kind}/{temperature}"]
