@@ -273,7 +273,7 @@ def _part(answers: Answers, part: Tensor) -> Answers:
 
 def operating_point(report: Mapping[str, Any]) -> tuple[RuleName, dict[str, float]] | None:
     """Rule and tolerance of the least mean depth among those that lose little, on the calibration inputs."""
-    found = [
+    found: list[tuple[RuleName, dict[str, float]]] = [
         (name, point)
         for name in RULES
         for point in report["rules"][name]["points"]

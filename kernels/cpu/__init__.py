@@ -24,6 +24,7 @@ OPS = frozenset(
         "CachedAttention",
         "DrawTokens",
         "Int8Linear",
+        "LatestRepeat",
         "MoveEntries",
         "QuantizedLinear",
         "Uniforms",

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
 from tokopt.analysis.blocks import Block, blocks_of
 from tokopt.errors import PassError
 from tokopt.ir.bundle import Bundle, fresh
-from tokopt.ir.format import Entry
+from tokopt.ir.format import Entry, Link, Port
 from tokopt.ir.program import Program
 from tokopt.pipeline.base import Context, Pass, PassResult, Refusal
 from tokopt.rewrite.bypass import Bypass
@@ -97,6 +97,9 @@ class SkipDecode(Pass):
             raise PassError(f"{self.name}: max={most} and min={self.min}, but the model has {count} blocks")
         if self.min == count:
             return PassResult(bundle, 0, (f"all {count} blocks always run",))
+        if any(link.source.program == name for link in bundle.links):
+            reason = "it gives to other programs, which could not tell several givers apart"
+            return PassResult(bundle, 0, (), (Refusal(name, reason),))
         programs, entries = dict(bundle.programs), list[Entry]()
         (decode,) = bundle.schedule.of_role("decode")
         for level in levels(most, self.min, self.over, self.levels):
@@ -109,8 +112,20 @@ class SkipDecode(Pass):
         others = [entry for entry in bundle.schedule.entries if entry is not decode]
         schedule = replace(bundle.schedule, entries=(*others, *entries))
         notes = [f"{entry.program}: from token {entry.since} on" for entry in entries]
-        made = replace(bundle, programs=programs, schedule=schedule)
+        made = replace(
+            bundle, programs=programs, schedule=schedule, links=_links(bundle.links, name, entries)
+        )
         return PassResult(made, len(programs) - len(bundle.programs), tuple(notes))
+
+
+def _links(links: Iterable[Link], step: str, entries: Sequence[Entry]) -> tuple[Link, ...]:
+    """The links, of which those that lead to the program lead to all that decode in its place as well."""
+    made = list[Link]()
+    for link in links:
+        readers = [entry.program for entry in entries] if link.target.program == step else []
+        names = dict.fromkeys((link.target.program, *readers))
+        made += [replace(link, target=Port(name, link.target.name)) for name in names]
+    return tuple(made)
 
 
 def _shallower(step: Program, kept: tuple[int, ...]) -> Program | Refusal:

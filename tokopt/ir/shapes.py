@@ -76,7 +76,7 @@ class Symbols:
         return self._made[axis, size]
 
     def _make(self, axis: str, size: int) -> torch.SymInt:
-        source = ConstantSource(f"{axis}_{len(self._made)}")
+        source = ConstantSource(f"{axis}_{len(self._made) + 1}")
         symbol = self.env.create_symbol(
             size, source, dynamic_dim=DimDynamic.DYNAMIC, do_not_specialize_zero_one=True, positive=True
         )
