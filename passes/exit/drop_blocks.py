@@ -100,7 +100,8 @@ def _program(name: str, bundle: Bundle) -> str:
         return language_program(name, bundle)
     if len(bundle.encoders) > 1:
         raise PassError(f"{name} works on a model in one piece; put it before split or exit")
-    return bundle.encoders[0]
+    (program,) = bundle.encoders
+    return program
 
 
 def _remove_listed(options: DropBlocks, removal: _Removal, samples: Sequence[Sample]) -> None:

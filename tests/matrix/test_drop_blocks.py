@@ -94,7 +94,7 @@ def test_a_decoder_without_a_block_is_the_one_whose_module_is_idle(name: str) ->
         torch.testing.assert_close(made(tokens)[0], wanted, atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("name", DECODERS)
+@pytest.mark.parametrize("name", ["llama", "gemma3", "opt", "hand_rotary"])
 def test_text_goes_on_without_a_block(name: str) -> None:
     """Token by token from a cache as from the whole text again."""
     text = "drop_blocks{blocks=[0]}"
