@@ -86,6 +86,8 @@ class Model:
         self.programs = self.manifest["programs"]
         quiet = onnxruntime.SessionOptions()
         quiet.log_severity_level = 3  # without bound buffers each call copies the cache, and warns
+        # Two sessions run in turns: the threads of one are not to spin beside those of the other.
+        quiet.add_session_config_entry("session.force_spinning_stop", "1")
         self.sessions: dict[str, Any] = {
             name: onnxruntime.InferenceSession(path / program["files"]["onnx"], quiet)
             for name, program in self.programs.items()
