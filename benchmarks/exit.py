@@ -152,7 +152,9 @@ def sentences(counts: Sequence[int]) -> Task:
     }
     labels = {part: classes[a:b] for part, a, b in zip(PARTS, bounds, bounds[1:], strict=False)}
     encoder = sentence_embedding(minilm())
-    return Task(f"MiniLM-L6, {len(PAGES)} pages of Python's documentation", encoder, (1, 3), inputs, labels)
+    return Task(
+        f"MiniLM-L6, {len(PAGES)} pages of Python's documentation", encoder, (1, 2, 3, 4, 5), inputs, labels
+    )
 
 
 class Probed(nn.Module):
