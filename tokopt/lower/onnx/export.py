@@ -137,14 +137,19 @@ def lower(
     weights = weights or WeightFile(directory)
     weights.place_all(model.graph)
     path = directory / f"{name}.onnx"
+    write_checked(model, path, f"program {name!r}")
+    if check:
+        check_parity(original or program, path, name, lowered=program, tolerance=tolerance, names=compared)
+    return path
+
+
+def write_checked(model: ir.Model, path: Path, what: str) -> None:
+    """Write a model; raises LoweringError, which says whose graph it is, where ONNX's checker refuses it."""
     ir.save(model, path)
     try:
         onnx.checker.check_model(path, full_check=True)
     except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
-        raise LoweringError(f"the ONNX graph of program {name!r} is not valid: {_sentence(error)}") from error
-    if check:
-        check_parity(original or program, path, name, lowered=program, tolerance=tolerance, names=compared)
-    return path
+        raise LoweringError(f"the ONNX graph of {what} is not valid: {_sentence(error)}") from error
 
 
 def expand_masks(model: ir.Model) -> None:

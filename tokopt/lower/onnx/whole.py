@@ -12,7 +12,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
-import onnx
 import onnx_ir as ir
 import torch
 
@@ -20,6 +19,7 @@ from tokopt import __version__
 from tokopt.errors import LoweringError
 from tokopt.ir.bundle import Bundle, fresh
 from tokopt.ir.program import AxisRange, TensorSpec
+from tokopt.lower.onnx.export import write_checked
 from tokopt.runtime.encode import encode
 from tokopt.runtime.engines.onnxruntime import Sessions
 from tokopt.runtime.format.entries import PORTABLE, Manifest, ProgramEntry
@@ -66,11 +66,7 @@ def lower_whole(
     model.producer_name, model.producer_version = "tokopt", __version__
     model.metadata_props.update(metadata)
     path = folder / f"{name}.onnx"
-    ir.save(model, path)
-    try:
-        onnx.checker.check_model(path, full_check=True)
-    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
-        raise LoweringError(f"the ONNX graph of all stages is not valid: {error}") from error
+    write_checked(model, path, "all stages")
     ranges = {
         axis: bounds for entry in entries for axis, bounds in bundle.programs[entry.program].ranges.items()
     }
