@@ -341,27 +341,21 @@ def _commit(
     positions: Tensor,
     parent: Tensor,
     limit: Tensor,
-    temperature: Tensor,
-    top_k: Tensor,
-    top_p: Tensor,
-    min_p: Tensor,
-    seed: Tensor,
-    stream: Tensor,
+    *drawing: Tensor,
 ) -> tuple[Tensor, ...]:
-    """What the model chooses after every node, and the path of it that was proposed.
+    """What the model chooses after every node, and the path of it that was proposed; ``drawing`` as :data:`DRAWING`.
 
     Returns tokens [batch, nodes] of which ``count`` [batch] are committed, their log-probabilities, the next counter;
     then the path [batch, nodes], the positions of its nodes and those of the tokens, -1 behind the end.
     """
+    *how, seed, stream = drawing
     shape = tree(parent)
     uniform = ops.uniforms(seed, stream, counter, proposed.shape[1])[:, shape.depth]
-    chosen, given = ops.draw_tokens(logits.float(), uniform, temperature, top_k, top_p, min_p)
+    chosen, given = ops.draw_tokens(logits.float(), uniform, *how)
     path, count = accepted(shape, proposed, chosen, limit)
-    inside = shape.index[None] < count[:, None]
-    tokens, logprobs = chosen.gather(1, path), given.gather(1, path)
-    here = torch.where(inside, positions + shape.index, -1)
-    there = torch.where(inside, positions + 1 + shape.index, -1)
-    return torch.where(inside, tokens, 0), count, logprobs, counter + count, path, here, there
+    inside, here, there = _places(shape.index, positions, count)
+    tokens, logprobs = torch.where(inside, chosen.gather(1, path), 0), given.gather(1, path)
+    return tokens, count, logprobs, counter + count, path, here, there
 
 
 def _commit_chain(
@@ -371,23 +365,22 @@ def _commit_chain(
     positions: Tensor,
     parent: Tensor,
     limit: Tensor,
-    temperature: Tensor,
-    top_k: Tensor,
-    top_p: Tensor,
-    min_p: Tensor,
-    seed: Tensor,
-    stream: Tensor,
+    *drawing: Tensor,
 ) -> tuple[Tensor, ...]:
     """What :func:`_commit` returns for a chain, with ``parent`` in place of the path, which nothing reads."""
+    *how, seed, stream = drawing
     uniform = ops.uniforms(seed, stream, counter, proposed.shape[1])
-    chosen, given = ops.draw_tokens(logits.float(), uniform, temperature, top_k, top_p, min_p)
+    chosen, given = ops.draw_tokens(logits.float(), uniform, *how)
     count = accepted_in_chain(proposed, chosen, limit)
-    index = torch.arange(proposed.shape[1])
-    inside = index[None] < count[:, None]
-    here = torch.where(inside, positions + index, -1)
-    there = torch.where(inside, positions + 1 + index, -1)
+    inside, here, there = _places(torch.arange(proposed.shape[1]), positions, count)
     tokens, logprobs = torch.where(inside, chosen, 0), torch.where(inside, given, 0.0)
     return tokens, count, logprobs, counter + count, parent.clone(), here, there
+
+
+def _places(index: Tensor, positions: Tensor, count: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Which places of the path are committed [batch, nodes], and the positions of its nodes and of its tokens."""
+    inside = index[None] < count[:, None]
+    return inside, torch.where(inside, positions + index, -1), torch.where(inside, positions + 1 + index, -1)
 
 
 def _places_over(slots: Tensor, positions: Tensor, length: Tensor) -> Tensor:
