@@ -11,6 +11,8 @@ EXTRAS = {
     "onnxscript": "compile",
     "rich": "compile",
     "transformers": "hf",
+    "gguf": "gguf",
+    "accelerate": "gguf",
     "tokenizers": "text",
     "jinja2": "text",
     "PIL": "viz",

@@ -1,6 +1,7 @@
 """How a model is named on the command line, and the example inputs that it is captured with.
 
-A name is the folder of a Hugging Face model, a ``.pt2`` file, an artifact directory, or ``module:factory``.
+A name is the folder of a Hugging Face model, a ``.gguf`` or ``.pt2`` file, an artifact directory, or
+``module:factory``.
 """
 
 from __future__ import annotations
@@ -60,6 +61,8 @@ def read_bundle(name: str, options: ExampleOptions | None = None) -> Bundle:
         return tokopt.open_bundle(path)
     if path.suffix == ".pt2" and path.is_file():
         return tokopt.capture(path)
+    if path.suffix.lower() == ".gguf" and path.is_file():
+        return tokopt.capture_lm(path)
     if (path / "config.json").is_file() and options.model_class is None and _is_language_model(path):
         require("transformers")
         return tokopt.capture_lm(path)
@@ -69,8 +72,8 @@ def read_bundle(name: str, options: ExampleOptions | None = None) -> Bundle:
         found = _from_factory(name, options)
     else:
         raise InputError(
-            f"{name!r} names no model; give the folder of a Hugging Face model, a .pt2 file, an artifact, "
-            "or module:factory"
+            f"{name!r} names no model; give the folder of a Hugging Face model, a .gguf or .pt2 file, an "
+            "artifact, or module:factory"
         )
     return tokopt.capture(
         found.model,

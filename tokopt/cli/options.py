@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-MODEL = "a Hugging Face folder, a .pt2 file, an artifact, or module:factory"
+MODEL = "a Hugging Face folder, a .gguf or .pt2 file, an artifact, or module:factory"
 SAMPLES = "images, .npy, .npz, or text for a language model"
 
 

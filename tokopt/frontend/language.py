@@ -33,22 +33,22 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tokopt.arguments import check_kind, check_path
-from tokopt.errors import CaptureError, MissingDependencyError
+from tokopt.errors import CaptureError
 from tokopt.frontend.arguments import check_module, check_tokenizer
 from tokopt.frontend.module import evaluation, explain
 from tokopt.frontend.normalize import normalize
+from tokopt.frontend.pretrained import load_pretrained
 from tokopt.frontend.purity import check_captured, refuse_random
 from tokopt.frontend.replay import check_replay, readings
 from tokopt.frontend.rope import fixed_frequencies, longest_fixed
 from tokopt.frontend.supported import check_supported
-from tokopt.frontend.texts import Texts, read_texts, without_padding
+from tokopt.frontend.texts import Texts, without_padding
 from tokopt.ir.bundle import Bundle
 from tokopt.ir.export import export_flat, output_specs
 from tokopt.ir.format import Entry, Generation, Occupancy, Schedule, State
 from tokopt.ir.graph import dtype_name
 from tokopt.ir.program import AxisRange, Program, TensorSpec
 from tokopt.kernels import ops
-from tokopt.progress import without_bars
 from tokopt.runtime.text import Tokenizer
 
 Result = TypeVar("Result")
@@ -86,7 +86,7 @@ def capture_lm(
 ) -> Bundle:
     """Capture a causal language model as a bundle with the program ``step``.
 
-    ``model`` is a Hugging Face causal language model, the folder of one (loaded in float32, with its
+    ``model`` is a Hugging Face causal language model, the folder of one or a GGUF file (loaded in float32, with its
     tokenizer, chat template and stop tokens), or a hand-written :class:`Decoder`. ``tokenizer`` is the text of
     a ``tokenizer.json``, whose truncation and padding are left out. ``generation`` gives the context length, the
     vocabulary size and the stop tokens; a hand-written decoder needs it, a Hugging Face model has its own.
@@ -99,9 +99,11 @@ def capture_lm(
     if generation is not None:
         check_kind("generation", generation, Generation, "a Generation, as in Generation(1024, 32000)")
     if isinstance(model, (str, Path)):
-        loaded, texts, generation = _from_folder(check_path("model", model), tokenizer, generation)
+        loaded, texts = load_pretrained(check_path("model", model), tokenizer)
+        check_supported(loaded)
+        generation = _with_texts(_generation(loaded), texts) if generation is None else generation
         return capture_lm(loaded, tokenizer=texts.tokenizer, generation=generation)
-    check_module("model", model, "a module, or the folder of a Hugging Face model")
+    check_module("model", model, "a module, the folder of a Hugging Face model, or a GGUF file")
     hugging_face = hasattr(model, "get_decoder") and hasattr(model, "config")
     if hugging_face:
         check_supported(model)
@@ -403,36 +405,15 @@ def _check_context(model: Any, generation: Generation) -> None:
         )
 
 
-def _from_folder(
-    folder: Path, tokenizer: str | None, generation: Generation | None
-) -> tuple[Any, Texts, Generation]:
-    """The model, and what its files say of text and of generation, where the caller does not."""
-    if not (folder / "config.json").is_file():
-        raise CaptureError(f"{folder} has no config.json, so it is no folder of a Hugging Face model")
-    try:
-        from transformers import AutoModelForCausalLM
-    except ImportError as error:
-        raise MissingDependencyError(
-            "language models are loaded by transformers; run: pip install 'tokopt[hf]'"
-        ) from error
-    texts = read_texts(folder, tokenizer)
-    try:
-        with without_bars():
-            model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
-    except Exception as error:  # transformers raises several unrelated classes
-        line = " ".join(str(error).split())
-        raise CaptureError(f"transformers cannot load {folder}: {type(error).__name__}: {line}") from error
-    check_supported(model)
-    if generation is None:
-        others = dict(texts.chat_templates)
-        usual = others.pop("default", None)
-        generation = replace(
-            _generation(model),
-            chat_template=usual,
-            chat_templates=others,
-            special_tokens=texts.special_tokens,
-        )
-    return model, texts, generation
+def _with_texts(generation: Generation, texts: Texts) -> Generation:
+    """What a model's own files say of chats and special tokens, beside its context and vocabulary."""
+    others = dict(texts.chat_templates)
+    return replace(
+        generation,
+        chat_template=others.pop("default", None),
+        chat_templates=others,
+        special_tokens=texts.special_tokens,
+    )
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""What a Hugging Face folder says of text: its tokenizer, its chat templates and the spelling of its special tokens."""
+"""What a Hugging Face folder or a GGUF file says of text: tokenizer, chat templates, the spelling of special tokens."""
 
 # transformers and tokenizers leave most of what they return untyped.
 # pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
@@ -6,12 +6,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
+from importlib import import_module
 from pathlib import Path
 from typing import Any, cast
 
-from tokopt.errors import CaptureError, MissingDependencyError
+from tokopt.errors import CaptureError
+from tokopt.extras import missing
 from tokopt.runtime.text import is_library_fault
 
 _TOKENIZER, _SETTINGS = "tokenizer.json", "tokenizer_config.json"
@@ -62,6 +65,19 @@ def read_texts(folder: Path, tokenizer: str | None = None) -> Texts:
     return Texts(tokenizer or without_padding(_serialized(folder, loaded)), templates, special)
 
 
+def read_gguf_texts(file: Path, tokenizer: str | None = None) -> Texts:
+    """Tokenizer, chat templates and special tokens that a GGUF file holds beside its weights.
+
+    ``tokenizer`` is one to take in place of the file's. Raises CaptureError when transformers can make none of it.
+    """
+    load = _transformers().AutoTokenizer.from_pretrained
+    loaded = _first_loaded(file, [partial(load, file.parent, gguf_file=file.name)])
+    special = {str(name): str(token) for name, token in loaded.special_tokens_map.items()}
+    return Texts(
+        tokenizer or without_padding(_serialized(file, loaded)), _named(loaded.chat_template), special
+    )
+
+
 def without_padding(tokenizer: str) -> str:
     """A ``tokenizer.json`` without the truncation and padding that it was saved with: prompts are read whole."""
     try:
@@ -77,20 +93,27 @@ def without_padding(tokenizer: str) -> str:
 
 def _load(folder: Path) -> Any:
     """The tokenizer that transformers makes of a folder."""
-    try:
-        from transformers import AutoTokenizer, PreTrainedTokenizerFast
-    except ImportError as error:
-        raise MissingDependencyError(
-            "tokenizers are loaded by transformers; run: pip install 'tokopt[hf]'"
-        ) from error
+    tokenizers = _transformers()
     whole = (folder / _TOKENIZER).is_file()
-    kinds: list[Any] = [AutoTokenizer] if (folder / _SETTINGS).is_file() or not whole else []
+    kinds: list[Any] = [tokenizers.AutoTokenizer] if (folder / _SETTINGS).is_file() or not whole else []
     if whole:  # its class may need code of strangers, or a package that is not installed
-        kinds.append(PreTrainedTokenizerFast)
+        kinds.append(tokenizers.PreTrainedTokenizerFast)
+    return _first_loaded(folder, [partial(kind.from_pretrained, folder) for kind in kinds])
+
+
+def _transformers() -> Any:
+    try:
+        return import_module("transformers")
+    except ImportError as error:
+        raise missing("transformers") from error
+
+
+def _first_loaded(path: Path, attempts: Sequence[Callable[..., Any]]) -> Any:
+    """The first tokenizer of the package tokenizers that an attempt gives."""
     fault: BaseException | None = None
-    for kind in kinds:
+    for load in attempts:
         try:
-            loaded = kind.from_pretrained(folder, local_files_only=True)
+            loaded = load(local_files_only=True)
             if getattr(loaded, "backend_tokenizer", None) is not None:
                 return loaded
         except BaseException as error:
@@ -99,15 +122,15 @@ def _load(folder: Path) -> Any:
             fault = error
     line = " ".join(str(fault or "it is no tokenizer of the package tokenizers").split())[:300]
     raise CaptureError(
-        f"transformers cannot load the tokenizer in {folder} ({line}); save it as {_TOKENIZER}, or capture the loaded "
-        "model in place of the folder, without a tokenizer"
+        f"transformers cannot load the tokenizer in {path} ({line}); save it as {_TOKENIZER}, or capture the loaded "
+        "model in its place, without a tokenizer"
     ) from fault
 
 
-def _serialized(folder: Path, loaded: Any) -> str:
+def _serialized(path: Path, loaded: Any) -> str:
     backend = loaded.backend_tokenizer
     if max(backend.get_vocab().values(), default=0) > _LARGEST_ID:
-        raise CaptureError(f"the tokenizer in {folder} has token ids above {_LARGEST_ID}; replace its files")
+        raise CaptureError(f"the tokenizer in {path} has token ids above {_LARGEST_ID}; replace its files")
     return backend.to_str()
 
 

@@ -1,0 +1,56 @@
+"""Language models as they lie on a disk: the folder that transformers writes, or one GGUF file."""
+
+# transformers leaves most of what it returns untyped.
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tokopt.errors import CaptureError
+from tokopt.extras import missing
+from tokopt.frontend.texts import Texts, read_gguf_texts, read_texts
+from tokopt.progress import without_bars
+
+
+def load_pretrained(path: Path, tokenizer: str | None = None) -> tuple[Any, Texts]:
+    """The model in float32, and what its files say of text.
+
+    Numbers of fewer bits (bfloat16, float16, the blocks of a GGUF file) are expanded exactly. ``tokenizer`` is one to
+    take in place of theirs. Raises CaptureError when transformers cannot load it, MissingDependencyError when what
+    loads it is not installed.
+    """
+    if is_gguf(path):
+        model = _load(path.parent, ("transformers", "gguf", "accelerate"), gguf_file=path.name)
+        return model, read_gguf_texts(path, tokenizer)
+    if not (path / "config.json").is_file():
+        raise CaptureError(
+            f"{path} has no config.json and is no .gguf file; give the folder of a Hugging Face model, or a GGUF file"
+        )
+    return _load(path, ("transformers",)), read_texts(path, tokenizer)
+
+
+def is_gguf(path: Path) -> bool:
+    """Whether this is a file whose name says GGUF."""
+    return path.suffix.lower() == ".gguf" and path.is_file()
+
+
+def _load(folder: Path, packages: tuple[str, ...], **options: Any) -> Any:
+    for package in packages:
+        if find_spec(package) is None:
+            raise missing(package)
+    from transformers import AutoModelForCausalLM
+
+    try:
+        with without_bars():
+            return AutoModelForCausalLM.from_pretrained(
+                folder, dtype=torch.float32, local_files_only=True, **options
+            )
+    except Exception as error:  # transformers raises several unrelated classes
+        line = " ".join(str(error).split())
+        what = folder / options.get("gguf_file", "")
+        raise CaptureError(f"transformers cannot load {what}: {type(error).__name__}: {line}") from error
