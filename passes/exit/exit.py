@@ -155,7 +155,7 @@ class Exit(Pass):
                 row[decides] = head
             temperatures = loaded.temperatures
         if self.threshold is not None and not self._fits:
-            return _Fit(rule, heads, temperatures, [], float(self.threshold), ())
+            return _Fit(rule, heads, temperatures, [], float(self.threshold), (self._unpromised,))
         records = collect(bundle, *stages.probes(), tail, context.samples(self.name))
         parts = self._parts(records.count)
         notes: list[str] = []
@@ -228,7 +228,7 @@ class Exit(Pass):
                 fit,
                 own=own,
                 threshold=choice.threshold,
-                notes=(*fit.notes, self._left(choice, len(parts.held))),
+                notes=(*fit.notes, self._left(choice, len(parts.held)), self._unpromised),
             )
         promise = Promise(self.tolerance, self.confidence)
         candidates = rule.thresholds(known[:, parts.held])
@@ -253,6 +253,11 @@ class Exit(Pass):
             )
         notes = (*fit.notes, self._left(choice, count), bound)
         return replace(fit, own=own, threshold=choice.threshold, notes=notes)
+
+    @property
+    def _unpromised(self) -> str:
+        """What a threshold that is given means."""
+        return f"the threshold {self.threshold:g} of {self.rule} was given, and promises nothing"
 
     def _left(self, choice: Choice, count: int) -> str:
         """Where rows left."""
