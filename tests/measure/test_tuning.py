@@ -328,6 +328,16 @@ def test_a_language_models_time_is_that_of_one_token(monkeypatch: pytest.MonkeyP
     assert measure() == 1.0
 
 
+def test_the_time_of_a_token_is_a_mean_over_the_text(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The whole model decodes the first 8 of 32 tokens and takes 4 s for each, the shallower one 1 s."""
+    path = str(artifact("llama", "skipdecode{min=1 over=8}").path)
+    measure = text_times.DecodeTimer(16, 1, 32).open(path)
+    steps = float(text_times.STEPS)
+    clock = iter([0.0, 4 * steps, 5 * steps, 6 * steps])
+    monkeypatch.setattr(text_times, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
+    assert measure() == (8 * 4 + 24 * 1) / 32
+
+
 def test_language_model_is_tuned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     speeds(monkeypatch, [1.4])
     texts = [prompt(24, seed=i) for i in range(4)]
