@@ -9,6 +9,7 @@ from typing import ClassVar, Literal, cast
 import torch
 from torch import Tensor
 
+from tokopt.analysis.blocks import blocks_of
 from tokopt.analysis.guarantee import Promise
 from tokopt.errors import PassError, PassRefused
 from tokopt.ir.bundle import Bundle, Semantics, fresh
@@ -33,6 +34,7 @@ from tokopt.passes.exit.rules import load_rule
 from tokopt.passes.exit.rules.base import Rule
 from tokopt.passes.exit.stages import Decide, Stages, cut_stages
 from tokopt.passes.exit.tail import Tail
+from tokopt.passes.reduce.base import before_reductions, reduces_tokens
 from tokopt.pipeline.base import Context, Pass, PassResult, Refusal
 
 FEWEST = 2
@@ -114,16 +116,16 @@ class Exit(Pass):
 
     def run(self, bundle: Bundle, context: Context) -> PassResult:
         """Cut the model, fit the heads, choose the threshold."""
-        program = bundle.main
         try:
-            stages = cut_stages(program, self.after)
+            stages = _stages(bundle, self.after, context)
             decides = self._deciding(stages.tail)
+            fitted = self._fitted(bundle, stages, decides, context)
+            if isinstance(fitted, Refusal):
+                return PassResult(bundle, 0, (), (fitted,))
+            made = _staged(bundle, stages, fitted, decides)
         except PassRefused as reason:
             return PassResult(bundle, 0, (), (Refusal(_MODEL, str(reason)),))
-        fitted = self._fitted(bundle, stages, decides, context)
-        if isinstance(fitted, Refusal):
-            return PassResult(bundle, 0, (), (fitted,))
-        return PassResult(_staged(bundle, stages, fitted, decides), len(self.after), fitted.notes)
+        return PassResult(made, len(self.after), fitted.notes)
 
     def _deciding(self, tail: Tail) -> int:
         """The number of the head whose output the rule reads."""
@@ -276,6 +278,41 @@ class _Fit:
     own: Sequence[Tensor]
     threshold: float
     notes: tuple[str, ...]
+
+
+_REDUCED_BEFORE = (
+    "its tokens were reduced before it was calibrated or saved; give the reduction and exit in one pipeline, with no "
+    "pass that calibrates between them"
+)
+
+
+def _stages(bundle: Bundle, after: Sequence[int], context: Context) -> Stages:
+    """Where the model may be cut, with the tokens that were removed of it removed in the stages; raises PassRefused."""
+    program, name = bundle.main, bundle.main_name
+    done = program.reductions
+    if done is None and reduces_tokens(program.module.graph):
+        raise PassRefused(_REDUCED_BEFORE)
+    if done is None or not done.methods:
+        return cut_stages(program, after)
+    base = before_reductions(bundle, name, context)
+
+    def reduce(wide: Program) -> Program:
+        for method in base.methods:
+            assert isinstance(method, Pass)
+            wide = method.run(bundle.with_program(name, wide), context).bundle.programs[name]
+        if _tokens(wide) != _tokens(program):
+            raise PassRefused(
+                "with exits in between its tokens cannot be reduced as they were; put the pass that reduces them after "
+                "exit, where it works within each stage"
+            )
+        return wide
+
+    return cut_stages(base.base, after, reduce)
+
+
+def _tokens(program: Program) -> list[int]:
+    """The tokens in every block, under the example inputs."""
+    return [block.site.tokens for block in blocks_of(program.module.graph)]
 
 
 def _staged(bundle: Bundle, stages: Stages, fit: _Fit, decides: int) -> Bundle:
