@@ -94,7 +94,7 @@ REDUCED = {
     "beit": "evit{r=[3,2]}",
     "dinov3": "divprune{r=[2,3]}",
 }
-"""Sizes and merge maps, which go from stage to stage; a pooling head; tables of biases; rotary tables of kept tokens."""
+"""Sizes and merge maps, which go from stage to stage; a pooling head; tables of biases; rotary tables."""
 
 
 @pytest.mark.parametrize("name", list(REDUCED))
