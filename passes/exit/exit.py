@@ -138,10 +138,14 @@ class Exit(Pass):
         if not found or (rule.classes and cast(int, tail.outputs[tail.fitted[found[0]].place].axes[1]) < 2):
             known = ", ".join(spec.name for spec in tail.outputs)
             what = "logits" if rule.classes else "features"
-            raise PassRefused(
-                f"the rule {self.rule} reads {what} [batch, n], and none of the outputs {known}"
-                + (f" is {self.output!r} of that form" if self.output else " has that form")
-            )
+            reason = f"the rule {self.rule} reads {what} [batch, n], and none of the outputs {known}"
+            reason += f" is {self.output!r} of that form" if self.output else " has that form"
+            if any(len(spec.axes) > 2 and self.output in ("", spec.name) for spec in tail.outputs):
+                reason += (
+                    "; of outputs per token no row leaves, since it leaves as a whole: let the model give an output "
+                    "for every row too, such as the mean over its tokens"
+                )
+            raise PassRefused(reason)
         return found[0]
 
     # --- fitting --------------------------------------------------------------------------------------------

@@ -23,7 +23,10 @@ from tokopt.ir.bundle import Bundle
 from tokopt.ir.program import Program
 from tokopt.runtime import load
 
-PER_TOKEN = "reads features .batch, n., and none of the outputs last_hidden_state has that form"
+PER_TOKEN = (
+    "reads features .batch, n., and none of the outputs last_hidden_state has that form; of outputs per token no "
+    "row leaves, since it leaves as a whole"
+)
 REFUSED = {
     "mae": "output 'mask' does not come from the last block",
     "swin": "the stream is .* after block 1 and .* at the model's end",
