@@ -29,6 +29,7 @@ from torch import Tensor, nn
 
 import tokopt
 from benchmarks.exit_points import (
+    MOST_EXITS,
     MOST_LOST,
     TOLERANCES,
     Known,
@@ -488,7 +489,7 @@ def main() -> None:
     report: dict[str, Any] = {"machine": describe(options.threads), "tasks": {}}
     for key in options.tasks:
         counts = "-".join(map(str, getattr(options, key)))
-        asked = f"{key} {counts} {options.size} {options.threads}"
+        asked = f"{key} {counts} {options.size} {options.threads} {MOST_EXITS}"
         progress.once(asked, lambda key=key: measure(key, options, folder / key))
         report["tasks"] |= progress.values[asked]
     text = markdown(report)

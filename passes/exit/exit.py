@@ -65,7 +65,9 @@ class Exit(Pass):
     is a safetensors file of heads instead: ``3.weight``, ``3.bias`` and perhaps ``3.temperature`` for the exit after
     block 3.
 
-    Rules. Encoders of one program, whose batch is of variable size.
+    Rules. Encoders of one program, whose batch is of variable size. Where tokens were merged or pruned before, exits
+    are put into the model with all its tokens and reduced with it; that takes the pipeline that reduced them, and a
+    fixed number of tokens.
     """
 
     after: tuple[int, ...]
