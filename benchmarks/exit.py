@@ -3,10 +3,12 @@
 ``python -m benchmarks.exit`` classifies Fashion-MNIST with DINOv2-S/14 and a linear probe, and sentences of Python's
 documentation, by the page that they are from, with MiniLM and a linear probe. Exits are fitted to calibration inputs;
 every rule's threshold is swept over the test inputs, and the point that a tolerance with its guarantee chooses is
-marked. The largest tolerance that loses at most one point of accuracy on the calibration inputs is then exported and
-timed on a stream of test inputs, one by one and in batches of 16, beside the model itself and beside the model cut
-short after the first block whose own head is as accurate: a static model, which is what an exit has to beat. It writes
-``benchmarks/results/exit.json``, ``exit.md`` and ``exit.png``.
+marked. Then exits are timed at which no row leaves, so that it is known what they cost, and of the choices of exits,
+rules and tolerances that lose at most one point of accuracy on the calibration inputs the one is taken that should be
+fastest by these inputs. It is timed on a stream of test inputs, one by one and in batches of 16, beside the model
+itself and beside what an exit has to beat, static models that are as accurate on the test inputs: the model cut short
+after a block with a head of its own, and the model without the blocks that ``drop_blocks`` removes, healed and with a
+head that is fitted as those of the exits are. It writes ``benchmarks/results/exit.json``, ``exit.md`` and ``exit.png``.
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ import os
 import re
 import shutil
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +28,16 @@ import torch
 from torch import Tensor, nn
 
 import tokopt
+from benchmarks.exit_points import (
+    MOST_EXITS,
+    MOST_LOST,
+    TOLERANCES,
+    Known,
+    curves,
+    fit_of,
+    heads_of,
+    operating_point,
+)
 from benchmarks.machine import describe
 from benchmarks.progress import Progress
 from benchmarks.timing import Disturbed, Engine, compare
@@ -39,22 +51,20 @@ from examples.data import (
     sentence_embedding,
     write_atomically,
 )
-from tokopt.analysis.guarantee import Promise
-from tokopt.passes.exit.calibrate import Answers, Parts, Records, choose, collect, divide, left_at, scores
-from tokopt.passes.exit.heads import Affine, Rows, fit_logistic, fit_ridge, fit_temperature
-from tokopt.passes.exit.rules import RULES, RuleName, load_rule
+from tokopt.ir.assemble import assemble
+from tokopt.passes.exit.calibrate import Answers, collect, divide
+from tokopt.passes.exit.heads import Affine, Rows, fit_logistic
 from tokopt.passes.exit.stages import cut_stages
 
 RESULTS = Path(__file__).parent / "results"
-CONFIDENCE, TOLERANCES = 0.95, (0.01, 0.02, 0.03, 0.05, 0.08, 0.12)
-MOST_LOST = 0.01
-"""Accuracy that an exit may lose."""
-
 STREAM, BATCHES, ROUNDS = 48, (1, 16), 5
 """Test inputs of a timed stream, rows of a call, and turns of every engine."""
 
 READ = 16
 """Rows of a call while features are computed."""
+
+HEALED = 16
+"""Calls that a model without some blocks is healed by."""
 
 Inputs = dict[str, Tensor]
 
@@ -187,101 +197,71 @@ def probe(task: Task) -> nn.Module:
 # --- accuracy against depth -----------------------------------------------------------------------------------
 
 
-def curves(task: Task, bundle: tokopt.Bundle) -> dict[str, Any]:
-    """What every rule and threshold gives on the test inputs, and the points that tolerances choose."""
+def known_of(task: Task, bundle: tokopt.Bundle) -> Known:
+    """What the exits say of the calibration inputs and of the test inputs."""
     stages = cut_stages(bundle.main, task.after)
     probes, links = stages.probes()
     records = {
         part: collect(bundle, probes, links, stages.tail, [tuple(b.values()) for b in task.batches(part)])
         for part in ("calibrate", "test")
     }
-    known, count = records["calibrate"], records["calibrate"].count
-    parts = divide(count, fits=True, promises=True)
-    fitted_heads = heads_of(known, parts, stages.tail.fitted[0].own, len(task.after))
-    answered = {
-        fit: [Answers.of(records[part], heads, 0) for part in ("calibrate", "test")]
-        for fit, heads in fitted_heads.items()
+    parts = divide(records["calibrate"].count, fits=True, promises=True)
+    fitted = heads_of(records["calibrate"], parts, stages.tail.fitted[0].own, len(task.after))
+    answers = {
+        fit: {part: Answers.of(one, heads, 0) for part, one in records.items()}
+        for fit, heads in fitted.items()
     }
-    calibrated, test = answered["logistic"]
-    depths = torch.tensor([*task.after, stages.depths[-1]], dtype=torch.float64)
-
-    def measured(answers: Answers, left: Tensor, labels: Tensor) -> dict[str, float]:
-        said = torch.stack([one.argmax(1) for one in (*answers.outputs, answers.final)])
-        right = said.gather(0, left[None])[0] == labels
-        return {"accuracy": float(right.double().mean()), "depth": float(depths[left].mean())}
-
-    report: dict[str, Any] = {
-        "full": measured(test, torch.full_like(task.labels["test"], len(task.after)), task.labels["test"])
-    }
-    report["static"] = [
-        measured(test, torch.full_like(task.labels["test"], e), task.labels["test"])
-        for e in range(len(task.after))
-    ]
-    promised = task.labels["calibrate"][parts.promised]
-    whole = measured(_part(calibrated, parts.promised), torch.full_like(promised, len(task.after)), promised)
-    report["rules"] = {}
-    for name in RULES:
-        rule = load_rule(name)
-        calibrated, test = answered[fit_of(name)]
-        temperatures = [1.0] * len(task.after)
-        if rule.classes:
-            answers = calibrated.final.argmax(1)[parts.held]
-            temperatures = [fit_temperature(one[parts.held], answers) for one in calibrated.outputs]
-        losses = calibrated.losses(rule)
-        held = _part(calibrated, parts.held)
-        fitted = rule.fit(held.seen(temperatures), list(losses[:, parts.held]))
-        found = scores(rule, calibrated.seen(temperatures), fitted)
-        tested = scores(rule, test.seen(temperatures), fitted)
-        candidates = rule.thresholds(found[:, parts.held])
-        rows: dict[str, Any] = {
-            "curve": [measured(test, left_at(rule, tested, c), task.labels["test"]) for c in candidates]
-        }
-        rows["points"] = []
-        for tolerance in TOLERANCES:
-            promise = Promise(tolerance, CONFIDENCE)
-            chosen = choose(rule, candidates, found[:, parts.promised], losses[:, parts.promised], promise)
-            if chosen is None:
-                continue
-            seen = measured(_part(calibrated, parts.promised), chosen.left, promised)
-            point = measured(test, left_at(rule, tested, chosen.threshold), task.labels["test"])
-            lost = whole["accuracy"] - seen["accuracy"]
-            rows["points"].append({"tolerance": tolerance, "lost": lost, "expected": seen["depth"], **point})
-        report["rules"][name] = rows
-    return report
+    return Known(task.after, stages.blocks, parts, answers, task.labels)
 
 
-def fit_of(rule: RuleName) -> str:
-    """Classes are told best by logistic regression; other outputs have none."""
-    return "logistic" if load_rule(rule).classes else "ridge"
+# --- static models --------------------------------------------------------------------------------------------
 
 
-def heads_of(known: Records, parts: Parts, own: Affine, exits: int) -> dict[str, list[list[Affine]]]:
-    """The heads that the pass fits, by how."""
-    made: dict[str, list[list[Affine]]] = {"ridge": [], "logistic": []}
-    for e in range(exits):
-        rows, held = known.rows(e, 0, parts.fitted), known.rows(e, 0, parts.held)
-        head = fit_ridge(rows, held, own)
-        soft = [replace(one, targets=one.targets.softmax(-1)) for one in (rows, held)]
-        made["ridge"].append([head])
-        made["logistic"].append([fit_logistic(soft[0], soft[1], head)])
-    return made
+class Opened(nn.Module):
+    """A bundle's program as a module with one output."""
+
+    def __init__(self, bundle: tokopt.Bundle) -> None:
+        super().__init__()
+        self.program = assemble(bundle.main).module(check_guards=False)
+
+    def forward(self, *inputs: Tensor) -> Tensor:
+        return self.program(*inputs)[0]
 
 
-def _part(answers: Answers, part: Tensor) -> Answers:
-    return Answers(
-        [x[part] for x in answers.outputs], [x[part] for x in answers.features], answers.final[part]
-    )
+@dataclass(frozen=True)
+class Shorter:
+    """A model without ``count`` blocks, and how accurate it is on the test inputs."""
+
+    count: int
+    accuracy: float
+    bundle: tokopt.Bundle
 
 
-def operating_point(report: Mapping[str, Any]) -> tuple[RuleName, dict[str, float]] | None:
-    """Rule and tolerance of the least mean depth among those that lose little, on the calibration inputs."""
-    found: list[tuple[RuleName, dict[str, float]]] = [
-        (name, point)
-        for name in RULES
-        for point in report["rules"][name]["points"]
-        if point["lost"] <= MOST_LOST
-    ]
-    return min(found, key=lambda pair: pair[1]["expected"], default=None)
+def without_blocks(task: Task, known: Known, count: int) -> Shorter:
+    """The model without the blocks of least influence, healed, and with a classifier fitted as an exit's head is."""
+    example = tuple(value[:5] for value in task.inputs["test"].values())
+    batches = [tuple(batch.values()) for batch in task.batches("calibrate")]
+    text = f"drop_blocks{{count={count} heal=true}}"
+    encoder = tokopt.capture(task.encoder, example)
+    made = Opened(tokopt.optimize(encoder, text, strict=True, calibration=batches[:HEALED]))
+    with torch.no_grad():
+        features = torch.cat([made(*batch) for batch in batches])
+        tested = torch.cat([made(*batch.values()) for batch in task.batches("test")])
+    targets = known.answers["logistic"]["calibrate"].final.softmax(-1)
+    rows, held = (Rows(features[part], targets[part]) for part in (known.parts.fitted, known.parts.held))
+    start = Affine(torch.zeros(targets.shape[1], features.shape[1]), torch.zeros(targets.shape[1]))
+    head = fit_logistic(rows, held, start)
+    right = head(tested).argmax(1) == task.labels["test"]
+    model = Probed(made, head).requires_grad_(False)
+    return Shorter(count, float(right.double().mean()), tokopt.capture(model, example))
+
+
+def shortest(task: Task, known: Known, accuracy: float) -> list[Shorter]:
+    """Models with fewer and fewer blocks, up to the first that is less accurate than that."""
+    found: list[Shorter] = []
+    while len(found) + 1 < known.blocks and (not found or found[-1].accuracy >= accuracy):
+        found.append(without_blocks(task, known, len(found) + 1))
+    return found
 
 
 # --- time -----------------------------------------------------------------------------------------------------
@@ -305,45 +285,80 @@ def stream_call(engine: Engine) -> Callable[[], object]:
     return call
 
 
-def times(task: Task, bundle: tokopt.Bundle, report: dict[str, Any], folder: Path, threads: int) -> None:
-    """Export the operating point, and time it; what is found goes into the report."""
-    best = operating_point(report)
-    if best is None:
-        report["times"] = "no tolerance lets rows leave early and loses little"
-        return
-    name, point = best
-    fixed = next(
-        (
-            d
-            for d, row in zip(task.after, report["static"], strict=True)
-            if row["accuracy"] >= point["accuracy"]
-        ),
-        None,
-    )
-    blocks = ",".join(map(str, task.after))
-    text = f"exit{{after=[{blocks}] rule={name} fit={fit_of(name)} tolerance={point['tolerance']}}}"
-    samples = [tuple(batch.values()) for batch in task.batches("calibrate")]
-    made = tokopt.optimize(bundle, text, strict=True, calibration=samples)
+def prepare(task: Task, bundle: tokopt.Bundle, folder: Path) -> Path:
+    """A folder with the stream and the model itself, which is returned."""
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     pairs = zip(bundle.inputs, task.inputs["test"].values(), strict=True)
     arrays: dict[str, Any] = {name: value[:STREAM].numpy() for name, value in pairs}
     np.savez(folder / "stream.npz", **arrays)
-    paths = {
-        "full": tokopt.export(bundle, folder / "full.tokopt"),
-        "exits": tokopt.export(made, folder / "exits.tokopt"),
-    }
-    report["chosen"] = {"pipeline": text, "static": fixed, **point, "notes": made.history[-1].notes}
-    report["times"] = {}
+    return tokopt.export(bundle, folder / "full.tokopt")
+
+
+def exit_cost(task: Task, bundle: tokopt.Bundle, full: Path, threads: int) -> float:
+    """What an exit takes that lets no row leave, as a share of what the model takes: the mean over batches."""
+    text = f"exit{{after=[{_listed(task.after)}] threshold=0 fit=own}}"
+    path = tokopt.export(tokopt.optimize(bundle, text, strict=True), full.parent / "never.tokopt")
+    shares: list[float] = []
     for batch in BATCHES:
-        engines = [Engine("full", "stream", paths["full"], batch, 0, threads)]
-        engines.append(Engine("exits", "stream", paths["exits"], batch, 0, threads))
-        if fixed is not None:
-            engines.append(Engine("static", "stream", paths["exits"], batch, fixed, threads))
+        engines = [Engine("full", "stream", full, batch, 0, threads)]
+        engines.append(Engine("exits", "stream", path, batch, 0, threads))
+        ratio = compare(engines, ROUNDS)[1].ratio_median
+        shares.append(max(1 / ratio - 1, 0.0) / len(task.after))
+    return sum(shares) / len(shares)
+
+
+def times(task: Task, bundle: tokopt.Bundle, known: Known, folder: Path, threads: int) -> dict[str, Any]:
+    """Choose an operating point and time it beside static models that are as accurate."""
+    full = prepare(task, bundle, folder)
+    try:
+        cost = exit_cost(task, bundle, full, threads)
+    except Disturbed as error:
+        return {"times": f"not measured: {error}"}
+    best = operating_point(known, cost)
+    if best is None:
+        return {"times": "no tolerance lets rows leave early and loses little"}
+    point = best.point
+    text = (
+        f"exit{{after=[{_listed(best.after)}] rule={best.rule} fit={fit_of(best.rule)} "
+        f"tolerance={point.tolerance}}}"
+    )
+    samples = [tuple(batch.values()) for batch in task.batches("calibrate")]
+    made = tokopt.optimize(bundle, text, strict=True, calibration=samples)
+    fixed = next(
+        (
+            d
+            for d, row in zip(task.after, curves(known)["static"], strict=True)
+            if row["accuracy"] >= point.accuracy
+        ),
+        None,
+    )
+    dropped = shortest(task, known, point.accuracy)
+    enough = [one for one in dropped if one.accuracy >= point.accuracy]
+    exits = tokopt.export(made, folder / "exits.tokopt")
+    static = [("full", full, 0), ("exits", exits, 0)]
+    if fixed is not None:
+        static.append(("static", folder / "never.tokopt", fixed))
+    if enough:
+        static.append(("dropped", tokopt.export(enough[-1].bundle, folder / "dropped.tokopt"), 0))
+    measured: dict[str, Any] = {}
+    for batch in BATCHES:
+        engines = [Engine(name, "stream", path, batch, depth, threads) for name, path, depth in static]
         try:
-            report["times"][str(batch)] = {t.name: asdict(t) for t in compare(engines, ROUNDS)}
+            measured[str(batch)] = {t.name: asdict(t) for t in compare(engines, ROUNDS)}
         except Disturbed as error:
-            report["times"][str(batch)] = str(error)
+            measured[str(batch)] = str(error)
+    return {
+        "cost": cost,
+        "chosen": {"pipeline": text, "time": best.time, **asdict(point), "notes": made.history[-1].notes},
+        "fixed": fixed,
+        "dropped": [{"count": one.count, "accuracy": one.accuracy} for one in dropped],
+        "times": measured,
+    }
+
+
+def _listed(after: Sequence[int]) -> str:
+    return ",".join(map(str, after))
 
 
 # --- report ---------------------------------------------------------------------------------------------------
@@ -362,6 +377,9 @@ def markdown(report: Mapping[str, Any]) -> str:
         ]
         lines += ["| cut short after block | accuracy |", "|---|---|"]
         lines += [f"| {row['depth']:.0f} | {row['accuracy']:.1%} |" for row in found["static"]]
+        if found.get("dropped"):
+            lines += ["", "| blocks that drop_blocks removed | accuracy |", "|---|---|"]
+            lines += [f"| {row['count']} | {row['accuracy']:.1%} |" for row in found["dropped"]]
         lines += ["", "| rule | " + " | ".join(f"tolerance {t:g}" for t in TOLERANCES) + " |"]
         lines += ["|---" * (len(TOLERANCES) + 1) + "|"]
         for name, rows in found["rules"].items():
@@ -376,21 +394,30 @@ def timed(found: Mapping[str, Any]) -> list[str]:
     if "chosen" not in found:
         return [str(found["times"])]
     chosen = found["chosen"]
-    static = (
-        f"cut short after block {chosen['static']}" if chosen["static"] else "cut short: none is as accurate"
-    )
+    as_accurate = [row["count"] for row in found["dropped"] if row["accuracy"] >= chosen["accuracy"]]
+    columns = {
+        "exits": "with exits",
+        "static": f"cut short after block {found['fixed']}"
+        if found["fixed"]
+        else "cut short: none is as accurate",
+        "dropped": f"{as_accurate[-1]} blocks dropped"
+        if as_accurate
+        else "blocks dropped: none is as accurate",
+    }
     lost = found["full"]["accuracy"] - chosen["accuracy"]
     lines = [
-        f"`{chosen['pipeline']}`: {100 * lost:+.1f} points of accuracy lost at mean depth {chosen['depth']:.1f}.",
+        f"An exit at which no row leaves takes {found['cost']:.1%} of the model's time. Chosen by calibration inputs, "
+        f"which expect {1 / chosen['time']:.2f}x: `{chosen['pipeline']}`, {100 * lost:+.1f} points of accuracy lost at "
+        f"mean depth {chosen['depth']:.1f}.",
         "",
     ]
     lines += [*(f"- {note}" for note in chosen["notes"]), ""]
-    lines += [f"| batch | with exits | {static} |", "|---|---|---|"]
+    lines += ["| batch | " + " | ".join(columns.values()) + " |", "|---" * (len(columns) + 1) + "|"]
     for batch, rows in found["times"].items():
         if isinstance(rows, str):
-            lines.append(f"| {batch} | not measured: {rows} | |")
+            lines.append(f"| {batch} | not measured: {rows} |" + " |" * (len(columns) - 1))
             continue
-        cells = [ratio(rows[name]) if name in rows else "" for name in ("exits", "static")]
+        cells = [ratio(rows[name]) if name in rows else "" for name in columns]
         lines.append(f"| {batch} | " + " | ".join(cells) + " |")
     return [
         *lines,
@@ -442,10 +469,9 @@ def measure(key: str, options: argparse.Namespace, folder: Path) -> dict[str, An
     task = TASKS[key](options)
     example = tuple(value[:5] for value in task.inputs["test"].values())
     bundle = tokopt.capture(probe(task), example)
-    found = curves(task, bundle)
+    known = known_of(task, bundle)
     print(f"{key}: timing", flush=True)
-    times(task, bundle, found, folder, options.threads)
-    return {task.name: found}
+    return {task.name: curves(known) | times(task, bundle, known, folder, options.threads)}
 
 
 def main() -> None:
@@ -463,7 +489,7 @@ def main() -> None:
     report: dict[str, Any] = {"machine": describe(options.threads), "tasks": {}}
     for key in options.tasks:
         counts = "-".join(map(str, getattr(options, key)))
-        asked = f"{key} {counts} {options.size} {options.threads}"
+        asked = f"{key} {counts} {options.size} {options.threads} {MOST_EXITS}"
         progress.once(asked, lambda key=key: measure(key, options, folder / key))
         report["tasks"] |= progress.values[asked]
     text = markdown(report)

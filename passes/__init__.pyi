@@ -3,6 +3,7 @@
 
 from tokopt.passes.cleanup.drop_unread import DropUnread as DropUnread
 from tokopt.passes.cleanup.fold_scales import FoldScales as FoldScales
+from tokopt.passes.exit.adapter import Adapter as Adapter
 from tokopt.passes.exit.drop_blocks import DropBlocks as DropBlocks
 from tokopt.passes.exit.exit import Exit as Exit
 from tokopt.passes.exit.skipdecode import SkipDecode as SkipDecode

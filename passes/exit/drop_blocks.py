@@ -63,13 +63,13 @@ class DropBlocks(Pass):
 
     def requires(self, bundle: Bundle) -> None:
         """Models in one piece."""
-        _program(self.name, bundle)
+        one_program(self.name, bundle)
 
     def run(self, bundle: Bundle, context: Context) -> PassResult:
         """Measure, choose, remove and heal."""
         if self.count == 0:
             return PassResult(bundle, 0, ("a count of 0 removes nothing",))
-        name = _program(self.name, bundle)
+        name = one_program(self.name, bundle)
         removal = _Removal(bundle, name)
         wanted = len(self.blocks) or self.count or 0
         if not removal.blocks:
@@ -94,14 +94,13 @@ class DropBlocks(Pass):
         )
 
 
-def _program(name: str, bundle: Bundle) -> str:
+def one_program(name: str, bundle: Bundle) -> str:
     """The program that all blocks are in; raises PassError where they are in several."""
     if bundle.schedule.generates:
         return language_program(name, bundle)
     if len(bundle.encoders) > 1:
         raise PassError(f"{name} works on a model in one piece; put it before split or exit")
-    (program,) = bundle.encoders
-    return program
+    return next(iter(bundle.encoders))
 
 
 def _remove_listed(options: DropBlocks, removal: _Removal, samples: Sequence[Sample]) -> None:

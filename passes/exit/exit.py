@@ -9,6 +9,7 @@ from typing import ClassVar, Literal, cast
 import torch
 from torch import Tensor
 
+from tokopt.analysis.blocks import blocks_of
 from tokopt.analysis.guarantee import Promise
 from tokopt.errors import PassError, PassRefused
 from tokopt.ir.bundle import Bundle, Semantics, fresh
@@ -33,6 +34,7 @@ from tokopt.passes.exit.rules import load_rule
 from tokopt.passes.exit.rules.base import Rule
 from tokopt.passes.exit.stages import Decide, Stages, cut_stages
 from tokopt.passes.exit.tail import Tail
+from tokopt.passes.reduce.base import before_reductions, reduces_tokens
 from tokopt.pipeline.base import Context, Pass, PassResult, Refusal
 
 FEWEST = 2
@@ -63,7 +65,9 @@ class Exit(Pass):
     is a safetensors file of heads instead: ``3.weight``, ``3.bias`` and perhaps ``3.temperature`` for the exit after
     block 3.
 
-    Rules. Encoders of one program, whose batch is of variable size.
+    Rules. Encoders of one program, whose batch is of variable size. Where tokens were merged or pruned before, exits
+    are put into the model with all its tokens and reduced with it; that takes the pipeline that reduced them, and a
+    fixed number of tokens.
     """
 
     after: tuple[int, ...]
@@ -114,16 +118,16 @@ class Exit(Pass):
 
     def run(self, bundle: Bundle, context: Context) -> PassResult:
         """Cut the model, fit the heads, choose the threshold."""
-        program = bundle.main
         try:
-            stages = cut_stages(program, self.after)
+            stages = _stages(bundle, self.after, context)
             decides = self._deciding(stages.tail)
+            fitted = self._fitted(bundle, stages, decides, context)
+            if isinstance(fitted, Refusal):
+                return PassResult(bundle, 0, (), (fitted,))
+            made = _staged(bundle, stages, fitted, decides)
         except PassRefused as reason:
             return PassResult(bundle, 0, (), (Refusal(_MODEL, str(reason)),))
-        fitted = self._fitted(bundle, stages, decides, context)
-        if isinstance(fitted, Refusal):
-            return PassResult(bundle, 0, (), (fitted,))
-        return PassResult(_staged(bundle, stages, fitted, decides), len(self.after), fitted.notes)
+        return PassResult(made, len(self.after), fitted.notes)
 
     def _deciding(self, tail: Tail) -> int:
         """The number of the head whose output the rule reads."""
@@ -136,10 +140,14 @@ class Exit(Pass):
         if not found or (rule.classes and cast(int, tail.outputs[tail.fitted[found[0]].place].axes[1]) < 2):
             known = ", ".join(spec.name for spec in tail.outputs)
             what = "logits" if rule.classes else "features"
-            raise PassRefused(
-                f"the rule {self.rule} reads {what} [batch, n], and none of the outputs {known}"
-                + (f" is {self.output!r} of that form" if self.output else " has that form")
-            )
+            reason = f"the rule {self.rule} reads {what} [batch, n], and none of the outputs {known}"
+            reason += f" is {self.output!r} of that form" if self.output else " has that form"
+            if any(len(spec.axes) > 2 and self.output in ("", spec.name) for spec in tail.outputs):
+                reason += (
+                    "; of outputs per token no row leaves, since it leaves as a whole: let the model give an output "
+                    "for every row too, such as the mean over its tokens"
+                )
+            raise PassRefused(reason)
         return found[0]
 
     # --- fitting --------------------------------------------------------------------------------------------
@@ -155,7 +163,7 @@ class Exit(Pass):
                 row[decides] = head
             temperatures = loaded.temperatures
         if self.threshold is not None and not self._fits:
-            return _Fit(rule, heads, temperatures, [], float(self.threshold), ())
+            return _Fit(rule, heads, temperatures, [], float(self.threshold), (self._unpromised,))
         records = collect(bundle, *stages.probes(), tail, context.samples(self.name))
         parts = self._parts(records.count)
         notes: list[str] = []
@@ -228,7 +236,7 @@ class Exit(Pass):
                 fit,
                 own=own,
                 threshold=choice.threshold,
-                notes=(*fit.notes, self._left(choice, len(parts.held))),
+                notes=(*fit.notes, self._left(choice, len(parts.held)), self._unpromised),
             )
         promise = Promise(self.tolerance, self.confidence)
         candidates = rule.thresholds(known[:, parts.held])
@@ -254,6 +262,11 @@ class Exit(Pass):
         notes = (*fit.notes, self._left(choice, count), bound)
         return replace(fit, own=own, threshold=choice.threshold, notes=notes)
 
+    @property
+    def _unpromised(self) -> str:
+        """What a threshold that is given means."""
+        return f"the threshold {self.threshold:g} of {self.rule} was given, and promises nothing"
+
     def _left(self, choice: Choice, count: int) -> str:
         """Where rows left."""
         places = [int((choice.left == e).sum()) for e in range(len(self.after) + 1)]
@@ -271,6 +284,41 @@ class _Fit:
     own: Sequence[Tensor]
     threshold: float
     notes: tuple[str, ...]
+
+
+_REDUCED_BEFORE = (
+    "its tokens were reduced before it was calibrated or saved; give the reduction and exit in one pipeline, with no "
+    "pass that calibrates between them"
+)
+
+
+def _stages(bundle: Bundle, after: Sequence[int], context: Context) -> Stages:
+    """Where the model may be cut, with the tokens that were removed of it removed in the stages; raises PassRefused."""
+    program, name = bundle.main, bundle.main_name
+    done = program.reductions
+    if done is None and reduces_tokens(program.module.graph):
+        raise PassRefused(_REDUCED_BEFORE)
+    if done is None or not done.methods:
+        return cut_stages(program, after)
+    base = before_reductions(bundle, name, context)
+
+    def reduce(wide: Program) -> Program:
+        for method in base.methods:
+            assert isinstance(method, Pass)
+            wide = method.run(bundle.with_program(name, wide), context).bundle.programs[name]
+        if _tokens(wide) != _tokens(program):
+            raise PassRefused(
+                "with exits in between its tokens cannot be reduced as they were; put the pass that reduces them after "
+                "exit, where it works within each stage"
+            )
+        return wide
+
+    return cut_stages(base.base, after, reduce)
+
+
+def _tokens(program: Program) -> list[int]:
+    """The tokens in every block, under the example inputs."""
+    return [block.site.tokens for block in blocks_of(program.module.graph)]
 
 
 def _staged(bundle: Bundle, stages: Stages, fit: _Fit, decides: int) -> Bundle:

@@ -22,7 +22,7 @@ from tokopt.ir.bundle import fresh
 from tokopt.ir.export import placeholders
 from tokopt.ir.format import BATCH
 from tokopt.ir.graph import aten, is_call, operand_at, reaches, results
-from tokopt.ir.program import AxisRange, Program, TensorSpec
+from tokopt.ir.program import Program, TensorSpec
 from tokopt.ir.shapes import Shapes
 from tokopt.passes.exit.heads import Affine
 from tokopt.rewrite.cut import Halves
@@ -177,70 +177,62 @@ def _last_linear(node: Node, known: set[Node]) -> Linear | None:
     return found
 
 
-@dataclass
-class Attached:
-    """An open stage with a tail at its end: the nodes of the model's outputs and of every head's features."""
-
-    module: GraphModule
-    inputs: list[TensorSpec]
-    example: list[Tensor]
-    ranges: dict[str, AxisRange]
-    outputs: list[Node]
-    features: list[Node]
-
-    def take(self, spec: TensorSpec, value: Tensor) -> Node:
-        """A further input of the stage."""
-        node = put_input(self.module, spec)
-        self.inputs.append(spec)
-        self.example.append(value)
-        return node
-
-    def closed(self, stage: Program, specs: Sequence[TensorSpec], nodes: Sequence[Node]) -> Program:
-        """The stage with further outputs behind its own."""
-        graph = self.module.graph
-        graph.output_node().args = ((*results(graph), *nodes),)
-        axes = {axis for spec in self.inputs for axis in spec.axes}
-        return close_graph(
-            replace(stage, ranges={axis: bounds for axis, bounds in self.ranges.items() if axis in axes}),
-            self.module,
-            inputs=tuple(self.inputs),
-            outputs=(*stage.outputs, *specs),
-            example=tuple(self.example),
-        )
-
-
 def put_input(module: GraphModule, spec: TensorSpec) -> Node:
     """A further input of an open graph, behind those that it has."""
-    graph = module.graph
-    given = placeholders(module)
-    with graph.inserting_after(given[-1]) if given else graph.inserting_before(next(iter(graph.nodes))):
-        node = graph.placeholder(spec.name)
+    with module.graph.inserting_after(placeholders(module)[-1]):
+        node = module.graph.placeholder(spec.name)
     node.meta["val"] = Shapes.attached(module).blank(spec)
     return node
 
 
-def attach(stage: Program, tail: Tail, stream: str, heads: Sequence[Affine]) -> Attached:
-    """A stage whose output ``stream`` goes into a tail with these heads, one for each of ``tail.fitted``.
+def attach(
+    module: GraphModule, program: Program, tail: Tail, stream: Node, heads: Sequence[Affine]
+) -> list[Node]:
+    """Put the tail with these heads, one for each of ``tail.fitted``, behind a stream of a program's open graph.
 
-    What the tail reads of the caller's inputs and the stage does not becomes an input of the stage.
+    The nodes of the model's outputs, and of every head's features.
     """
-    module, program = open_graph(stage), tail.program
-    end = Attached(
-        module, list(stage.inputs), list(stage.example), {**program.ranges, **stage.ranges}, [], []
-    )
-    source = dict(zip((spec.name for spec in stage.outputs), results(module.graph), strict=True))[stream]
-    given = dict(zip((spec.name for spec in stage.inputs), placeholders(module), strict=True))
-    given[tail.stream] = source
-    own = len(program.inputs) - tail.heads
-    operands: list[Node] = []
-    for spec, value in zip(program.inputs[:own], program.example[:own], strict=True):
-        operands.append(given[spec.name] if spec.name in given else end.take(spec, value))
+    own = len(tail.program.inputs) - tail.heads
+    given = dict(zip((spec.name for spec in program.inputs), placeholders(module), strict=True))
+    given[tail.stream] = stream
+    operands = [given[spec.name] for spec in tail.program.inputs[:own]]
     output = module.graph.output_node()
     values = (value for head in heads for value in (head.weight, head.bias))
-    for spec, value in zip(program.inputs[own:], values, strict=True):
+    for spec, value in zip(tail.program.inputs[own:], values, strict=True):
         operands.append(put_parameter(module, output, None, value.to(getattr(torch, spec.dtype))))
     with module.graph.inserting_before(output):
-        made = inline(module.graph, program, operands, like=source)
+        made = inline(module.graph, tail.program, operands, like=stream)
     Shapes.attached(module).refresh(module)
-    end.outputs, end.features = made[: len(tail.outputs)], made[len(tail.outputs) :]
-    return end
+    return made
+
+
+@dataclass
+class Attached:
+    """An open stage with a tail at its end: the nodes of the model's outputs and of every head's features.
+
+    ``stage`` has the outputs that it hands on, and neither of those.
+    """
+
+    stage: Program
+    module: GraphModule
+    outputs: Sequence[Node]
+    features: Sequence[Node]
+
+    def take(self, spec: TensorSpec, value: Tensor) -> Node:
+        """A further input of the stage."""
+        inputs, example = (*self.stage.inputs, spec), (*self.stage.example, value)
+        self.stage = replace(self.stage, inputs=inputs, example=example)
+        return put_input(self.module, spec)
+
+    def closed(self, specs: Sequence[TensorSpec], nodes: Sequence[Node]) -> Program:
+        """The stage with further outputs behind its own."""
+        graph = self.module.graph
+        graph.output_node().args = ((*results(graph), *nodes),)
+        stage = self.stage
+        return close_graph(
+            stage,
+            self.module,
+            inputs=stage.inputs,
+            outputs=(*stage.outputs, *specs),
+            example=stage.example,
+        )

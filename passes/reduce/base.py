@@ -15,7 +15,7 @@ from functools import partial
 from typing import Any, ClassVar, Literal, TypeGuard
 
 import torch
-from torch.fx import GraphModule
+from torch.fx import Graph, GraphModule, Node
 
 from tokopt.analysis.blocks import Block, NoBlock, find_blocks
 from tokopt.analysis.streams import Stream, Streams, find_streams
@@ -109,12 +109,12 @@ class TokenReduction(Pass):
         )
 
     def _reduce_program(self, bundle: Bundle, name: str, context: Context) -> PassResult:
-        return self._reduce(bundle, name, _before_reductions(bundle, name, context), {})
+        return self._reduce(bundle, name, before_reductions(bundle, name, context), {})
 
     def _reduce(self, bundle: Bundle, name: str, done: Reductions, failed: Mapping[int, str]) -> PassResult:
         """Reduce every stream of one program, but those that have ``failed`` to be rewritten, for the reason."""
         module = open_graph(done.base)
-        if any((op := declared(node.target)) and op.choice for node in module.graph.nodes):
+        if reduces_tokens(module.graph):
             return PassResult(bundle, 0, (), (Refusal("the model", _REDUCED_BEFORE),))
         sites = find_blocks(module.graph)
         if not sites:
@@ -222,7 +222,12 @@ _REDUCED_BEFORE = (
 )
 
 
-def _before_reductions(bundle: Bundle, name: str, context: Context) -> Reductions:
+def reduces_tokens(graph: Graph) -> bool:
+    """Whether a graph chooses which of its tokens stay."""
+    return any((op := declared(node.target)) is not None and op.choice for node in graph.nodes)
+
+
+def before_reductions(bundle: Bundle, name: str, context: Context) -> Reductions:
     """A program as it would be without the token reductions made so far, and these."""
     program = bundle.programs[name]
     done = program.reductions or Reductions(program, ())
@@ -276,7 +281,7 @@ _WHOLE = "the model"
 
 
 def _prove(
-    graph: torch.fx.Graph, streams: Streams, methods: Sequence[TokenReduction], failed: Mapping[int, str]
+    graph: Graph, streams: Streams, methods: Sequence[TokenReduction], failed: Mapping[int, str]
 ) -> tuple[list[Proved], list[Refusal]]:
     """The plans of all streams that are to be reduced, and what the last of the methods cannot do.
 
@@ -373,7 +378,7 @@ class Plan:
         """Whether the number of tokens is a symbol."""
         return bool(self.steps) and not isinstance(_tokens(self.steps[0].block), int)
 
-    def prove(self, graph: torch.fx.Graph) -> tuple[Plan, TokenTrace, list[Refusal]]:
+    def prove(self, graph: Graph) -> tuple[Plan, TokenTrace, list[Refusal]]:
         """Drop blocks until the token axis can be followed from every remaining one to the outputs."""
         plan, refusals = self, []
         while True:
@@ -386,7 +391,7 @@ class Plan:
             refusals += [Refusal(b.label, str(obstacle)) for b in guilty]
             plan = replace(plan, steps=tuple(s for s in plan.steps if s.block not in guilty))
 
-    def seeds(self) -> dict[torch.fx.Node, Seed]:
+    def seeds(self) -> dict[Node, Seed]:
         """Where tokens are removed, for the tracer."""
         count = Counter(step.block.residual for step in self.steps)
         return {s.block.residual: Seed(s.block.tokens_at, count[s.block.residual]) for s in self.steps}

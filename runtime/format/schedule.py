@@ -113,6 +113,22 @@ class Schedule:
         plain = [entry for entry in self.of_role("decode") if entry.since <= written]
         return next((entry for entry in reversed(plain) if not entry.tree), plain[0] if plain else None)
 
+    def shares(self, tokens: int) -> dict[Entry, float]:
+        """The share that each entry decodes of the first so many tokens after a prompt, one in a call.
+
+        Where tokens are proposed it is the first entry that decodes.
+        """
+        first = self.entry("decode")
+        if first is None or self.proposing is not None:
+            return {} if first is None else {first: 1.0}
+        plain = [entry for entry in self.of_role("decode") if entry.since < tokens]
+        ends = [entry.since for entry in plain[1:]] + [tokens]
+        return {
+            entry: (end - entry.since) / tokens
+            for entry, end in zip(plain, ends, strict=True)
+            if end > entry.since
+        }
+
     @property
     def proposing(self) -> Entry | None:
         """The entry that decodes and proposes tokens; None where none does."""

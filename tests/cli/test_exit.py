@@ -68,6 +68,34 @@ def test_verify_covers_the_program_of_all_stages(folder: Path, capsys: pytest.Ca
     assert data["ok"] and "whole" in data["outputs"]
 
 
+@pytest.mark.parametrize("path", ["staged.tokopt", "onnx.tokopt"])
+def test_inspect_shows_every_stage_and_its_exit(
+    path: str, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Where each exit stands, by which rule, and what it promises, of both kinds of artifacts."""
+    assert main(["inspect", str(folder / path)]) == 0
+    printed = capsys.readouterr().out
+    rows = [line for line in printed.splitlines() if "  encode  " in line]
+    ends = [(line.split()[0], line.split("after block ")[1]) for line in rows]
+    assert [(name, end[0], "rows may leave" in end) for name, end in ends] == [
+        ("forward_1", "1", True),
+        ("forward_2", "2", True),
+        ("forward_3", "3", False),
+    ]
+    assert "the threshold 2.75 of entropy was given, and promises nothing" in printed
+
+
+def test_inspect_counts_every_stage(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Together the stages have the model's blocks, and more work than it, by that of the exits."""
+    whole = answer(capsys, "inspect", folder / "plain.tokopt")
+    stages = answer(capsys, "inspect", folder / "staged.tokopt")["programs"]
+    assert [len(stage["blocks"]) for stage in stages.values()] == [1, 1, 1]
+    assert [stage["blocks"][0]["tokens"] for stage in stages.values()] == whole["cost"]["tokens"]
+    flops = [stage["cost"]["flops"] for stage in stages.values()]
+    assert sum(flops) > whole["cost"]["flops"] > sum(flops) * 0.9
+    assert list(whole["programs"]) == ["forward"]
+
+
 def test_estimate_says_what_an_exit_saves(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Rows that never leave pay for the heads, and those that leave save the blocks after."""
     data = answer(capsys, "estimate", folder / "plain.tokopt", EXIT)

@@ -59,7 +59,21 @@ def test_the_stored_outline_is_what_the_program_says(
     assert answer(capsys, "inspect", path) == stored
 
 
-@pytest.mark.parametrize("content", ["{}", "[]", "no json", '{"blocks": [{}], "cost": {}, "batch": 1}'])
+GOOD = '"blocks": [], "cost": {"flops": 1, "parameters": 1, "nodes": 1}, "batch": 1'
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "{}",
+        "[]",
+        "no json",
+        '{"blocks": [{}], "cost": {}, "batch": 1}',
+        f'{{{GOOD}, "programs": []}}',
+        f'{{{GOOD}, "programs": {{"step": []}}}}',
+        f'{{{GOOD}, "programs": {{"other": {{{GOOD}}}}}}}',
+    ],
+)
 def test_a_damaged_outline_is_a_typed_sentence(
     content: str, model: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

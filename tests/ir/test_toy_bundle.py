@@ -11,6 +11,7 @@ from tempfile import mkdtemp
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 
 import tokopt
@@ -60,7 +61,17 @@ ENCODERS = "exit is for encoders"
 NO_FACTOR = "no linear has a factor per channel"
 
 
+@cache
+def adapter_file() -> Path:
+    """An adapter of rank 2 for the toys."""
+    path = Path(mkdtemp()) / "adapter.safetensors"
+    save_file({"down.weight": torch.ones(2, HIDDEN), "up.weight": torch.ones(HIDDEN, 2)}, path)
+    return path
+
+
 def options(cls: type[Pass]) -> str:
+    if cls.name == "adapter":
+        return f'at=1 file="{adapter_file()}"'
     if cls.name in OPTIONS:
         return OPTIONS[cls.name]
     families = {KVEviction: EVICTION, WeightQuantization: "group=16", TokenReduction: "r=2"}

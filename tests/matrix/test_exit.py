@@ -17,11 +17,16 @@ from torch.utils._pytree import tree_leaves
 import tokopt
 from tests.matrix.test_matrix import assert_close, captured
 from tests.zoo import ZOO, Entry
+from tokopt.analysis.blocks import blocks_of
 from tokopt.errors import PassRefused
 from tokopt.ir.bundle import Bundle
+from tokopt.ir.program import Program
 from tokopt.runtime import load
 
-PER_TOKEN = "reads features .batch, n., and none of the outputs last_hidden_state has that form"
+PER_TOKEN = (
+    "reads features .batch, n., and none of the outputs last_hidden_state has that form; of outputs per token no "
+    "row leaves, since it leaves as a whole"
+)
 REFUSED = {
     "mae": "output 'mask' does not come from the last block",
     "swin": "the stream is .* after block 1 and .* at the model's end",
@@ -84,6 +89,66 @@ def test_an_exit_with_the_models_own_head_is_the_shorter_model(name: str) -> Non
     assert any(not torch.allclose(a, b) for a, b in zip(full, made.outputs.values(), strict=True))
 
 
+# --- after tokens were merged or pruned ---------------------------------------------------------------------
+
+REDUCED = {
+    "vit": "tome{r=[3,2,1]}",
+    "siglip": "tome{r=2},kcenter{r=[1,2,3]}",
+    "beit": "evit{r=[3,2]}",
+    "dinov3": "divprune{r=[2,3]}",
+}
+"""Sizes and merge maps, which go from stage to stage; a pooling head; tables of biases; rotary tables."""
+
+
+@pytest.mark.parametrize("name", list(REDUCED))
+def test_where_no_row_leaves_the_stages_are_the_reduced_model(name: str) -> None:
+    """Bit for bit; and a later stage has the tokens that are left."""
+    reduced, inputs = tokopt.optimize(captured(name), REDUCED[name], strict=True), ZOO[name].inputs(seed=3)
+    staged = tokopt.optimize(reduced, NEVER, strict=True)
+    made = staged.staged(given(staged, inputs))
+    for want, got in zip(reduced(*inputs.values()), made.outputs.values(), strict=True):
+        assert torch.equal(want, got)
+    tokens = [n for name in staged.encoders for n in _tokens(staged.programs[name])]
+    assert tokens == _tokens(reduced.main) and tokens[1] < tokens[0]
+
+
+def _tokens(program: Program) -> list[int]:
+    return [block.site.tokens for block in blocks_of(program.module.graph)]
+
+
+@pytest.mark.parametrize("name", ["vit", "siglip"])
+def test_an_exit_of_a_merged_model_is_the_shorter_model_merged(name: str) -> None:
+    entry, inputs = ZOO[name], ZOO[name].inputs(seed=4)
+    staged = tokopt.optimize(captured(name), f"tome{{r=2}},{NEVER}", strict=True)
+    shorter = tokopt.capture(shortened(entry, 1), tuple(inputs.values()), dynamic=entry.dynamic)
+    wanted = tokopt.optimize(shorter, "tome{r=2}", strict=True)(*inputs.values())
+    made = staged.staged(given(staged, inputs), depth=1)
+    for got, want in zip(made.outputs.values(), wanted, strict=True):
+        assert_close(entry, inputs, got, want)
+
+
+def test_a_text_of_any_length_is_merged_after_the_exits_were_put() -> None:
+    """How many tokens are left is no plain axis; with texts of one length it is a number."""
+    bundle, inputs = captured("minilm"), ZOO["minilm"].inputs(seed=3)
+    with pytest.raises(PassRefused, match=r"an axis of tokens - 2, .*; capture with fixed sizes"):
+        tokopt.optimize(bundle, f"tome{{r=2}},{NEVER}", strict=True)
+    fixed = dict.fromkeys(ZOO["minilm"].dynamic, ("batch", None))
+    text = tokopt.capture(ZOO["minilm"].build(), tuple(inputs.values()), dynamic=fixed)
+    merged = tokopt.optimize(text, "tome{r=2}", strict=True)
+    staged = tokopt.optimize(merged, NEVER, strict=True)
+    made = staged.staged(given(staged, inputs))
+    for want, got in zip(merged(*inputs.values()), made.outputs.values(), strict=True):
+        assert torch.equal(want, got)
+
+
+def test_a_merged_model_that_was_saved_is_refused(tmp_path: Path) -> None:
+    path = tokopt.export(
+        tokopt.optimize(captured("vit"), "tome{r=2}"), tmp_path / "merged.tokopt", target="torch"
+    )
+    with pytest.raises(PassRefused, match="give the reduction and exit in one pipeline"):
+        tokopt.optimize(tokopt.open_bundle(path), NEVER, strict=True)
+
+
 # --- artifacts ----------------------------------------------------------------------------------------------
 
 
@@ -92,9 +157,9 @@ MODELS = ("vit", "minilm", "siglip", "dinov3")
 
 
 @cache
-def split_rows(name: str, rule: str) -> tuple[Bundle, dict[str, torch.Tensor]]:
+def split_rows(name: str, rule: str, before: str = "") -> tuple[Bundle, dict[str, torch.Tensor]]:
     """A model with two exits whose threshold parts the rows of a batch, which is found by trying."""
-    bundle, inputs = captured(name), ZOO[name].inputs(batch=8, seed=5)
+    bundle, inputs = tokopt.optimize(captured(name), before), ZOO[name].inputs(batch=8, seed=5)
     low, high = {"entropy": (0.0, 5.0), "convergence": (1.0, -1.0)}[rule]
     for _ in range(20):
         middle = (low + high) / 2
@@ -109,11 +174,21 @@ def split_rows(name: str, rule: str) -> tuple[Bundle, dict[str, torch.Tensor]]:
     raise AssertionError("no threshold parts the rows")
 
 
-@pytest.mark.parametrize("rule", ["entropy", "convergence"])
-@pytest.mark.parametrize("name", [name for name in MODELS if ZOO[name].layers > 2])
-def test_an_artifact_gives_row_by_row_what_it_gives_a_batch(name: str, rule: str, tmp_path: Path) -> None:
+DEEP = [name for name in MODELS if ZOO[name].layers > 2]
+
+
+@pytest.mark.parametrize(
+    ("name", "rule", "before"),
+    [
+        *((name, rule, "") for name in DEEP for rule in ("entropy", "convergence")),
+        ("vit", "entropy", "tome{r=4}"),
+    ],
+)
+def test_an_artifact_gives_row_by_row_what_it_gives_a_batch(
+    name: str, rule: str, before: str, tmp_path: Path
+) -> None:
     """The staged runs agree with each other, with the exported programs, and with one file in bare ONNX Runtime."""
-    staged, inputs = split_rows(name, rule)
+    staged, inputs = split_rows(name, rule, before)
     wanted = staged.staged(inputs)
     path = tokopt.export(staged, tmp_path / "staged.tokopt")
     model = load(path)
@@ -148,7 +223,7 @@ def close(entry: Entry, inputs: Any, name: str, row: int, got: np.ndarray, want:
     assert error < 1e-9, name
 
 
-@pytest.mark.parametrize("name", [name for name in MODELS if ZOO[name].layers > 2])
+@pytest.mark.parametrize("name", DEEP)
 def test_every_depth_can_be_asked_for(name: str, tmp_path: Path) -> None:
     staged, inputs = split_rows(name, "convergence")
     model = load(tokopt.export(staged, tmp_path / "staged.tokopt"))

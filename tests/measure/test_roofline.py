@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from tests.matrix.language import bundle as decoder
 from tests.matrix.test_matrix import captured
 from tokopt.analysis.cost import node_bytes
 from tokopt.ir.bundle import Bundle
+from tokopt.ir.format import Schedule
 from tokopt.ir.graph import aten, is_call, sizes
 from tokopt.measure.forecast import forecast, occupied
 from tokopt.measure.machine import KINDS, ROWS, Machine
@@ -106,3 +108,22 @@ def test_forecasts_grow_with_the_prompt_and_with_the_rows() -> None:
     assert short.read < long.read and short.token < long.token and short.cache_bytes < long.cache_bytes
     costs = list(long.rows.values())
     assert list(long.rows) == [2, 4, 8, 16] and costs == sorted(costs) and costs[0] > 1 and costs[-1] < 16
+
+
+def test_later_tokens_count_as_their_program_takes_them() -> None:
+    """The time of a token is the mean over the text, so a longer text that goes on with fewer blocks is faster."""
+    machine = Machine(1e9, dict.fromkeys(KINDS, (1e-10, 2e-10, 4e-10, 2e-09)))
+    fading = quantized("llama", "skipdecode{min=1 over=8}")
+    whole, shallow = (replace(fading, schedule=_only(fading, place)) for place in (0, 1))
+    one, two = (forecast(bundle, machine, 16).token for bundle in (whole, shallow))
+    assert two < one == forecast(fading, machine, 16, tokens=8).token
+    for tokens in (9, 32):
+        mean = (8 * one + (tokens - 8) * two) / tokens
+        assert forecast(fading, machine, 16, tokens).token == pytest.approx(mean)
+
+
+def _only(bundle: Bundle, place: int) -> Schedule:
+    """A schedule in which one of the entries that decode does all."""
+    entries = [entry for entry in bundle.schedule.entries if entry.role != "decode"]
+    kept = list(bundle.schedule.of_role("decode"))[place]
+    return replace(bundle.schedule, entries=(*entries, replace(kept, since=0)))

@@ -18,9 +18,12 @@ import tokopt
 from tests.lower.encoders import Vision, vision
 from tests.matrix.language import artifact, prompt
 from tests.matrix.language import bundle as decoder
+from tests.zoo.blocks import Encoder, FunctionalAttention, PreNormBlock
+from tests.zoo.entries import randomize
 from tokopt.errors import InputError
 from tokopt.measure import text_times, tuning
 from tokopt.measure.judge import FEATURES, PREDICTIONS, Floor, judge
+from tokopt.measure.space import default_space
 from tokopt.measure.timing import interleaved_times
 from tokopt.measure.tuning import GAIN, Machine, Trial, Tuning
 from tokopt.runtime.format.manifest import read_manifest
@@ -81,6 +84,46 @@ def test_front_and_winner_by_definition(points: list[tuple[int, int]]) -> None:
     assert front == {point for i, point in enumerate(points) if i not in beaten}
     good = [s / 2 for s, q in points if q / 6 >= 0.9 and s / 2 >= GAIN]
     assert (found.winner.speedup if found.winner else None) == max(good, default=None)
+
+
+# --- what is tried ----------------------------------------------------------------------------------------
+
+
+def blocks(count: int = 4) -> list[PreNormBlock]:
+    return [PreNormBlock(32, 48, FunctionalAttention(32, 2)) for _ in range(count)]
+
+
+DEEP = {
+    "margin": lambda: (Encoder(16, 4, 32, blocks()), torch.nn.Linear(32, 5)),
+    "convergence": lambda: (Encoder(16, 4, 32, blocks()),),
+    "": blocks,
+}
+"""Four blocks: for classes, for features, for outputs per token."""
+
+
+def deep(rule: str) -> tokopt.Bundle:
+    size = (3, 3, 16, 16) if rule else (3, 9, 32)
+    return tokopt.capture(randomize(torch.nn.Sequential(*DEEP[rule]())), (torch.randn(size),))
+
+
+@pytest.mark.parametrize("rule", DEEP)
+def test_depth_is_tried_where_a_model_has_it(rule: str) -> None:
+    """Rows leave by classes, by features, or not at all; and what is tried is refused by nobody."""
+    bundle = deep(rule)
+    fewer, *others = default_space(bundle)
+    assert fewer == ("drop_blocks{count=1 heal=true}",)
+    exits = [text for kind in others for text in kind if text.startswith("exit")]
+    assert all(f"rule={rule} " in text for text in exits) and len(exits) == (2 if rule else 0)
+    calibration = [torch.randn(8, *bundle.main.example[0].shape[1:]) for _ in range(3)]
+    for text in (*fewer, *exits):
+        assert tokopt.optimize(bundle, text, calibration=calibration, strict=True).history[-1].matches
+
+
+def test_depth_is_not_tried_where_there_is_none() -> None:
+    """Models of two layers, and of several programs."""
+    assert default_space(decoder("llama"))[0][0].startswith("streaming")
+    cut = tokopt.optimize(deep("margin"), "split{at=2}", strict=True)
+    assert not any(text.startswith(("drop", "exit")) for kind in default_space(cut) for text in kind)
 
 
 # --- the search -------------------------------------------------------------------------------------------
@@ -326,6 +369,16 @@ def test_a_language_models_time_is_that_of_one_token(monkeypatch: pytest.MonkeyP
     clock = iter([0.0, float(text_times.STEPS)])
     monkeypatch.setattr(text_times, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
     assert measure() == 1.0
+
+
+def test_the_time_of_a_token_is_a_mean_over_the_text(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The whole model decodes the first 8 of 32 tokens and takes 4 s for each, the shallower one 1 s."""
+    path = str(artifact("llama", "skipdecode{min=1 over=8}").path)
+    measure = text_times.DecodeTimer(16, 1, 32).open(path)
+    steps = float(text_times.STEPS)
+    clock = iter([0.0, 4 * steps, 5 * steps, 6 * steps])
+    monkeypatch.setattr(text_times, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
+    assert measure() == (8 * 4 + 24 * 1) / 32
 
 
 def test_language_model_is_tuned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -254,7 +254,7 @@ def test_stages_are_quantized_like_any_program(others: str, tmp_path: Path) -> N
 
 
 def test_tokens_are_merged_within_the_stages(tmp_path: Path) -> None:
-    """A pass that merges tokens comes after; before, the stream would be longer at an exit than at the end."""
+    """A pass that merges tokens after the exits were put gives every stage all tokens back."""
     text = "exit{after=[1] rule=convergence threshold=1.0 fit=own}"
     made = tokopt.optimize(captured(VIT), f"{text},tome{{r=4}}", strict=True)
     assert made.history[-1].matches == 3
@@ -264,5 +264,3 @@ def test_tokens_are_merged_within_the_stages(tmp_path: Path) -> None:
     got = model.run(*(value.numpy() for value in inputs.values()))
     for name, value in wanted.outputs.items():
         torch.testing.assert_close(torch.from_numpy(got[name]), value, atol=1e-4, rtol=1e-3)
-    with pytest.raises(PassRefused, match="the model"):
-        tokopt.optimize(captured(VIT), f"tome{{r=[8,0,0]}},{text}", strict=True)

@@ -161,11 +161,13 @@ def test_every_pass_prints_only_what_differs_from_its_defaults(name: str) -> Non
     assert cls.name == name
     press = parse("knorm{budget=99}").passes[0]
     known = {"r": 99, "budget": 99, "residual": 99, "only": ("*mlp*",), "press": press, "nodes": 4}
-    known |= {"at": 2, "count": 1, "min": 2, "after": (2, 3)}
-    fields = {field.name for field in dataclasses.fields(cls) if field.init}
-    options = [pair for pair in known.items() if pair[0] in fields][:1]
+    known |= {"at": 2, "count": 1, "min": 2, "after": (2, 3), "file": "a"}
+    fields = {field.name: field.default for field in dataclasses.fields(cls) if field.init}
+    needed = [pair for pair in known.items() if fields.get(pair[0]) is dataclasses.MISSING]
+    options = needed or [pair for pair in known.items() if pair[0] in fields][:1]
     assert options or not fields
-    text = name + "".join(f"{{{option}={format_value(value)}}}" for option, value in options)
+    given = " ".join(f"{option}={format_value(value)}" for option, value in options)
+    text = f"{name}{{{given}}}" if given else name
     step = parse(text).passes[0]
     assert step == cls(**dict(options))
     assert str(step) == text
@@ -204,7 +206,10 @@ def test_passes_text_and_pipeline_are_interchangeable() -> None:
         ("kcentre{r=1}", "did you mean 'kcenter'?"),
         ("tome{shedule=constant}", "no option 'shedule', did you mean 'schedule'?"),
         ("evit{kepe=0.7}", "no option 'kepe', did you mean 'keep'?"),
-        ("zzz", "known: drop_unread, fold_scales, drop_blocks, exit, skipdecode, split, adakv, chunk"),
+        (
+            "zzz",
+            "known: drop_unread, fold_scales, adapter, drop_blocks, exit, skipdecode, split, adakv, chunk",
+        ),
         ("tome{r=1 r=2}", "option 'r' is given twice"),
         ("tome{r=}", "column 8: expected a value, found '}'"),
         ("tome{r}", "column 7: expected '=', found '}'"),

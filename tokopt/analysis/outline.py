@@ -1,8 +1,9 @@
-"""What is worth knowing of a bundle at a glance: its attentions, and what a call of its main program costs."""
+"""What is worth knowing of a bundle at a glance: the attentions of its programs, and what a call of each costs."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 
 from tokopt.analysis.blocks import Block, find_blocks
@@ -30,12 +31,24 @@ class BlockRow:
 
 
 @dataclass(frozen=True)
-class Outline:
-    """The attentions of a main program in execution order, the cost of one call, and the example's batch."""
+class ProgramOutline:
+    """The attentions of a program in execution order, the cost of one call, and the example's batch."""
 
     blocks: tuple[BlockRow, ...]
     cost: Cost
     batch: int
+
+    @classmethod
+    def of(cls, program: Program) -> ProgramOutline:
+        shape = program.example[0].shape
+        return cls(tuple(describe_blocks(program)), program_cost(program), shape[0] if len(shape) else 1)
+
+
+@dataclass(frozen=True)
+class Outline(ProgramOutline):
+    """The outline of a main program, and those of all ``programs`` by name where there are several."""
+
+    programs: Mapping[str, ProgramOutline]
 
     def to_json(self) -> str:
         """The text that ``tokopt inspect`` reads."""
@@ -44,9 +57,9 @@ class Outline:
 
 def outline(bundle: Bundle) -> Outline:
     """The outline of a bundle."""
-    program = bundle.main
-    shape = program.example[0].shape
-    return Outline(tuple(describe_blocks(program)), program_cost(program), shape[0] if len(shape) else 1)
+    programs = {name: ProgramOutline.of(program) for name, program in bundle.programs.items()}
+    main = programs[bundle.main_name]
+    return Outline(main.blocks, main.cost, main.batch, programs if len(programs) > 1 else {})
 
 
 def describe_blocks(program: Program) -> list[BlockRow]:

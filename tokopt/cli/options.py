@@ -68,6 +68,17 @@ def add_prompt(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_tokens(parser: argparse.ArgumentParser) -> None:
+    """``max_tokens``: the length of the text after the prompt."""
+    parser.add_argument(
+        "--max-tokens",
+        type=positive,
+        default=128,
+        metavar="N",
+        help="tokens of a text after its prompt, over which the time of one is a mean (default: 128)",
+    )
+
+
 def add_threads(parser: argparse._ActionsContainer) -> None:
     """``threads``: of the engine."""
     parser.add_argument(

@@ -12,11 +12,11 @@ import torch
 
 from tokopt.ir.bundle import Bundle
 from tokopt.ir.calls import first_call, initial
-from tokopt.ir.format import BATCH, State, find_role, slot_axis
+from tokopt.ir.format import BATCH, Entry, State, find_role, slot_axis
 from tokopt.ir.program import Program
 from tokopt.measure.machine import Machine
 from tokopt.measure.roofline import Roofline
-from tokopt.measure.text_times import ROWS, STEPS
+from tokopt.measure.text_times import ROWS, STEPS, TOKENS
 from tokopt.runtime.buffers import capacity
 from tokopt.runtime.format.signature import wiring
 from tokopt.runtime.loop import PREFILL
@@ -26,9 +26,10 @@ from tokopt.runtime.loop import PREFILL
 class TextForecast:
     """What one text of a given prompt will take.
 
-    ``read`` are the seconds for the prompt, ``token`` those for a token after it, with its share of what triggers do,
-    ``rows`` the cost of a call by the number of its new tokens, in calls with one. ``weight_bytes`` are those of the
-    parameters as they are stored, ``cache_bytes`` those of the states after the prompt.
+    ``read`` are the seconds for the prompt, ``token`` the mean of those for a token after it, with its share of what
+    triggers do, ``rows`` the cost of a call by the number of its new tokens, in calls with one, at the start of a text.
+    ``weight_bytes`` are those of the parameters as they are stored, ``cache_bytes`` those of the states after the
+    prompt.
     """
 
     read: float
@@ -48,15 +49,14 @@ class TextForecast:
         }
 
 
-def forecast(bundle: Bundle, machine: Machine, prompt: int) -> TextForecast:
-    """Predict what one text takes whose prompt has so many tokens."""
+def forecast(bundle: Bundle, machine: Machine, prompt: int, tokens: int = TOKENS) -> TextForecast:
+    """Predict what one text takes whose prompt has so many tokens, and which goes on for ``tokens`` more."""
     rooflines = {name: Roofline(program) for name, program in bundle.programs.items()}
-    step, entry = bundle.main, bundle.schedule.entry("decode")
-    assert entry is not None
+    step, shares = bundle.main, bundle.schedule.shares(tokens)
     kept = occupied(bundle, prompt)
     slots = {axis: capacity(count + STEPS) for axis, count in kept.items()}
 
-    def call(count: int) -> float:
+    def call(entry: Entry, count: int) -> float:
         sizes = {**slots, **_call_axes(step, count)}
         return sum(
             rooflines[name].seconds(machine, sizes | _call_axes(bundle.programs[name], count))
@@ -65,11 +65,13 @@ def forecast(bundle: Bundle, machine: Machine, prompt: int) -> TextForecast:
 
     after = [trigger for trigger in bundle.schedule.triggers if trigger.after == "tokens"]
     compacting = sum(rooflines[t.program].seconds(machine, {BATCH: 1, **slots}) / t.every for t in after)
-    one = call(1)
+    first = next(iter(shares))
+    one = call(first, 1)
+    mean = sum(share * call(entry, 1) for entry, share in shares.items())
     return TextForecast(
         _reading(bundle, rooflines, machine, prompt),
-        one + compacting,
-        {count: call(count) / one for count in ROWS if _takes(step, count)},
+        mean + compacting,
+        {count: call(first, count) / one for count in ROWS if _takes(step, count)},
         max(sum(rooflines[name].weight_bytes for name in each.programs) for each in bundle.schedule.entries),
         sum(_bytes(state, slots) for state in bundle.states),
     )

@@ -17,7 +17,10 @@ from tokopt.runtime.loop import Emission, Request
 from tokopt.runtime.rows import RowTimer, reads
 
 STEPS = 8
-"""Tokens that one timed call decodes."""
+"""Tokens that are decoded at a time to time a program."""
+
+TOKENS = 128
+"""Tokens of a text after its prompt, by default: where later ones run another program, the time of one is the mean."""
 
 ROWS = (2, 4, 8, 16)
 """New tokens of one text in one call, whose cost is compared with that of one: what checking a draft takes."""
@@ -27,9 +30,9 @@ ROWS = (2, 4, 8, 16)
 class TextTimes:
     """One measurement, on a cache that begins empty.
 
-    ``read`` are the seconds for the prompt, ``token`` those for one token after it, ``rows`` those of one call by the
-    number of its new tokens. ``cache_bytes`` are allocated at the end, ``peak_bytes`` are the most that the process
-    ever had in memory, None where the system does not tell.
+    ``read`` are the seconds for the prompt, ``token`` the mean of those for one token after it, ``rows`` those of one
+    call by the number of its new tokens, at the start of a text. ``cache_bytes`` are allocated at the end,
+    ``peak_bytes`` are the most that the process ever had in memory, None where the system does not tell.
     """
 
     read: float
@@ -41,12 +44,13 @@ class TextTimes:
 
 @dataclass(frozen=True)
 class TextTimer:
-    """What ``batch`` texts of ``prompt`` tokens take; see :class:`TextTimes`."""
+    """What ``batch`` texts take with a prompt of ``prompt`` tokens and ``tokens`` after it; see :class:`TextTimes`."""
 
     prompt: int
     batch: int = 1
     threads: int | None = None
     backend: Backend = "onnxruntime"
+    tokens: int = TOKENS
 
     def open(self, path: str) -> Callable[[], TextTimes]:
         """Open an artifact; raises InputError for one that draws its tokens itself."""
@@ -59,10 +63,7 @@ class TextTimer:
             clock = time.perf_counter()
             emission = request.prefill([ids] * self.batch)
             read = time.perf_counter() - clock
-            state = (_likeliest(emission), self.prompt)
-            clock = time.perf_counter()
-            position = decode(request, state)[1]
-            token = (time.perf_counter() - clock) / STEPS
+            token, (_, position) = mean_seconds(request, (_likeliest(emission), self.prompt), self.tokens)
             rows: dict[int, float] = {}
             for count in counts:
                 tokens = np.zeros((self.batch, count), np.int64)
@@ -78,10 +79,14 @@ class TextTimer:
 
 @dataclass(frozen=True)
 class DecodeTimer:
-    """The seconds of one token after ``prompt`` of them; the cache goes on growing, and is compacted when due."""
+    """The mean seconds of one of ``tokens`` after ``prompt`` of them.
+
+    The cache goes on growing from one measurement to the next, and is compacted when due.
+    """
 
     prompt: int
     threads: int | None = None
+    tokens: int = TOKENS
 
     def open(self, path: str) -> Callable[[], float]:
         """Open an artifact and read the prompt; raises InputError for one that draws its tokens itself."""
@@ -91,9 +96,8 @@ class DecodeTimer:
         state = [(_likeliest(request.prefill([ids])), self.prompt)]
 
         def measure() -> float:
-            clock = time.perf_counter()
-            state[0] = decode(request, state[0])
-            return (time.perf_counter() - clock) / STEPS
+            seconds, state[0] = mean_seconds(request, state[0], self.tokens)
+            return seconds
 
         return measure
 
@@ -113,8 +117,27 @@ class FormTimer:
         return RowTimer(model, self.rows, self.prompt, self.form).measure
 
 
-def decode(request: Request, state: tuple[np.ndarray, int]) -> tuple[np.ndarray, int]:
-    """Decode :data:`STEPS` tokens greedily; ``state`` is the next token of every row [batch] and its position."""
+State = tuple[np.ndarray, int]
+"""The next token of every row [batch], and its position."""
+
+
+def mean_seconds(request: Request, state: State, tokens: int) -> tuple[float, State]:
+    """The seconds of one token, the mean over ``tokens`` of them, and where the text is then.
+
+    Every program that decodes some of them runs for :data:`STEPS`; afterwards the text counts as one that begins.
+    """
+    seconds = 0.0
+    for entry, share in request.schedule.shares(tokens).items():
+        request.written = entry.since
+        clock = time.perf_counter()
+        state = _decode(request, state)
+        seconds += share * (time.perf_counter() - clock) / STEPS
+    request.written = 0
+    return seconds, state
+
+
+def _decode(request: Request, state: State) -> State:
+    """Decode :data:`STEPS` tokens greedily."""
     token, position = state
     for _ in range(STEPS):
         emission = request.step(token[:, None], np.full((len(token), 1), position))

@@ -35,26 +35,11 @@ from tokopt.errors import InputError, TokoptError
 from tokopt.ir.bundle import Bundle, check_bundle
 from tokopt.ir.format import BATCH
 from tokopt.measure.judge import FEATURES, OWN, PREDICTIONS, Floor, judge
+from tokopt.measure.space import default_space
 from tokopt.measure.timing import Feed, interleaved_times, open_runner
 from tokopt.pipeline.manager import optimize, parse
 from tokopt.place import alone, move_artifact, remove_artifact, writing
 from tokopt.runtime.engines.onnxruntime import check_threads
-
-Space = tuple[tuple[str, ...], ...]
-"""Kinds of methods, and the candidates of each; at most one of each kind is in a pipeline."""
-
-FEATURE_SPACE: Space = (
-    ("tome{target=0.75}", "tome{target=0.5}", "tome{target=0.35}", "tome{target=0.25}"),
-    ("int8", "smoothquant,int8{activations=static}", "rtn{bits=8}"),
-)
-"""What is tried on an encoder."""
-
-TEXT_SPACE: Space = (
-    ("streaming{budget=0.5}", "h2o{budget=0.5}", "expected_attention{budget=0.5}"),
-    ("keep_grid", "rtn{bits=8}", "gptq{group=16 order=true}", "rtn"),
-    ("int8_kv",),
-)
-"""What is tried on a language model."""
 
 GAIN = 1.05
 """The least speed-up that is called one: two timings of the same program differ by less than this."""
@@ -156,9 +141,10 @@ def tune(
     """Find the fastest pipeline for ``bundle`` whose quality on ``samples`` reaches ``floor``.
 
     Samples of even places calibrate, the others judge. ``floor`` is a :class:`~tokopt.measure.judge.Floor` in words, by
-    default ``cosine>=0.99`` or ``KL<=0.05``. ``candidates`` replaces :data:`SPACES`: kinds of methods, of which a
-    pipeline takes at most one each. ``metric`` is called with the folder of every candidate's artifact, and a floor can
-    speak of it: ``metric>=0.8``. No trial begins after ``minutes``. ``progress`` is called with a line per step.
+    default ``cosine>=0.99`` or ``KL<=0.05``. ``candidates`` replaces :func:`~tokopt.measure.space.default_space`: kinds
+    of methods, of which a pipeline takes at most one each. ``metric`` is called with the folder of every candidate's
+    artifact, and a floor can speak of it: ``metric>=0.8``. No trial begins after ``minutes``. ``progress`` is called
+    with a line per step.
 
     ``folder`` keeps what was measured (``trials.json``), so that the same search goes on where it stopped; the winner's
     artifact (``best.tokopt``), its pipeline (``pipeline.txt``, empty when nothing gains) and, with matplotlib, the
@@ -191,10 +177,7 @@ def tune(
     usual = "KL<=0.05" if generates else "cosine>=0.99"
     wanted = Floor.parse(check_text("floor", floor) or usual, (*measures, *([OWN] if metric else [])))
     # One spelling of each; a misspelt candidate is refused before anything runs.
-    kinds = [
-        [str(parse(text)) for text in kind]
-        for kind in candidates or (TEXT_SPACE if generates else FEATURE_SPACE)
-    ]
+    kinds = [[str(parse(text)) for text in kind] for kind in candidates or default_space(bundle)]
     say = progress or (lambda line: None)
     with alone(folder):
         search = _Search(bundle, samples, folder, machine, metric, say)

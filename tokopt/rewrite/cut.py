@@ -6,7 +6,7 @@ by links, and masks, rotary tables and sizes, which no parameter is multiplied i
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -79,14 +79,14 @@ class Halves:
         return (*made, *(Link(Port(first, name), Port(second, name), when) for name in self.links))
 
 
-def cut(program: Program, module: GraphModule, at: Node) -> Halves:
+def cut(program: Program, module: GraphModule, at: Node, early: Collection[str] = ()) -> Halves:
     """Cut a program at a value of its open graph ``module``, which stays as it is.
 
-    A state goes to the half that reads and writes it. One that both read, such as a length, is written by the second
-    half alone. Raises PassRefused where a value that has to be handed on has no batch axis of variable size, or an axis
-    whose size is computed of others.
+    The first half gives the outputs that ``early`` names, the second all others. A state goes to the half that reads
+    and writes it. One that both read, such as a length, is written by the second half alone. Raises PassRefused where a
+    value that has to be handed on has no batch axis of variable size, or an axis whose size is computed of others.
     """
-    return _Cut(program, module, at).halves()
+    return _Cut(program, module, at, early).halves()
 
 
 @dataclass
@@ -99,6 +99,7 @@ class _Cut:
     program: Program
     module: GraphModule
     at: Node
+    early: Collection[str] = ()
     hands: list[Node] = field(init=False, default_factory=list[Node])
     kept: set[Node] = field(init=False, default_factory=set[Node])
     states: set[str] = field(init=False, default_factory=set[str])
@@ -154,7 +155,9 @@ class _Cut:
         return next(given.state for given in self.program.inputs if given.name == source)
 
     def _is_second(self, spec: TensorSpec) -> bool:
-        """Whether the second half gives an output: all that is no state, and states that it has to do with."""
+        """Whether the second half gives an output: all that is no state or early, and states that it has to do with."""
+        if spec.name in self.early:
+            return False
         state = self._state_of(spec)
         return state is None or state in self.states
 

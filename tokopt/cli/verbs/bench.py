@@ -8,7 +8,7 @@ from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
-from tokopt.cli.options import add_backend, add_batch, add_prompt, add_threads, positive, shape
+from tokopt.cli.options import add_backend, add_batch, add_prompt, add_threads, add_tokens, positive, shape
 from tokopt.cli.screen import Screen
 from tokopt.cli.verb import OK, Verb
 from tokopt.errors import InputError
@@ -37,6 +37,7 @@ def add_options(parser: ArgumentParser) -> None:
     )
     add_batch(parser)
     add_prompt(parser)
+    add_tokens(parser)
     add_threads(parser)
     add_backend(parser)
 
@@ -59,7 +60,11 @@ def run(args: Namespace, screen: Screen) -> int:
             result["kernels"] = _kernels(result["artifact"])
             screen.line(f"{result['artifact']}: CPU kernels of tokopt: {result['kernels']}")
     settings = {"rounds": rounds, "batch": args.batch, "threads": args.threads}
-    screen.finish(settings | ({"prompt": args.prompt} if True in kinds else {}) | {"results": results})
+    screen.finish(
+        settings
+        | ({"prompt": args.prompt, "max_tokens": args.max_tokens} if True in kinds else {})
+        | {"results": results}
+    )
     return OK
 
 
@@ -103,7 +108,7 @@ def _texts(args: Namespace, rounds: int) -> list[dict[str, Any]]:
     from tokopt.measure.text_times import TextTimer
     from tokopt.measure.timing import interleaved
 
-    timer = TextTimer(args.prompt, args.batch or 1, args.threads, args.backend)
+    timer = TextTimer(args.prompt, args.batch or 1, args.threads, args.backend, args.max_tokens)
     times = list(interleaved(args.artifacts, rounds, timer))
     return [
         _text_result(path, [r[0] for r in times], [r[index] for r in times])

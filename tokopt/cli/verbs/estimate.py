@@ -9,7 +9,7 @@ from itertools import pairwise
 from typing import TYPE_CHECKING
 
 from tokopt.cli.models import read_bundle
-from tokopt.cli.options import add_model, add_pipeline, add_prompt
+from tokopt.cli.options import add_model, add_pipeline, add_prompt, add_tokens
 from tokopt.cli.screen import Screen
 from tokopt.cli.tables import show_report, telling
 from tokopt.cli.verb import OK, Verb
@@ -26,6 +26,7 @@ def add_options(parser: ArgumentParser) -> None:
     add_model(parser)
     add_pipeline(parser)
     add_prompt(parser)
+    add_tokens(parser)
 
 
 def run(args: Namespace, screen: Screen) -> int:
@@ -46,7 +47,7 @@ def run(args: Namespace, screen: Screen) -> int:
 
         def predict(made: Bundle) -> None:
             if made.schedule.generates:
-                texts.append(forecast(made, machine, args.prompt))
+                texts.append(forecast(made, machine, args.prompt, args.max_tokens))
             else:
                 seconds.append(sum(predict_seconds(made.programs[name], machine) for name in made.encoders))
                 stages.append(made)
@@ -91,8 +92,8 @@ def _predict_texts(texts: Sequence[TextForecast], report: Report, args: Namespac
     total = texts[0].token / texts[-1].token
     reading = texts[0].read / texts[-1].read
     screen.line(
-        f"{_verdict(total)} per token; prompts are read {reading:.2f}x as fast (roofline of this machine's CPU after "
-        f"{args.prompt} tokens; tokopt bench measures)"
+        f"{_verdict(total)} per token; prompts are read {reading:.2f}x as fast (roofline of this machine's CPU for "
+        f"{args.max_tokens} tokens after a prompt of {args.prompt}; tokopt bench measures)"
     )
     records = [
         {**dataclasses.asdict(record), **text.as_dict(), "predicted_speedup": before.token / text.token}
@@ -101,6 +102,7 @@ def _predict_texts(texts: Sequence[TextForecast], report: Report, args: Namespac
     screen.finish(
         {
             "prompt": args.prompt,
+            "max_tokens": args.max_tokens,
             "predicted_speedup": total,
             "pays": total >= _PAYS,
             "before": texts[0].as_dict(),

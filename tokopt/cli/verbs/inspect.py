@@ -1,4 +1,4 @@
-"""``tokopt inspect``: the blocks of a program, or the manifest of an artifact that holds none."""
+"""``tokopt inspect``: the blocks of a model's programs, or the manifest of an artifact that holds none."""
 
 from __future__ import annotations
 
@@ -7,11 +7,12 @@ import json
 from argparse import ArgumentParser, Namespace
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from tokopt.cli.blocks import HEADERS, rows_by_kind
 from tokopt.cli.models import deployed_manifest, read_bundle
 from tokopt.cli.options import add_model
+from tokopt.cli.schedule import RUN_HEADERS, runs
 from tokopt.cli.screen import Screen, si
 from tokopt.cli.tables import spell, tensor_data
 from tokopt.cli.verb import OK, Verb
@@ -19,7 +20,11 @@ from tokopt.errors import ArtifactError
 from tokopt.runtime.format.manifest import ENGINE, MANIFEST, OUTLINE, file_fault, file_path, read_manifest
 
 if TYPE_CHECKING:
-    from tokopt.runtime.format.manifest import Manifest, Tensor
+    from tokopt.ir.bundle import AppliedPass
+    from tokopt.ir.program import Program
+    from tokopt.runtime.format.entries import PassEntry, ProgramEntry
+    from tokopt.runtime.format.manifest import Manifest
+    from tokopt.runtime.format.schedule import Schedule
 
 
 def add_options(parser: ArgumentParser) -> None:
@@ -27,34 +32,51 @@ def add_options(parser: ArgumentParser) -> None:
 
 
 def run(args: Namespace, screen: Screen) -> int:
-    """Blocks of a program, or the manifest of an artifact that only holds ONNX."""
+    """Blocks of all programs, or the manifest of an artifact that only holds ONNX."""
     if manifest := deployed_manifest(args.artifact):
         return _inspect_manifest(manifest, screen)
     if (stored := _stored_outline(Path(args.artifact))) is not None:
-        return _inspect_program(stored, screen)
+        return _inspect_model(stored, screen)
     with screen.step(f"Reading {args.artifact}"):
         bundle = read_bundle(args.artifact)
         from tokopt.analysis.outline import outline
 
         found = dataclasses.asdict(outline(bundle))
-    program = bundle.main
-    return _inspect_program(
-        _Program(bundle.pipeline, bundle.semantics, program.inputs, program.outputs, found), screen
-    )
+    return _inspect_model(_Model(bundle, bundle.history, bundle.main_name, found), screen)
+
+
+class _Described(Protocol):
+    """What a bundle and a manifest both say."""
+
+    @property
+    def programs(self) -> Mapping[str, Program | ProgramEntry]: ...
+    @property
+    def schedule(self) -> Schedule: ...
+    @property
+    def pipeline(self) -> str: ...
+    @property
+    def semantics(self) -> str: ...
 
 
 @dataclasses.dataclass(frozen=True)
-class _Program:
-    """What is shown of a main program; ``outline`` is :class:`tokopt.analysis.outline.Outline` as a mapping."""
+class _Model:
+    """What is shown of a model whose main program is ``main``.
 
-    pipeline: str
-    semantics: str
-    inputs: Sequence[Tensor]
-    outputs: Sequence[Tensor]
+    ``outline`` is :class:`tokopt.analysis.outline.Outline` as a mapping.
+    """
+
+    described: _Described
+    passes: Sequence[AppliedPass | PassEntry]
+    main: str
     outline: Mapping[str, Any]
 
+    @property
+    def programs(self) -> Mapping[str, Mapping[str, Any]]:
+        """The outlines by the names of their programs."""
+        return self.outline["programs"] or {self.main: self.outline}
 
-def _stored_outline(folder: Path) -> _Program | None:
+
+def _stored_outline(folder: Path) -> _Model | None:
     """What an artifact of target torch says of itself, without its weights; None for other models and older ones."""
     if not (folder / MANIFEST).is_file():
         return None
@@ -63,34 +85,68 @@ def _stored_outline(folder: Path) -> _Program | None:
         return None
     if fault := file_fault(folder, OUTLINE, manifest.files[OUTLINE]):
         raise ArtifactError(fault)
-    decode = manifest.schedule.entry("decode") or manifest.schedule.entries[-1]
-    program = manifest.programs[decode.program]
+    main = manifest.schedule.entry("decode") or manifest.schedule.entries[-1]
     try:
         found = json.loads(file_path(folder, OUTLINE).read_text(encoding="utf-8"))
-        rows_by_kind(found["blocks"])
-        _summary(found)
-    except (ValueError, KeyError, TypeError) as error:
+        for one in (found, *found.get("programs", {}).values()):
+            rows_by_kind(one["blocks"])
+            _summary(one)
+        if found.get("programs", {}).keys() - manifest.programs.keys():
+            raise ValueError("it has programs that the manifest has not")
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ArtifactError(f"{folder / OUTLINE} is damaged ({error}); export the artifact again") from error
-    return _Program(manifest.pipeline, manifest.semantics, program.inputs, program.outputs, found)
+    return _Model(manifest, manifest.passes, main.program, found) if "programs" in found else None
 
 
-def _inspect_program(program: _Program, screen: Screen) -> int:
-    screen.line(f"{spell(program.inputs)} -> {spell(program.outputs)}")
-    screen.line(f"passes: {program.pipeline or 'none'} ({program.semantics})")
-    screen.line()
-    screen.table(HEADERS, rows_by_kind(program.outline["blocks"]))
-    screen.line(_summary(program.outline))
+def _inspect_model(model: _Model, screen: Screen) -> int:
+    signatures, found = model.described.programs, model.programs
+    for name in found:
+        screen.line((f"{name}: " if len(found) > 1 else "") + _signature(signatures[name]))
+    screen.line(f"passes: {model.described.pipeline or 'none'} ({model.described.semantics})")
+    steps = runs(model.described.schedule, signatures)
+    if len(found) > 1:
+        screen.line()
+        _show_passes(model.passes, screen)
+        screen.line()
+        costs = [found[run.program]["cost"] for run in steps]
+        rows = [
+            (*run.cells, si(cost["flops"]), si(cost["parameters"]), cost["nodes"])
+            for run, cost in zip(steps, costs, strict=True)
+        ]
+        screen.table((*RUN_HEADERS, "FLOPs", "parameters", "nodes"), rows)
+    for name, outline in found.items():
+        if outline["blocks"] or len(found) == 1:
+            screen.line()
+            if len(found) > 1:
+                screen.line(f"{name}:")
+            screen.table(HEADERS, rows_by_kind(outline["blocks"]))
+            screen.line(_summary(outline))
+    main = signatures[model.main]
     screen.finish(
         {
-            "pipeline": program.pipeline,
-            "semantics": program.semantics,
-            "blocks": program.outline["blocks"],
-            "cost": program.outline["cost"],
-            "inputs": tensor_data(program.inputs),
-            "outputs": tensor_data(program.outputs),
+            "pipeline": model.described.pipeline,
+            "semantics": model.described.semantics,
+            "passes": [dataclasses.asdict(step) for step in model.passes],
+            "blocks": model.outline["blocks"],
+            "cost": model.outline["cost"],
+            "inputs": tensor_data(main.inputs),
+            "outputs": tensor_data(main.outputs),
+            "programs": found,
+            "schedule": [dataclasses.asdict(run) for run in steps],
         }
     )
     return OK
+
+
+def _signature(program: Program | ProgramEntry) -> str:
+    return f"{spell(program.inputs)} -> {spell(program.outputs)}"
+
+
+def _show_passes(passes: Sequence[AppliedPass | PassEntry], screen: Screen) -> None:
+    for step in passes:
+        screen.line(f"{step.text}: {step.matches} sites changed, {step.semantics}")
+        for note in step.notes:
+            screen.line(f"  {note}")
 
 
 def _summary(outline: Mapping[str, Any]) -> str:
@@ -103,14 +159,15 @@ def _summary(outline: Mapping[str, Any]) -> str:
 
 def _inspect_manifest(manifest: Manifest, screen: Screen) -> int:
     for name, program in manifest.programs.items():
-        screen.line(f"{name}: {spell(program.inputs)} -> {spell(program.outputs)}")
+        screen.line(f"{name}: {_signature(program)}")
     screen.line(f"passes: {manifest.pipeline or 'none'} ({manifest.semantics})")
     screen.line("made with " + ", ".join(f"{k} {v}" for k, v in manifest.versions.items()))
     screen.line()
-    for step in manifest.passes:
-        screen.line(f"{step.text}: {step.matches} sites changed, {step.semantics}")
-        for note in step.notes:
-            screen.line(f"  {note}")
+    _show_passes(manifest.passes, screen)
+    if len(manifest.programs) > 1:
+        screen.line()
+        screen.table(RUN_HEADERS, [run.cells for run in runs(manifest.schedule, manifest.programs)])
+        screen.line()
     _show_engines(manifest, screen)
     if any(program.kernels is not None for program in manifest.programs.values()):
         from tokopt.runtime.engines.kernels import choose_kernels
