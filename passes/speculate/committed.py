@@ -9,6 +9,7 @@ from torch.fx import Node
 from tokopt.errors import PassRefused
 from tokopt.ir.format import State
 from tokopt.ir.graph import is_call
+from tokopt.ir.program import Program
 from tokopt.kernels import ops
 
 KEPT = ("key", "value", "scale", "zero", "position")
@@ -25,6 +26,12 @@ def check_write(state: State, written: Node, length: Node) -> None:
         (start,) = start.all_input_nodes  # a column of the lengths
     if state.kind not in KEPT or start is not length:
         raise PassRefused(f"state {state.name!r} holds more than an entry for every token")
+
+
+def refuse_links(program: Program) -> None:
+    """Raise PassRefused for a program that does not decode alone."""
+    if any(spec.role == "link" for spec in (*program.inputs, *program.outputs)):
+        raise PassRefused("it takes from other programs, or gives to them")
 
 
 def refuse_memory(state: State) -> None:

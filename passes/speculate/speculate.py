@@ -19,7 +19,7 @@ from tokopt.ir.graph import operand_at
 from tokopt.ir.program import AxisRange, Program, TensorSpec
 from tokopt.kernels import ops
 from tokopt.passes.sample.sample import SampleTokens
-from tokopt.passes.speculate.committed import check_write, longer, path_positions, refuse_memory
+from tokopt.passes.speculate.committed import check_write, longer, path_positions, refuse_links, refuse_memory
 from tokopt.passes.speculate.drafters import Drafter, load_drafter
 from tokopt.passes.speculate.tree import (
     Tree,
@@ -88,13 +88,11 @@ class Speculate(Pass):
         name, drafter = language_program(self.name, bundle), load_drafter(self.drafter)
         assert bundle.generation is not None
         step = bundle.programs[name]
-        if any(spec.role == "link" for spec in (*step.inputs, *step.outputs)):
-            reason = "it takes from other programs, or gives to them"
-            return PassResult(bundle, 0, (), (Refusal(name, reason),))
-        drawing = SampleTokens().run(bundle, context).bundle
-        memory = tuple(_named(drafter.states(bundle.generation), drawing))
         parents = best_first(drafter.rates, drafter.fade, self.nodes, self.depth)
         try:
+            refuse_links(step)
+            drawing = SampleTokens().run(bundle, context).bundle
+            memory = tuple(_named(drafter.states(bundle.generation), drawing))
             made = _Speculation(
                 step, drawing.programs[name], drawing, memory, drafter, chain=is_chain(parents)
             )
