@@ -25,6 +25,10 @@ from tokopt.runtime.prompts import Prompt, each_prompt, stop_strings, token_ids
 from tokopt.runtime.sampling import LogitsProcessor, Sampling, TokenIds, log_probabilities
 from tokopt.runtime.selftest import TaskCheck, run_selftests
 from tokopt.runtime.speculation.calls import Speculation, Trees
+from tokopt.runtime.speculation.drafters.base import Drafter
+from tokopt.runtime.speculation.host import HostSpeculation, Method
+from tokopt.runtime.speculation.named import Verification
+from tokopt.runtime.speculation.rules.base import Rule
 from tokopt.runtime.text import TextStream, Tokenizer, read_tokenizer
 
 
@@ -50,6 +54,7 @@ class LanguageModel:
         self.interface = Interface.of(manifest)
         proposing = manifest.schedule.proposing
         self._speculation = None if proposing is None else Speculation(path, proposing.tree)
+        self._verification = None if manifest.schedule.commit is None else Verification(path, self.settings)
         self._tokenizer: Tokenizer | None = None
 
     def open(self, batch: int, slots: int, inputs: Mapping[str, Any] | None = None) -> Request:
@@ -121,6 +126,8 @@ class LanguageModel:
         processors: Iterable[LogitsProcessor] | None = (),
         inputs: Mapping[str, Any] | None = None,
         nodes: int | None = None,
+        drafter: str | Drafter | None = None,
+        accept: str | Rule | None = None,
     ) -> Any:
         """Generate a text for one prompt (:class:`Generated`) or for several (a list of them).
 
@@ -129,13 +136,19 @@ class LanguageModel:
         example) by name, with a row for every prompt. ``nodes`` is how many of a speculating model's tree every call
         gets, 1 to propose nothing; by default as many as write fastest, by what calls took so far.
 
+        With a ``drafter``, for a model that verifies what a host proposes (pass ``verify``), every call checks a tree of
+        its tokens: a name (``"suffix"``, ``"prompt_lookup"``, ``"token_recycling"``, ``"hybrid"``, ``"lookahead"``,
+        ``"logitspec"``), or a :class:`tokopt.runtime.speculation.drafters.base.Drafter`. ``accept`` is the rule by which
+        tokens are accepted, a name of :data:`tokopt.runtime.speculation.named.RULES` or an instance: by default
+        ``"same_text"``, with which the text is that of plain decoding, token for token.
+
         Raises InputError, before anything runs, for an empty prompt, one longer than the context, a token id that is no
         integer or out of range, inputs that do not fit, what does not fit into memory, sampling options where the model
         draws the tokens itself, and nodes that it does not have; while it runs, for a processor that fails or leaves no
         token to choose. Raises TokoptError when the model gives NaN.
         """
         items, single = each_prompt(prompts)
-        options = Options(max_tokens, sampling, processors, inputs, nodes)
+        options = Options(max_tokens, sampling, processors, inputs, nodes, drafter, accept)
         done = self._generating(items, stop, options).run()
         return done[0] if single else done
 
@@ -149,13 +162,16 @@ class LanguageModel:
         processors: Iterable[LogitsProcessor] | None = (),
         inputs: Mapping[str, Any] | None = None,
         nodes: int | None = None,
+        drafter: str | Drafter | None = None,
+        accept: str | Rule | None = None,
     ) -> Stream[str]:
         """Pieces of the generated text as they come, whole characters only; as :meth:`generate` otherwise.
 
         What does not fit is refused here, not when the first piece is asked for.
         """
         self.tokenizer  # noqa: B018  # refuse before anything runs
-        made = self._generating([prompt], stop, Options(max_tokens, sampling, processors, inputs, nodes))
+        options = Options(max_tokens, sampling, processors, inputs, nodes, drafter, accept)
+        made = self._generating([prompt], stop, options)
         return Stream(made, made.texts[0].pieces)
 
     def tokens(
@@ -167,9 +183,12 @@ class LanguageModel:
         processors: Iterable[LogitsProcessor] | None = (),
         inputs: Mapping[str, Any] | None = None,
         nodes: int | None = None,
+        drafter: str | Drafter | None = None,
+        accept: str | Rule | None = None,
     ) -> Stream[int]:
         """New token ids as they come; the end token, if it is reached, is the last."""
-        made = self._generating([prompt], (), Options(max_tokens, sampling, processors, inputs, nodes))
+        options = Options(max_tokens, sampling, processors, inputs, nodes, drafter, accept)
+        made = self._generating([prompt], (), options)
         return Stream(made, made.texts[0].history)
 
     def score(self, tokens: Prompt, *, inputs: Mapping[str, Any] | None = None) -> np.ndarray:
@@ -225,20 +244,43 @@ class LanguageModel:
         slots, size = prompt_slots(self.manifest, longest, most), chunk_size(self.manifest)
         self.sessions.check_reading(len(texts), min(longest, size), slots)
         context = None if self.endless else self.settings.context
+        draw, method = Draw(sampling, processors, len(texts)), self._method(options, sampling)
         return Generating(
             texts,
             Limits(most, context, self.settings.eos),
-            Draw(sampling, processors, len(texts)),
+            draw,
             lambda: self._request(len(texts), slots, feed, drawing),
-            self._trees(options.nodes),
+            None if self._speculation is None else Trees(self._speculation, options.nodes),
+            None
+            if method is None
+            else HostSpeculation(method, sampling.temperature, draw.streams, self.settings.vocabulary),
         )
 
-    def _trees(self, nodes: int | None) -> Trees | None:
+    def _method(self, options: Options, sampling: Sampling) -> Method | None:
+        """How the host speculates, if it does; raises InputError for what the model has no programs for."""
+        if options.drafter is None:
+            if options.accept is not None:
+                raise InputError(
+                    "accept is how the tokens of a drafter are accepted; give a drafter, or leave it out"
+                )
+            if options.nodes is not None and self._speculation is None:
+                raise InputError(
+                    f"{self.path} does not speculate by itself; "
+                    + (
+                        "leave nodes out"
+                        if self._verification is None
+                        else "give a drafter, or leave nodes out"
+                    )
+                )
+            return None
         if self._speculation is not None:
-            return Trees(self._speculation, nodes)
-        if nodes is not None:
-            raise InputError(f"{self.path} does not speculate; leave nodes out")
-        return None
+            raise InputError(f"{self.path} drafts by itself; leave the drafter out")
+        if self._verification is None:
+            raise InputError(
+                f"{self.path} cannot take proposed tokens back; make one that can: tokopt optimize MODEL verify -o "
+                "verifying.tokopt, then tokopt export verifying.tokopt"
+            )
+        return self._verification.method(options.drafter, options.accept, options.nodes, sampling.temperature)
 
     def _ids(self, name: str, prompt: object) -> list[int]:
         if isinstance(prompt, str):
@@ -299,6 +341,8 @@ class Options:
     processors: Iterable[LogitsProcessor] | None = ()
     inputs: Mapping[str, Any] | None = None
     nodes: int | None = None
+    drafter: str | Drafter | None = None
+    accept: str | Rule | None = None
 
     def checked(self) -> tuple[int, Sampling, tuple[LogitsProcessor, ...]]:
         """The number of tokens, how they are chosen, and the caller's own processors; raises InputError."""

@@ -65,7 +65,9 @@ def _commit_program(bundle: Bundle, step: Program) -> Program:
     if mask is None or isinstance(mask.axes[1], int):
         raise PassRefused("it takes no mask of any number of tokens, so no tree")
     states = _written_states(bundle, step)
-    taken = {state.name for state in states} | {axis for s in states for axis in s.axes if isinstance(axis, str)}
+    taken = {state.name for state in states} | {
+        axis for s in states for axis in s.axes if isinstance(axis, str)
+    }
     path = TensorSpec(fresh("path", taken), "int64", (BATCH, fresh(NODES, taken)), "path")
     count = TensorSpec(fresh("count", taken), "int64", (BATCH,), "count")
     inputs = (path, count, *(TensorSpec(s.name, s.dtype, s.axes, "state", s.name) for s in states))
@@ -76,7 +78,9 @@ def _commit_program(bundle: Bundle, step: Program) -> Program:
     given = placeholders(module)
     built = _Commit(states, given)
     module.graph.output(tuple(built.next(state) for state in states))
-    outputs = tuple(TensorSpec(fresh(f"next_{s.name}", taken), s.dtype, s.axes, "state", s.name) for s in states)
+    outputs = tuple(
+        TensorSpec(fresh(f"next_{s.name}", taken), s.dtype, s.axes, "state", s.name) for s in states
+    )
     aliases = {out.name: s.name for out, s in zip(outputs, states, strict=True) if s.occupancy is not None}
     return close_graph(Program(module, inputs, outputs, ranges, example), module, aliases=aliases)
 
@@ -85,7 +89,9 @@ def _written_states(bundle: Bundle, step: Program) -> list[State]:
     """What a call of ``step`` makes longer: lengths and entries of tokens."""
     known = {state.name: state for state in bundle.states}
     inputs = {
-        spec.state: node for spec, node in zip(step.inputs, placeholders(step.module), strict=True) if spec.state
+        spec.state: node
+        for spec, node in zip(step.inputs, placeholders(step.module), strict=True)
+        if spec.state
     }
     found: list[State] = []
     for spec, node in zip(step.outputs, results(step.module.graph), strict=True):
@@ -159,4 +165,3 @@ def _start(length: Tensor, path: Tensor, column: int | None) -> Tensor:
 def _kept_length(length: Tensor, path: Tensor, count: Tensor) -> Tensor:
     """Lengths after the path alone."""
     return longer(length - path.shape[1], count)
-
