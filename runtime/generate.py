@@ -16,7 +16,7 @@ from tokopt.errors import InputError, TokoptError
 from tokopt.runtime.loop import NO_LIMIT, PADDING, Emission, Request
 from tokopt.runtime.sampling import Logits, LogitsProcessor, Sampling, Streams, TokenIds, choose
 from tokopt.runtime.speculation.calls import Trees
-from tokopt.runtime.speculation.host import HostSpeculation, Method
+from tokopt.runtime.speculation.host import HostSpeculation
 from tokopt.runtime.speculation.lossless import Lossless
 from tokopt.runtime.text import TextStream
 

@@ -27,8 +27,9 @@ from tokopt.runtime.selftest import TaskCheck, run_selftests
 from tokopt.runtime.speculation.calls import Speculation, Trees
 from tokopt.runtime.speculation.drafters.base import Drafter
 from tokopt.runtime.speculation.host import HostSpeculation, Method
-from tokopt.runtime.speculation.named import Verification
+from tokopt.runtime.speculation.named import Verification, make_drafter, make_rule
 from tokopt.runtime.speculation.rules.base import Rule
+from tokopt.runtime.speculation.rules.same_text import SameText
 from tokopt.runtime.text import TextStream, Tokenizer, read_tokenizer
 
 
@@ -116,6 +117,23 @@ class LanguageModel:
         ids = {"bos_token": self.settings.bos, "eos_token": next(iter(self.settings.eos), None)}
         return {name: self.tokenizer.token(index) for name, index in ids.items() if index is not None}
 
+    def drafter(
+        self, name: str, *, corpus: Sequence[Prompt] | None = None, accept: str | Rule | None = None
+    ) -> Drafter:
+        """A drafter of the host for :meth:`generate`, by name; what it learns of texts it keeps.
+
+        ``corpus`` are texts, or their token ids, that ``"suffix"`` and ``"hybrid"`` know beforehand. ``accept`` is the
+        rule that is to verify: for one that weighs drafts by their probability, ``"suffix"`` draws its drafts. Raises
+        InputError for another name, and for a corpus that the drafter has no use for.
+        """
+        ids = (
+            None
+            if corpus is None
+            else [self._ids(f"text {i} of the corpus", text, None) for i, text in enumerate(corpus)]
+        )
+        rule = make_rule(accept) if isinstance(accept, str) else SameText() if accept is None else accept
+        return make_drafter(name, self.settings.vocabulary, rule, ids)
+
     def generate(
         self,
         prompts: Prompt | Sequence[Prompt],
@@ -136,11 +154,11 @@ class LanguageModel:
         example) by name, with a row for every prompt. ``nodes`` is how many of a speculating model's tree every call
         gets, 1 to propose nothing; by default as many as write fastest, by what calls took so far.
 
-        With a ``drafter``, for a model that verifies what a host proposes (pass ``verify``), every call checks a tree of
-        its tokens: a name (``"suffix"``, ``"prompt_lookup"``, ``"token_recycling"``, ``"hybrid"``, ``"lookahead"``,
-        ``"logitspec"``), or a :class:`tokopt.runtime.speculation.drafters.base.Drafter`. ``accept`` is the rule by which
-        tokens are accepted, a name of :data:`tokopt.runtime.speculation.named.RULES` or an instance: by default
-        ``"same_text"``, with which the text is that of plain decoding, token for token.
+        With a ``drafter``, for a model that verifies what a host proposes (pass ``verify``), every call checks a tree
+        of its tokens: one of the names :data:`tokopt.runtime.speculation.named.DRAFTERS`, or a
+        :class:`tokopt.runtime.speculation.drafters.base.Drafter`. ``accept`` is the rule by which tokens are accepted,
+        one of the names :data:`tokopt.runtime.speculation.named.RULES` or an instance. By default the text is that of
+        plain decoding, token for token. Processors then get the text down to every node that is looked at.
 
         Raises InputError, before anything runs, for an empty prompt, one longer than the context, a token id that is no
         integer or out of range, inputs that do not fit, what does not fit into memory, sampling options where the model
@@ -200,7 +218,7 @@ class LanguageModel:
             raise InputError(
                 f"{self.path} draws its tokens itself and gives no probabilities; generate with it"
             )
-        ids = self._ids("the text", tokens)
+        ids = self._ids("the text", tokens, self._context)
         request, size = self.open(1, len(ids), inputs), chunk_size(self.manifest)
         found: list[np.ndarray] = []
         for start in range(0, len(ids), size):
@@ -236,18 +254,18 @@ class LanguageModel:
         drawing = self._drawing(sampling, processors, len(prompts)) if self.draws else None
         texts: list[Text] = []
         for i, prompt in enumerate(prompts):
-            ids = self._ids("the prompt" if len(prompts) == 1 else f"prompt {i}", prompt)
+            name = "the prompt" if len(prompts) == 1 else f"prompt {i}"
+            ids = self._ids(name, prompt, self._context)
             stream = TextStream(self.tokenizer, stops) if self.manifest.tokenizer else None
             texts.append(Text(TokenIds(ids), len(ids), stream))
         feed = self._feed(len(texts), options.inputs)
         longest = max(text.prompt for text in texts)
         slots, size = prompt_slots(self.manifest, longest, most), chunk_size(self.manifest)
         self.sessions.check_reading(len(texts), min(longest, size), slots)
-        context = None if self.endless else self.settings.context
         draw, method = Draw(sampling, processors, len(texts)), self._method(options, sampling)
         return Generating(
             texts,
-            Limits(most, context, self.settings.eos),
+            Limits(most, self._context, self.settings.eos),
             draw,
             lambda: self._request(len(texts), slots, feed, drawing),
             None if self._speculation is None else Trees(self._speculation, options.nodes),
@@ -255,6 +273,11 @@ class LanguageModel:
             if method is None
             else HostSpeculation(method, sampling.temperature, draw.streams, self.settings.vocabulary),
         )
+
+    @property
+    def _context(self) -> int | None:
+        """The most tokens of a text; None where it may go on."""
+        return None if self.endless else self.settings.context
 
     def _method(self, options: Options, sampling: Sampling) -> Method | None:
         """How the host speculates, if it does; raises InputError for what the model has no programs for."""
@@ -282,17 +305,16 @@ class LanguageModel:
             )
         return self._verification.method(options.drafter, options.accept, options.nodes, sampling.temperature)
 
-    def _ids(self, name: str, prompt: object) -> list[int]:
+    def _ids(self, name: str, prompt: object, most: int | None) -> list[int]:
+        """Token ids, at least one, and no more than ``most``."""
         if isinstance(prompt, str):
             ids = self.tokenizer.encode(prompt)
         else:
             ids = token_ids(name, prompt, self.settings.vocabulary)
         if not ids:
             raise InputError(f"{name} is empty; give at least one token")
-        if len(ids) > self.settings.context and not self.endless:
-            raise InputError(
-                f"{name} has {len(ids)} tokens and the model's context holds {self.settings.context}; shorten it"
-            )
+        if most is not None and len(ids) > most:
+            raise InputError(f"{name} has {len(ids)} tokens and the model's context holds {most}; shorten it")
         return ids
 
     def _feed(self, batch: int, inputs: Mapping[str, Any] | None) -> dict[str, np.ndarray] | None:

@@ -207,11 +207,11 @@ class Request:
         return emission
 
     def verify(self, tokens: np.ndarray, positions: np.ndarray, mask: np.ndarray) -> np.ndarray:
-        """Logits [batch, nodes, vocabulary] after every node of a row's tree, of which :meth:`commit` is to keep a path.
+        """Logits [batch, nodes, vocabulary] after every node of a row's tree; :meth:`commit` is to keep a path of it.
 
-        ``tokens`` [batch, nodes] have their parents before them, ``positions`` [batch, nodes] are the root's and as many
-        more as a node is deep (-1: no node), and ``mask`` [batch, nodes, nodes] bool says that a node (row) sees its
-        ancestors and itself (columns). Raises InputError for an artifact without the pass ``verify``.
+        ``tokens`` [batch, nodes] have their parents before them, ``positions`` [batch, nodes] are the root's and as
+        many more as a node is deep (-1: no node), and ``mask`` [batch, nodes, nodes] bool says that a node (row) sees
+        its ancestors and itself (columns). Raises InputError for an artifact without the pass ``verify``.
         """
         if self.schedule.commit is None:
             raise InputError("the model cannot take proposed tokens back; make it with the pass verify")

@@ -23,7 +23,7 @@ from tokopt.runtime.speculation.rules.greedy import Greedy
 from tokopt.runtime.speculation.tree import Tree
 
 Process = Callable[[Sequence[Sequence[int]], Logits, NDArray[np.bool_]], Logits]
-"""Logits [batch, vocabulary] from which tokens are drawn, given every row's text, the model's, and the rows that count."""
+"""Logits [batch, vocabulary] to draw from, given every row's text, the model's logits, and which rows count."""
 
 PADDING = -1
 """Position of padding."""
@@ -77,7 +77,7 @@ class HostSpeculation:
         self._drafted: list[int] = []
 
     def begin(self, prompts: Sequence[Sequence[int]], tokens: Sequence[int], logits: Logits) -> None:
-        """The texts after the prompt's call: what it read, drew, and the logits [batch, vocabulary] that it drew from."""
+        """The texts after the prompt's call: what it read and drew, and from which logits [batch, vocabulary]."""
         begun = time.perf_counter()
         self._decided, self._drafted = [1] * len(prompts), [0] * len(prompts)
         for row, (prompt, token) in enumerate(zip(prompts, tokens, strict=True)):
@@ -126,8 +126,8 @@ class HostSpeculation:
         tokens, name = draft.tokens, self.method.drafter.name
         if draft.tree.nodes > plan.nodes or int(tokens.max()) >= self.vocabulary or tokens[0] != text[-1]:
             raise InputError(
-                f"the drafter '{name}' proposed {draft.tree.nodes} nodes from token {tokens[0]} on, the largest of them "
-                f"{tokens.max()}; at most {plan.nodes} below {self.vocabulary} fit after token {text[-1]}"
+                f"the drafter '{name}' proposed {draft.tree.nodes} nodes from token {tokens[0]} on, the largest of "
+                f"them {tokens.max()}; at most {plan.nodes} below {self.vocabulary} fit after token {text[-1]}"
             )
         return draft
 

@@ -101,7 +101,9 @@ class Verification:
         self, drafter: str | Drafter, accept: str | Rule | None, nodes: int | None, temperature: float
     ) -> Method:
         """How a generation is to speculate; raises InputError for a pair that does not fit, and nodes out of range."""
-        rule = make_rule(accept) if isinstance(accept, str) else SameText() if accept is None else accept
+        if accept is None:
+            accept = SameText() if temperature else Greedy()  # the same, but quicker
+        rule = make_rule(accept) if isinstance(accept, str) else accept
         chosen = self._named(drafter, rule) if isinstance(drafter, str) else drafter
         check_kind("drafter", chosen, Drafter, f"one of {', '.join(DRAFTERS)}, or a drafter")
         check_kind("accept", rule, Rule, f"one of {', '.join(RULES)}, or a rule")

@@ -1,8 +1,10 @@
-"""The text as it would be without speculation: the model's own draw decides, and drafts are kept that it agrees with."""
+"""The text as without speculation: the model draws each token itself, and drafts that it agrees with are kept."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+
+import numpy as np
 
 from tokopt.errors import InputError
 from tokopt.runtime.speculation.decisions import Decisions, Floats
@@ -26,7 +28,7 @@ class SameText(WalkingRule):
 
     def read_target(self, name: str, row: object) -> Floats:
         """The row as it is, since rounding it anew might tip a draw; it has to be a distribution."""
-        given = likeliest(name, row)[1]
+        given = np.asarray(likeliest(name, row)[1], np.float64)
         if not abs(float(given.sum()) - 1) <= TOLERANCE or given.min() < 0:
             raise InputError(f"{name} sums to {given.sum():.6g}; give probabilities that sum to 1")
         return given
