@@ -27,9 +27,8 @@ from tokopt.runtime.selftest import TaskCheck, run_selftests
 from tokopt.runtime.speculation.calls import Speculation, Trees
 from tokopt.runtime.speculation.drafters.base import Drafter
 from tokopt.runtime.speculation.host import HostSpeculation, Method
-from tokopt.runtime.speculation.named import Verification, make_drafter, make_rule
+from tokopt.runtime.speculation.named import Verification, make_drafter, read_rule
 from tokopt.runtime.speculation.rules.base import Rule
-from tokopt.runtime.speculation.rules.same_text import SameText
 from tokopt.runtime.text import TextStream, Tokenizer, read_tokenizer
 
 
@@ -131,8 +130,7 @@ class LanguageModel:
             if corpus is None
             else [self._ids(f"text {i} of the corpus", text, None) for i, text in enumerate(corpus)]
         )
-        rule = make_rule(accept) if isinstance(accept, str) else SameText() if accept is None else accept
-        return make_drafter(name, self.settings.vocabulary, rule, ids)
+        return make_drafter(name, self.settings.vocabulary, read_rule(accept), ids)
 
     def generate(
         self,

@@ -54,11 +54,15 @@ _PREFERRED = (Drawn.DETERMINISTIC, Drawn.TOP_AND_ONE, Drawn.INDEPENDENT, Drawn.W
 """How drafts are drawn for a rule: the first for which it is exact."""
 
 
-def make_rule(name: str) -> Rule:
-    """The rule of a name; raises InputError for another."""
-    if check_text("accept", name) not in RULES:
-        raise InputError(f"accept={name!r} is no rule that has a name; choose from {', '.join(RULES)}")
-    return RULES[name]()
+def read_rule(accept: str | Rule | None, temperature: float = 0.0) -> Rule:
+    """A rule, or the one of a name; None for one whose texts are those of plain decoding. Raises InputError."""
+    if accept is None:
+        return SameText() if temperature else Greedy()  # the same, but quicker
+    if not isinstance(accept, str):
+        return check_kind("accept", accept, Rule, f"one of {', '.join(RULES)}, or a rule")
+    if accept not in RULES:
+        raise InputError(f"accept={accept!r} is no rule that has a name; choose from {', '.join(RULES)}")
+    return RULES[accept]()
 
 
 def make_drafter(
@@ -101,12 +105,9 @@ class Verification:
         self, drafter: str | Drafter, accept: str | Rule | None, nodes: int | None, temperature: float
     ) -> Method:
         """How a generation is to speculate; raises InputError for a pair that does not fit, and nodes out of range."""
-        if accept is None:
-            accept = SameText() if temperature else Greedy()  # the same, but quicker
-        rule = make_rule(accept) if isinstance(accept, str) else accept
+        rule = read_rule(accept, temperature)
         chosen = self._named(drafter, rule) if isinstance(drafter, str) else drafter
         check_kind("drafter", chosen, Drafter, f"one of {', '.join(DRAFTERS)}, or a drafter")
-        check_kind("accept", rule, Rule, f"one of {', '.join(RULES)}, or a rule")
         check_pair(chosen, rule, temperature)
         if nodes is not None:
             nodes = check_integer("nodes", nodes, 1, self.most)

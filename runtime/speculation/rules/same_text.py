@@ -6,11 +6,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from tokopt.errors import InputError
 from tokopt.runtime.speculation.decisions import Decisions, Floats
-from tokopt.runtime.speculation.distribution import TOLERANCE
+from tokopt.runtime.speculation.distribution import read_distribution
 from tokopt.runtime.speculation.draft import Drawn
-from tokopt.runtime.speculation.rules.base import Prefix, Step, WalkingRule, likeliest
+from tokopt.runtime.speculation.rules.base import Prefix, Step, WalkingRule
 
 
 @dataclass(frozen=True)
@@ -28,10 +27,8 @@ class SameText(WalkingRule):
 
     def read_target(self, name: str, row: object) -> Floats:
         """The row as it is, since rounding it anew might tip a draw; it has to be a distribution."""
-        given = np.asarray(likeliest(name, row)[1], np.float64)
-        if not abs(float(given.sum()) - 1) <= TOLERANCE or given.min() < 0:
-            raise InputError(f"{name} sums to {given.sum():.6g}; give probabilities that sum to 1")
-        return given
+        read_distribution(name, row)
+        return np.asarray(row, np.float64)
 
     def step(self, prefix: Prefix, decisions: Decisions) -> Step:
         """One draw."""
