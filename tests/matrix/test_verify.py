@@ -16,8 +16,10 @@ from hypothesis import strategies as st
 
 import tokopt
 from tests.matrix.language import artifact, bundle, prompt
+from tests.pages import ROOT
 from tests.zoo.decoders import CONTEXT, VOCABULARY
 from tokopt.errors import InputError, PassError
+from tokopt.passes.speculate.drafters import DRAFTERS as IN_GRAPH
 from tokopt.runtime import LanguageModel, Sampling, load
 from tokopt.runtime.format.state import slot_axis
 from tokopt.runtime.loop import Request
@@ -359,3 +361,22 @@ def test_every_pair_with_a_name_runs_or_is_refused(drafter: str, rule: str) -> N
             model.generate(PROMPTS[1], drafter=drafter, accept=rule)
     else:
         assert len(model.generate(PROMPTS[1], max_tokens=4, drafter=drafter, accept=rule).tokens) == 4
+
+
+def table() -> str:
+    """The table of docs/speculation.md: what every pair of a drafter and a rule is."""
+    lines = [f"| rule | {' | '.join(f'`{name}`' for name in DRAFTERS)} |", f"|---|{'---|' * len(DRAFTERS)}"]
+    for name in RULES:
+        rule, cells = read_rule(name), list[str]()
+        for host in DRAFTERS:
+            drawn = make_drafter(host, VOCABULARY, rule).drawn
+            kept = "lossless" if lossless(rule, drawn).holds else "lossy"
+            refused = rule.reads_q and drawn is Drawn.DETERMINISTIC
+            inside = ", graph" * (name == "same_text" and host in IN_GRAPH)
+            cells.append("-" if refused else f"{kept}{inside}")
+        lines.append(f"| `{name}` | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def test_the_page_says_what_every_pair_is() -> None:
+    assert f"\n{table()}\n" in (ROOT / "docs" / "speculation.md").read_text()
