@@ -142,16 +142,7 @@ def check_lossless(
 
     ``drafting`` are the options of a text whose tokens the host proposes; without them the model does.
     """
-    ways = ({**drafting, "nodes": PROPOSED}, {}) if drafting else ({"nodes": model.nodes}, {"nodes": 1})
-    if not drafting and model.nodes is None:
-        raise InputError(
-            f"{model.path} does not speculate by itself, so there is nothing to check; name a --drafter if it was made "
-            "with the pass verify"
-        )
-    if drafting and drafting["accept"] not in SAME:
-        raise InputError(
-            f"the rule {drafting['accept']} writes other texts than plain decoding does; leave --accept out"
-        )
+    ways = _two_ways(model, drafting)
     sizes = (ways[0]["nodes"], 1)
     with screen.step("write the text with and without speculation"), _warnings_said():
         for way in ways:  # the first calls allocate
@@ -174,6 +165,24 @@ def check_lossless(
     found = {"lossless": place is None, "first_difference": place, "text": fast.text}
     screen.finish(found | {"with": numbers(took[0]), "without": numbers(took[1])})
     return OK if place is None else FAILED
+
+
+def _two_ways(
+    model: LanguageModel, drafting: Mapping[str, Any] | None
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The options of a text with speculation, and of one without; raises InputError where they need not agree."""
+    if not drafting:
+        if model.nodes is None:
+            raise InputError(
+                f"{model.path} does not speculate by itself, so there is nothing to check; name a --drafter if it was "
+                "made with the pass verify"
+            )
+        return {"nodes": model.nodes}, {"nodes": 1}
+    if drafting["accept"] not in SAME:
+        raise InputError(
+            f"the rule {drafting['accept']} writes other texts than plain decoding does; leave --accept out"
+        )
+    return {**drafting, "nodes": PROPOSED}, {}
 
 
 def first_difference(one: Sequence[int], other: Sequence[int]) -> int | None:
