@@ -6,14 +6,23 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from tokopt.errors import PassRefused
-from tokopt.ir.format import State
+from tokopt.errors import PassError, PassRefused
+from tokopt.ir.bundle import Bundle
+from tokopt.ir.format import State, emits_tokens
 from tokopt.ir.graph import is_call
 from tokopt.ir.program import Program
 from tokopt.kernels import ops
+from tokopt.rewrite.cache import language_program
 
 KEPT = ("key", "value", "scale", "zero", "position")
 """Kinds of states in which every slot belongs to a token."""
+
+
+def require_logits(name: str, bundle: Bundle) -> None:
+    """Language models whose one program gives logits, for the pass of this name; raises PassError for others."""
+    program = language_program(name, bundle)
+    if emits_tokens(bundle.programs[program]):
+        raise PassError(f"{name}: program {program!r} draws its tokens already; leave sample out")
 
 
 def check_write(state: State, written: Node, length: Node) -> None:

@@ -14,12 +14,19 @@ from torch.fx import Node
 from tokopt.errors import PassError, PassRefused
 from tokopt.ir.bundle import Bundle, Semantics, fresh
 from tokopt.ir.export import placeholders
-from tokopt.ir.format import BATCH, DRAWING, Entry, State, emits_tokens
+from tokopt.ir.format import BATCH, DRAWING, Entry, State
 from tokopt.ir.graph import operand_at
 from tokopt.ir.program import AxisRange, Program, TensorSpec
 from tokopt.kernels import ops
 from tokopt.passes.sample.sample import SampleTokens
-from tokopt.passes.speculate.committed import check_write, longer, path_positions, refuse_links, refuse_memory
+from tokopt.passes.speculate.committed import (
+    check_write,
+    longer,
+    path_positions,
+    refuse_links,
+    refuse_memory,
+    require_logits,
+)
 from tokopt.passes.speculate.drafters import Drafter, load_drafter
 from tokopt.passes.speculate.tree import (
     Tree,
@@ -78,10 +85,7 @@ class Speculate(Pass):
 
     def requires(self, bundle: Bundle) -> None:
         """Language models whose one program gives logits."""
-        name = language_program(self.name, bundle)
-        program = bundle.programs[name]
-        if emits_tokens(program):
-            raise PassError(f"{self.name}: program {name!r} draws its tokens already; leave sample out")
+        require_logits(self.name, bundle)
 
     def run(self, bundle: Bundle, context: Context) -> PassResult:
         """Add the program that speculates; the one there was reads prompts, and decodes where nothing is proposed."""

@@ -9,14 +9,21 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from tokopt.errors import PassError, PassRefused
+from tokopt.errors import PassRefused
 from tokopt.ir.bundle import Bundle, Semantics, fresh
 from tokopt.ir.export import placeholders
-from tokopt.ir.format import BATCH, State, emits_tokens, find_role
+from tokopt.ir.format import BATCH, State, find_role
 from tokopt.ir.graph import results
 from tokopt.ir.program import AxisRange, Program, TensorSpec
 from tokopt.kernels import ops
-from tokopt.passes.speculate.committed import check_write, longer, path_positions, refuse_links, refuse_memory
+from tokopt.passes.speculate.committed import (
+    check_write,
+    longer,
+    path_positions,
+    refuse_links,
+    refuse_memory,
+    require_logits,
+)
 from tokopt.passes.speculate.speculate import MOST, NODES
 from tokopt.pipeline.base import Context, Pass, PassResult, Refusal
 from tokopt.rewrite.cache import language_program
@@ -41,9 +48,7 @@ class Verify(Pass):
 
     def requires(self, bundle: Bundle) -> None:
         """Language models whose one program gives logits."""
-        name = language_program(self.name, bundle)
-        if emits_tokens(bundle.programs[name]):
-            raise PassError(f"{self.name}: program {name!r} draws its tokens already; leave sample out")
+        require_logits(self.name, bundle)
 
     def run(self, bundle: Bundle, context: Context) -> PassResult:
         """Add the program that commits."""

@@ -324,11 +324,8 @@ def _check_whole(
     if name is None:
         return
     where = f"the whole of the schedule, program {short(name)},"
-    require(name in programs, f"{where} is not there")
-    require(
-        name not in {entry.program for entry in schedule.entries} and not schedule.generates,
-        f"{where} is run by an entry, or the model generates",
-    )
+    _check_beside(where, name, programs, schedule)
+    require(not schedule.generates, f"{where} encodes, and the model generates")
     whole = programs[name]
     _check_roles(where, whole.inputs, frozenset(("input",)))
     _check_roles(where, whole.outputs, frozenset(("output", "depth")))
@@ -345,17 +342,20 @@ def _check_whole(
     )
 
 
+def _check_beside(where: str, name: str, programs: Mapping[str, Signature], schedule: Schedule) -> None:
+    """A program that no entry runs."""
+    require(name in programs, f"{where} is not there")
+    require(name not in schedule.programs, f"{where} is run by an entry")
+
+
 def _check_commit(programs: Mapping[str, Signature], schedule: Schedule) -> None:
     """The program that keeps a path works on what one program left, which reads any tree and gives logits."""
     name = schedule.commit
     if name is None:
         return
     where = f"the commit of the schedule, program {short(name)},"
-    require(name in programs, f"{where} is not there")
-    require(
-        name not in schedule.programs and schedule.generates,
-        f"{where} is run by an entry, or nothing generates",
-    )
+    _check_beside(where, name, programs, schedule)
+    require(schedule.generates, f"{where} keeps what nothing reads: the model does not generate")
     _check_roles(where, programs[name].inputs, frozenset(("path", "count", "state")))
     _check_roles(where, programs[name].outputs, frozenset(("state",)))
     require(

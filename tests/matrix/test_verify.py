@@ -345,6 +345,29 @@ def test_other_models_say_what_to_type() -> None:
 
 
 @pytest.mark.parametrize(
+    ("path", "count", "said"),
+    [
+        (
+            np.zeros((1, 2), np.int64),
+            np.ones(1, np.int64),
+            r"give int64\[1, 3\] and int64\[1\], once after verify",
+        ),
+        (np.zeros((1, 3), np.int64), np.ones(1), "count float64"),
+        (np.full((1, 3), 3), np.ones(1, np.int64), "path has nodes from 3 to 3"),
+        (np.zeros((1, 3), np.int64), np.array([4]), r"count \[4\] of them; of 3 nodes rows may keep \[3\]"),
+    ],
+)
+def test_what_is_no_path_of_the_tree_is_refused(path: np.ndarray, count: np.ndarray, said: str) -> None:
+    request = opened(verifying("llama"), [prompt(5)])
+    request.verify(np.zeros((1, 3), np.int64), np.array([[5, 6, 6]]), Tree(np.array([-1, 0, 0])).mask[None])
+    with pytest.raises(InputError, match=said):
+        request.commit(path, count)
+    request.commit(np.zeros((1, 3), np.int64), np.ones(1, np.int64))
+    with pytest.raises(InputError, match="once after verify"):
+        request.commit(np.zeros((1, 3), np.int64), np.ones(1, np.int64))
+
+
+@pytest.mark.parametrize(
     "passes", ["verify,speculate", "verify,h2o{budget=48}", "verify,verify", "verify,sample"]
 )
 def test_it_comes_last(passes: str) -> None:
