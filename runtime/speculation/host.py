@@ -91,29 +91,28 @@ class HostSpeculation:
         self, request: Verifying, texts: Sequence[Sequence[int]], limit: np.ndarray, process: Process
     ) -> tuple[list[list[int]], int]:
         """One call: the tokens that every row commits, at most ``limit`` [batch] (0: it has ended), and its nodes."""
-        method, begun = self.method, time.perf_counter()
-        asked = method.trees.next(limit)
+        begun = time.perf_counter()
+        asked = self.method.trees.next(limit)
         drafts = [self._draft(row, text, int(limit[row]), asked) for row, text in enumerate(texts)]
-        nodes = max(draft.tree.nodes for draft in drafts)
-        called = time.perf_counter()
-        tokens, positions, mask = _packed(drafts, texts, limit, nodes)
-        logits = request.verify(tokens, positions, mask)
+        drafted = time.perf_counter()
+        tokens, positions, mask = _packed(drafts, texts, limit)
+        logits, nodes = request.verify(tokens, positions, mask), tokens.shape[1]
         targets = _Targets(logits, texts, drafts, limit > 0, process, self.temperature)
         found = [self._accept(row, draft, targets, int(limit[row])) for row, draft in enumerate(drafts)]
-        path, count = np.zeros((len(texts), nodes), np.int64), np.zeros(len(texts), np.int64)
-        for row, accepted in enumerate(found):
-            if accepted is not None:
-                count[row] = len(accepted.path)
-                path[row, : count[row]] = accepted.path
+        path, count = _paths(found, nodes)
         request.commit(path, count)
         done = time.perf_counter()
-        for row, (draft, accepted) in enumerate(zip(drafts, found, strict=True)):
-            if accepted is not None:
-                self._texts[row].observe(Verified(draft, accepted, self._top(logits[row])))
-                method.shapes.observe(draft.tree, accepted.path)
-        method.trees.observe(asked if nodes > 1 else 1, done - called, count, limit)
-        self.drafting += time.perf_counter() - done + called - begun
+        self._learn(drafts, found, logits)
+        self.method.trees.observe(asked if nodes > 1 else 1, done - drafted, count, limit)
+        self.drafting += drafted - begun + time.perf_counter() - done
         return [[] if accepted is None else accepted.tokens.tolist() for accepted in found], nodes
+
+    def _learn(self, drafts: Sequence[Draft], found: Sequence[Accepted | None], logits: np.ndarray) -> None:
+        """Let the drafters of the rows that go on take note of what was verified."""
+        for text, draft, accepted, after in zip(self._texts, drafts, found, logits, strict=True):
+            if accepted is not None:
+                text.observe(Verified(draft, accepted, self._top(after)))
+                self.method.shapes.observe(draft.tree, accepted.path)
 
     def _draft(self, row: int, text: Sequence[int], limit: int, nodes: int) -> Draft:
         """What a row proposes; nothing where it may have one token alone."""
@@ -163,13 +162,24 @@ def shallow(draft: Draft, limit: int) -> tuple[Draft, NDArray[np.int64]]:
     return Draft(tree, draft.tokens[kept], draft.drawn, inner), kept
 
 
+def _paths(found: Sequence[Accepted | None], nodes: int) -> tuple[np.ndarray, np.ndarray]:
+    """The accepted nodes [batch, nodes] and how many they are [batch]."""
+    path, count = np.zeros((len(found), nodes), np.int64), np.zeros(len(found), np.int64)
+    for row, accepted in enumerate(found):
+        if accepted is not None:
+            count[row] = len(accepted.path)
+            path[row, : count[row]] = accepted.path
+    return path, count
+
+
 def _packed(
-    drafts: Sequence[Draft], texts: Sequence[Sequence[int]], limit: np.ndarray, nodes: int
+    drafts: Sequence[Draft], texts: Sequence[Sequence[int]], limit: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Tokens and positions [batch, nodes] and the mask [batch, nodes, nodes] of every row's tree, padded behind it.
 
     Nodes that are deeper than a row may commit have no position: it might be beyond the model's context.
     """
+    nodes = max(draft.tree.nodes for draft in drafts)
     tokens = np.zeros((len(drafts), nodes), np.int64)
     positions = np.full((len(drafts), nodes), PADDING, np.int64)
     mask = np.zeros((len(drafts), nodes, nodes), bool) | np.eye(nodes, dtype=bool)

@@ -113,12 +113,16 @@ class Verification:
             nodes = check_integer("nodes", nodes, 1, self.most)
         most = min(ADAPTIVE, self.most) if nodes is None else nodes
         chain = not (chosen.fills and rule.takes_trees)
+        ranks = min(chosen.tops or self.vocabulary, self.vocabulary)
         key = (chosen.name, chosen.drawn, chain, most)
         if key not in self._known:
-            ranks = chosen.tops if chosen.tops else self.vocabulary
-            shapes = Shapes(most, min(ranks, self.vocabulary), chain=chain)
+            shapes = Shapes(most, ranks, chain=chain)
             self._known[key] = shapes, Speculation(self.path, shapes.parents)
         shapes, speculation = self._known[key]
+        if nodes is not None:
+            shapes = Shapes(
+                most, ranks, chain=chain
+            )  # so that a seed gives one text, whatever was written before
         return Method(chosen, rule, Trees(speculation, nodes), shapes)
 
     def _named(self, name: str, rule: Rule) -> Drafter:

@@ -171,7 +171,8 @@ def test_a_rule_says_whether_it_is_lossless(rule: str) -> None:
         sampling = Sampling(temperature=1.0, seed=4)
         ways = [
             model.generate(PROMPTS, max_tokens=9, drafter="suffix", accept=rule, nodes=6, sampling=sampling)
-        ] * 2
+            for _ in range(2)
+        ]
         assert ways[0] == ways[1]
 
 
