@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from itertools import product
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,7 @@ from hypothesis import strategies as st
 import tokopt
 from tests.matrix.language import artifact, bundle, prompt
 from tests.pages import ROOT
+from tests.runtime.renaming import random_words, renamed
 from tests.zoo.decoders import CONTEXT, VOCABULARY
 from tokopt.errors import InputError, PassError
 from tokopt.passes.speculate.drafters import DRAFTERS as IN_GRAPH
@@ -127,6 +129,14 @@ def test_a_stream_that_is_left_leaves_no_state() -> None:
     stream = model.tokens(PROMPTS[0], max_tokens=60, drafter="suffix", nodes=8)
     assert tuple(token for token, _ in zip(stream, range(5), strict=False)) == wanted[:5]
     assert model.generate(PROMPTS[0], max_tokens=60, drafter="suffix").tokens == wanted
+
+
+def test_names_carry_no_meaning(tmp_path: Path) -> None:
+    """Programs, states and inputs with other names, that of the program which commits among them."""
+    model = load(renamed(verifying("llama").path, tmp_path / "renamed", random_words(0)), threads=1)
+    assert isinstance(model, LanguageModel) and model.manifest.schedule.commit != "commit"
+    got = model.generate(PROMPTS, max_tokens=60, drafter="token_recycling", nodes=8)
+    assert got == plain_texts("llama", "", OPTIONS[0]) and got[0].statistics.tokens_per_call > 1.2
 
 
 def test_processors_see_the_text_down_to_every_node() -> None:
