@@ -346,7 +346,7 @@ def test_what_does_not_fit_is_refused(options: dict[str, Any], said: str) -> Non
 
 
 def test_other_models_say_what_to_type() -> None:
-    with pytest.raises(InputError, match="tokopt optimize MODEL verify -o verifying.tokopt"):
+    with pytest.raises(InputError, match=r"tokopt optimize MODEL verify -o verifying\.tokopt"):
         artifact("llama").generate(PROMPTS[0], drafter="suffix")
     with pytest.raises(InputError, match="drafts by itself; leave the drafter out"):
         artifact("llama", "speculate").generate(PROMPTS[0], drafter="suffix")
