@@ -37,6 +37,7 @@ from tokopt.passes.reduce.random import RandomPrune as RandomPrune
 from tokopt.passes.reduce.tome import ToMe as ToMe
 from tokopt.passes.sample.sample import SampleTokens as SampleTokens
 from tokopt.passes.speculate.speculate import Speculate as Speculate
+from tokopt.passes.speculate.verify import Verify as Verify
 from tokopt.pipeline.base import Pass
 
 PASSES: dict[str, str]

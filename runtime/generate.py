@@ -9,12 +9,15 @@ from dataclasses import dataclass, field
 from typing import TypeVar, cast
 
 import numpy as np
+from numpy.typing import NDArray
 
 from tokopt.arguments import described
 from tokopt.errors import InputError, TokoptError
 from tokopt.runtime.loop import NO_LIMIT, PADDING, Emission, Request
 from tokopt.runtime.sampling import Logits, LogitsProcessor, Sampling, Streams, TokenIds, choose
 from tokopt.runtime.speculation.calls import Trees
+from tokopt.runtime.speculation.host import HostSpeculation
+from tokopt.runtime.speculation.lossless import Lossless
 from tokopt.runtime.text import TextStream
 
 Item = TypeVar("Item")
@@ -26,7 +29,8 @@ class Statistics:
 
     A prompt's last call gives the first token, so that ``decode_calls`` for one text are one fewer than its new tokens,
     and fewer where a call commits several. ``commits[i]`` is how often a call gave a row i + 1 tokens, and
-    ``decode_nodes`` the sum over calls of the nodes of their trees, 1 each without speculation.
+    ``decode_nodes`` the sum over calls of the nodes of their trees, 1 each without speculation. ``drafting_seconds``
+    are those of decoding that a drafter of the host took.
     """
 
     prompt_tokens: int = 0
@@ -38,6 +42,7 @@ class Statistics:
     decode_calls: int = 0
     decode_nodes: int = 0
     commits: tuple[int, ...] = ()
+    drafting_seconds: float = 0.0
 
     @property
     def tokens_per_call(self) -> float:
@@ -63,7 +68,8 @@ class Generated:
     ``finish`` is ``"stop"`` (an end token or a stop string), ``"length"``, or empty for a stream that still goes on.
     ``statistics`` are those of the call that made it, which all texts of a batch share; they do not count when two
     texts are compared. Nor do ``logprobs``, the logarithms of the probabilities that the model gave the tokens, where
-    it draws them itself and says so; None elsewhere.
+    it draws them itself and says so; None elsewhere. ``lossless`` says whether the text is one that the model would
+    write without speculation, as probably, and if not, why.
     """
 
     tokens: tuple[int, ...]
@@ -71,6 +77,7 @@ class Generated:
     finish: str
     statistics: Statistics = field(default_factory=Statistics, compare=False, repr=False)
     logprobs: tuple[float, ...] | None = field(default=None, compare=False, repr=False)
+    lossless: Lossless = field(default=Lossless(True), compare=False, repr=False)
 
 
 @dataclass
@@ -120,19 +127,27 @@ class Draw:
         if emission.logits is None:
             assert emission.tokens is not None and emission.count is not None
             return [row[:count].tolist() for row, count in zip(emission.tokens, emission.count, strict=True)]
-        logits = emission.logits[:, -1]
         live = np.array([not text.finish for text in texts])
+        logits = self.processed([text.history for text in texts], emission.logits[:, -1], live)
+        return [[int(token)] for token in choose(logits, self.temperature, self.streams)]
+
+    def processed(
+        self, histories: Sequence[Sequence[int]], logits: Logits, live: NDArray[np.bool_]
+    ) -> Logits:
+        """The logits [batch, vocabulary] from which tokens are drawn; of the rows that are ``live``, each has one.
+
+        Raises TokoptError for logits that are no numbers, InputError for a processor that makes such.
+        """
         if (row := _unusable(logits, live)) is not None:
             found = "NaN" if np.isnan(logits[row]).any() else "infinity"
             raise TokoptError(
                 f"the model gave {found} at step {self.step}; its weights or its input are damaged"
             )
-        histories = [text.history for text in texts]
         for place, process in enumerate(self.own):
             logits = self._processed(place, process, histories, logits, live)
         for process in self.usual:
             logits = process(histories, logits)
-        return [[int(token)] for token in choose(logits, self.temperature, self.streams)]
+        return logits
 
     def _processed(
         self,
@@ -205,9 +220,13 @@ class Generating:
         draw: Draw,
         begin: Callable[[], Request],
         trees: Trees | None = None,
+        host: HostSpeculation | None = None,
     ) -> None:
-        """``begin`` makes the request, once there is something to do; ``trees`` belong to a model that speculates."""
-        self.texts, self.limits, self.draw, self.trees = texts, limits, draw, trees
+        """``begin`` makes the request, once there is something to do.
+
+        ``trees`` belong to a model that speculates, and ``host`` proposes to one that verifies.
+        """
+        self.texts, self.limits, self.draw, self.trees, self.host = texts, limits, draw, trees, host
         self.statistics = Statistics(sum(text.prompt for text in texts))
         self._begin, self._calls = begin, Calls()
 
@@ -222,7 +241,10 @@ class Generating:
         text = self.texts[row]
         shown = "".join(text.pieces) if text.stream else None
         logprobs = tuple(text.logprobs) if text.logprobs else None
-        return Generated(tuple(text.history[text.prompt :]), shown, text.finish, self.statistics, logprobs)
+        kept = Lossless(True) if self.host is None else self.host.method.lossless
+        return Generated(
+            tuple(text.history[text.prompt :]), shown, text.finish, self.statistics, logprobs, kept
+        )
 
     def __iter__(self) -> Iterator[None]:
         """Yield whenever the texts that are not finished have new tokens."""
@@ -236,6 +258,11 @@ class Generating:
         emission = request.prefill([text.history for text in texts], self._left())
         read = time.perf_counter()
         self._add(emission)
+        if self.host is not None:
+            assert emission.logits is not None
+            prompts = [text.history[: text.prompt] for text in texts]
+            first = [text.history[text.prompt] for text in texts]
+            self.host.begin(prompts, first, emission.logits[:, -1])
         while True:
             self._note(request, read - start, time.perf_counter() - read)
             yield
@@ -245,6 +272,12 @@ class Generating:
 
     def _step(self, request: Request) -> None:
         """One call, and what it gives."""
+        if self.host is not None:
+            self.draw.step += 1
+            histories, limit = [text.history for text in self.texts], request.allowed(self._left())
+            tokens, nodes = self.host.step(request, histories, limit, self.draw.processed)
+            self._calls.add(nodes, [given for given in self._give(tokens) if given])
+            return
         live = np.array([not text.finish for text in self.texts])
         token = np.where(live, [text.history[-1] for text in self.texts], 0)[:, None]
         position = np.where(live, [len(text.history) - 1 for text in self.texts], PADDING)[:, None]
@@ -256,16 +289,21 @@ class Generating:
         self._calls.add(nodes or 1, [given for given in self._add(emission) if given])
 
     def _add(self, emission: Emission) -> list[int]:
-        """Give the texts what follows them; how many tokens each got."""
-        before = [text.new for text in self.texts]
-        for row, (text, tokens) in enumerate(zip(self.texts, self.draw(self.texts, emission), strict=True)):
-            for place, token in enumerate(tokens):
-                if not text.finish:
-                    self._take(text, token)
-                    if emission.logprobs is not None:
-                        text.logprobs.append(float(emission.logprobs[row, place]))
+        """Give the texts what a call emits; how many tokens each got."""
+        given = self._give(self.draw(self.texts, emission), emission.logprobs)
         if self.trees is not None:
             self.trees.sure(emission.confidence, self._left())
+        return given
+
+    def _give(self, tokens: Sequence[Sequence[int]], logprobs: np.ndarray | None = None) -> list[int]:
+        """Give the texts what follows them, as far as they go on; how many tokens each got."""
+        before = [text.new for text in self.texts]
+        for row, (text, following) in enumerate(zip(self.texts, tokens, strict=True)):
+            for place, token in enumerate(following):
+                if not text.finish:
+                    self._take(text, token)
+                    if logprobs is not None:
+                        text.logprobs.append(float(logprobs[row, place]))
         return [text.new - old for text, old in zip(self.texts, before, strict=True)]
 
     def _left(self) -> np.ndarray:
@@ -297,6 +335,7 @@ class Generating:
             self._calls.number,
             self._calls.nodes,
             self._calls.lengths,
+            0.0 if self.host is None else self.host.drafting,
         )
 
 

@@ -25,6 +25,10 @@ from tokopt.runtime.prompts import Prompt, each_prompt, stop_strings, token_ids
 from tokopt.runtime.sampling import LogitsProcessor, Sampling, TokenIds, log_probabilities
 from tokopt.runtime.selftest import TaskCheck, run_selftests
 from tokopt.runtime.speculation.calls import Speculation, Trees
+from tokopt.runtime.speculation.drafters.base import Drafter
+from tokopt.runtime.speculation.host import HostSpeculation, Method
+from tokopt.runtime.speculation.named import Verification, make_drafter, read_rule
+from tokopt.runtime.speculation.rules.base import Rule
 from tokopt.runtime.text import TextStream, Tokenizer, read_tokenizer
 
 
@@ -50,6 +54,7 @@ class LanguageModel:
         self.interface = Interface.of(manifest)
         proposing = manifest.schedule.proposing
         self._speculation = None if proposing is None else Speculation(path, proposing.tree)
+        self._verification = None if manifest.schedule.commit is None else Verification(path, self.settings)
         self._tokenizer: Tokenizer | None = None
 
     def open(self, batch: int, slots: int, inputs: Mapping[str, Any] | None = None) -> Request:
@@ -111,6 +116,22 @@ class LanguageModel:
         ids = {"bos_token": self.settings.bos, "eos_token": next(iter(self.settings.eos), None)}
         return {name: self.tokenizer.token(index) for name, index in ids.items() if index is not None}
 
+    def drafter(
+        self, name: str, *, corpus: Sequence[Prompt] | None = None, accept: str | Rule | None = None
+    ) -> Drafter:
+        """A drafter of the host for :meth:`generate`, by name; what it learns of texts it keeps.
+
+        ``corpus`` are texts, or their token ids, that ``"suffix"`` and ``"hybrid"`` know beforehand. ``accept`` is the
+        rule that is to verify: for one that weighs drafts by their probability, ``"suffix"`` draws its drafts. Raises
+        InputError for another name, and for a corpus that the drafter has no use for.
+        """
+        ids = (
+            None
+            if corpus is None
+            else [self._ids(f"text {i} of the corpus", text, None) for i, text in enumerate(corpus)]
+        )
+        return make_drafter(name, self.settings.vocabulary, read_rule(accept), ids)
+
     def generate(
         self,
         prompts: Prompt | Sequence[Prompt],
@@ -121,6 +142,8 @@ class LanguageModel:
         processors: Iterable[LogitsProcessor] | None = (),
         inputs: Mapping[str, Any] | None = None,
         nodes: int | None = None,
+        drafter: str | Drafter | None = None,
+        accept: str | Rule | None = None,
     ) -> Any:
         """Generate a text for one prompt (:class:`Generated`) or for several (a list of them).
 
@@ -129,13 +152,19 @@ class LanguageModel:
         example) by name, with a row for every prompt. ``nodes`` is how many of a speculating model's tree every call
         gets, 1 to propose nothing; by default as many as write fastest, by what calls took so far.
 
+        With a ``drafter``, for a model that verifies what a host proposes (pass ``verify``), every call checks a tree
+        of its tokens: one of the names :data:`tokopt.runtime.speculation.named.DRAFTERS`, or a
+        :class:`tokopt.runtime.speculation.drafters.base.Drafter`. ``accept`` is the rule by which tokens are accepted,
+        one of the names :data:`tokopt.runtime.speculation.named.RULES` or an instance. By default the text is that of
+        plain decoding, token for token. Processors then get the text down to every node that is looked at.
+
         Raises InputError, before anything runs, for an empty prompt, one longer than the context, a token id that is no
         integer or out of range, inputs that do not fit, what does not fit into memory, sampling options where the model
         draws the tokens itself, and nodes that it does not have; while it runs, for a processor that fails or leaves no
         token to choose. Raises TokoptError when the model gives NaN.
         """
         items, single = each_prompt(prompts)
-        options = Options(max_tokens, sampling, processors, inputs, nodes)
+        options = Options(max_tokens, sampling, processors, inputs, nodes, drafter, accept)
         done = self._generating(items, stop, options).run()
         return done[0] if single else done
 
@@ -149,13 +178,16 @@ class LanguageModel:
         processors: Iterable[LogitsProcessor] | None = (),
         inputs: Mapping[str, Any] | None = None,
         nodes: int | None = None,
+        drafter: str | Drafter | None = None,
+        accept: str | Rule | None = None,
     ) -> Stream[str]:
         """Pieces of the generated text as they come, whole characters only; as :meth:`generate` otherwise.
 
         What does not fit is refused here, not when the first piece is asked for.
         """
         self.tokenizer  # noqa: B018  # refuse before anything runs
-        made = self._generating([prompt], stop, Options(max_tokens, sampling, processors, inputs, nodes))
+        options = Options(max_tokens, sampling, processors, inputs, nodes, drafter, accept)
+        made = self._generating([prompt], stop, options)
         return Stream(made, made.texts[0].pieces)
 
     def tokens(
@@ -167,9 +199,12 @@ class LanguageModel:
         processors: Iterable[LogitsProcessor] | None = (),
         inputs: Mapping[str, Any] | None = None,
         nodes: int | None = None,
+        drafter: str | Drafter | None = None,
+        accept: str | Rule | None = None,
     ) -> Stream[int]:
         """New token ids as they come; the end token, if it is reached, is the last."""
-        made = self._generating([prompt], (), Options(max_tokens, sampling, processors, inputs, nodes))
+        options = Options(max_tokens, sampling, processors, inputs, nodes, drafter, accept)
+        made = self._generating([prompt], (), options)
         return Stream(made, made.texts[0].history)
 
     def score(self, tokens: Prompt, *, inputs: Mapping[str, Any] | None = None) -> np.ndarray:
@@ -181,7 +216,7 @@ class LanguageModel:
             raise InputError(
                 f"{self.path} draws its tokens itself and gives no probabilities; generate with it"
             )
-        ids = self._ids("the text", tokens)
+        ids = self._ids("the text", tokens, self._context)
         request, size = self.open(1, len(ids), inputs), chunk_size(self.manifest)
         found: list[np.ndarray] = []
         for start in range(0, len(ids), size):
@@ -217,40 +252,67 @@ class LanguageModel:
         drawing = self._drawing(sampling, processors, len(prompts)) if self.draws else None
         texts: list[Text] = []
         for i, prompt in enumerate(prompts):
-            ids = self._ids("the prompt" if len(prompts) == 1 else f"prompt {i}", prompt)
+            name = "the prompt" if len(prompts) == 1 else f"prompt {i}"
+            ids = self._ids(name, prompt, self._context)
             stream = TextStream(self.tokenizer, stops) if self.manifest.tokenizer else None
             texts.append(Text(TokenIds(ids), len(ids), stream))
         feed = self._feed(len(texts), options.inputs)
         longest = max(text.prompt for text in texts)
         slots, size = prompt_slots(self.manifest, longest, most), chunk_size(self.manifest)
         self.sessions.check_reading(len(texts), min(longest, size), slots)
-        context = None if self.endless else self.settings.context
+        draw, method = Draw(sampling, processors, len(texts)), self._method(options, sampling)
         return Generating(
             texts,
-            Limits(most, context, self.settings.eos),
-            Draw(sampling, processors, len(texts)),
+            Limits(most, self._context, self.settings.eos),
+            draw,
             lambda: self._request(len(texts), slots, feed, drawing),
-            self._trees(options.nodes),
+            None if self._speculation is None else Trees(self._speculation, options.nodes),
+            None
+            if method is None
+            else HostSpeculation(method, sampling.temperature, draw.streams, self.settings.vocabulary),
         )
 
-    def _trees(self, nodes: int | None) -> Trees | None:
-        if self._speculation is not None:
-            return Trees(self._speculation, nodes)
-        if nodes is not None:
-            raise InputError(f"{self.path} does not speculate; leave nodes out")
-        return None
+    @property
+    def _context(self) -> int | None:
+        """The most tokens of a text; None where it may go on."""
+        return None if self.endless else self.settings.context
 
-    def _ids(self, name: str, prompt: object) -> list[int]:
+    def _method(self, options: Options, sampling: Sampling) -> Method | None:
+        """How the host speculates, if it does; raises InputError for what the model has no programs for."""
+        if options.drafter is None:
+            if options.accept is not None:
+                raise InputError(
+                    "accept is how the tokens of a drafter are accepted; give a drafter, or leave it out"
+                )
+            if options.nodes is not None and self._speculation is None:
+                raise InputError(
+                    f"{self.path} does not speculate by itself; "
+                    + (
+                        "leave nodes out"
+                        if self._verification is None
+                        else "give a drafter, or leave nodes out"
+                    )
+                )
+            return None
+        if self._speculation is not None:
+            raise InputError(f"{self.path} drafts by itself; leave the drafter out")
+        if self._verification is None:
+            raise InputError(
+                f"{self.path} cannot take proposed tokens back; make one that can: tokopt optimize MODEL verify -o "
+                "verifying.tokopt, then tokopt export verifying.tokopt"
+            )
+        return self._verification.method(options.drafter, options.accept, options.nodes, sampling.temperature)
+
+    def _ids(self, name: str, prompt: object, most: int | None) -> list[int]:
+        """Token ids, at least one, and no more than ``most``."""
         if isinstance(prompt, str):
             ids = self.tokenizer.encode(prompt)
         else:
             ids = token_ids(name, prompt, self.settings.vocabulary)
         if not ids:
             raise InputError(f"{name} is empty; give at least one token")
-        if len(ids) > self.settings.context and not self.endless:
-            raise InputError(
-                f"{name} has {len(ids)} tokens and the model's context holds {self.settings.context}; shorten it"
-            )
+        if most is not None and len(ids) > most:
+            raise InputError(f"{name} has {len(ids)} tokens and the model's context holds {most}; shorten it")
         return ids
 
     def _feed(self, batch: int, inputs: Mapping[str, Any] | None) -> dict[str, np.ndarray] | None:
@@ -299,6 +361,8 @@ class Options:
     processors: Iterable[LogitsProcessor] | None = ()
     inputs: Mapping[str, Any] | None = None
     nodes: int | None = None
+    drafter: str | Drafter | None = None
+    accept: str | Rule | None = None
 
     def checked(self) -> tuple[int, Sampling, tuple[LogitsProcessor, ...]]:
         """The number of tokens, how they are chosen, and the caller's own processors; raises InputError."""

@@ -134,7 +134,9 @@ class Request:
         self.written = 0
         self.program: Any = None
         self._bound: dict[str, Any] = {}
-        self._roles = {name: _Roles.of(manifest.programs[name]) for name in self.schedule.programs}
+        names = (*self.schedule.programs, *filter(None, (self.schedule.commit,)))
+        self._roles = {name: _Roles.of(manifest.programs[name]) for name in names}
+        self._verified = 0
 
     # ------------------------------------------------------------------------------------------- entries
 
@@ -203,6 +205,54 @@ class Request:
             read = emission.count if emission.count is not None else np.full(self.batch, tokens.shape[1])
             self._count([True] * len(self._counting), read)
         return emission
+
+    def verify(self, tokens: np.ndarray, positions: np.ndarray, mask: np.ndarray) -> np.ndarray:
+        """Logits [batch, nodes, vocabulary] after every node of a row's tree; :meth:`commit` is to keep a path of it.
+
+        ``tokens`` [batch, nodes] have their parents before them, ``positions`` [batch, nodes] are the root's and as
+        many more as a node is deep (-1: no node), and ``mask`` [batch, nodes, nodes] bool says that a node (row) sees
+        its ancestors and itself (columns). Raises InputError for an artifact without the pass ``verify``.
+        """
+        if self.schedule.commit is None:
+            raise InputError("the model cannot take proposed tokens back; make it with the pass verify")
+        entry = self.schedule.decode(1, self.written)
+        assert entry is not None
+        self._verified = tokens.shape[1]
+        logits = self.emit(entry, tokens, positions, np.arange(self._verified), mask=mask).logits
+        assert logits is not None
+        return logits
+
+    def commit(self, path: np.ndarray, count: np.ndarray) -> None:
+        """Keep the first ``count`` [batch] of the nodes ``path`` [batch, nodes] that the last call verified.
+
+        The cache is as if these had been read one by one, and then the triggers run that are due. Where all that was
+        read stays where it is, no program runs. Raises InputError for what is no path of the last tree, or is longer
+        than a trigger allows (:meth:`allowed`).
+        """
+        nodes, name = self._verified, self.schedule.commit
+        self._check_path(path, count, nodes)
+        assert name is not None
+        kept = np.where(np.arange(nodes) < count[:, None], path, -1)
+        if nodes > 1 and (kept != np.arange(nodes))[count > 0].any():
+            self._call(name, {"path": path, "count": count})
+            self.used = {axis: used - nodes + int(count.max()) for axis, used in self.used.items()}
+        self.written += int(count.max())
+        self._count([True] * len(self._counting), count)
+
+    def _check_path(self, path: np.ndarray, count: np.ndarray, nodes: int) -> None:
+        shapes, wanted = (path.shape, count.shape), ((self.batch, nodes), (self.batch,))
+        if not nodes or shapes != wanted or path.dtype != np.int64 or count.dtype != np.int64:
+            raise InputError(
+                f"path is {path.dtype}{list(path.shape)} and count {count.dtype}{list(count.shape)}; give int64"
+                f"{list(wanted[0])} and int64{list(wanted[1])}, once after verify"
+            )
+        most = self.allowed(np.full(self.batch, nodes))
+        if not ((path >= 0) & (path < nodes)).all() or not ((count >= 0) & (count <= most)).all():
+            raise InputError(
+                f"path has nodes from {path.min()} to {path.max()}, and count {count.tolist()} of them; of {nodes} "
+                f"nodes rows may keep {most.tolist()}"
+            )
+        self._verified = 0
 
     def bind(self, name: str, program: Any) -> None:
         """Let a program that is bound to this request's buffers be the one that runs."""

@@ -256,6 +256,11 @@ class Streams:
         self._seed = np.full(batch, word(seed))
         self._drawn = 0
 
+    def numbers(self, row: int, counter: int, count: int, *, drafting: bool = False) -> NDArray[np.float32]:
+        """The numbers ``counter .. counter + count - 1`` of a row; those for ``drafting`` are a stream of their own."""
+        stream = ~row if drafting else row
+        return uniforms(self._seed[row : row + 1], np.array([stream]), np.array([counter]), count)[0]
+
     def next(self) -> NDArray[np.float32]:
         """The next number of every row [batch], in [0, 1)."""
         counter = np.full(len(self._seed), self._drawn)

@@ -367,7 +367,7 @@ def _lower_programs(
             program,
             path,
             weights,
-            alike=bundle.schedule.proposing is not None,
+            alike=bundle.schedule.speculates,
             check=check,
             tolerance=tolerance,
             original=original,

@@ -223,13 +223,23 @@ class Trees {
   }
 }
 
+/**
+ * How sessions are opened. Each has threads of its own, so that where several programs run in turns, those of the one
+ * that ran last are not to spin beside those of the next.
+ */
+function sessionOptions({ schedule }) {
+  const running = new Set(schedule.entries.flatMap(programs));
+  return running.size > 1 ? { ...OPTIONS, extra: { session: { force_spinning_stop: '1' } } } : OPTIONS;
+}
+
 async function load(folder) {
   const manifest = JSON.parse(await readFile(path.join(folder, 'manifest.json'), 'utf8'));
   if (![4, 5].includes(manifest.format_version)) throw new Error(`${folder} is of another format; export it again`);
   if (!manifest.schedule.entries.some(({ role }) => role === 'decode')) throw new Error(`${folder} writes no texts`);
   const sessions = {};
+  const options = sessionOptions(manifest);
   for (const [name, program] of Object.entries(manifest.programs)) {
-    sessions[name] = await ort.InferenceSession.create(path.join(folder, program.files.onnx), OPTIONS);
+    sessions[name] = await ort.InferenceSession.create(path.join(folder, program.files.onnx), options);
   }
   return { manifest, sessions };
 }

@@ -14,11 +14,19 @@ from torch.fx import Node
 from tokopt.errors import PassError, PassRefused
 from tokopt.ir.bundle import Bundle, Semantics, fresh
 from tokopt.ir.export import placeholders
-from tokopt.ir.format import BATCH, DRAWING, Entry, State, emits_tokens
-from tokopt.ir.graph import is_call, operand_at
+from tokopt.ir.format import BATCH, DRAWING, Entry, State
+from tokopt.ir.graph import operand_at
 from tokopt.ir.program import AxisRange, Program, TensorSpec
 from tokopt.kernels import ops
 from tokopt.passes.sample.sample import SampleTokens
+from tokopt.passes.speculate.committed import (
+    check_write,
+    longer,
+    path_positions,
+    refuse_links,
+    refuse_memory,
+    require_logits,
+)
 from tokopt.passes.speculate.drafters import Drafter, load_drafter
 from tokopt.passes.speculate.tree import (
     Tree,
@@ -40,9 +48,6 @@ CONFIDENCE = "confidence"
 
 MOST = 64
 """Nodes of a tree at most."""
-
-_KEPT = ("key", "value", "scale", "zero", "position")
-"""Kinds of states in which every slot belongs to a token."""
 
 
 @dataclass(frozen=True)
@@ -80,23 +85,18 @@ class Speculate(Pass):
 
     def requires(self, bundle: Bundle) -> None:
         """Language models whose one program gives logits."""
-        name = language_program(self.name, bundle)
-        program = bundle.programs[name]
-        if emits_tokens(program):
-            raise PassError(f"{self.name}: program {name!r} draws its tokens already; leave sample out")
+        require_logits(self.name, bundle)
 
     def run(self, bundle: Bundle, context: Context) -> PassResult:
         """Add the program that speculates; the one there was reads prompts, and decodes where nothing is proposed."""
         name, drafter = language_program(self.name, bundle), load_drafter(self.drafter)
         assert bundle.generation is not None
         step = bundle.programs[name]
-        if any(spec.role == "link" for spec in (*step.inputs, *step.outputs)):
-            reason = "it takes from other programs, or gives to them"
-            return PassResult(bundle, 0, (), (Refusal(name, reason),))
-        drawing = SampleTokens().run(bundle, context).bundle
-        memory = tuple(_named(drafter.states(bundle.generation), drawing))
         parents = best_first(drafter.rates, drafter.fade, self.nodes, self.depth)
         try:
+            refuse_links(step)
+            drawing = SampleTokens().run(bundle, context).bundle
+            memory = tuple(_named(drafter.states(bundle.generation), drawing))
             made = _Speculation(
                 step, drawing.programs[name], drawing, memory, drafter, chain=is_chain(parents)
             )
@@ -223,7 +223,7 @@ class _Speculation:
         (counter,) = {spec.state for spec in self.drawn.inputs} - {spec.state for spec in self.step.inputs}
         assert counter is not None
         how = self._of_roles("positions", "parent", "limit", *DRAWING)
-        tokens, count, logprobs, number, path, here, there = self._insert(
+        tokens, count, logprobs, number, path, there = self._insert(
             _commit_chain if self.chain else _commit, logits, proposed, self.by_state[counter], *how
         )
         made.add(TensorSpec("next_tokens", "int64", (BATCH, NODES), "tokens"), tokens)
@@ -231,7 +231,7 @@ class _Speculation:
         made.add(TensorSpec("logprobs", "float32", (BATCH, NODES), "logprobs"), logprobs)
         for spec in self.step.outputs:
             if spec.state is not None:
-                self._next_state(made, spec, results[spec.name], path, here, count)
+                self._next_state(made, spec, results[spec.name], path, count)
         made.give(self.states[counter], number)
         sure, *noted = self._insert(
             partial(_observe, self.drafter), proposed, logits, tokens, count, there, *memory
@@ -282,37 +282,28 @@ class _Speculation:
         results = inline(self.module.graph, self.step, operands, like=self.by_role["tokens"])
         return dict(zip((spec.name for spec in self.step.outputs), results, strict=True))
 
-    def _next_state(
-        self, made: _Outputs, spec: TensorSpec, node: Node, path: Node, here: Node, count: Node
-    ) -> None:
+    def _next_state(self, made: _Outputs, spec: TensorSpec, node: Node, path: Node, count: Node) -> None:
         """What a state is after the committed tokens alone."""
         assert spec.state is not None
         state = self.states[spec.state]
         if spec.name in self.step.aliases:
-            self._check_write(state, node)
-            buffer = self.by_state[state.name].name
+            assert state.occupancy is not None
+            check_write(state, node, self.by_state[state.occupancy.state])
+            buffer, start = self.by_state[state.name].name, operand_at(node, 2)
             if self.chain and state.kind != "position":
                 made.give(state, node, buffer)
                 return
             made.add(TensorSpec(f"proposed_{state.name}", spec.dtype, spec.axes, "written"), node, buffer)
-            moved = (_places_over, here) if state.kind == "position" else (ops.move_entries, path)
-            made.give(state, self._insert(moved[0], node, moved[1], operand_at(node, 2)), buffer)
+            if state.kind == "position":
+                made.give(state, self._insert(path_positions, node, path, count, start), buffer)
+            else:
+                made.give(state, self._insert(ops.move_entries, node, path, start), buffer)
         elif state.kind == "length":
-            made.give(state, self._insert(_longer, self.by_state[state.name], count))
+            made.give(state, self._insert(longer, self.by_state[state.name], count))
         elif state.kind == "shift":
             made.give(state, node)
         else:
-            raise PassRefused(f"state {state.name!r} would take note of tokens that are rejected")
-
-    def _check_write(self, state: State, node: Node) -> None:
-        """What a state holds of a token lies in the token's slot, so that it can be moved."""
-        assert state.occupancy is not None
-        length = self.by_state[state.occupancy.state]
-        start = node.args[2] if is_call(node, ops.cache_write) else None
-        while isinstance(start, Node) and start is not length and len(start.all_input_nodes) == 1:
-            (start,) = start.all_input_nodes  # a column of the lengths
-        if state.kind not in _KEPT or start is not length:
-            raise PassRefused(f"state {state.name!r} holds more than an entry for every token")
+            refuse_memory(state)
 
 
 # --- what is traced ---------------------------------------------------------------------------------------
@@ -346,16 +337,16 @@ def _commit(
     """What the model chooses after every node, and the path of it that was proposed; ``drawing`` as :data:`DRAWING`.
 
     Returns tokens [batch, nodes] of which ``count`` [batch] are committed, their log-probabilities, the next counter;
-    then the path [batch, nodes], the positions of its nodes and those of the tokens, -1 behind the end.
+    then the path [batch, nodes] and the positions of the tokens, -1 behind the end.
     """
     *how, seed, stream = drawing
     shape = tree(parent)
     uniform = ops.uniforms(seed, stream, counter, proposed.shape[1])[:, shape.depth]
     chosen, given = ops.draw_tokens(logits.float(), uniform, *how)
     path, count = accepted(shape, proposed, chosen, limit)
-    inside, here, there = _places(shape.index, positions, count)
+    inside, there = _places(shape.index, positions, count)
     tokens, logprobs = torch.where(inside, chosen.gather(1, path), 0), given.gather(1, path)
-    return tokens, count, logprobs, counter + count, path, here, there
+    return tokens, count, logprobs, counter + count, path, there
 
 
 def _commit_chain(
@@ -367,32 +358,21 @@ def _commit_chain(
     limit: Tensor,
     *drawing: Tensor,
 ) -> tuple[Tensor, ...]:
-    """What :func:`_commit` returns for a chain, with ``parent`` in place of the path, which nothing reads."""
+    """What :func:`_commit` returns for a chain, whose nodes are the path."""
     *how, seed, stream = drawing
     uniform = ops.uniforms(seed, stream, counter, proposed.shape[1])
     chosen, given = ops.draw_tokens(logits.float(), uniform, *how)
     count = accepted_in_chain(proposed, chosen, limit)
-    inside, here, there = _places(torch.arange(proposed.shape[1]), positions, count)
+    index = torch.arange(proposed.shape[1])
+    inside, there = _places(index, positions, count)
     tokens, logprobs = torch.where(inside, chosen, 0), torch.where(inside, given, 0.0)
-    return tokens, count, logprobs, counter + count, parent.clone(), here, there
+    return tokens, count, logprobs, counter + count, index[None].expand(proposed.shape[0], -1), there
 
 
-def _places(index: Tensor, positions: Tensor, count: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Which places of the path are committed [batch, nodes], and the positions of its nodes and of its tokens."""
+def _places(index: Tensor, positions: Tensor, count: Tensor) -> tuple[Tensor, Tensor]:
+    """Which places of the path are committed [batch, nodes], and the positions of their tokens, -1 behind them."""
     inside = index[None] < count[:, None]
-    return inside, torch.where(inside, positions + index, -1), torch.where(inside, positions + 1 + index, -1)
-
-
-def _places_over(slots: Tensor, positions: Tensor, length: Tensor) -> Tensor:
-    """The positions of the slots, of which those behind the committed path are free."""
-    batch, nodes = positions.shape
-    new = positions.reshape(batch, *[1] * (slots.ndim - 3), nodes, 1)
-    return ops.cache_write(slots, new.expand(*slots.shape[:-2], nodes, 1).contiguous(), length)
-
-
-def _longer(length: Tensor, count: Tensor) -> Tensor:
-    """Lengths [batch] or [batch, columns] after ``count`` [batch] tokens more."""
-    return length + count.reshape(-1, *[1] * (length.ndim - 1))
+    return inside, torch.where(inside, positions + 1 + index, -1)
 
 
 def _read(

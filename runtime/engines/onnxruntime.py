@@ -186,7 +186,8 @@ def _session(path: Path, opener: Sessions, own: bool) -> onnxruntime.InferenceSe
         settings.add_session_config_entry(*entry)
     if not opener.spins:
         settings.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    if len(opener.manifest.schedule.programs) > 1:
+    schedule = opener.manifest.schedule
+    if len(schedule.programs) > 1 or schedule.commit is not None:
         # Every session has threads of its own; those of the one that ran last would spin beside those of the next.
         settings.add_session_config_entry("session.force_spinning_stop", "1")
     disabled = None if opener.rounds else UNFOLDED

@@ -25,6 +25,8 @@ _INPUTS = {
     "limit": ("int64", "[batch]"),
     "due": ("bool", "[batch]"),
     "parent": ("int64", "[n]"),
+    "path": ("int64", "[batch, n]"),
+    "count": ("int64", "[batch]"),
     **{role: (dtype, "[batch]") for role, (dtype, _) in DRAWING.items()},
 }
 _OUTPUTS = {

@@ -42,6 +42,7 @@ def check_schedule(
     _check_exits(encoders, schedule)
     _check_depths(encoders, schedule)
     _check_whole(programs, encoders, schedule)
+    _check_commit(programs, schedule)
     for trigger in schedule.triggers:
         _check_trigger(trigger, programs, schedule)
     counts = [trigger.every for trigger in schedule.triggers if trigger.after == "tokens"]
@@ -323,11 +324,8 @@ def _check_whole(
     if name is None:
         return
     where = f"the whole of the schedule, program {short(name)},"
-    require(name in programs, f"{where} is not there")
-    require(
-        name not in {entry.program for entry in schedule.entries} and not schedule.generates,
-        f"{where} is run by an entry, or the model generates",
-    )
+    _check_beside(where, name, programs, schedule)
+    require(not schedule.generates, f"{where} encodes, and the model generates")
     whole = programs[name]
     _check_roles(where, whole.inputs, frozenset(("input",)))
     _check_roles(where, whole.outputs, frozenset(("output", "depth")))
@@ -341,6 +339,43 @@ def _check_whole(
     require(
         BATCH in whole.ranges and (whole.ranges[BATCH].min, whole.ranges[BATCH].max) == (1, 1),
         f"{where} takes other batches than one row",
+    )
+
+
+def _check_beside(where: str, name: str, programs: Mapping[str, Signature], schedule: Schedule) -> None:
+    """A program that no entry runs."""
+    require(name in programs, f"{where} is not there")
+    require(name not in schedule.programs, f"{where} is run by an entry")
+
+
+def _check_commit(programs: Mapping[str, Signature], schedule: Schedule) -> None:
+    """The program that keeps a path works on what one program left, which reads any tree and gives logits."""
+    name = schedule.commit
+    if name is None:
+        return
+    where = f"the commit of the schedule, program {short(name)},"
+    _check_beside(where, name, programs, schedule)
+    require(schedule.generates, f"{where} keeps what nothing reads: the model does not generate")
+    _check_roles(where, programs[name].inputs, frozenset(("path", "count", "state")))
+    _check_roles(where, programs[name].outputs, frozenset(("state",)))
+    require(
+        all(find_role(programs[name].inputs, role) is not None for role in ("path", "count")),
+        f"{where} has no inputs of the roles 'path' and 'count'",
+    )
+    decodes = tuple(schedule.of_role("decode"))
+    require(
+        len(decodes) == 1 and not decodes[0].then and not emits_tokens(programs[decodes[0].program]),
+        f"{where} keeps what several programs leave, or one that draws its tokens",
+    )
+    mask = find_role(programs[decodes[0].program].inputs, "mask")
+    require(
+        mask is not None and isinstance(mask.axes[1], str),
+        f"{where} keeps what program {short(decodes[0].program)} leaves, which takes no mask of any number of tokens",
+    )
+    lacking = _changed([programs[name]]) - _changed([programs[decodes[0].program]])
+    require(
+        not lacking,
+        f"{where} changes the states {', '.join(sorted(lacking))}, which the program that decodes does not",
     )
 
 

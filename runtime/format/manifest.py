@@ -282,12 +282,13 @@ def _port(value: Json, where: str) -> Port:
 
 
 def _schedule(value: Json, where: str) -> Schedule:
-    entry = read_object(value, where, "entries triggers endless", "whole")
+    entry = read_object(value, where, "entries triggers endless", "whole commit")
     return Schedule(
         read_items(entry["entries"], f"{where}.entries", _entry),
         read_items(entry["triggers"], f"{where}.triggers", _trigger),
         read_boolean(entry["endless"], f"{where}.endless"),
         read_optional(entry.get("whole"), f"{where}.whole", read_name),
+        read_optional(entry.get("commit"), f"{where}.commit", read_name),
     )
 
 

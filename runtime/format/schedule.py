@@ -82,12 +82,18 @@ class Schedule:
     ``whole`` names a program that no entry runs: it does for a batch of one what all entries of role ``"encode"`` do
     together, exits included, for hosts that can only call one program. Its output of role ``"depth"`` is the depth at
     which the row left.
+
+    ``commit`` names another, with which a host may have several tokens verified in one call: the entry that decodes
+    reads a tree of them, by a mask in which each sees its ancestors and itself, and gives logits after every one. Then
+    this program keeps, of the slots that the call wrote, those of a path [batch, nodes] of nodes in their order, the
+    first ``count`` [batch] of it, as if these had been read alone.
     """
 
     entries: tuple[Entry, ...]
     triggers: tuple[Trigger, ...] = ()
     endless: bool = False
     whole: str | None = None
+    commit: str | None = None
 
     @property
     def programs(self) -> tuple[str, ...]:
@@ -133,6 +139,11 @@ class Schedule:
     def proposing(self) -> Entry | None:
         """The entry that decodes and proposes tokens; None where none does."""
         return next((entry for entry in self.of_role("decode") if entry.tree), None)
+
+    @property
+    def speculates(self) -> bool:
+        """Whether a call may be given several tokens of which some are taken back."""
+        return self.proposing is not None or self.commit is not None
 
     @property
     def generates(self) -> bool:

@@ -36,6 +36,8 @@ INPUT_ROLES = (
     "limit",
     "due",
     "parent",
+    "path",
+    "count",
     *DRAWING,
     "link",
     "state",
@@ -70,7 +72,8 @@ class Tensor:
     [batch, n] (int64; the position of padding is -1), ``"mask"`` [batch, n, n] (which new token sees which), ``"rows"``
     [k] (the tokens whose logits are wanted), ``"limit"`` [batch] (the most tokens that a row may commit in this call),
     ``"due"`` [batch] (the rows that a triggered program acts on), ``"parent"`` [n] (of every proposed token, the one
-    before it; -1 for the first, which was committed), those of :data:`DRAWING` [batch] (how tokens are drawn;
+    before it; -1 for the first, which was committed), ``"path"`` [batch, n] with ``"count"`` [batch] (which of the
+    tokens that the last call read are kept, in their order), those of :data:`DRAWING` [batch] (how tokens are drawn;
     ``"stream"`` says which of the seed's streams of random numbers is the row's) and ``"link"`` (another program's
     output). Those of outputs are ``"output"`` (an array for the caller), ``"logits"`` [batch, rows, vocabulary],
     ``"tokens"`` [batch, n] with ``"count"`` [batch] (the first so many tokens of a row were committed) and perhaps

@@ -1,4 +1,4 @@
-"""The host's half of speculation: draft trees, accept rules, planners, and drafters that need no model.
+"""Speculation: draft trees, accept rules, planners, drafters that need no model, and the host that drives one by them.
 
-Everything here is a pure function of arrays, or a small state of one text; nothing drives a model.
+All but the last are pure functions of arrays, or a small state of one text; :mod:`.host` has a model verify trees.
 """

@@ -52,6 +52,8 @@ def artifacts(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ),
         ("export", folder / "full.bundle.tokopt", "-o", folder / "full.tokopt"),
         ("export", folder / "b", "-o", folder / "small.tokopt"),
+        ("optimize", folder / "full.bundle.tokopt", "verify", "-o", folder / "v"),
+        ("export", folder / "v", "-o", folder / "verifying.tokopt"),
     ]
     for step in steps:
         assert main([*map(str, step), "--json"]) == 0
@@ -106,6 +108,21 @@ def test_seeds_repeat_a_draw(capsys: pytest.CaptureFixture[str], artifacts: Path
     assert draw(1) == draw(1) != draw(2)
 
 
+def test_a_drafter_of_the_host_changes_no_token(
+    capsys: pytest.CaptureFixture[str], artifacts: Path, tmp_path: Path
+) -> None:
+    """One that knows the text beforehand, which is then written in fewer calls; and what lossy rules say of theirs."""
+    command = ("generate", artifacts / "verifying.tokopt", "abcdefgh" * 3, "--max-tokens", 30)
+    plain = answer(capsys, *command)
+    (tmp_path / "known.txt").write_text(plain["text"])
+    drafting = ("--drafter", "suffix", "--corpus", tmp_path / "known.txt")
+    found = answer(capsys, *command, *drafting)
+    assert found["text"] == plain["text"] and found["lossless"] and found["drafting_seconds"] > 0
+    checked = answer(capsys, *command, *drafting, "--check-lossless")
+    assert checked["lossless"] and checked["with"]["decode_calls"] < checked["without"]["decode_calls"] == 29
+    assert not answer(capsys, *command, *drafting, "--accept", "typical")["lossless"]
+
+
 @dataclass
 class Unfaithful:
     """A model that speculates, whose text differs where it proposes something: by a token, or by its end."""
@@ -154,7 +171,48 @@ def test_other_verbs_know_language_models(
             "full.tokopt",
             "a",
             "--check-lossless",
-        ): "does not speculate, so there is nothing to check",
+        ): "does not speculate by itself, so there is nothing to check; name a --drafter",
+        (
+            "generate",
+            "full.tokopt",
+            "a",
+            "--drafter",
+            "suffix",
+        ): "tokopt optimize MODEL verify -o verifying.tokopt",
+        ("generate", "full.tokopt", "a", "--accept", "chain"): "--accept belongs to --drafter",
+        ("generate", "full.tokopt", "a", "--corpus", "x"): "--corpus belongs to --drafter",
+        ("generate", "verifying.tokopt", "a", "--drafter", "prompt"): "choose from suffix, prompt_lookup",
+        (
+            "generate",
+            "verifying.tokopt",
+            "a",
+            "--drafter",
+            "suffix",
+            "--accept",
+            "none",
+        ): "choose from same_text",
+        (
+            "generate",
+            "verifying.tokopt",
+            "a",
+            "--drafter",
+            "lookahead",
+            "--corpus",
+            "no.txt",
+        ): "no readable text",
+        (
+            "generate",
+            "verifying.tokopt",
+            "a",
+            "--drafter",
+            "lookahead",
+            "--accept",
+            "k_seq",
+        ): "take a drafter that draws",
+        (
+            *("generate", "verifying.tokopt", "a", "--drafter", "suffix", "--accept", "typical"),
+            "--check-lossless",
+        ): "writes other texts than plain decoding does",
         ("run", "full.tokopt"): "tokopt generate",
         ("export", "small.tokopt", "-o", "x", "--target", "triton"): "step, compact",
         ("export", "full.tokopt", "-o", "x", "--slots", "9"): "--slots belongs to --target triton",

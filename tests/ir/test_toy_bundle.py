@@ -92,7 +92,7 @@ def refusal(toy: str, name: str) -> str | None:
         return NO_FACTOR
     if name == "exit":
         return ENCODERS
-    if (toy, name) == ("chained", "speculate"):
+    if toy == "chained" and name in ("speculate", "verify"):
         return "it takes from other programs"
     if (
         toy == "split"

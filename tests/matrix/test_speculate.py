@@ -43,6 +43,15 @@ def test_speculation_changes_no_token(name: str, passes: str, pass_: str, sampli
             assert fast.generate(given, max_tokens=60, sampling=sampling, nodes=nodes) == want
 
 
+def test_renumbered_positions_are_kept() -> None:
+    """Positions count from a state that grows as slots are renumbered: committed slots hold what was written."""
+    passes, ids = "streaming{budget=48 rerotate=true every=16}", prompt(17)
+    fast = artifact("llama", f"{passes},speculate")
+    want = artifact("llama", passes).generate(ids, max_tokens=100)
+    got = fast.generate(ids, max_tokens=100, nodes=fast.nodes)
+    assert got == want and got.statistics.tokens_per_call > 2
+
+
 def test_with_one_node_the_program_decodes_that_reads() -> None:
     """It proposes nothing; a host may run it in every call, and finds the same states."""
     schedule = artifact("llama", "speculate").manifest.schedule

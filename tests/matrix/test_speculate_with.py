@@ -58,14 +58,14 @@ def rows() -> dict[str, str]:
 def test_a_row_is_what_the_pass_does(name: str) -> None:
     made = tokopt.optimize(bundle("llama"), BEFORE[name], calibration=CALIBRATION)
     assert made.history[-1].matches
-    said, found = rows()[name], "yes"
-    try:
-        tokopt.optimize(
-            made, "speculate{drafter=prompt_lookup}", strict=True
-        )  # the drafter that is traced quickest
-    except TokoptError as error:
-        found = str(error)
-    assert said.removeprefix("no: ") in found and said.startswith("no: ") == (found != "yes"), found
+    said = rows()[name]
+    for passes in ("verify", "speculate{drafter=prompt_lookup}"):  # the drafter that is traced quickest
+        found = "yes"
+        try:
+            tokopt.optimize(made, passes, strict=True)
+        except TokoptError as error:
+            found = str(error)
+        assert said.removeprefix("no: ") in found and said.startswith("no: ") == (found != "yes"), found
 
 
 @pytest.mark.parametrize("name", WEIGHTS)

@@ -148,6 +148,7 @@ def with_names(
                 for entry in schedule.entries
             ),
             whole=schedule.whole and programs[schedule.whole],
+            commit=schedule.commit and programs[schedule.commit],
             triggers=tuple(
                 replace(trigger, program=programs[trigger.program]) for trigger in schedule.triggers
             ),

@@ -23,6 +23,7 @@ from tests.runtime.toys import (
     toy,
 )
 from tokopt.runtime.format.checks import FormatError, check_format
+from tokopt.runtime.format.generation import Generation
 from tokopt.runtime.format.link import Link, Port
 from tokopt.runtime.format.manifest import Manifest, ProgramEntry
 from tokopt.runtime.format.schedule import Entry, Schedule, Trigger
@@ -58,6 +59,10 @@ def staged(*depths: int, whole: str | None = None, **more: ProgramEntry) -> Mani
 
 def one_row(entry: ProgramEntry) -> ProgramEntry:
     return replace(entry, ranges={**entry.ranges, "batch": Range(1, 1)})
+
+
+def test_a_program_that_keeps_a_path_is_allowed() -> None:
+    check(verified(KEEP))
 
 
 def test_stages_with_depths_and_a_whole_are_allowed() -> None:
@@ -144,6 +149,21 @@ def from_token(*since: int, tree: tuple[int, ...] = ()) -> Manifest:
 
 DRAWS, GUESSES = choosing().programs["go"], choosing().programs["guess"]
 REST = halves().programs["rest"]
+
+PATH, KEEPS = (
+    Tensor("path", "int64", ("batch", "nodes"), "path"),
+    Tensor("keeps", "int64", ("batch",), "count"),
+)
+KEEP = program([PATH, KEEPS, reads("length")], [reads("length", new=True)])
+
+
+def verified(keep: ProgramEntry | None, read: ProgramEntry | None = None) -> Manifest:
+    """A model of one program that reads any mask, and of one that keeps a path of what it left."""
+    programs = {"read": read or reader("rows", "mask", emits="logits"), **({"keep": keep} if keep else {})}
+    entries = tuple(Entry("read", role, "n") for role in ("prefill", "decode"))
+    states = tuple(state for state in STATES if state.name != "turns" or "turns" in str(keep))
+    return Manifest(programs, {}, Schedule(entries, commit="keep"), states, (), Generation(64, VOCABULARY))
+
 
 SURE = Tensor("sure", "int64", ("batch",), "confidence")
 
@@ -529,7 +549,11 @@ BROKEN: dict[str, tuple[Callable[[], Manifest], str]] = {
         lambda: staged(whole="gone"),
         "the whole of the schedule, program 'gone', is not there",
     ),
-    "whole that runs": (lambda: staged(whole="b"), "program 'b', is run by an entry, or the model generates"),
+    "whole that runs": (lambda: staged(whole="b"), "program 'b', is run by an entry"),
+    "whole of what generates": (
+        lambda: replace(verified(KEEP), schedule=replace(verified(KEEP).schedule, whole="keep")),
+        "program 'keep', encodes, and the model generates",
+    ),
     "whole of links": (
         lambda: staged(whole="c", c=program([replace(X, role="link")], [Y])),
         "the link|role 'link'",
@@ -549,6 +573,50 @@ BROKEN: dict[str, tuple[Callable[[], Manifest], str]] = {
     "whole of many rows": (
         lambda: staged(whole="c", c=program([X], [Y])),
         "program 'c', takes other batches than one row",
+    ),
+    # the commit
+    "commit that is gone": (
+        lambda: verified(None),
+        "the commit of the schedule, program 'keep', is not there",
+    ),
+    "commit that runs": (
+        lambda: replace(halves(), schedule=replace(halves().schedule, commit="rest")),
+        "program 'rest', is run by an entry",
+    ),
+    "commit of an encoder": (
+        lambda: replace(
+            staged(3, 12, c=one_row(program([X], [Y]))),
+            schedule=replace(staged(3, 12).schedule, commit="c"),
+        ),
+        "program 'c', keeps what nothing reads: the model does not generate",
+    ),
+    "commit that reads": (
+        lambda: verified(program([PATH, KEEPS, X, reads("length")], [reads("length", new=True)])),
+        "program 'keep', has 'x' of the role 'input', which means nothing there",
+    ),
+    "commit of no path": (
+        lambda: verified(program([KEEPS, reads("length")], [reads("length", new=True)])),
+        "program 'keep', has no inputs of the roles 'path' and 'count'",
+    ),
+    "commit of one path for all": (
+        lambda: verified(program([replace(PATH, axes=("nodes",)), KEEPS], [reads("length", new=True)])),
+        r"has the role 'path' and must be int64 \[batch, n\]",
+    ),
+    "commit of tokens": (
+        lambda: replace(
+            choosing(),
+            programs={**choosing().programs, "keep": KEEP},
+            schedule=replace(choosing().schedule, commit="keep"),
+        ),
+        "program 'keep', keeps what several programs leave, or one that draws its tokens",
+    ),
+    "commit without a mask": (
+        lambda: verified(KEEP, reader("rows", emits="logits")),
+        "keeps what program 'read' leaves, which takes no mask of any number of tokens",
+    ),
+    "commit of other states": (
+        lambda: verified(program([PATH, KEEPS, reads("turns")], [reads("turns", new=True)])),
+        "changes the states turns, which the program that decodes does not",
     ),
     # triggers
     "trigger of nothing": (

@@ -72,12 +72,17 @@ def read_samples(
             raise InputError(
                 f"{path} is no text ({', '.join(TEXT)}), which a language model is calibrated with"
             )
-        try:
-            ids = tokenizer.encode(Path(path).read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError) as error:
-            raise InputError(f"{path} is no readable text: {error}") from error
+        ids = tokenizer.encode(read_text(path))
         samples += [ids[start : start + window] for start in range(0, len(ids), window)]
     return samples
+
+
+def read_text(path: str) -> str:
+    """A file of text; raises InputError for any other."""
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path} is no readable text: {error}") from error
 
 
 def _numpy_file(path: str):

@@ -67,6 +67,8 @@ def language_program(name: str, bundle: Bundle) -> str:
         raise PassError(f"{name} works on language models; this bundle is an encoder")
     if any(entry.then for entry in entries):
         raise PassError(f"{name} works on a model in one piece; put it before split")
+    if bundle.schedule.commit is not None:
+        raise PassError(f"{name} does not know how trees of tokens are taken back; put it before verify")
     names = [entry.program for entry in entries]
     if len(set(names)) > 1:
         raise PassError(f"{name} works where one program reads prompts and decodes; here they are two")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 
@@ -53,6 +53,7 @@ class TextDrafter(Protocol):
         ...
 
 
+@runtime_checkable
 class Drafter(Protocol):
     """A method of drafting and what its texts share."""
 
@@ -64,6 +65,11 @@ class Drafter(Protocol):
     @property
     def drawn(self) -> Drawn:
         """How the children of a node are chosen."""
+        ...
+
+    @property
+    def fills(self) -> bool:
+        """Whether it gives a planned tree's nodes tokens, and does not build trees of its own."""
         ...
 
     @property

@@ -22,6 +22,7 @@ class Hybrid:
 
     name = "hybrid"
     drawn = Drawn.DETERMINISTIC
+    fills = True
 
     def __init__(self, suffix: Suffix, recycling: TokenRecycling, least: int = 5) -> None:
         self.suffix, self.recycling = suffix, recycling

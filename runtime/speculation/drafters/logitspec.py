@@ -30,6 +30,7 @@ class LogitSpec:
 
     name = "logitspec"
     drawn = Drawn.DETERMINISTIC
+    fills = False
 
     def __post_init__(self) -> None:
         check_integer("longest", self.longest, 1)

@@ -28,6 +28,7 @@ class Lookahead:
 
     name = "lookahead"
     drawn = Drawn.DETERMINISTIC
+    fills = False
     tops = 1
 
     def __post_init__(self) -> None:

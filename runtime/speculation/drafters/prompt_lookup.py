@@ -25,6 +25,7 @@ class PromptLookup:
 
     name = "prompt_lookup"
     drawn = Drawn.DETERMINISTIC
+    fills = False
     tops = 0
 
     def __post_init__(self) -> None:

@@ -62,6 +62,11 @@ class Suffix:
                 f"the corpus has token {corpus.tokens.max()}, the vocabulary {self.vocabulary} tokens"
             )
 
+    @property
+    def fills(self) -> bool:
+        """Where it draws."""
+        return self.drawn is not Drawn.DETERMINISTIC
+
     def open(self, prompt: Sequence[int]) -> SuffixText:
         """Start with a text."""
         ids = read_prompt(prompt)

@@ -27,6 +27,7 @@ class TokenRecycling:
 
     name = "token_recycling"
     drawn = Drawn.DETERMINISTIC
+    fills = True
 
     def __init__(self, vocabulary: int, width: int = 8) -> None:
         vocabulary = check_integer("vocabulary", vocabulary, 1, LARGEST)

@@ -75,6 +75,10 @@ class Rule(ABC):
 
     name: ClassVar[str]
     exact_for: ClassVar[frozenset[Drawn]]
+    reads_q: ClassVar[bool] = False
+    """Whether it needs the distributions that drafts were drawn from."""
+    takes_trees: ClassVar[bool] = True
+    """Whether a node may have several children."""
 
     @property
     def lossy(self) -> str:

@@ -18,6 +18,7 @@ class Chain(WalkingRule):
     name = "chain"
     exact_for = frozenset({Drawn.INDEPENDENT, Drawn.WITHOUT_REPLACEMENT, Drawn.TOP_AND_ONE})
     """One child is drawn from q in each of these."""
+    takes_trees = False
 
     def step(self, prefix: Prefix, decisions: Decisions) -> Step:
         """At most one decision and one draw."""

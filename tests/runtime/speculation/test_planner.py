@@ -18,6 +18,7 @@ from tokopt.runtime.speculation.decisions import Uniforms
 from tokopt.runtime.speculation.planner.dyspec import grow_tree
 from tokopt.runtime.speculation.planner.nodes import plan_nodes
 from tokopt.runtime.speculation.planner.sequoia import Sequoia, expected_tokens
+from tokopt.runtime.speculation.planner.shapes import AGAIN, Shapes
 from tokopt.runtime.speculation.rules.without_replacement import WithoutReplacement
 from tokopt.runtime.speculation.tree import Tree
 
@@ -146,6 +147,26 @@ def test_bad_plans(costs: dict, given: np.ndarray, drafting: float) -> None:
 
 
 # Acceptance
+
+
+def test_every_beginning_of_a_shape_is_the_best_tree_of_its_size() -> None:
+    """Before anything was seen, and after a hundred trees whose second child was accepted most often."""
+    shapes = Shapes(12, 4, chain=False)
+    before = shapes.parents
+    for _ in range(2 * AGAIN):
+        shapes.observe(Tree(np.array([-1, 0, 0, 0, 0])), np.array([0, 2]))
+    assert shapes.parents != before
+    for parents, counts in (
+        (before, Shapes(12, 4, chain=False).acceptance),
+        (shapes.parents, shapes.acceptance),
+    ):
+        shares = np.minimum.accumulate(counts.shares, axis=1)
+        best = Sequoia(shares, 12)
+        for nodes in range(1, 13):
+            assert expected_tokens(Tree(np.array(parents[:nodes])), shares) == pytest.approx(
+                best.expected[nodes]
+            )
+    assert Shapes(5, 4, chain=True).parents == (-1, 0, 1, 2, 3)
 
 
 def test_shares_start_at_the_prior_and_go_to_what_is_seen() -> None:

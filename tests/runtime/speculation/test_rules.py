@@ -33,6 +33,7 @@ from tokopt.runtime.speculation.rules.greedy import Greedy
 from tokopt.runtime.speculation.rules.greedy_draft import GreedyDraft
 from tokopt.runtime.speculation.rules.k_seq import KSeq, accepted_share, remainder, smallest_rho
 from tokopt.runtime.speculation.rules.lantern import Lantern
+from tokopt.runtime.speculation.rules.same_text import SameText
 from tokopt.runtime.speculation.rules.typical import Typical
 from tokopt.runtime.speculation.rules.with_replacement import WithReplacement
 from tokopt.runtime.speculation.rules.without_replacement import WithoutReplacement
@@ -55,8 +56,8 @@ TREES = [
 PLANS = [(Tree.chain(nodes), size) for nodes, size in CHAINS]
 PLANS += [(Tree(np.array(parent)), size) for parent, size in TREES]
 
-EXACT = [(rule, drawn) for rule in RULES for drawn in Drawn if drawn in rule.exact_for]
-DRAWN_FROM_Q = [(rule, drawn) for rule, drawn in EXACT if not isinstance(rule, Deterministic)]
+EXACT = [(rule, drawn) for rule in (*RULES, SameText()) for drawn in Drawn if drawn in rule.exact_for]
+DRAWN_FROM_Q = [(rule, drawn) for rule, drawn in EXACT if rule.reads_q]
 CASES = [
     (*pair, *plan)
     for pair in EXACT
@@ -484,7 +485,7 @@ ROW = np.full(4, 0.25)
 ONE = Draft(Tree.chain(2), np.array([0, 1]), Drawn.INDEPENDENT, [ROW])
 
 
-@pytest.mark.parametrize("rule", [*RULES, Typical(), Lantern(np.zeros((4, 1), int))], ids=name)
+@pytest.mark.parametrize("rule", [*RULES, SameText(), Typical(), Lantern(np.zeros((4, 1), int))], ids=name)
 @pytest.mark.parametrize(
     ("row", "reason"),
     [
@@ -518,7 +519,9 @@ def test_a_q_that_was_not_drawn_from_is_refused(rule: Rule, q: list | None, reas
         rule.verify(replace(ONE, q=q), [ROW, ROW], Uniforms(np.full(4, 0.5)))
 
 
-@pytest.mark.parametrize("rule", [*RULES, Greedy(), Typical(), Lantern(np.zeros((4, 1), int))], ids=name)
+@pytest.mark.parametrize(
+    "rule", [*RULES, SameText(), Greedy(), Typical(), Lantern(np.zeros((4, 1), int))], ids=name
+)
 def test_tokens_outside_of_the_vocabulary_are_refused(rule: Rule) -> None:
     draft = replace(ONE, tokens=np.array([0, 4]))
     with pytest.raises(InputError, match="token"):

@@ -20,6 +20,7 @@ from tokopt.runtime.speculation.rules.base import Rule
 from tokopt.runtime.speculation.rules.chain import Chain
 from tokopt.runtime.speculation.rules.deterministic import Deterministic
 from tokopt.runtime.speculation.rules.greedy import Greedy
+from tokopt.runtime.speculation.rules.same_text import SameText
 from tokopt.runtime.speculation.tree import Tree
 from tokopt.runtime.threefry import uniforms
 
@@ -29,7 +30,7 @@ PROMPT = [0, 1, 2, 0, 1, 2, 0, 3, 1]
 PAIRS = [
     (drafter, rule)
     for drafter, make in DRAFTERS.items()
-    for rule in RULES
+    for rule in (*RULES, SameText())
     if lossless(rule, make(4).drawn).holds
 ]
 

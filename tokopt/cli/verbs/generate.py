@@ -22,6 +22,13 @@ if TYPE_CHECKING:
     from tokopt.runtime.prompts import Prompt
 
 
+PROPOSED = 8
+"""Nodes of every call's tree where it is checked that they change nothing."""
+
+SAME = (None, "same_text", "greedy")
+"""Rules with which a text is that of plain decoding."""
+
+
 def add_options(parser: ArgumentParser) -> None:
     add_artifact(parser)
     parser.add_argument("prompt", metavar="PROMPT")
@@ -40,6 +47,24 @@ def add_options(parser: ArgumentParser) -> None:
         parser.add_argument(f"--{name}", type=float, default=default, metavar="X", help=summary)
     parser.add_argument("--top-k", type=int, default=0, metavar="K", help="draw from the K likeliest tokens")
     parser.add_argument("--seed", type=int, metavar="N", help="repeat the same draws")
+    parser.add_argument(
+        "--drafter",
+        metavar="NAME",
+        help="propose tokens to a model that verifies them (pass verify): suffix, prompt_lookup, token_recycling, "
+        "hybrid, lookahead or logitspec",
+    )
+    parser.add_argument(
+        "--accept",
+        metavar="RULE",
+        help="the rule that accepts them: same_text, greedy, deterministic, chain, with_replacement, "
+        "without_replacement, k_seq, greedy_draft or typical (default: the text is as without a drafter)",
+    )
+    parser.add_argument(
+        "--corpus",
+        action="append",
+        metavar="FILE",
+        help="a text that the drafter suffix or hybrid knows beforehand",
+    )
     parser.add_argument(
         "--check-lossless",
         action="store_true",
@@ -69,9 +94,11 @@ def run(args: Namespace, screen: Screen) -> int:
     )
     prompt = model.chat_prompt([{"role": "user", "content": args.prompt}]) if args.chat else args.prompt
     wanted = {"max_tokens": args.max_tokens, "stop": args.stop}
+    drafting = _drafting(model, args)
     if args.check_lossless:
-        return check_lossless(model, prompt, replace(sampling, seed=word(sampling.seed)), wanted, screen)
-    stream = model.stream(prompt, sampling=sampling, **wanted)
+        sampling = replace(sampling, seed=word(sampling.seed))
+        return check_lossless(model, prompt, sampling, wanted, screen, drafting)
+    stream = model.stream(prompt, sampling=sampling, **wanted, **drafting)
     with _warnings_said():
         for piece in stream:
             if args.stream and not args.json:
@@ -79,23 +106,48 @@ def run(args: Namespace, screen: Screen) -> int:
     text, done = stream.generated.text, stream.generated.statistics
     assert text is not None  # a model without a tokenizer has refused the prompt
     screen.line("" if args.stream else text)
-    if sys.stderr.isatty() or model.nodes is not None:
-        print(_took(done, model.nodes is not None), file=sys.stderr)
-    screen.finish({"text": text, **numbers(done)})
+    speculates, kept = bool(drafting) or model.nodes is not None, stream.generated.lossless
+    if sys.stderr.isatty() or speculates:
+        print(_took(done, speculates), file=sys.stderr)
+    if not kept.holds:
+        print(f"tokopt: warning: not lossless: {kept.reason}", file=sys.stderr)
+    screen.finish({"text": text, "lossless": kept.holds, **numbers(done)})
     return OK
 
 
+def _drafting(model: LanguageModel, args: Namespace) -> dict[str, Any]:
+    """The options of a text whose tokens this host proposes; none where it does not."""
+    from tokopt.cli.inputs import read_text
+
+    if args.drafter is None:
+        for option in ("accept", "corpus"):
+            if getattr(args, option) is not None:
+                raise InputError(f"--{option} belongs to --drafter, for example --drafter suffix")
+        return {}
+    if args.corpus is None:
+        return {"drafter": args.drafter, "accept": args.accept}
+    corpus = [read_text(path) for path in args.corpus]
+    return {"drafter": model.drafter(args.drafter, corpus=corpus, accept=args.accept), "accept": args.accept}
+
+
 def check_lossless(
-    model: LanguageModel, prompt: Prompt, sampling: Sampling, wanted: Mapping[str, Any], screen: Screen
+    model: LanguageModel,
+    prompt: Prompt,
+    sampling: Sampling,
+    wanted: Mapping[str, Any],
+    screen: Screen,
+    drafting: Mapping[str, Any] | None = None,
 ) -> int:
-    """Write a text with the whole tree in every call and with one node, and compare the tokens."""
-    if model.nodes is None:
-        raise InputError(f"{model.path} does not speculate, so there is nothing to check")
-    sizes = (model.nodes, 1)
+    """Write a text with the whole tree in every call and with one node, and compare the tokens.
+
+    ``drafting`` are the options of a text whose tokens the host proposes; without them the model does.
+    """
+    ways = _two_ways(model, drafting)
+    sizes = (ways[0]["nodes"], 1)
     with screen.step("write the text with and without speculation"), _warnings_said():
-        for nodes in sizes:  # the first calls allocate
-            model.generate(prompt, sampling=sampling, nodes=nodes, max_tokens=min(wanted["max_tokens"], 8))
-        fast, plain = (model.generate(prompt, sampling=sampling, nodes=n, **wanted) for n in sizes)
+        for way in ways:  # the first calls allocate
+            model.generate(prompt, sampling=sampling, max_tokens=min(wanted["max_tokens"], 8), **way)
+        fast, plain = (model.generate(prompt, sampling=sampling, **wanted, **way) for way in ways)
     place = first_difference(fast.tokens, plain.tokens)
     took = (fast.statistics, plain.statistics)
     screen.table(
@@ -113,6 +165,24 @@ def check_lossless(
     found = {"lossless": place is None, "first_difference": place, "text": fast.text}
     screen.finish(found | {"with": numbers(took[0]), "without": numbers(took[1])})
     return OK if place is None else FAILED
+
+
+def _two_ways(
+    model: LanguageModel, drafting: Mapping[str, Any] | None
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The options of a text with speculation, and of one without; raises InputError where they need not agree."""
+    if not drafting:
+        if model.nodes is None:
+            raise InputError(
+                f"{model.path} does not speculate by itself, so there is nothing to check; name a --drafter if it was "
+                "made with the pass verify"
+            )
+        return {"nodes": model.nodes}, {"nodes": 1}
+    if drafting["accept"] not in SAME:
+        raise InputError(
+            f"the rule {drafting['accept']} writes other texts than plain decoding does; leave --accept out"
+        )
+    return {**drafting, "nodes": PROPOSED}, {}
 
 
 def first_difference(one: Sequence[int], other: Sequence[int]) -> int | None:
@@ -136,6 +206,8 @@ def numbers(done: Statistics) -> dict[str, Any]:
 def _took(done: Statistics, speculates: bool) -> str:
     """What a text took, for people."""
     gave = f", {done.tokens_per_call:.2f} tokens per call of {done.nodes_per_call:.1f} nodes" * speculates
+    if done.drafting_seconds:
+        gave += f", {done.drafting_seconds / done.decode_seconds:.0%} of the time drafting"
     return (
         f"{done.new_tokens} tokens in {done.decode_calls + 1} calls{gave}, {done.tokens_per_second:.1f} tokens/s, "
         f"prefill {1e3 * done.prefill_seconds:.0f} ms, cache {done.cache_slots} slots, {si(done.cache_bytes)}B"
