@@ -16,7 +16,7 @@ import tokopt
 from tests import node
 from tests.matrix.language import prompt
 from tests.matrix.test_drop_blocks import idle
-from tests.zoo.decoders import _GEMMA, GROUPED, SHAPE, WINDOW, _hugging_face
+from tests.zoo.decoders import _GEMMA, GROUPED, SHAPE, _hugging_face
 from tokopt.analysis.blocks import blocks_of
 from tokopt.errors import PassError, PassRefused, PipelineSyntaxError
 from tokopt.frontend.language import capture_lm
@@ -31,10 +31,6 @@ from tokopt.runtime.loop import Emission
 DEPTH = 5
 MODELS = {
     "llama": (_hugging_face("Llama", **{**GROUPED, "num_hidden_layers": DEPTH}), "model.layers"),
-    "mistral": (
-        _hugging_face("Mistral", **{**GROUPED, "num_hidden_layers": DEPTH}, sliding_window=WINDOW),
-        "model.layers",
-    ),
     "gemma3": (
         _hugging_face(
             "Gemma3Text",
@@ -45,7 +41,7 @@ MODELS = {
     ),
     "gpt_neox": (_hugging_face("GPTNeoX", **{**SHAPE, "num_hidden_layers": DEPTH}), "gpt_neox.layers"),
 }
-"""Pre-norm, a sliding window, two kinds of layers, and parallel branches: the model, and where its layers are."""
+"""Pre-norm, sliding windows beside full layers, and parallel branches: the model, and where its layers are."""
 
 TEXT = "skipdecode{min=2 warmup=1 over=6 levels=3}"
 
