@@ -231,16 +231,19 @@ def test_the_programs_share_their_parameters() -> None:
         assert {value.data_ptr() for value in program.module.state_dict().values()} <= whole
 
 
+BRIEF = "skipdecode{min=2 warmup=1 over=6 levels=2}"
+"""All blocks or two: another level is another program of the same kind."""
+
+
 @pytest.mark.parametrize(
     "text",
     [
-        f"h2o{{budget=24 sinks=2 recent=4 every=8}},{TEXT}",
-        f"knorm{{budget=24 sinks=2 recent=4 every=8}},{TEXT}",
-        f"int8_kv,{TEXT}",
-        f"rtn{{bits=8 group=16}},{TEXT}",
-        f"drop_blocks{{blocks=[2]}},{TEXT}",
-        f"sample,{TEXT}",
-        f"{TEXT},rtn{{bits=8 group=16}}",
+        f"h2o{{budget=24 sinks=2 recent=4 every=8}},{BRIEF}",
+        f"int8_kv,{BRIEF}",
+        f"rtn{{bits=8 group=16}},{BRIEF}",
+        f"drop_blocks{{blocks=[2]}},{BRIEF}",
+        f"sample,{BRIEF}",
+        f"{BRIEF},rtn{{bits=8 group=16}}",
     ],
 )
 def test_it_goes_with_other_passes(text: str) -> None:
@@ -248,7 +251,7 @@ def test_it_goes_with_other_passes(text: str) -> None:
     made, ids = artifact("llama", text), [prompt(30, seed=7), prompt(19, seed=8)]
     together = made.generate(ids, max_tokens=24)
     assert [made.generate(one, max_tokens=24).tokens for one in ids] == [row.tokens for row in together]
-    assert len({entry.program for entry in made.manifest.schedule.of_role("decode")}) == 3
+    assert len({entry.program for entry in made.manifest.schedule.of_role("decode")}) == 2
 
 
 def test_what_it_cannot_do_it_says() -> None:
