@@ -20,6 +20,9 @@ MODELS = (*ZOO, *DECODERS)
 SLOW = ("test_examples.py", "test_docs.py", "test_tuning.py")
 """Files whose single tests take a minute: models with real weights."""
 
+SHARED = "answer"
+"""The fixture of an artifact that takes half a minute: its first test begins the run, and the others find it made."""
+
 torch.set_num_threads(1)
 settings.register_profile("tokopt", deadline=None, derandomize=True)
 settings.load_profile("tokopt")
@@ -53,6 +56,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         groups.setdefault(group_of(item.nodeid), []).append(item)
     slow = [group for group in groups if any(file in group for file in SLOW)]
+    shared = [group for group in slow if SHARED in getattr(groups[group][0], "fixturenames", ())]
+    slow = [*shared[:1], *(group for group in slow if group not in shared), *shared[1:]]
     models = sorted((group for group in groups if group in MODELS), key=lambda group: -len(groups[group]))
     items[:] = [item for group in dict.fromkeys((*slow, *models, *groups)) for item in groups[group]]
 

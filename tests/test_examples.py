@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM
 
 import tokopt
 from benchmarks.kv.quality import documentation
-from examples import quantize, tune
+from examples import early_exit, quantize, tune
 from examples.data import gemma3, smollm2
 from examples.self_speculating import PROMPT
 from examples.tune import TEXTS, TOKENS, library_text
@@ -111,13 +111,13 @@ def likeliest(reference: Any, prompt: Sequence[int], tokens: Sequence[int]) -> l
 
 
 def test_greedy_equals_transformers_on_real_weights(language_model: LanguageModel) -> None:
-    """200 tokens, and a batch of unequal prompts equals one by one."""
+    """100 tokens, and a batch of unequal prompts equals one by one."""
     reference: Any = AutoModelForCausalLM.from_pretrained(smollm2(), dtype=torch.float32)
-    together = language_model.generate(PROMPTS, max_tokens=200)
+    together = language_model.generate(PROMPTS, max_tokens=100)
     for text, got in zip(PROMPTS, together, strict=True):
         ids = language_model.tokenizer.encode(text)
         assert list(got.tokens) == likeliest(reference, ids, got.tokens)
-        assert len(got.tokens) == 200 or got.tokens[-1] in language_model.settings.eos
+        assert len(got.tokens) == 100 or got.tokens[-1] in language_model.settings.eos
         alone = language_model.generate(text, max_tokens=20)
         wanted = reference.generate(torch.tensor([ids]), max_new_tokens=20, do_sample=False)[0, len(ids) :]
         assert list(alone.tokens) == wanted.tolist() == list(got.tokens[:20])
@@ -218,13 +218,16 @@ class Main(Protocol):
 
 
 @pytest.fixture
-def main(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Main:
-    """Run the ``main`` of an example in this process, which has imported torch already: what it prints."""
+def main(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Main:
+    """Run the ``main`` of an example in this process, which has imported torch already: what it prints.
+
+    And what the processes print that it starts.
+    """
 
     def run(example: ModuleType, *words: str | Path) -> str:
         monkeypatch.setattr(sys, "argv", [str(example.__file__), *map(str, words)])
         example.main()
-        return capsys.readouterr().out
+        return capfd.readouterr().out
 
     return run
 
@@ -268,11 +271,10 @@ def test_tuning_finds_a_pipeline_for_a_real_dinov2(
 
 
 @REAL_DATA
-def test_photographs_leave_a_real_dinov2_in_bare_onnx_runtime(tmp_path: Path) -> None:
+def test_photographs_leave_a_real_dinov2_in_bare_onnx_runtime(main: Main, tmp_path: Path) -> None:
     """Small images; each leaves at an exit, or at the end, of one file that no torch and no tokopt has opened."""
-    script = ROOT / "examples" / "early_exit.py"
     exits = ("--after", "4,7,9", "--tolerance", "0.2", "--size", "112", "--views", "120")
-    out = run(sys.executable, script, *exits, "--output", tmp_path, cwd=tmp_path)
+    out = main(early_exit, *exits, "--output", tmp_path)
     left = re.findall(r"^(\w+) +left after block +(\d+) of 12 +[\d.]+ ms$", out, re.MULTILINE)
     assert len(left) == 8 and {int(depth) for _, depth in left} <= {7, 9, 12}
     assert "of 60 inputs" in out and "with confidence 0.95 it is at most 0.2 on such inputs" in out

@@ -131,6 +131,35 @@ def test_bounds_that_the_model_sets_are_taken_over() -> None:
     assert program.ranges["tokens"] == AxisRange(3, 40)
 
 
+class Placed(nn.Module):
+    """Adds a table of 12 positions to tokens [batch, tokens, channels]."""
+
+    def __init__(self, even: bool = False) -> None:
+        super().__init__()
+        self.table, self.even = nn.Parameter(torch.randn(12, 4)), even
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = tokens + self.table[: tokens.shape[1]]
+        return x.unflatten(1, (-1, 2)).mean(2) if self.even else x
+
+
+@pytest.mark.parametrize("even", [False, True])
+def test_a_model_that_sets_bounds_is_exported_once(even: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Within them it computes what the model does; one that asks for more of a size is refused."""
+    calls, export, model = list[object](), torch.export.export, Placed(even).eval()
+    monkeypatch.setattr(torch.export, "export", lambda *a, **k: (calls.append(a), export(*a, **k))[1])
+    dynamic, example = {"tokens": ("batch", "tokens", None)}, (torch.randn(3, 6, 4),)
+    if even:
+        with pytest.raises(CaptureError, match="tokens"):
+            tokopt.capture(model, example, dynamic=dynamic)
+        return
+    bundle = tokopt.capture(model, example, dynamic=dynamic)
+    assert len(calls) == 1 and bundle.main.ranges["tokens"] == AxisRange(1, 12)
+    for count in (1, 5, 12):
+        tokens = torch.randn(2, count, 4)
+        assert torch.equal(bundle(tokens)[0], model(tokens))
+
+
 class Fixed(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         return images.reshape(4, -1)

@@ -22,12 +22,15 @@ skip_when_watched = pytest.mark.skipif(WATCHED, reason="this is the run with san
 
 
 def examples(count: int) -> settings:
-    """Let hypothesis draw ``count`` examples: under sanitizers an eighth, and others in every run.
+    """Let hypothesis draw ``count`` examples: under sanitizers a sixteenth, and others in every run.
 
-    That budget keeps the watched run of an op below 10 seconds.
+    That budget keeps the watched run of an op below 8 seconds.
     """
     return settings(
-        max_examples=count // 8 if WATCHED else count, derandomize=not WATCHED, deadline=None, print_blob=True
+        max_examples=count // 16 if WATCHED else count,
+        derandomize=not WATCHED,
+        deadline=None,
+        print_blob=True,
     )
 
 

@@ -1,8 +1,8 @@
-"""Artifacts of the decoder zoo, exported once per process."""
+"""Artifacts of the decoder zoo, exported once per run."""
 
 from __future__ import annotations
 
-import tempfile
+import hashlib
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 import tokopt
+from tests.shared import once
 from tests.zoo.decoders import DECODERS, VOCABULARY
 from tokopt.frontend.language import capture_lm
 from tokopt.ir.bundle import Bundle
@@ -29,11 +30,15 @@ def bundle(name: str) -> Bundle:
 
 @cache
 def artifact(name: str, passes: str = "") -> LanguageModel:
-    made = tokopt.optimize(bundle(name), passes) if passes else bundle(name)
-    path = Path(tempfile.mkdtemp()) / "model.tokopt"
-    tokopt.export(made, path, target="onnx")
-    assert tokopt.verify(path).ok  # of every artifact that export writes
-    return load(path, threads=1)
+    """The artifact of a decoder after ``passes``, which tests only read."""
+
+    def export(path: Path) -> None:
+        made = tokopt.optimize(bundle(name), passes) if passes else bundle(name)
+        tokopt.export(made, path, target="onnx")
+        assert tokopt.verify(path).ok  # of every artifact that export writes
+
+    key = hashlib.sha256(passes.encode()).hexdigest()[:12]
+    return load(once(f"{name}-{key}.tokopt", export), threads=1)
 
 
 def prompt(length: int, seed: int = 0) -> list[int]:

@@ -30,6 +30,11 @@ LOOPS = ("divprune", "kcenter")
 which TensorRT's builder crashes."""
 
 
+BUILT = ("vit", "clip", "mae", "swin", "roberta", "minilm", "modernbert", "deit")
+"""Models of which TensorRT builds an engine, which takes it a second: together they have every operator of the zoo's
+graphs, and each but the last has one that no other of these has. A builder sees no more of an architecture."""
+
+
 def openvino_refuses(method: str, inputs: dict[str, torch.Tensor]) -> str | None:
     """The reason, or None when it must compute the same."""
     if not all(value.is_floating_point() for value in inputs.values()):
@@ -52,7 +57,8 @@ def check(method: str, name: str, folder: Path) -> None:
     entry = ZOO[name]
     bundle = tokopt.optimize(captured(name), text_for(method, entry))
     path = tokopt.export(bundle, folder / f"{name}.tokopt")
-    check_engine(method, bundle, path)
+    if name in BUILT:
+        check_engine(method, bundle, path)
     inputs = entry.inputs(batch=4)
     wanted = bundle(*inputs.values())
     for backend in EXECUTED:

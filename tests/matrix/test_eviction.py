@@ -35,11 +35,15 @@ ROTARY_ONLY = ("expected_attention", "streaming rerotate=true")
 LEARNED = ("gpt2", "opt", "hand_written")
 """Decoders without rotary embeddings."""
 
-TYPICAL = ("llama", "gemma3", "mistral", "gpt2")
-"""Grouped heads; sliding and full layers; sliding layers only; learned positions."""
+TYPICAL = ("llama", "gemma3")
+"""Grouped heads; sliding layers beside full ones: every method runs on these, and on one of two more in turn."""
 
-PAIRS = [(m, name) for m in METHODS for name in TYPICAL if m not in ROTARY_ONLY or name not in LEARNED]
-PAIRS += [("h2o", name) for name in DECODERS if name not in TYPICAL]
+TURNS = ("mistral", "gpt2")
+"""Sliding layers only; learned positions. A method sees neither: windows and positions are the base class's."""
+
+PAIRS = [(m, name) for i, m in enumerate(METHODS) for name in (*TYPICAL, TURNS[i % 2])]
+PAIRS = [(m, name) for m, name in PAIRS if m not in ROTARY_ONLY or name not in LEARNED]
+PAIRS += [("h2o", name) for name in DECODERS if ("h2o", name) not in PAIRS]
 FORMULAS = [*(m for m in METHODS if m != "random_kv"), "snapkv kernel=7 pooling=max"]
 
 BY_SLOT = ("random_kv", "keyformer")

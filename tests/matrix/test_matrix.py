@@ -83,8 +83,18 @@ def assert_close(
     assert error < 1e-9, f"NMSE {error:.2e}"
 
 
-@pytest.mark.parametrize("name", list(ZOO))
-@pytest.mark.parametrize("method", list(PASSES))
+VARIANTS = ("pitome", "evit")
+"""Passes with other options: ``pitome`` as it is in its later blocks anyway, ``evit`` without the token that it adds.
+What an architecture can do to a pass it does to either, so that these run on a few."""
+
+FEW = ("vit", "siglip", "dinov3", "bert", "modernbert", "mae", "parallel")
+"""What the variants run on: a class token or none, rotary positions, padding, windows, tokens in random order, parallel
+branches."""
+
+PAIRS = [(method, name) for method in PASSES for name in ZOO if method not in VARIANTS or name in FEW]
+
+
+@pytest.mark.parametrize(("method", "name"), PAIRS)
 def test_pass_equals_eager_reference_or_refuses(method: str, name: str) -> None:
     entry, bundle = ZOO[name], captured(name)
     text = text_for(method, entry)
@@ -97,6 +107,8 @@ def test_pass_equals_eager_reference_or_refuses(method: str, name: str) -> None:
         return
     reduced = tokopt.optimize(bundle, text, strict=True)
     assert reduced.history[-1].matches == sum(r > 0 for r in SCHEDULE)
+    inputs = entry.inputs().values()
+    assert not all(map(torch.allclose, reduced(*inputs), bundle(*inputs)))
     compare_with_eager(entry, reduced, method, PASSES[method][1])
 
 

@@ -63,7 +63,6 @@ def test_a_text_of_two_programs_is_the_model_s(name: str) -> None:
 
 
 COMPOSED = (
-    "h2o{budget=24 sinks=2 recent=4 every=8},split{at=1}",
     "adakv{press=h2o{budget=24 sinks=2 recent=4 every=8}},split{at=1}",
     "streaming{budget=16 sinks=2 every=8},split{at=1}",
     "sample,split{at=1}",

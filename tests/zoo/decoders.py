@@ -79,14 +79,17 @@ class HandWritten(nn.Module):
         keys, values = cache.update(layer, *new)
         return functional.scaled_dot_product_attention(queries, keys, values, attn_mask=mask)
 
+    def whole(self, tokens: Tensor) -> Tensor:
+        """Logits [batch, tokens, vocabulary] of texts [batch, tokens], without a cache."""
+        places = torch.arange(tokens.shape[1])
+        causal = torch.ones(len(places), len(places), dtype=torch.bool).tril()[None, None]
+        return self(tokens, places[None], causal, _NoCache(), places)
+
     def greedy(self, prompt: list[int], count: int) -> list[int]:
         """The reference: the whole text again for every token."""
         ids = list(prompt)
         for _ in range(count):
-            tokens = torch.tensor([ids])
-            causal = torch.ones(len(ids), len(ids), dtype=torch.bool).tril()[None, None]
-            logits = self(tokens, torch.arange(len(ids))[None], causal, _NoCache(), torch.tensor([-1]))
-            ids.append(int(logits.argmax()))
+            ids.append(int(self.whole(torch.tensor([ids]))[0, -1].argmax()))
         return ids[len(prompt) :]
 
 

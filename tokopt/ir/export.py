@@ -11,13 +11,15 @@ from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import torch._dynamo.config
+from torch.export import _trace
 from torch.fx import Graph, GraphModule, Node
 from torch.fx._lazy_graph_module import _LazyGraphModule as LazyGraphModule
 from torch.fx._lazy_graph_module import _use_lazy_graph_module
-from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
+from torch.fx.experimental.symbolic_shapes import ConstraintViolationError, free_unbacked_symbols
 
 from tokopt.errors import CaptureError
 from tokopt.ir.graph import describe, results
@@ -55,8 +57,10 @@ def export_flat(
 
     Returns the ranges too, narrowed by the bounds that the model itself sets (a table of 512 positions, say).
     """
+    solved = _Bounds(ranges)
     try:
-        with warnings.catch_warnings(), torch.no_grad(), _caching(ranges), _use_lazy_graph_module(True):
+        quick = _use_lazy_graph_module(True)
+        with warnings.catch_warnings(), torch.no_grad(), _caching(ranges), quick, solved:
             warnings.simplefilter("ignore")
             exported = torch.export.export(
                 model,
@@ -68,12 +72,52 @@ def export_flat(
             exported = without_mutation(exported, inputs)
         module = unlifted(exported)
         drop_write_backs(module)
-        return copied(module), ranges
+        return copied(module), solved.ranges
     except Exception as error:
         narrowed = _suggested_ranges(str(error), ranges)
         if narrowed == ranges:
             raise
     return export_flat(model, example, inputs, narrowed)
+
+
+class _Bounds:
+    """While it is entered, bounds that a model sets are noted in ``ranges``, and its graph is kept.
+
+    ``torch.export`` refuses such a model when all is traced, and suggests bounds; exported again within them it would
+    be the same. Where more is suggested than bounds, it refuses still.
+    """
+
+    def __init__(self, ranges: Ranges) -> None:
+        self.ranges = ranges
+        self._solve = getattr(_trace, _SOLVE)
+        self._patch = patch.object(_trace, _SOLVE, self._solved)
+
+    def __enter__(self) -> None:
+        self._patch.start()
+
+    def __exit__(self, *_: object) -> None:
+        self._patch.stop()
+
+    def _solved(self, **given: Any) -> None:
+        try:
+            self._solve(**given)
+        except ConstraintViolationError as error:
+            narrowed = _suggested_ranges(str(error), self.ranges)
+            if narrowed == self.ranges or not _suggests_bounds_alone(str(error)):
+                raise
+            self.ranges = narrowed
+
+
+_SOLVE = "produce_guards_and_solve_constraints"
+"""The function of torch that is called when a model is traced, and raises where it sets bounds."""
+
+
+def _suggests_bounds_alone(text: str) -> bool:
+    """Whether the "Suggested fixes" of ``torch.export`` give axes bounds, and nothing else."""
+    _, _, suggested = text.partition("Suggested fixes:\n")
+    fixes = [line.strip() for line in suggested.splitlines() if line.strip()]
+    bounds = r"(\w+) = Dim\('\1'(?:, (?:min|max)=\d+)+\)"
+    return bool(fixes) and all(re.fullmatch(bounds, fix) for fix in fixes)
 
 
 def _caching(ranges: Ranges) -> AbstractContextManager[None]:
