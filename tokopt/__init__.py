@@ -12,7 +12,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from tokopt.artifact import export, open_bundle, verify
+    from tokopt.artifact import compile, export, open_bundle, open_compiled, verify
     from tokopt.errors import TokoptError
     from tokopt.frontend.language import capture_lm
     from tokopt.frontend.module import capture
@@ -35,7 +35,9 @@ _HOME = {
     "PassResult": "tokopt.pipeline.base",
     "Context": "tokopt.pipeline.base",
     "export": "tokopt.artifact",
+    "compile": "tokopt.artifact",
     "open_bundle": "tokopt.artifact",
+    "open_compiled": "tokopt.artifact",
     "verify": "tokopt.artifact",
     "EngineOptions": "tokopt.lower.tensorrt.engine",
     "tune": "tokopt.measure.tuning",
@@ -67,8 +69,10 @@ __all__ = [
     "Tuning",
     "capture",
     "capture_lm",
+    "compile",
     "export",
     "open_bundle",
+    "open_compiled",
     "optimize",
     "parse",
     "tune",
