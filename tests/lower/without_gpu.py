@@ -7,6 +7,7 @@ that builds for that one and notes the network, and a runtime that keeps an engi
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -81,12 +82,12 @@ class _StandIn:
 @cache
 def _imported() -> tuple[ModuleType, ModuleType]:
     """``torch_tensorrt``, and what it calls ``tensorrt``; to be asked for where a GPU seems to be there."""
-    real = Path.is_file, import_module("os.path").isfile
+    isfile = os.path.isfile
 
-    def isfile(path: Any) -> bool:
-        return not str(path).endswith(("libtorchtrt.so", "libtorchtrt_runtime.so")) and real[1](path)
+    def without_libraries(path: Any) -> bool:
+        return not str(path).endswith(("libtorchtrt.so", "libtorchtrt_runtime.so")) and isfile(path)
 
-    with patch("os.path.isfile", isfile), patch.object(sys, "path", [str(FOLDER), *sys.path]):
+    with patch("os.path.isfile", without_libraries), patch.object(sys, "path", [str(FOLDER), *sys.path]):
         module = import_module("torch_tensorrt")
     return module, sys.modules["tensorrt"]
 

@@ -26,7 +26,7 @@ from torch.fx import GraphModule, Node
 from tokopt.arguments import check_path
 from tokopt.errors import ArtifactError, InputError, LoweringError, MissingDependencyError
 from tokopt.ir.bundle import Bundle
-from tokopt.ir.graph import aten, describe, is_call, operand_at
+from tokopt.ir.graph import aten, describe, is_call
 from tokopt.ir.program import Program, TensorSpec
 from tokopt.lower.parity.precision import half_precision_limit
 from tokopt.lower.parity.selections import selects
@@ -257,7 +257,7 @@ def check_aten(name: str, program: Program, exported: ExportedProgram, limit: fl
 def _conversion(name: str, module: GraphModule) -> Conversion:
     """Engines are sub-modules that hold no graph; what else is called, PyTorch runs.
 
-    An output that is an input is copied, which is not counted: there is nothing to compute.
+    Copies are not counted (of an input that is an output, for example): they compute nothing.
     """
     engines, left = 0, Counter[str]()
     for node in module.graph.nodes:
@@ -266,19 +266,19 @@ def _conversion(name: str, module: GraphModule) -> Conversion:
             left.update(map(describe, _operators(part)))
         elif part is not None:
             engines += 1
-        elif node in _operators(module) and not _copies_input(node):
+        elif node in _operators(module):
             left[describe(node)] += 1
     return Conversion(name, engines, dict(left))
 
 
-def _copies_input(node: Node) -> bool:
-    return is_call(node, aten.clone) and operand_at(node, 0).op == "placeholder"
-
-
 def _operators(module: GraphModule) -> list[Node]:
-    """Calls of operators of PyTorch: neither of Python's own functions, nor sizes."""
-    calls = (node for node in module.graph.nodes if isinstance(node.target, torch._ops.OpOverload))
-    return [node for node in calls if isinstance(node.meta.get("val"), (Tensor, tuple, list))]
+    """Calls of operators of PyTorch that compute: neither of Python's own functions, nor copies, nor sizes."""
+    calls = [node for node in module.graph.nodes if isinstance(node.target, torch._ops.OpOverload)]
+    return [
+        n
+        for n in calls
+        if not is_call(n, aten.clone) and isinstance(n.meta.get("val"), (Tensor, tuple, list))
+    ]
 
 
 def _moved(exported: ExportedProgram, device: str) -> ExportedProgram:

@@ -64,13 +64,12 @@ def convert_expand_weight(ctx: Any, target: Any, args: tuple, kwargs: dict, name
     weights = trt.Weights(kind, stored.data_ptr(), codes.numel())
     constant = ctx.net.add_constant(tuple(codes.shape), weights)
     constant.name = f"{name}_codes"
-    blocked = len(step) > 1
-    steps = get_trt_tensor(
-        ctx, step.detach().cpu().float() if blocked else step[0].detach().cpu().float(), f"{name}_step"
-    )
+    blocked = step.shape[-2] > 1
+    step = step.detach().cpu().float()
+    steps = get_trt_tensor(ctx, step if blocked else step.flatten(), f"{name}_step")
     layer = ctx.net.add_dequantize(constant.get_output(0), steps, trt.float32)
     if not blocked:
-        layer.axis = 1
+        layer.axis = codes.ndim - 1
     layer.name = f"{name}_dequantize"
     return layer.get_output(0)
 
@@ -89,7 +88,7 @@ def _sorts(node: Any, settings: Any = None) -> bool:
     supports_dynamic_shapes=True,
 )
 def convert_sort(ctx: Any, target: Any, args: tuple, kwargs: dict, name: str) -> Any:
-    """``sort(x, dim, descending=False)`` by TopK, also along an axis of any size, which torch_tensorrt leaves to PyTorch."""
+    """``(x, dim, descending=False)`` by TopK, also along an axis whose size varies, which torch_tensorrt does not."""
     x, dim, *rest = args
     descending = bool(rest and rest[0])
     operation = trt.TopKOperation.MAX if descending else trt.TopKOperation.MIN

@@ -26,11 +26,12 @@ LARGEST = {4: 7, 8: 127}
 
 @torch.library.custom_op("tokopt::expand_weight", mutates_args=(), tags=(torch.Tag.nondeterministic_seeded,))
 def expand_weight(codes: Tensor, step: Tensor, bits: int) -> Tensor:
-    """``codes * step``: a weight [in, out] of codes [in, out] int8 with ``bits`` bits, and steps [blocks, out].
+    """``codes * step``: a weight [..., in, out] of codes [..., in, out] int8 with ``bits`` bits and steps
+    [..., blocks, out]; the axes in front, of size 1, are those that the other operand of the product has.
 
     Draws nothing: the tag keeps those who fold constants from expanding a weight that TensorRT multiplies as it is.
     """
-    return codes.to(step.dtype) * step.repeat_interleave(codes.shape[0] // step.shape[0], 0)
+    return codes.to(step.dtype) * step.repeat_interleave(codes.shape[-2] // step.shape[-2], -2)
 
 
 @expand_weight.register_fake
@@ -102,7 +103,9 @@ def _replace(module: GraphModule, linear: Linear, quantized: Node) -> None:
     codes, scale, zero = (evaluate(module, node, {}) for node in quantized.all_input_nodes)
     weight = Symmetric.of(codes, scale, zero, int(quantized.args[3]))  # pyright: ignore[reportArgumentType]
     node, graph = linear.node, module.graph
-    parts = (weight.codes, weight.step, weight.sign, weight.offset)
+    # TensorRT fuses what stands directly before the product: nothing may add axes there.
+    axes = (None,) * (linear.input.meta["val"].ndim - 2)
+    parts = (weight.codes[axes], weight.step[axes], weight.sign, weight.offset)
     operands = [None if part is None else put_parameter(module, node, None, part) for part in parts]
     with graph.inserting_before(node):
         function = partial(product, bits=weight.bits)
@@ -121,7 +124,7 @@ def product(
     *,
     bits: int,
 ) -> Tensor:
-    """``x @ weight + bias`` for a :class:`Symmetric` weight and x [..., in]."""
+    """``x @ weight + bias`` for a :class:`Symmetric` weight and x [..., in]; see :func:`expand_weight`."""
     result = torch.matmul(x, EXPAND_WEIGHT(codes, step, bits))
     if sign is not None:
         result = result * sign

@@ -99,7 +99,9 @@ def aten_program(program: Program) -> ExportedProgram:
     """
     for node in program.module.graph.nodes:
         if is_call(node, *UNSIGNED):
-            raise LoweringError(f"{describe(node)} takes unsigned bytes, which TensorRT computes with nowhere; use int8_kv")
+            raise LoweringError(
+                f"{describe(node)} takes unsigned bytes, which TensorRT computes with nowhere; use int8_kv"
+            )
     exported = assemble(symmetric_products(program)).run_decompositions(_references())
     graph = exported.graph_module.graph
     for node in list(graph.nodes):
