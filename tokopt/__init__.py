@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from tokopt.ir.bundle import AppliedPass, Bundle, State
     from tokopt.ir.program import AxisRange, Program, TensorSpec
     from tokopt.lower.tensorrt.engine import EngineOptions
+    from tokopt.lower.torch_tensorrt.build import Compiled
     from tokopt.measure.tuning import Machine, Tuning, tune
     from tokopt.pipeline.base import Context, Pass, PassResult
     from tokopt.pipeline.manager import Pipeline, optimize, parse
@@ -40,6 +41,7 @@ _HOME = {
     "open_compiled": "tokopt.artifact",
     "verify": "tokopt.artifact",
     "EngineOptions": "tokopt.lower.tensorrt.engine",
+    "Compiled": "tokopt.lower.torch_tensorrt.build",
     "tune": "tokopt.measure.tuning",
     "Tuning": "tokopt.measure.tuning",
     "Machine": "tokopt.measure.tuning",
@@ -56,6 +58,7 @@ __all__ = [
     "AppliedPass",
     "AxisRange",
     "Bundle",
+    "Compiled",
     "Context",
     "EngineOptions",
     "Machine",

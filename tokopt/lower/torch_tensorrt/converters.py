@@ -8,6 +8,7 @@ Imported for its effect, which is on the registry of ``torch_tensorrt``; so only
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import Any
 
 import numpy as np
@@ -20,8 +21,8 @@ from torch_tensorrt.dynamo.utils import extract_var_range_info
 from tokopt.kernels import ops
 from tokopt.lower.torch_tensorrt.products import EXPAND_WEIGHT
 
-# What torch_tensorrt imported, TensorRT or TensorRT-RTX, goes by this name.
-import tensorrt as trt  # isort: skip
+trt: Any = import_module("tensorrt")
+"""TensorRT or TensorRT-RTX: torch_tensorrt gives this name to the one that it uses."""
 
 
 SORTED = 3840
