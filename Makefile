@@ -12,7 +12,7 @@ KERNELS := setup.py $(wildcard kernels/*/*.cpp kernels/*/*.h)
 
 export HF_HUB_OFFLINE := 1
 
-.PHONY: demo test lint bench help clean
+.PHONY: demo test lint bench gpu help clean
 
 demo: $(VENV)/.demo  ## merge the tokens of a real DINOv2 on real photographs, time it, draw it
 	$(BIN)/python examples/vision.py
@@ -33,6 +33,10 @@ bench: $(VENV)/.installed  ## the measured tables of benchmarks/results
 	$(BIN)/python -m benchmarks.decode
 	$(BIN)/python -m benchmarks.kv
 	$(BIN)/python -m benchmarks.quantize
+
+# With the machine's own Python: PyTorch's CUDA build and the rest are there, and nothing is installed.
+gpu:  ## the tests and measurements that take a GPU, in eight minutes
+	$(PYTHON) -m benchmarks.gpu
 
 # Torch first and pinned: a dependency resolved before it could pull another build of several gigabytes.
 $(VENV)/.torch: constraints.txt
