@@ -13,8 +13,12 @@ import torch
 import tokopt
 from tests.lower.encoders import vision
 from tokopt import EngineOptions
+from tokopt.runtime.numerics import check_output
 
 pytest.importorskip("torch_tensorrt", reason="it takes tokopt[torch-tensorrt]")
+
+NMSE = 2e-3
+"""Products in TF32 may choose other tokens and steps."""
 
 OPTIONS = EngineOptions(profiles=("batch=1:5:8",), strict=True)
 
@@ -28,5 +32,6 @@ def test_it_computes_the_same(pipeline: str, tmp_path: Path) -> None:
     wanted = bundle.main(patches)
     path = tokopt.export(bundle, tmp_path / "model.tokopt", target="torch-tensorrt", engine=OPTIONS)
     for compiled in (tokopt.compile(bundle, engine=OPTIONS), tokopt.open_compiled(path)):
-        for got, want in zip(compiled(patches.cuda()).values(), wanted, strict=True):
-            torch.testing.assert_close(got.cpu(), want, rtol=1e-2, atol=1e-2)  # products in TF32
+        for (name, got), want in zip(compiled(patches.cuda()).items(), wanted, strict=True):
+            check = check_output(name, want.numpy(), got.cpu().numpy(), NMSE)
+            assert check.ok, check

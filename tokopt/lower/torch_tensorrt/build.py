@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.export import ExportedProgram
+from torch.export.passes import move_to_device_pass
 from torch.fx import GraphModule, Node
 
 from tokopt.arguments import check_path
@@ -181,9 +182,8 @@ class TorchTensorRT:
             options["timing_cache_path"] = str(self.options.timing_cache)
         try:
             with _quiet():
-                ready = exported.run_decompositions(lowering.get_decompositions())
-                if self.gpu.device != "cpu":
-                    ready = _moved(ready, self.gpu.device)
+                moved = move_to_device_pass(exported, self.gpu.device)
+                ready = moved.run_decompositions(lowering.get_decompositions())
                 with with_usual_sizes(ready, program, self.profiles[name]):
                     given = [trt.Input(shape=tuple(x.shape), dtype=x.dtype) for x in program.example]
                     return trt.dynamo.compile(ready, arg_inputs=given, **options)
@@ -279,12 +279,6 @@ def _operators(module: GraphModule) -> list[Node]:
         for n in calls
         if not is_call(n, aten.clone) and isinstance(n.meta.get("val"), (Tensor, tuple, list))
     ]
-
-
-def _moved(exported: ExportedProgram, device: str) -> ExportedProgram:
-    from torch.export.passes import move_to_device_pass
-
-    return move_to_device_pass(exported, device)
 
 
 def _installed(arch: str) -> Installed:
