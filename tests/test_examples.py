@@ -204,6 +204,13 @@ def test_bad_prompts_are_refused_before_anything_runs(language_model: LanguageMo
         language_model.generate([(1,) * 8000] * 1000)
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is there, and it would be compiled")
+def test_torch_tensorrt_says_what_it_takes(tmp_path: Path) -> None:
+    out = run(sys.executable, ROOT / "examples" / "torch_tensorrt.py", "--layers", "2", cwd=tmp_path)
+    assert "tome{r=8}: 2 blocks changed" in out and "PyTorch finds, and it finds none" in out
+    assert out.endswith("it takes a GPU, PyTorch's CUDA build, and: pip install 'tokopt[torch-tensorrt]'\n")
+
+
 def test_texts_for_tuning_hold_its_windows() -> None:
     """The language model itself takes half an hour: ``python examples/tune.py smollm2``."""
     words = library_text().split()

@@ -12,13 +12,14 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from tokopt.artifact import export, open_bundle, verify
+    from tokopt.artifact import compile, export, open_bundle, open_compiled, verify
     from tokopt.errors import TokoptError
     from tokopt.frontend.language import capture_lm
     from tokopt.frontend.module import capture
     from tokopt.ir.bundle import AppliedPass, Bundle, State
     from tokopt.ir.program import AxisRange, Program, TensorSpec
     from tokopt.lower.tensorrt.engine import EngineOptions
+    from tokopt.lower.torch_tensorrt.build import Compiled
     from tokopt.measure.tuning import Machine, Tuning, tune
     from tokopt.pipeline.base import Context, Pass, PassResult
     from tokopt.pipeline.manager import Pipeline, optimize, parse
@@ -35,9 +36,12 @@ _HOME = {
     "PassResult": "tokopt.pipeline.base",
     "Context": "tokopt.pipeline.base",
     "export": "tokopt.artifact",
+    "compile": "tokopt.artifact",
     "open_bundle": "tokopt.artifact",
+    "open_compiled": "tokopt.artifact",
     "verify": "tokopt.artifact",
     "EngineOptions": "tokopt.lower.tensorrt.engine",
+    "Compiled": "tokopt.lower.torch_tensorrt.build",
     "tune": "tokopt.measure.tuning",
     "Tuning": "tokopt.measure.tuning",
     "Machine": "tokopt.measure.tuning",
@@ -54,6 +58,7 @@ __all__ = [
     "AppliedPass",
     "AxisRange",
     "Bundle",
+    "Compiled",
     "Context",
     "EngineOptions",
     "Machine",
@@ -67,8 +72,10 @@ __all__ = [
     "Tuning",
     "capture",
     "capture_lm",
+    "compile",
     "export",
     "open_bundle",
+    "open_compiled",
     "optimize",
     "parse",
     "tune",

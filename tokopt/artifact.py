@@ -49,8 +49,12 @@ if TYPE_CHECKING:
     from tokopt.lower.onnx.rule import Outcome
     from tokopt.lower.onnx.whole import Whole
     from tokopt.lower.tensorrt.engine import EngineBuilder, EngineOptions
+    from tokopt.lower.torch_tensorrt.build import Compiled, TorchTensorRT
 
-TARGETS = ("onnx", "torch", "tensorrt")
+TARGETS = ("onnx", "torch", "tensorrt", "torch-tensorrt")
+
+BUILT = ("tensorrt", "torch-tensorrt")
+"""The targets of which engines are built."""
 
 CLEANUP = ("drop_unread", "fold_scales")
 """The passes that run before every lowering: exact, and nobody has to ask for them."""
@@ -76,12 +80,14 @@ def export(
     result with the program in ``bundle`` first, with ``tolerance`` in place of the largest NMSE that a dtype
     allows, and runs the self-test that :func:`verify` will run. ``target="tensorrt"`` builds an engine beside each of
     these ONNX files, as ``engine`` says. ``target="torch"`` keeps the programs as they are, as ``.pt2`` files for
-    :func:`open_bundle`, and beside them what ``tokopt inspect`` shows. ``overwrite`` replaces an
-    artifact that is already there. ``progress`` is called with a line per step.
+    :func:`open_bundle`, and beside them what ``tokopt inspect`` shows; ``target="torch-tensorrt"`` does so too, and
+    puts beside each what Torch-TensorRT compiles of it on this machine's GPU, for :func:`open_compiled`. ``overwrite``
+    replaces an artifact that is already there. ``progress`` is called with a line per step.
 
     Raises LoweringError when a program cannot be lowered or does not compute the same, ArtifactError when
     ``path`` is taken (at the start, or meanwhile), its parent is missing, or it cannot be written,
-    MissingDependencyError without the TensorRT that an engine takes, and InputError for engine options that do not fit.
+    MissingDependencyError without the TensorRT that an engine takes, and InputError for engine options that do not fit
+    and without the GPU that a build takes.
     Nothing is left behind when it fails, and what was there stays; a process that is killed leaves the old artifact or
     the new one, and beside it what the next export to the same place removes.
     """
@@ -97,10 +103,11 @@ def export(
         check_callable("progress", progress, "a function of a line of text")
     if engine is not None:
         _check_engine(engine)
-    if engine is not None and target != "tensorrt":
+    if engine is not None and target not in BUILT:
         raise InputError(
-            f"engine options mean nothing to the target {target!r}; leave them out, or export to tensorrt"
+            f"engine options mean nothing to the target {target!r}; leave them out, or export to {' or '.join(BUILT)}"
         )
+    as_torch = target in ("torch", "torch-tensorrt")
     from tokopt.analysis.outline import outline
     from tokopt.lower.onnx.whole import check_whole, lower_whole
     from tokopt.lower.selftest import write_examples, write_selftest
@@ -109,10 +116,11 @@ def export(
     check_place(path, overwrite)
     cleaned = bundle if target == "torch" else _clean_up(bundle, say)
     builder = _engine_builder(cleaned, engine) if target == "tensorrt" else None
+    compiler = _compiler(cleaned, engine) if target == "torch-tensorrt" else None
     with replacing(path, overwrite) as folder:
         metadata = {"tokopt.pipeline": cleaned.pipeline, "tokopt.semantics": cleaned.semantics}
-        if target == "torch":
-            files = _save_programs(bundle, folder, say)
+        if as_torch:
+            files = _save_programs(cleaned, folder, say)
         else:
             files = _lower_programs(cleaned, bundle, folder, metadata, say, check=check, tolerance=tolerance)
         whole = lower_whole(cleaned, folder, files, metadata) if target == "onnx" else None
@@ -125,8 +133,10 @@ def export(
                 forms[ENGINE] = made.name
             for reason in builder.without_plugin:
                 say(f"no plugin for {reason}")
+        if compiler is not None:
+            engines = _compile_programs(compiler, folder, files, say, check=check, tolerance=tolerance)
         # Of the programs before their cleanup, which changes no output.
-        if target == "torch" or not check:
+        if as_torch or not check:
             say("writing the self-test")
             write_examples(bundle, folder, whole)
         else:
@@ -139,7 +149,7 @@ def export(
                 check_whole(cleaned, folder, manifest)
             say("running the self-test")
             write_selftest(bundle, folder, manifest, whole, tolerance=tolerance)
-        if target == "torch":
+        if as_torch:
             (folder / OUTLINE).write_text(outline(bundle).to_json(), encoding="utf-8")
         if bundle.tokenizer is not None:
             (folder / _TOKENIZER).write_text(bundle.tokenizer, encoding="utf-8")
@@ -149,6 +159,50 @@ def export(
         )
         read_manifest(folder)  # what is written can be read: names from the model are checked here
     return path
+
+
+def compile(  # as torch.compile
+    bundle: Bundle,
+    backend: str = "torch-tensorrt",
+    *,
+    engine: EngineOptions | None = None,
+    progress: Callable[[str], None] | None = None,
+) -> Compiled:
+    """Compile ``bundle`` for use in this process, on this machine's GPU; its programs are called with tensors.
+
+    What goes into the engines is compared with the bundle's programs first. ``engine`` says the sizes, and whether
+    what would be left to PyTorch is refused (``strict``). ``progress`` is called with a line per step: what is left is
+    named there, and in ``report`` of what is returned.
+
+    Raises InputError without a GPU and for options that do not fit, MissingDependencyError without torch_tensorrt, and
+    LoweringError for a program that it cannot compile.
+    """
+    check_bundle("bundle", bundle)
+    if check_text("backend", backend) != "torch-tensorrt":
+        raise InputError(
+            f"there is no backend {backend!r} that compiles in the process; write 'torch-tensorrt', or export and load"
+        )
+    if engine is not None:
+        _check_engine(engine)
+    if progress is not None:
+        check_callable("progress", progress, "a function of a line of text")
+    from tokopt.lower.tensorrt.engine import EngineOptions
+    from tokopt.lower.torch_tensorrt.build import compile_bundle
+
+    say = progress or (lambda line: None)
+    return compile_bundle(_clean_up(bundle, say), engine or EngineOptions(), say)
+
+
+def open_compiled(path: str | Path) -> Compiled:
+    """Open the programs of an artifact of the target torch-tensorrt, which are called with tensors on the GPU.
+
+    Only those who trust the artifact should: Torch-TensorRT unpickles what it saved. Raises ArtifactError when the
+    artifact is damaged or was built by another builder or version or for another GPU, InputError without a GPU,
+    MissingDependencyError without torch_tensorrt.
+    """
+    from tokopt.lower.torch_tensorrt.build import open_compiled as opened
+
+    return opened(path)
 
 
 def open_bundle(path: str | Path) -> Bundle:
@@ -254,6 +308,33 @@ def _engine_builder(bundle: Bundle, options: EngineOptions | None) -> EngineBuil
     from tokopt.lower.tensorrt.engine import EngineBuilder, EngineOptions
 
     return EngineBuilder(bundle, options or EngineOptions())
+
+
+def _compiler(bundle: Bundle, options: EngineOptions | None) -> TorchTensorRT:
+    from tokopt.lower.tensorrt.engine import EngineOptions
+    from tokopt.lower.torch_tensorrt.build import TorchTensorRT
+
+    return TorchTensorRT(bundle, options or EngineOptions())
+
+
+def _compile_programs(
+    compiler: TorchTensorRT,
+    folder: Path,
+    files: dict[str, dict[str, str]],
+    say: Callable[[str], None],
+    *,
+    check: bool,
+    tolerance: float | None,
+) -> dict[str, EngineEntry]:
+    """Put a compiled program beside every ``.pt2`` file, and its file into ``files``; return the engine of each."""
+    engines = {}
+    for name, forms in files.items():
+        say(f"compiling {name}" + (" and comparing" if check else ""))
+        made = compiler.compile(name, check=check, tolerance=tolerance)
+        say(str(made.conversion))
+        forms[ENGINE] = f"{name}.{compiler.gpu.arch}.pt2"
+        engines[name] = compiler.save(made, folder / forms[ENGINE])
+    return engines
 
 
 def _clean_up(bundle: Bundle, say: Callable[[str], None]) -> Bundle:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 import tokopt
+from benchmarks.gpu.ops import Row
 from benchmarks.gpu.timing import milliseconds
 from tokopt.ir.assemble import assemble
 from tokopt.kernels import ops
@@ -23,39 +25,37 @@ MODELS = {
 BATCHES = (1, 8, 64)
 
 
-def measure() -> dict[str, list[dict[str, Any]]]:
-    return {"models": [row for name in MODELS for row in measure_model(name)]}
+def rows(name: str) -> Iterator[Row]:
+    """A measurement for every batch.
 
-
-def measure_model(name: str) -> list[dict[str, Any]]:
-    """Random weights of the model's sizes, on which time does not depend; fidelity is that of benchmarks.vision."""
+    Weights are random and of the model's sizes, on which time does not depend; fidelity is that of benchmarks.vision.
+    """
     blocks, channels, heads, patch, size, r = MODELS[name]
     model = vit(blocks, channels, heads, patch, size).half()
     bundle = tokopt.capture(model, (torch.randn(2, 3, size, size, dtype=torch.float16),))
     texts = ("", f"tome{{r={r}}}")
     programs = {text: module_on(assemble(tokopt.optimize(bundle, text).main), "cuda") for text in texts}
     eager = model.cuda()
-    rows = []
-    for batch in BATCHES:
+    tokens = (size // patch) ** 2 + 1
+
+    def measure(batch: int) -> dict[str, Any]:
         images = torch.randn(batch, 3, size, size, device="cuda", dtype=torch.float16)
         calls = {text or "unmerged": _call(module, images) for text, module in programs.items()}
         calls["eager, unmerged"] = _call(eager, images)
         found = milliseconds(calls)
         merged = found[f"tome{{r={r}}}"]
-        overhead = milliseconds(
-            {"match": _matches(batch, (size // patch) ** 2 + 1, channels, heads, r, blocks)}
-        )
-        rows.append(
-            {
-                "model": name,
-                "batch": batch,
-                **{f"{text.split('{')[0]}, ms": value for text, value in found.items()},
-                "times unmerged": found["unmerged"] / merged,
-                "times eager": found["eager, unmerged"] / merged,
-                "match and merge, share": overhead["match"] / merged,
-            }
-        )
-    return rows
+        overhead = milliseconds({"match": _matches(batch, tokens, channels, heads, r, blocks)})
+        return {
+            "model": name,
+            "batch": batch,
+            **{f"{text.split('{')[0]}, ms": value for text, value in found.items()},
+            "times unmerged": found["unmerged"] / merged,
+            "times eager": found["eager, unmerged"] / merged,
+            "match and merge, share": overhead["match"] / merged,
+        }
+
+    for batch in BATCHES:
+        yield f"batch {batch}", partial(measure, batch)
 
 
 def vit(blocks: int, channels: int, heads: int, patch: int, size: int) -> torch.nn.Module:

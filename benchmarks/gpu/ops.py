@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from functools import partial
 from importlib import import_module
 from typing import Any
 
@@ -10,7 +12,11 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from benchmarks.gpu.timing import copy_rate, milliseconds
+from tokopt.ir.graph import dtype_name
 from tokopt.kernels import ops
+
+Row = tuple[str, Callable[[], dict[str, Any]]]
+"""What is measured, and what measures it."""
 
 MATCHES = [
     (1, 197, 64),
@@ -30,12 +36,19 @@ ATTENTIONS = [(1, 1, 1024), (1, 1, 8192), (8, 1, 4096), (1, 512, 2048)]
 """Batch, queries, slots; 32 heads of 128 channels over 8 key heads."""
 
 
-def measure() -> dict[str, list[dict[str, Any]]]:
+def matches() -> Iterator[Row]:
+    """A measurement for every size of :data:`MATCHES` and every dtype."""
     rate = copy_rate()
-    return {
-        "match and merge": [match_and_merge(*sizes, dtype, rate) for sizes in MATCHES for dtype in DTYPES],
-        "attention tap": [attention_tap(*sizes) for sizes in ATTENTIONS],
-    }
+    for sizes in MATCHES:
+        for dtype in DTYPES:
+            name = f"{'x'.join(map(str, sizes))} {dtype_name(dtype)}"
+            yield name, partial(match_and_merge, *sizes, dtype, rate)
+
+
+def taps() -> Iterator[Row]:
+    """A measurement for every size of :data:`ATTENTIONS`."""
+    for sizes in ATTENTIONS:
+        yield "x".join(map(str, sizes)), partial(attention_tap, *sizes)
 
 
 DTYPES = (torch.float32, torch.float16)
@@ -67,7 +80,7 @@ def match_and_merge(
     )
     moved = metric.numel() + x.numel() * (2 - 1 / SHARE)
     floor = moved * x.element_size() / rate
-    row = {"batch": batch, "tokens": tokens, "channels": channels, "dtype": str(dtype).removeprefix("torch.")}
+    row = {"batch": batch, "tokens": tokens, "channels": channels, "dtype": dtype_name(dtype)}
     faster = found["PyTorch, ms"] / found["kernels, ms"]
     return {**row, **found, "times PyTorch": faster, "copy of its bytes, ms": floor}
 

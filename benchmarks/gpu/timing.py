@@ -9,10 +9,13 @@ import torch
 
 ROUNDS, CALLS, WARM_UP = 15, 10, 3
 
+FLUSHED, COPIED = 256 << 20, 1 << 30
+"""Bytes that are written between two turns, more than a cache holds, and that are copied for the rate of copying."""
+
 
 def milliseconds(candidates: Mapping[str, Callable[[], object]]) -> dict[str, float]:
     """Median milliseconds of one call of each, interleaved; the caches of the device are flushed before every turn."""
-    flush = torch.empty(256 << 20, dtype=torch.uint8, device="cuda")
+    flush = torch.empty(FLUSHED, dtype=torch.uint8, device="cuda")
     for call in candidates.values():
         for _ in range(WARM_UP):
             call()
@@ -33,6 +36,6 @@ def milliseconds(candidates: Mapping[str, Callable[[], object]]) -> dict[str, fl
 
 def copy_rate() -> float:
     """Bytes per millisecond that a large copy moves, reading and writing."""
-    source = torch.empty(1 << 30, dtype=torch.uint8, device="cuda")
+    source = torch.empty(COPIED, dtype=torch.uint8, device="cuda")
     target = torch.empty_like(source)
     return 2 * source.numel() / milliseconds({"copy": lambda: target.copy_(source)})["copy"]

@@ -42,7 +42,7 @@ def farthest_point(metric: Tensor, size: Tensor, r: int, prefix: int, method: st
     distance, first = _distances(metric[:, prefix:].float(), real, method)
     # -inf on the diagonal takes a token out for good once chosen; -1 puts padding behind every real token.
     distance = distance.clamp_min(0).masked_fill(~real[:, None, :], -1.0)
-    distance.diagonal(dim1=1, dim2=2).fill_(-torch.inf)
+    distance = distance.masked_fill(_diagonal(distance), -torch.inf)
     batch = torch.arange(real.shape[0], device=real.device)
     nearest = distance[batch, first]
     for _ in range(real.shape[1] - r - 1):
@@ -59,8 +59,7 @@ def _distances(x: Tensor, real: Tensor, method: str) -> tuple[Tensor, Tensor]:
     if method == "divprune":
         x = unit(x)
         distance = 1 - x @ x.mT
-        others = distance.masked_fill(padding[:, None, :], torch.inf)
-        others.diagonal(dim1=1, dim2=2).fill_(torch.inf)
+        others = distance.masked_fill(padding[:, None, :] | _diagonal(distance), torch.inf)
         start = others.amin(dim=-1)
     else:
         weight = real / real.sum(dim=-1, keepdim=True).clamp_min(1)
@@ -70,6 +69,12 @@ def _distances(x: Tensor, real: Tensor, method: str) -> tuple[Tensor, Tensor]:
         distance = norm[:, :, None] + norm[:, None, :] - 2 * (x @ x.mT)
         start = -norm
     return distance, start.masked_fill(padding, -torch.inf).argmax(dim=-1)
+
+
+def _diagonal(pairs: Tensor) -> Tensor:
+    """Whether a pair of [B, M, M] is a token with itself: [M, M]."""
+    token = torch.arange(pairs.shape[-1], device=pairs.device)
+    return token[:, None] == token
 
 
 def fake(metric: Tensor, size: Tensor, r: int, prefix: int, method: str) -> tuple[Tensor, Tensor]:

@@ -40,7 +40,7 @@ class ToMe(TokenMerging):
         return Assignment(keep, drop, dest, stream, size)
 
 
-_LATER = 2**40  # more than any token count
+_LATER = 2**30  # more than any token count, and no more than 32 bits hold
 
 
 def _real_first(size: torch.Tensor) -> torch.Tensor:

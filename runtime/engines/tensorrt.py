@@ -51,15 +51,24 @@ def import_tensorrt() -> tuple[str, Any]:
     """Name and module of the TensorRT that is installed; raises MissingDependencyError without one."""
     for name, module in MODULES.items():
         try:
-            return name, import_module(module)
+            found = import_module(module)
         except (ImportError, OSError):  # OSError: the module is there and its libraries are not
             continue
+        # Torch-TensorRT for TensorRT-RTX goes by the name of TensorRT once it is imported.
+        return (RTX if getattr(found, "_package_name", "") == MODULES[RTX] else name), found
     raise MissingDependencyError(
         "TensorRT is not installed; install tokopt[tensorrt-rtx], or tokopt[tensorrt]"
     )
 
 
-def check_engine(folder: Path, program: str, engine: EngineEntry, found: Installed) -> None:
+def check_engine(
+    folder: Path,
+    program: str,
+    engine: EngineEntry,
+    found: Installed,
+    target: str = "tensorrt",
+    otherwise: str = "load it with the default backend",
+) -> None:
     """Raise ArtifactError unless ``found`` executes the engine, with the command that builds one which it does."""
     needed = (engine.builder, engine.version, engine.arch)
     if needed == (found.builder, found.version, found.arch):
@@ -67,7 +76,7 @@ def check_engine(folder: Path, program: str, engine: EngineEntry, found: Install
     raise ArtifactError(
         f"the engine of program {program!r} in {folder} needs {engine.builder} {engine.version} on {engine.arch}, and "
         f"here is {found.builder} {found.version} on {found.arch}; build it again with: tokopt export MODEL "
-        f"-o {folder} --target tensorrt --arch {found.arch}, or load it with the default backend"
+        f"-o {folder} --target {target} --arch {found.arch}, or {otherwise}"
     )
 
 

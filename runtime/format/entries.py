@@ -53,7 +53,7 @@ ONNX_FORMS = (PORTABLE, ONE_ROW, OWN)
 """The forms that are ONNX files."""
 
 SEMANTICS = ("exact", "lossless", "approximate")
-BUILDERS = ("tensorrt", "tensorrt-rtx")
+BUILDERS = ("tensorrt", "tensorrt-rtx", "torch-tensorrt", "torch-tensorrt-rtx")
 ARCH = r"sm_[1-9][0-9]{1,2}"
 
 _MAX_RANK = 16
@@ -86,7 +86,8 @@ class PluginEntry:
 class EngineEntry:
     """What executes the engine of a program: no other builder or version, on no other compute capability.
 
-    ``builder`` is ``"tensorrt"`` or ``"tensorrt-rtx"``, ``arch`` a compute capability such as ``"sm_86"``.
+    ``builder`` is ``"tensorrt"`` or ``"tensorrt-rtx"``, or either by way of Torch-TensorRT (``"torch-tensorrt"``,
+    ``"torch-tensorrt-rtx"``), ``arch`` a compute capability such as ``"sm_86"``.
     """
 
     builder: str

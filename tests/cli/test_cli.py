@@ -84,6 +84,13 @@ def test_inspect_of_an_onnx_artifact_shows_its_manifest(
     assert "forward.onnx" in capsys.readouterr().out
 
 
+def test_inspect_names_nodes_without_kernels(capsys: pytest.CaptureFixture[str], folder: Path) -> None:
+    data = answer(capsys, "inspect", folder / "merged.onnx.tokopt", "--provider", "cuda")
+    assert set(data["lacking"]) == {"forward"} and "OperatorKernels.md" in data["source"]
+    assert all(count > 0 for count in data["lacking"]["forward"].values())
+    assert "holds no ONNX" in complaint(capsys, 2, "inspect", folder / "plain.tokopt", "--provider", "cuda")
+
+
 def test_optimize_reports_every_pass(
     capsys: pytest.CaptureFixture[str], folder: Path, tmp_path: Path
 ) -> None:
@@ -215,6 +222,7 @@ def test_bad_engine_options(capsys: pytest.CaptureFixture[str], folder: Path, tm
         (("--target", "tensorrt", "--profile", "batch=9:1"), "is no profile"),
         (("--target", "tensorrt", "--arch", "sm_86", "--profile", "slots=9"), "there is no axis 'slots'"),
         (("--target", "onnx", "--arch", "sm_86"), "mean nothing to the target 'onnx'"),
+        (("--target", "torch-tensorrt", "--strict", "--plugins"), "leave plugins out"),
     ):
         assert message in complaint(capsys, 2, "export", model, "-o", out, *extra)
     assert not out.exists()

@@ -23,14 +23,17 @@ def add_options(parser: ArgumentParser) -> None:
     add_model(parser)
     add_output(parser)
     parser.add_argument(
-        "--target", choices=("onnx", "torch", "tensorrt", "triton"), default="onnx", help="default: onnx"
+        "--target",
+        choices=("onnx", "torch", "tensorrt", "torch-tensorrt", "triton"),
+        default="onnx",
+        help="default: onnx",
     )
     _add_engine_options(parser)
     _add_serving_options(parser)
 
 
 def _add_engine_options(parser: ArgumentParser) -> None:
-    engine = parser.add_argument_group("engines of the target tensorrt")
+    engine = parser.add_argument_group("engines of the targets tensorrt and torch-tensorrt")
     engine.add_argument(
         "--arch", metavar="sm_86", help="compute capability (default: that of this machine's GPU)"
     )
@@ -54,6 +57,11 @@ def _add_engine_options(parser: ArgumentParser) -> None:
         "--plugins",
         action="store_true",
         help="compute token ops by CUDA kernels in the engine (TensorRT alone)",
+    )
+    engine.add_argument(
+        "--strict",
+        action="store_true",
+        help="refuse what Torch-TensorRT would leave to PyTorch",
     )
 
 
@@ -105,8 +113,8 @@ def run(args: Namespace, screen: Screen) -> int:
 
 def _engine_options(args: Namespace) -> EngineOptions | None:
     """What the command says of engines; None when it says nothing."""
-    given = (args.arch, tuple(args.profile), args.workspace, args.timing_cache, args.plugins)
-    if given == (None, (), None, None, False):
+    given = (args.arch, tuple(args.profile), args.workspace, args.timing_cache, args.plugins, args.strict)
+    if given == (None, (), None, None, False, False):
         return None
     from tokopt.lower.tensorrt.engine import EngineOptions
 

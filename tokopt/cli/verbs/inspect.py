@@ -16,8 +16,16 @@ from tokopt.cli.schedule import RUN_HEADERS, runs
 from tokopt.cli.screen import Screen, si
 from tokopt.cli.tables import spell, tensor_data
 from tokopt.cli.verb import OK, Verb
-from tokopt.errors import ArtifactError
-from tokopt.runtime.format.manifest import ENGINE, MANIFEST, OUTLINE, file_fault, file_path, read_manifest
+from tokopt.errors import ArtifactError, InputError
+from tokopt.runtime.format.manifest import (
+    ENGINE,
+    MANIFEST,
+    OUTLINE,
+    PORTABLE,
+    file_fault,
+    file_path,
+    read_manifest,
+)
 
 if TYPE_CHECKING:
     from tokopt.ir.bundle import AppliedPass
@@ -29,10 +37,17 @@ if TYPE_CHECKING:
 
 def add_options(parser: ArgumentParser) -> None:
     add_model(parser)
+    parser.add_argument(
+        "--provider",
+        choices=("cuda",),
+        help="of an ONNX artifact: the nodes that this provider of ONNX Runtime has no kernels for",
+    )
 
 
 def run(args: Namespace, screen: Screen) -> int:
     """Blocks of all programs, or the manifest of an artifact that only holds ONNX."""
+    if args.provider is not None:
+        return _inspect_nodes(args, screen)
     if manifest := deployed_manifest(args.artifact):
         return _inspect_manifest(manifest, screen)
     if (stored := _stored_outline(Path(args.artifact))) is not None:
@@ -56,6 +71,30 @@ class _Described(Protocol):
     def pipeline(self) -> str: ...
     @property
     def semantics(self) -> str: ...
+
+
+def _inspect_nodes(args: Namespace, screen: Screen) -> int:
+    """The nodes of every portable ONNX file that would run on the CPU, and copy."""
+    from tokopt.lower.onnxruntime.cuda import SOURCE, lacking
+
+    manifest = deployed_manifest(args.artifact)
+    if manifest is None:
+        raise InputError(
+            f"{args.artifact} holds no ONNX; export it first: tokopt export {args.artifact} -o PATH"
+        )
+    folder = Path(args.artifact)
+    found = {
+        name: lacking(file_path(folder, program.files[PORTABLE]))
+        for name, program in manifest.programs.items()
+    }
+    rows = [(name, node, count) for name, nodes in found.items() for node, count in nodes.items()]
+    if rows:
+        screen.table(("program", "without a CUDA kernel", "nodes"), rows)
+    else:
+        screen.line("every node has a CUDA kernel")
+    screen.line(f"by {SOURCE}")
+    screen.finish({"provider": args.provider, "lacking": found, "source": SOURCE})
+    return OK
 
 
 @dataclasses.dataclass(frozen=True)

@@ -42,7 +42,8 @@ class EngineOptions:
     spell sizes of named axes: ``"batch=1:8:32"`` are the smallest, the most frequent and the largest, ``"slots=1024"``
     is the only one. ``workspace`` bounds the builder's scratch memory in GiB. ``timing_cache`` is a file in which
     TensorRT keeps what it has measured for the next build. ``plugins`` computes token ops by their CUDA kernels inside
-    the engine, which takes TensorRT (TensorRT-RTX has no plugins in Python) and the extra ``cuda``.
+    the engine, which takes TensorRT (TensorRT-RTX has no plugins in Python) and the extra ``cuda``. ``strict`` refuses
+    a program of which Torch-TensorRT would leave operators to PyTorch; engines of the target tensorrt hold all of it.
 
     Raises InputError for values that mean nothing.
     """
@@ -52,6 +53,7 @@ class EngineOptions:
     workspace: float | None = None
     timing_cache: Path | None = None
     plugins: bool = False
+    strict: bool = False
 
     def __post_init__(self) -> None:
         if self.arch is not None and not re.fullmatch(ARCH, check_text("arch", self.arch)):
@@ -61,6 +63,7 @@ class EngineOptions:
         if self.timing_cache is not None:
             object.__setattr__(self, "timing_cache", check_path("timing_cache", self.timing_cache))
         check_flag("plugins", self.plugins)
+        check_flag("strict", self.strict)
         takes = "a list of profiles such as 'batch=1:8:32'"
         parse_profiles(
             [check_text("a profile", text) for text in check_items("profiles", self.profiles, takes)]
