@@ -17,13 +17,15 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import tokopt
 from tests.lower.encoders import CHANNELS, Block, vision
-from tests.lower.without_gpu import torch_tensorrt
+from tests.lower.without_gpu import FOLDER, torch_tensorrt
 from tests.zoo import ZOO
 from tokopt import EngineOptions
 from tokopt.errors import ArtifactError, InputError, LoweringError, MissingDependencyError
 from tokopt.lower.torch_tensorrt import build
 from tokopt.runtime.engines.tensorrt import import_tensorrt
 from tokopt.runtime.format.manifest import Profile, read_manifest
+
+pytestmark = pytest.mark.skipif(not FOLDER.is_dir(), reason=f"make installs Torch-TensorRT into {FOLDER}")
 
 EVICTION = "budget=12 sinks=2 recent=4 every=3"
 
@@ -70,12 +72,15 @@ def optimized(name: str, pipeline: str) -> tokopt.Bundle:
         ("vit", "evit{keep=0.7}", "sm_89"),
         ("dinov2", "pitome{r=4}", "sm_86"),
         ("dinov2", "divprune{keep=0.2},rtn{group=16}", "sm_86"),
-        ("bert", "", "sm_86"),
+        ("bert", "tome{r=2 layers=[0]}", "sm_86"),
         ("bert", "int8", "sm_89"),
     ],
 )
 def test_encoders_are_one_engine(name: str, pipeline: str, arch: str) -> None:
-    """Every model and every pass: nothing is left to PyTorch, nor the loop that the ONNX form has (``divprune``)."""
+    """Every model and every pass, and a padded text of any length: nothing is left to PyTorch.
+
+    Nor is the loop that the ONNX form of ``divprune`` has.
+    """
     bundle = optimized(name, pipeline)
     with torch_tensorrt(arch) as built:
         compiled = tokopt.compile(bundle, engine=EngineOptions(arch, ("batch=1:4:16",), strict=True))
