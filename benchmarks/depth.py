@@ -42,6 +42,9 @@ ENGINES: Mapping[str, str] = {
 READ, DECODED, WINDOWS = 256, 96, 8
 """Tokens of a window that are read at once, and then one by one; windows."""
 
+NMSE = 1e-8
+"""Of logits on random tokens, at most: without blocks that it was trained with a model enlarges what is rounded."""
+
 SAMPLES, SAMPLE, DRAFTED = 16, 256, 2048
 """Calibration: texts of so many tokens, from the end of the documentation; tokens on which drafts are compared."""
 
@@ -57,7 +60,8 @@ def artifact(name: str) -> Path:
         bundle = tokopt.capture_lm(smollm2())
         ids = tokens()[-SAMPLES * SAMPLE :]
         calibration = list(np.array(ids).reshape(SAMPLES, 1, SAMPLE))
-        tokopt.export(tokopt.optimize(bundle, ENGINES[name], strict=True, calibration=calibration), path)
+        made = tokopt.optimize(bundle, ENGINES[name], strict=True, calibration=calibration)
+        tokopt.export(made, path, tolerance=NMSE)
     return path
 
 
