@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from tokopt.errors import ArtifactError, InputError
+    from tokopt.runtime.conversation import Chat
     from tokopt.runtime.encoder import Model, Outputs, load
     from tokopt.runtime.format.generation import Generation
     from tokopt.runtime.format.manifest import Manifest
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 
 _HOME = {
     "ArtifactError": "tokopt.errors",
+    "Chat": "tokopt.runtime.conversation",
     "Generated": "tokopt.runtime.generate",
     "Generation": "tokopt.runtime.format.generation",
     "InputError": "tokopt.errors",
@@ -36,6 +38,7 @@ _HOME = {
 
 __all__ = [
     "ArtifactError",
+    "Chat",
     "Generated",
     "Generation",
     "InputError",

@@ -90,6 +90,8 @@ class Text:
     finish: str = ""
     pieces: list[str] = field(default_factory=list[str])
     logprobs: list[float] = field(default_factory=list[float])
+    cut: int = 0
+    """Tokens that a call committed behind the text's end."""
 
     @property
     def new(self) -> int:
@@ -221,13 +223,15 @@ class Generating:
         begin: Callable[[], Request],
         trees: Trees | None = None,
         host: HostSpeculation | None = None,
+        held: int = 0,
     ) -> None:
-        """``begin`` makes the request, once there is something to do.
+        """``begin`` makes the request, once there is something to do; it has read ``held`` tokens of every text.
 
         ``trees`` belong to a model that speculates, and ``host`` proposes to one that verifies.
         """
         self.texts, self.limits, self.draw, self.trees, self.host = texts, limits, draw, trees, host
-        self.statistics = Statistics(sum(text.prompt for text in texts))
+        self.statistics = Statistics(sum(text.prompt - held for text in texts))
+        self.held, self.request = held, cast("Request | None", None)
         self._begin, self._calls = begin, Calls()
 
     def run(self) -> list[Generated]:
@@ -254,8 +258,8 @@ class Generating:
                 text.finish = "length"
             return
         start = time.perf_counter()
-        request = self._begin()
-        emission = request.prefill([text.history for text in texts], self._left())
+        request = self.request = self._begin()
+        emission = request.prefill([text.history[self.held :] for text in texts], self._left(), self.held)
         read = time.perf_counter()
         self._add(emission)
         if self.host is not None:
@@ -300,10 +304,12 @@ class Generating:
         before = [text.new for text in self.texts]
         for row, (text, following) in enumerate(zip(self.texts, tokens, strict=True)):
             for place, token in enumerate(following):
-                if not text.finish:
-                    self._take(text, token)
-                    if logprobs is not None:
-                        text.logprobs.append(float(logprobs[row, place]))
+                if text.finish:
+                    text.cut += 1
+                    continue
+                self._take(text, token)
+                if logprobs is not None:
+                    text.logprobs.append(float(logprobs[row, place]))
         return [text.new - old for text, old in zip(self.texts, before, strict=True)]
 
     def _left(self) -> np.ndarray:

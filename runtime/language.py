@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from tokopt.arguments import LARGEST, check_callable, check_integer, check_items, check_kind, check_text
+from tokopt.arguments import LARGEST, check_integer, check_kind, check_text
 from tokopt.errors import InputError
 from tokopt.runtime.chat import Message, choose_template, render_chat
+from tokopt.runtime.conversation import Chat, Going
 from tokopt.runtime.encode import encode
 from tokopt.runtime.engines.base import Stateful
 from tokopt.runtime.engines.kernels import Kernels
@@ -21,6 +22,7 @@ from tokopt.runtime.generate import Draw, Generating, Limits, Stream, Text
 from tokopt.runtime.inputs import Interface, count_rows
 from tokopt.runtime.loop import Request, chunk_size, prompt_slots
 from tokopt.runtime.numerics import OutputCheck
+from tokopt.runtime.options import Options
 from tokopt.runtime.prompts import Prompt, each_prompt, stop_strings, token_ids
 from tokopt.runtime.sampling import LogitsProcessor, Sampling, TokenIds, log_probabilities
 from tokopt.runtime.selftest import TaskCheck, run_selftests
@@ -132,6 +134,23 @@ class LanguageModel:
         )
         return make_drafter(name, self.settings.vocabulary, read_rule(accept), ids)
 
+    def chat(self, messages: Sequence[Message] = (), **variables: Any) -> Chat:
+        """A conversation that reads only what is new at every turn; ``messages`` are those that it begins with.
+
+        ``variables`` are for the chat template, as in :meth:`chat_prompt`. Raises InputError for what it rejects.
+        """
+        return Chat(self, messages, variables)
+
+    def open_chat(self, path: str | Path, **variables: Any) -> Chat:
+        """A conversation that :meth:`Chat.save` wrote; raises InputError for another artifact's, or a damaged file."""
+        return Chat.open(self, path, variables)
+
+    def continuing(
+        self, ids: Sequence[int], stop: str | Iterable[str] | None, options: Options, going: Going
+    ) -> Generating:
+        """A generation from a prompt of which a request has read the beginning."""
+        return self._generating([ids], stop, options, going)
+
     def generate(
         self,
         prompts: Prompt | Sequence[Prompt],
@@ -242,9 +261,13 @@ class LanguageModel:
     # ------------------------------------------------------------------------------------------ requests
 
     def _generating(
-        self, prompts: Sequence[Prompt], stop: str | Iterable[str] | None, options: Options
+        self,
+        prompts: Sequence[Prompt],
+        stop: str | Iterable[str] | None,
+        options: Options,
+        going: Going | None = None,
     ) -> Generating:
-        """A generation, all of whose arguments fit."""
+        """A generation, all of whose arguments fit; ``going`` has read the beginning of its prompt."""
         stops = stop_strings(stop)
         if stops:
             self.tokenizer  # noqa: B018  # stop strings need text
@@ -265,11 +288,14 @@ class LanguageModel:
             texts,
             Limits(most, self._context, self.settings.eos),
             draw,
-            lambda: self._request(len(texts), slots, feed, drawing),
+            (lambda: self._request(len(texts), slots, feed, drawing))
+            if going is None
+            else partial(going.request.resume, drawing),
             None if self._speculation is None else Trees(self._speculation, options.nodes),
             None
             if method is None
             else HostSpeculation(method, sampling.temperature, draw.streams, self.settings.vocabulary),
+            0 if going is None else going.read,
         )
 
     @property
@@ -350,27 +376,3 @@ class LanguageModel:
         """A request, after the programs that come before the prompt have run on the caller's arrays."""
         encoded = None if feed is None else encode(self.manifest, self.sessions, feed, batch)
         return Request(self.manifest, self.sessions, batch, slots, encoded, drawing)
-
-
-@dataclass(frozen=True)
-class Options:
-    """What the methods that generate have in common."""
-
-    max_tokens: int
-    sampling: Sampling | None = None
-    processors: Iterable[LogitsProcessor] | None = ()
-    inputs: Mapping[str, Any] | None = None
-    nodes: int | None = None
-    drafter: str | Drafter | None = None
-    accept: str | Rule | None = None
-
-    def checked(self) -> tuple[int, Sampling, tuple[LogitsProcessor, ...]]:
-        """The number of tokens, how they are chosen, and the caller's own processors; raises InputError."""
-        most = check_integer("max_tokens", self.max_tokens, least=0)
-        sampling = Sampling() if self.sampling is None else self.sampling
-        check_kind("sampling", sampling, Sampling, "a Sampling, as in Sampling(temperature=0.8), or None")
-        takes = "a list of functions of (history, logits)"
-        processors = () if self.processors is None else check_items("processors", self.processors, takes)
-        for process in processors:
-            check_callable("a processor", process, takes)
-        return most, sampling, processors

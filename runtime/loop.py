@@ -19,6 +19,7 @@ from tokopt.runtime.format.link import Port
 from tokopt.runtime.format.manifest import Manifest, ProgramEntry
 from tokopt.runtime.format.schedule import Entry, Schedule, Trigger
 from tokopt.runtime.format.signature import SEVERAL, find_role, with_role
+from tokopt.runtime.format.state import slot_axis
 from tokopt.runtime.sampling import Sampling
 
 PREFILL = 256
@@ -48,6 +49,15 @@ class Emission:
     logprobs: np.ndarray | None = None
     confidence: np.ndarray | None = None
     seconds: float = 0.0
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """A request at one moment: its states without free slots, what links carry, and how far triggers have counted."""
+
+    states: Mapping[str, np.ndarray]
+    links: Mapping[Port, np.ndarray]
+    since: tuple[np.ndarray, ...]
 
 
 @dataclass(frozen=True)
@@ -140,24 +150,27 @@ class Request:
 
     # ------------------------------------------------------------------------------------------- entries
 
-    def prefill(self, prompts: Sequence[Sequence[int]], limit: np.ndarray | None = None) -> Emission:
+    def prefill(
+        self, prompts: Sequence[Sequence[int]], limit: np.ndarray | None = None, start: int = 0
+    ) -> Emission:
         """Read the prompts, the shorter ones padded on the left; what follows their ends, of logits one row.
 
-        ``limit`` [batch] is the most tokens that a row may commit, for a program that draws them. Raises InputError for
-        a prompt that is longer than the program can read at once, where it must.
+        ``limit`` [batch] is the most tokens that a row may commit, for a program that draws them. ``start`` is the
+        position of the first tokens: as many were read before. Raises InputError for a prompt that is longer than the
+        program can read at once, where it must.
         """
         if len(prompts) != self.batch or not all(len(ids) for ids in prompts):
             raise InputError(f"there are {len(prompts)} prompts; give {self.batch}, none of them empty")
         entry, self.written = self.entry("prefill"), 0
-        tokens, positions = self._padded(entry, prompts)
-        total, start = tokens.shape[1], 0
+        tokens, positions = self._padded(entry, prompts, start)
+        total, done = tokens.shape[1], 0
         emission = Emission()
-        while start < total:
-            size = self._prompt_part(entry, total - start)
-            part = slice(start, start + size)
-            start += size
+        while done < total:
+            size = self._prompt_part(entry, total - done)
+            part = slice(done, done + size)
+            done += size
             most = np.zeros(self.batch, np.int64)
-            if start == total and limit is not None:
+            if done == total and limit is not None:
                 most = self.allowed(limit, size)
             emission = self.emit(entry, tokens[:, part], positions[:, part], LAST, most)
             read = np.full(self.batch, tokens[:, part].shape[1])
@@ -166,6 +179,33 @@ class Request:
             self._count([True] * len(self._counting), emission.count)
         self.after_prompt()
         return emission
+
+    def resume(self, drawing: Mapping[str, np.ndarray] | None = None) -> Request:
+        """Have what follows drawn as by a new request: as ``drawing`` says, from its first random number on."""
+        self.drawing = Sampling().drawing(self.batch) if drawing is None else drawing
+        counters = [state for state in self.manifest.states if state.kind == "counter"]
+        if counters:
+            self.buffers.load({s.name: np.full_like(self.buffers.read(s.name), s.initial) for s in counters})
+            self._forget_bound()
+        return self
+
+    def snapshot(self) -> Snapshot:
+        """A copy of everything that :meth:`restore` needs to go on from here."""
+        used, states = self.buffers.occupied(), dict[str, np.ndarray]()
+        for state in self.manifest.states:
+            axis, array = slot_axis(state.axes), self.buffers.read(state.name)
+            if axis is not None:
+                array = array.take(range(used[axis]), state.axes.index(axis))
+            states[state.name] = array
+        return Snapshot(states, dict(self.links), tuple(counts.copy() for counts in self.since))
+
+    def restore(self, snapshot: Snapshot) -> None:
+        """Go back to where a request of this model and batch was."""
+        self.buffers.load(snapshot.states)
+        self.links = dict(snapshot.links)
+        self.since = [counts.copy() for counts in snapshot.since]
+        self.used = self.buffers.occupied()
+        self._forget_bound()
 
     def after_prompt(self) -> None:
         """Run the triggers that come once the prompt is read."""
@@ -274,7 +314,9 @@ class Request:
         assert entry is not None
         return entry
 
-    def _padded(self, entry: Entry, prompts: Sequence[Sequence[int]]) -> tuple[np.ndarray, np.ndarray]:
+    def _padded(
+        self, entry: Entry, prompts: Sequence[Sequence[int]], start: int
+    ) -> tuple[np.ndarray, np.ndarray]:
         """Tokens and positions [batch, n]; a program of a fixed number of tokens gets a multiple of them."""
         longest = max(map(len, prompts))
         axis = self._tokens_axis(entry)
@@ -284,7 +326,7 @@ class Request:
         positions = np.full((len(prompts), longest), PADDING)
         for row, ids in enumerate(prompts):
             tokens[row, longest - len(ids) :] = ids
-            positions[row, longest - len(ids) :] = np.arange(len(ids))
+            positions[row, longest - len(ids) :] = start + np.arange(len(ids))
         return tokens, positions
 
     def _tokens_axis(self, entry: Entry) -> str | int:
@@ -433,6 +475,10 @@ class Request:
         self._bound = {name: bound for name, bound in self._bound.items() if bound is self.program}
         if self.program is not None:
             self.program.bind()
+
+    def _forget_bound(self) -> None:
+        """Have every program bound anew before it runs: states lie in other memory."""
+        self._bound, self.program = {}, None
 
     def _lacks(self, slots: int) -> bool:
         return any(self.used[axis] + slots > size for axis, size in self.buffers.slots.items())

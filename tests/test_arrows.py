@@ -19,7 +19,7 @@ ALLOWED = {
     "tokopt.errors": (),
     "tokopt.arguments": ("errors",),
     "tokopt.progress": (),
-    "tokopt.runtime": ("errors", "arguments", "kernels.cpu"),
+    "tokopt.runtime": ("errors", "arguments", "place", "kernels.cpu"),
     "tokopt.kernels": ("errors", "arguments"),
     "tokopt.ir": ("errors", "arguments", "runtime.format"),
     "tokopt.analysis": ("errors", "arguments", "progress", "ir", "kernels"),

@@ -1,0 +1,242 @@
+"""Conversations: what a turn answers is what the whole conversation is answered, though only what is new is read."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+from tokenizers import Tokenizer, decoders, pre_tokenizers
+from tokenizers import models as kinds
+
+import tokopt
+from tests.zoo.decoders import GROUPED, VOCABULARY, _hugging_face
+from tokopt.errors import InputError
+from tokopt.ir.format import Generation
+from tokopt.runtime import LanguageModel, Sampling, load
+
+TEMPLATE = (
+    "{% for m in messages %}{{ '#' if m.role == 'assistant' }}{{ m.content }}!{% endfor %}"
+    "{{ '#' if add_generation_prompt }}"
+)
+
+FORGETFUL = TEMPLATE.replace("{{ m.content }}", "{{ m.content[:3] }}")
+"""Renders answers shorter than they were written."""
+
+EVICTING = "h2o{budget=16 sinks=2 recent=4 every=4}"
+
+PIPELINES = ("", "sample", "speculate{nodes=4 depth=3}", "verify", "skipdecode{min=1 over=8}", EVICTING)
+
+
+def tokenizer() -> str:
+    """Every token is one letter, and every letter one token."""
+    letters = {chr(33 + i): i for i in range(VOCABULARY)}
+    library: Any = Tokenizer(kinds.WordLevel(letters, "!"))
+    library.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    library.decoder = decoders.Fuse()
+    return library.to_str()
+
+
+@pytest.fixture(scope="session")
+def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, LanguageModel]:
+    """One Llama of two layers by pipeline; every letter is a token, and nothing ends an answer but its length."""
+    folder = tmp_path_factory.mktemp("chats")
+    model: Any = _hugging_face("Llama", **{**GROUPED, "num_hidden_layers": 2}, tie_word_embeddings=True)()
+    about = Generation(256, VOCABULARY, chat_template=TEMPLATE, chat_templates={"forgetful": FORGETFUL})
+    bundle = tokopt.capture_lm(model, tokenizer=tokenizer(), generation=about)
+    made: dict[str, LanguageModel] = {}
+    for place, pipeline in enumerate(PIPELINES):
+        done = tokopt.optimize(bundle, pipeline) if pipeline else bundle
+        loaded = load(tokopt.export(done, folder / f"{place}.tokopt"), threads=1)
+        assert isinstance(loaded, LanguageModel)
+        made[pipeline] = loaded
+    return made
+
+
+EXACT = [pipeline for pipeline in PIPELINES if pipeline not in (EVICTING, "skipdecode{min=1 over=8}")]
+"""Where a token's cache does not depend on whether it was read or written."""
+
+
+@pytest.mark.parametrize("pipeline", EXACT)
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_an_answer_is_that_to_the_whole_conversation(
+    models: dict[str, LanguageModel], pipeline: str, temperature: float
+) -> None:
+    model = models[pipeline]
+    chat, options = model.chat(), {"max_tokens": 9, "sampling": Sampling(temperature, seed=3)}
+    for message in ("abc", "hello", "x"):
+        before = [*chat.messages, {"role": "user", "content": message}]
+        prompt = model.chat_prompt(before)
+        held = chat.tokens
+        answer = chat.say(message, **options)
+        assert answer.tokens == model.generate(prompt, **options).tokens
+        assert chat.messages == [*before, {"role": "assistant", "content": answer.text}]
+        assert answer.statistics.prompt_tokens == len(prompt) - len(held)
+
+
+@pytest.mark.parametrize("pipeline", EXACT)
+def test_what_the_template_renders_otherwise_is_read_again(
+    models: dict[str, LanguageModel], pipeline: str
+) -> None:
+    model = models[pipeline]
+    chat = model.chat(template="forgetful")
+    for message in ("abc", "hel", "x"):
+        prompt = model.chat_prompt(
+            [*chat.messages, {"role": "user", "content": message}], template="forgetful"
+        )
+        assert chat.say(message, max_tokens=9).tokens == model.generate(prompt, max_tokens=9).tokens
+
+
+def test_a_drafter_of_the_host_changes_no_answer(models: dict[str, LanguageModel]) -> None:
+    model = models["verify"]
+    plain, drafted = model.chat(), model.chat()
+    for message in ("abcabcabc", "abcab"):
+        assert drafted.say(message, max_tokens=8, drafter="suffix") == plain.say(message, max_tokens=8)
+
+
+@pytest.mark.parametrize("pipeline", PIPELINES)
+def test_a_turn_reads_what_is_new_after_what_was_read(
+    models: dict[str, LanguageModel], pipeline: str
+) -> None:
+    """The same reads in the same order, by hand: under eviction, too."""
+    model = models[pipeline]
+    chat, request, read, text = model.chat(), model.open(1, 0), 0, list[int]()
+    for message in ("abcdefghijklmnopqr", "hello", "world"):
+        prompt = model.chat_prompt([*chat.messages, {"role": "user", "content": message}])
+        answer = chat.say(message, max_tokens=6)
+        assert prompt[:read] == text[:read]
+        text = [*prompt, *answer.tokens]
+        limit = np.array([6])
+        emission = request.resume().prefill([prompt[read:]], limit, read)
+        got = _taken(emission)
+        while len(got) < 6:
+            at = np.array([[len(prompt) + len(got) - 1]])
+            emission = request.step(np.array([[got[-1]]]), at, limit=limit - len(got))
+            got += _taken(emission)
+        assert tuple(got) == answer.tokens
+        read = len(text) - 1
+
+
+def _taken(emission: Any) -> list[int]:
+    if emission.logits is not None:
+        return [int(emission.logits[0, -1].argmax())]
+    return emission.tokens[0, : emission.count[0]].tolist()
+
+
+@pytest.mark.parametrize("pipeline", PIPELINES)
+def test_rewinding_to_any_turn_gives_the_same_answers(
+    models: dict[str, LanguageModel], pipeline: str
+) -> None:
+    chat = models[pipeline].chat()
+    said = ("abcdefghijklmnop", "hello", "x", "yz")
+    first = [chat.say(message, max_tokens=5) for message in said]
+    for turns in (1, 2, 4):
+        chat.rewind(turns)
+        assert len(chat.messages) == 2 * (len(said) - turns)
+        again = [chat.say(message, max_tokens=5) for message in said[len(said) - turns :]]
+        if pipeline in EXACT or turns == len(said) or turns == 1:
+            assert again == first[len(said) - turns :]
+
+
+@pytest.mark.parametrize("pipeline", PIPELINES)
+def test_a_saved_chat_goes_on_as_if_it_had_not_been(
+    models: dict[str, LanguageModel], pipeline: str, tmp_path: Path
+) -> None:
+    model = models[pipeline]
+    chat = model.chat([{"role": "system", "content": "brief"}])
+    chat.say("abcdefghijklmnopqrstu", max_tokens=7)
+    chat.save(tmp_path / "talk.chat")
+    other = load(model.path, threads=1).open_chat(tmp_path / "talk.chat")
+    assert other.messages == chat.messages and other.tokens == chat.tokens
+    for message in ("hello", "x"):
+        assert other.say(message, max_tokens=7) == chat.say(message, max_tokens=7)
+
+
+def test_a_prompt_is_read_before_it_is_asked_for(models: dict[str, LanguageModel]) -> None:
+    for pipeline in EXACT:
+        model = models[pipeline]
+        system = [{"role": "system", "content": "answerbriefly"}]
+        chat = model.chat(system)
+        chat.read()
+        assert list(chat.tokens) == model.chat_prompt(system, add_generation_prompt=False)
+        answer = chat.say("abc", max_tokens=5)
+        assert answer.statistics.prompt_tokens == len("abc!#")
+        assert answer == model.chat(system).say("abc", max_tokens=5)
+
+
+@pytest.mark.parametrize("pipeline", EXACT)
+def test_a_stream_left_early_stays_as_far_as_it_was_written(
+    models: dict[str, LanguageModel], pipeline: str
+) -> None:
+    model = models[pipeline]
+    chat = model.chat()
+    stream = chat.stream("abcabcabc", max_tokens=12)
+    shown = next(stream)
+    assert chat.messages[0] == {"role": "user", "content": "abcabcabc"}
+    assert chat.messages[1]["content"].startswith(shown)
+    prompt = model.chat_prompt([*chat.messages, {"role": "user", "content": "x"}])
+    assert chat.say("x", max_tokens=6).tokens == model.generate(prompt, max_tokens=6).tokens
+    chat.stream("never begun")
+    assert len(chat.messages) == 4
+
+
+def test_a_stop_string_within_a_call_leaves_nothing_behind_it(models: dict[str, LanguageModel]) -> None:
+    """Tokens that a call committed behind it are not in the conversation, nor in the cache."""
+    model = models["speculate{nodes=4 depth=3}"]
+    whole = model.chat().say("abab", max_tokens=24)
+    assert whole.text
+    for letter in dict.fromkeys(whole.text):
+        chat = model.chat()
+        cut = chat.say("abab", max_tokens=24, stop=letter, nodes=4)
+        assert cut.text == whole.text[: whole.text.index(letter)]
+        prompt = model.chat_prompt([*chat.messages, {"role": "user", "content": "x"}])
+        assert chat.say("x", max_tokens=6).tokens == model.generate(prompt, max_tokens=6).tokens
+
+
+def test_what_is_refused_leaves_the_conversation_as_it_was(
+    models: dict[str, LanguageModel], tmp_path: Path
+) -> None:
+    model = models[""]
+    chat = model.chat()
+    chat.say("abc", max_tokens=4)
+    before = chat.messages
+    for content, options, reason in (
+        (5, {}, "content"),
+        ("a" * 300, {}, "context"),
+        ("a", {"max_tokens": -1}, "max_tokens"),
+        ("a", {"nodes": 2}, "speculate"),
+    ):
+        with pytest.raises(InputError, match=reason):
+            chat.say(content, **options)  # pyright: ignore[reportArgumentType]
+        assert chat.messages == before
+    with pytest.raises(InputError, match="1 turns to go back"):
+        chat.rewind(2)
+    with pytest.raises(InputError, match="nothing was read"):
+        model.chat().save(tmp_path / "empty.chat")
+    with pytest.raises(InputError, match="nothing to read"):
+        model.chat().read()
+
+
+def test_files_that_do_not_fit_are_refused(models: dict[str, LanguageModel], tmp_path: Path) -> None:
+    """Another artifact's, none at all, and one that says more slots are used than there are."""
+    path, model = tmp_path / "talk.chat", models[""]
+    chat = model.chat()
+    chat.say("abc", max_tokens=4)
+    chat.save(path)
+    with pytest.raises(InputError, match="another artifact"):
+        models["sample"].open_chat(path)
+    (tmp_path / "text.chat").write_text("no chat")
+    with pytest.raises(InputError, match="no chat that was saved"):
+        model.open_chat(tmp_path / "text.chat")
+    with pytest.raises(InputError, match="no chat that was saved"):
+        model.open_chat(tmp_path / "missing.chat")
+    import safetensors
+
+    with safetensors.safe_open(path, "numpy") as file:
+        about = file.metadata()
+    for change in ({"state.length": np.array([500])}, {"state.key_0": np.zeros((1, 1), np.float32)}):
+        save_file({**load_file(path), **change}, tmp_path / "damaged.chat", about)
+        with pytest.raises(InputError, match="is damaged: state"):
+            model.open_chat(tmp_path / "damaged.chat")
