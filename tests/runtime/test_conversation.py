@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import io
+import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import safetensors
 from safetensors.numpy import load_file, save_file
 from tokenizers import Tokenizer, decoders, pre_tokenizers
 from tokenizers import models as kinds
 
 import tokopt
 from tests.zoo.decoders import GROUPED, VOCABULARY, _hugging_face
+from tokopt.cli import main
 from tokopt.errors import InputError
 from tokopt.ir.format import Generation
 from tokopt.runtime import LanguageModel, Sampling, load
@@ -232,11 +236,68 @@ def test_files_that_do_not_fit_are_refused(models: dict[str, LanguageModel], tmp
         model.open_chat(tmp_path / "text.chat")
     with pytest.raises(InputError, match="no chat that was saved"):
         model.open_chat(tmp_path / "missing.chat")
-    import safetensors
-
     with safetensors.safe_open(path, "numpy") as file:
         about = file.metadata()
     for change in ({"state.length": np.array([500])}, {"state.key_0": np.zeros((1, 1), np.float32)}):
         save_file({**load_file(path), **change}, tmp_path / "damaged.chat", about)
         with pytest.raises(InputError, match="is damaged: state"):
             model.open_chat(tmp_path / "damaged.chat")
+
+
+# --- the command ------------------------------------------------------------------------------------------
+
+
+def typed(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], lines: str, *options: object
+) -> str:
+    """What ``tokopt chat`` prints when these lines are its input; it has to end well."""
+    monkeypatch.setattr("sys.stdin", io.StringIO(lines))
+    assert main(["chat", *map(str, options)]) == 0
+    return capsys.readouterr().out
+
+
+def test_the_command_answers_line_by_line(
+    models: dict[str, LanguageModel],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Rewinding, saving, and going on with what was saved give what the same calls in Python give."""
+    model, path = models[""], tmp_path / "talk.chat"
+    chat = model.chat([{"role": "system", "content": "brief"}])
+    wanted = [chat.say(message, max_tokens=6).text for message in ("abc", "hello")]
+    options = (model.path, "--max-tokens", 6)
+    shown = typed(
+        monkeypatch,
+        capsys,
+        f"abc\n\nx\n/rewind\nhello\n/save {path}\n/quit\nnever",
+        *options,
+        "--system",
+        "brief",
+    ).splitlines()
+    assert [shown[0], shown[3]] == wanted and shown[2] == "3 messages left"
+    found = json.loads(typed(monkeypatch, capsys, "yz\n", *options, "--open", path, "--json"))
+    chat.say("yz", max_tokens=6)
+    assert found["messages"] == chat.messages
+
+
+@pytest.mark.parametrize(
+    ("lines", "options", "reason"),
+    [
+        ("/rewind x", (), "no number of turns"),
+        ("/save", (), "name the file"),
+        ("/nothing", (), "no command /nothing"),
+        ("", ("--open", "a", "--system", "b"), "begun already"),
+    ],
+)
+def test_the_command_says_what_is_wrong(
+    models: dict[str, LanguageModel],
+    lines: str,
+    options: tuple[str, ...],
+    reason: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr("sys.stdin", io.StringIO(lines))
+    assert main(["chat", str(models[""].path), *options]) != 0
+    assert reason in capsys.readouterr().err

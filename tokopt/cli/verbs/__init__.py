@@ -14,6 +14,7 @@ VERBS = (
     "estimate",
     "run",
     "generate",
+    "chat",
     "verify",
     "bench",
     "bisect",

@@ -12,6 +12,7 @@ from itertools import zip_longest
 from typing import TYPE_CHECKING, Any
 
 from tokopt.cli.options import add_artifact, add_backend, add_threads, positive
+from tokopt.cli.sampling import add_sampling, read_sampling
 from tokopt.cli.screen import Screen, si
 from tokopt.cli.verb import FAILED, OK, Verb
 from tokopt.errors import InputError
@@ -36,17 +37,7 @@ def add_options(parser: ArgumentParser) -> None:
     parser.add_argument("--chat", action="store_true", help="the prompt is a message; use the chat template")
     parser.add_argument("--max-tokens", type=positive, default=128, metavar="N", help="default: 128")
     parser.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end before this text")
-    for name, default, summary in (
-        ("temperature", 0.0, "0 (the default) is greedy"),
-        ("top-p", 1.0, "draw from the likeliest tokens of this mass"),
-        ("min-p", 0.0, "draw from tokens this likely, relative to the likeliest"),
-        ("typical-p", 1.0, "locally typical sampling: mass"),
-        ("top-h", 0.0, "Top-H sampling: share of the entropy"),
-        ("repetition-penalty", 1.0, "above 1: avoid tokens that were there before"),
-    ):
-        parser.add_argument(f"--{name}", type=float, default=default, metavar="X", help=summary)
-    parser.add_argument("--top-k", type=int, default=0, metavar="K", help="draw from the K likeliest tokens")
-    parser.add_argument("--seed", type=int, metavar="N", help="repeat the same draws")
+    add_sampling(parser)
     parser.add_argument(
         "--drafter",
         metavar="NAME",
@@ -76,22 +67,13 @@ def add_options(parser: ArgumentParser) -> None:
 
 def run(args: Namespace, screen: Screen) -> int:
     """Continue a prompt, or answer it as one message of a conversation."""
-    from tokopt.runtime import LanguageModel, Sampling, load
+    from tokopt.runtime import LanguageModel, load
     from tokopt.runtime.sampling import word
 
     model = load(args.artifact, threads=args.threads, backend=args.backend)
     if not isinstance(model, LanguageModel):
         raise InputError(f"{args.artifact} is no language model; run it with: tokopt run {args.artifact}")
-    sampling = Sampling(
-        args.temperature,
-        args.top_k,
-        args.top_p,
-        args.min_p,
-        args.typical_p,
-        args.top_h,
-        args.repetition_penalty,
-        args.seed,
-    )
+    sampling = read_sampling(args)
     prompt = model.chat_prompt([{"role": "user", "content": args.prompt}]) if args.chat else args.prompt
     wanted = {"max_tokens": args.max_tokens, "stop": args.stop}
     drafting = _drafting(model, args)
