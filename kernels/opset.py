@@ -16,6 +16,7 @@ from typing import Any, get_args, get_type_hints
 import onnx_ir as ir
 from onnx.defs import OpSchema
 from onnxscript import BOOL, FLOAT, INT8, INT64, UINT8, OnnxFunction, script, values
+from onnxscript import FLOAT8E4M3FN as FLOAT8
 from onnxscript.onnx_opset import opset23
 from onnxscript.onnx_types import TensorType
 
@@ -24,6 +25,7 @@ from tokopt.kernels.plugins import NotAPlugin
 __all__ = [
     "BOOL",
     "FLOAT",
+    "FLOAT8",
     "INFINITY",
     "INT8",
     "INT64",

@@ -23,6 +23,7 @@ from tokopt.passes.kv.streaming import Streaming as Streaming
 from tokopt.passes.kv.tova import TOVA as TOVA
 from tokopt.passes.quantize.awq import AWQ as AWQ
 from tokopt.passes.quantize.cast import Cast as Cast
+from tokopt.passes.quantize.fp8 import FP8 as FP8
 from tokopt.passes.quantize.gptq import GPTQ as GPTQ
 from tokopt.passes.quantize.int8 import Int8 as Int8
 from tokopt.passes.quantize.keep_grid import KeepGrid as KeepGrid

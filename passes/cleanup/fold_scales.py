@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from tokopt.analysis.constants import constants, evaluate
-from tokopt.analysis.linears import Linear, as_linear
+from tokopt.analysis.linears import EXPANDING, Linear, as_linear
 from tokopt.ir.bundle import Bundle, Semantics
 from tokopt.ir.graph import aten, is_call, is_tensor, module_path, same_size, value_users
 from tokopt.ir.program import Program
@@ -186,7 +186,7 @@ class _Graph:
     def _source(self, weight: Node) -> Node:
         """The parameter that a weight is a view of, or the call that computes it from codes; read by nothing else."""
         node = weight
-        while not is_call(node, ops.dequantize_weight.default):
+        while not is_call(node, *EXPANDING):
             if len(node.users) > 1 or (node.op == "get_attr" and self._is_shared(node)):
                 raise _Stays("its weight is read by something else, too")
             if node.op == "get_attr":

@@ -7,6 +7,7 @@ kernel. A method is a subclass with :meth:`WeightQuantization.quantize`.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -66,9 +67,7 @@ class QuantizedWeight:
 
     def dequantized(self) -> Tensor:
         """The weight [out, in] that it stands for."""
-        return signed_power(
-            ops.dequantize_weight(self.codes, self.scale, self.zero, self.group), 1 / self.exponent
-        )
+        return expanded(self.codes, self.scale, self.zero, self.group, self.exponent)
 
 
 @dataclass(frozen=True)
@@ -92,6 +91,11 @@ class Grid:
     def packed(self, codes: Tensor) -> QuantizedWeight:
         """Codes with this grid."""
         return QuantizedWeight(codes.to(torch.uint8), self.scale, self.zero.to(torch.uint8), self.group)
+
+
+def expanded(codes: Tensor, scale: Tensor, zero: Tensor, group: int, exponent: float) -> Tensor:
+    """The weight [out, in] that a :class:`QuantizedWeight` of these parts stands for."""
+    return signed_power(ops.dequantize_weight(codes, scale, zero, group), 1 / exponent)
 
 
 def signed_power(x: Tensor, exponent: float) -> Tensor:
@@ -313,15 +317,18 @@ def _notes(errors: list[tuple[float, str]], before: int, after: int) -> tuple[st
 
 def replace_weight(module: GraphModule, linear: Linear, quantized: QuantizedWeight) -> None:
     """Let a linear read its weight from codes."""
+    parts = (quantized.codes, quantized.scale, quantized.zero)
+    put_weight(module, linear, expanded, parts, quantized.group, quantized.exponent)
+
+
+def put_weight(
+    module: GraphModule, linear: Linear, expand: Callable[..., Tensor], parts: Sequence[Tensor], *options: float
+) -> None:
+    """Let the weight [out, in] of a linear be ``expand(*parts, *options)``."""
     graph = module.graph
-    operands = [
-        put_parameter(module, linear.node, None, part)
-        for part in (quantized.codes, quantized.scale, quantized.zero)
-    ]
+    operands = [put_parameter(module, linear.node, None, part) for part in parts]
     with graph.inserting_before(linear.node):
-        weight = call(graph, ops.dequantize_weight, *operands, quantized.group, like=linear.node)
-        if quantized.exponent != 1:
-            weight = call(graph, signed_power, weight, 1 / quantized.exponent, like=linear.node)
+        weight = call(graph, expand, *operands, *options, like=linear.node)
         if linear.transposed:
             weight = call(graph, aten.t.default, weight, like=linear.node)
     linear.node.update_arg(linear.place, weight)

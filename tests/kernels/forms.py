@@ -166,6 +166,19 @@ def weight_world(group: int) -> dict[str, Callable[[dict], Tensor]]:
     }
 
 
+def float8_world() -> dict[str, Callable[[dict], Tensor]]:
+    """Bytes of a weight in 8-bit floats, none of them NaN, and a scale per output."""
+
+    def codes(world: dict) -> Tensor:
+        numbers = torch.randint(0, 127, tuple(world["size"].shape), generator=world["generator"])
+        return (numbers + 128 * torch.randint_like(numbers, 2)).byte()
+
+    return {
+        "codes": codes,
+        "scale": lambda world: torch.randn(world["size"].shape[0], 1, generator=world["generator"]),
+    }
+
+
 def text_world() -> dict[str, Callable[[dict], Tensor]]:
     """Texts of three tokens, which repeat themselves, as long as there are tokens; a row may have none."""
 
@@ -244,6 +257,9 @@ CASES = (
     Case("dequantize_weight", {"group": 1}, inputs=weight_world(1)),
     Case("fake_quantize", {"scale": 0.25, "zero": 0}),
     Case("fake_quantize", {"scale": 0.0078125, "zero": -128}),
+    Case("fake_float8", {"scale": 0.25}),
+    Case("fake_float8", {"scale": 0.0009765625}),
+    Case("dequantize_float8", inputs=float8_world()),
     Case("draw", inputs=sampling_world()),
     Case("draw_tokens", inputs=sampling_world()),
     Case("likeliest", {"count": 1}, inputs=sampling_world()),

@@ -284,6 +284,24 @@ def fake_quantize(x: np.ndarray, scale: float, zero: int) -> np.ndarray:
     return ((codes - zero) * scale).astype(np.float32)
 
 
+def fake_float8(x: np.ndarray, scale: float) -> np.ndarray:
+    return (nearest_float8(x.astype(np.float64) / scale) * scale).astype(np.float32)
+
+
+def nearest_float8(x: np.ndarray) -> np.ndarray:
+    """By the definition of E4M3: the nearest multiple of the step between numbers of that exponent, 448 at most."""
+    _, exponent = np.frexp(x)
+    step = 2.0 ** (np.maximum(exponent - 1, -6) - 3)
+    return np.clip(np.rint(x / step) * step, -448, 448)
+
+
+def dequantize_float8(codes: np.ndarray, scale: np.ndarray) -> np.ndarray:
+    codes = codes.astype(np.int64)
+    exponent, mantissa = codes >> 3 & 15, codes & 7
+    size = np.where(exponent > 0, (8 + mantissa) * 2.0 ** (exponent - 10), mantissa * 2.0**-9)
+    return (np.where(codes < 128, size, -size) * scale).astype(np.float32)
+
+
 def attention_mass(
     query: np.ndarray, key: np.ndarray, mask: np.ndarray, positions: np.ndarray, scale: float
 ) -> Arrays:

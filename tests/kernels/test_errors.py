@@ -59,6 +59,15 @@ BAD = {
         "group=0 must be positive",
     ),
     "scale 0": (lambda: ops.fake_quantize(X, 0.0, 0), "scale=0.0 must be positive"),
+    "float8 scale": (lambda: ops.fake_float8(X, -1.0), "scale=-1.0 must be positive"),
+    "float8 sizes": (
+        lambda: ops.dequantize_float8(INDEX.byte(), SIZE[:, :1].T),
+        "codes must be [out, in] and scale [out, 1], got [2, 3] and [1, 2]",
+    ),
+    "float8 codes": (
+        lambda: ops.dequantize_float8(INDEX, SIZE[:, :1]),
+        "codes must be bytes (uint8), got torch.int64",
+    ),
     "zero far": (lambda: ops.fake_quantize(X, 1.0, 128), "zero=128 must be -128 to 127"),
     "scale sizes": (
         lambda: ops.quantize_int8(X[:, None], SIZE[:, None, :4]),

@@ -32,9 +32,10 @@ from tokopt.ir.bundle import Bundle
 from tokopt.passes.quantize.awq import AWQ
 from tokopt.passes.quantize.base import QuantizedWeight, fit_grid, output_error
 from tokopt.passes.quantize.gptq import GPTQ
-from tokopt.passes.quantize.int8 import rounded_tokens, scaled_product
+from tokopt.passes.quantize.int8 import rounded_tokens
 from tokopt.passes.quantize.keep_grid import find_grid
 from tokopt.passes.quantize.nupes import NUPES
+from tokopt.passes.quantize.products import scaled_product
 from tokopt.passes.quantize.rtn import RTN
 from tokopt.pipeline.observers import differences
 from tokopt.runtime.numerics import nmse
@@ -49,6 +50,8 @@ METHODS = {
     "nupes": f"nupes{{group={GROUP}}}",
     "int8": "int8",
     "int8_static": "smoothquant,int8{activations=static}",
+    "fp8": "fp8",
+    "fp8_static": "fp8{activations=static}",
     "cast": "cast",
 }
 """Name -> pipeline. A new method joins here."""
@@ -158,13 +161,28 @@ def test_artifact_computes_what_the_bundle_computes(method: str, name: str, tmp_
     file = path / f"{'forward' if name in ZOO else 'step'}.onnx"
     domains = {node.domain for node in onnx.load(file, load_external_data=False).graph.node}
     assert domains <= {"", "tokopt"}
-    if method != "cast":
+    if method.startswith("fp8"):
+        assert float8_weights(file) == PRODUCTS[name]
+    elif method != "cast":
         kernels = fused_kernels(file, tmp_path)
         kernel = "MatMulIntegerToFloat" if method.startswith("int8") else "MatMulNBits"
         if method != "nupes":  # its powers are expanded when they load
             # With a bias, a product of two axes (a pooler's) becomes a Gemm, which has no such kernel.
             rest = method == "int8_static" and name in ZOO
             assert kernels[kernel] == PRODUCTS[name] - rest and not kernels["MatMul"] + kernels["Gemm"]
+
+
+def float8_weights(file: Path) -> int:
+    """How many products have ``DequantizeLinear`` of 8-bit floats directly before them."""
+    graph = onnx.load(file, load_external_data=False).graph
+    kinds = {tensor.name: tensor.data_type for tensor in graph.initializer}
+    floats = onnx.TensorProto.FLOAT8E4M3FN
+    weights = {
+        node.output[0]
+        for node in graph.node
+        if node.op_type == "DequantizeLinear" and kinds.get(node.input[0]) == floats
+    }
+    return sum(node.op_type == "MatMul" and node.input[1] in weights for node in graph.node)
 
 
 def fused_kernels(file: Path, folder: Path) -> collections.Counter[str]:
@@ -177,7 +195,7 @@ def fused_kernels(file: Path, folder: Path) -> collections.Counter[str]:
     return collections.Counter(node.op_type for node in graph.node)
 
 
-CLOSENESS = {"rtn_8": 5e-4, "int8": 2e-3, "cast": 1e-5}
+CLOSENESS = {"rtn_8": 5e-4, "int8": 2e-3, "fp8": 1.5e-2, "fp8_static": 1.5e-2, "cast": 1e-5}
 
 
 @pytest.mark.parametrize("name", FEW)

@@ -14,6 +14,10 @@ from tokopt.ir.graph import aten, is_call, module_path
 from tokopt.kernels import ops
 
 
+EXPANDING = (ops.dequantize_weight, ops.dequantize_float8)
+"""What computes a weight from codes, its first operand, and scales, its second."""
+
+
 @dataclass(frozen=True)
 class Linear:
     """``x @ W.T`` with ``W`` [out, in].
@@ -63,7 +67,7 @@ def float_constants(graph: Graph) -> set[Node]:
     """Nodes that are computed from parameters alone, quantized weights and what is made of them left out."""
     found, quantized = constants(graph), set[Node]()
     for node in graph.nodes:
-        if is_call(node, ops.dequantize_weight) or not quantized.isdisjoint(node.all_input_nodes):
+        if is_call(node, *EXPANDING) or not quantized.isdisjoint(node.all_input_nodes):
             quantized.add(node)
     return found - quantized
 

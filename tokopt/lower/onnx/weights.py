@@ -1,12 +1,14 @@
 """Quantized weights in the form that engines turn into one kernel: ``MatMul(x, DequantizeLinear(codes))``.
 
-The graph says ``linear(x, dequantize_weight(codes, scale, zero))`` with codes [out, in] of 8 bits. Here the codes are
-transposed to [in, out] and packed to 4 bits where they fit, so that the product needs no transposition: ONNX
+The graph says ``linear(x, dequantize_weight(codes, scale, zero))`` with codes [out, in] of 8 bits, or
+``dequantize_float8(codes, scale)`` with the bytes of 8-bit floats. Here the codes are transposed to [in, out] and packed to 4 bits where they fit, so that the product needs no transposition: ONNX
 Runtime reads this pair as one block-quantized product (``MatMulNBits``), OpenVINO and TensorRT as compressed weights,
 and any other engine of the opset expands the weight and multiplies.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import ml_dtypes
 import numpy as np
@@ -20,18 +22,20 @@ SWAP = [1, 0]
 def pack_weights(model: ir.Model) -> None:
     """Bring every quantized weight that is read transposed into that form, in place."""
     for node in list(model.graph):
-        if node.op_type == "dequantize_weight" and node.domain == "tokopt":
-            _pack(model.graph, node)
+        if node.domain == "tokopt" and node.op_type in FORMS:
+            _pack(model.graph, node, *FORMS[node.op_type])
 
 
-def _pack(graph: ir.Graph, node: ir.Node) -> None:
+def _pack(graph: ir.Graph, node: ir.Node, dequantize: _Form, expand: _Form) -> None:
     readers = [use.node for use in node.outputs[0].uses()]
     products = [reader for reader in readers if _reads_transposed(reader)]
-    codes, scale, zero = (array(value) for value in node.inputs)
-    if not products or len(products) < len(readers):
-        _expand(graph, node, codes, scale, zero)
+    form = dequantize if products and len(products) == len(readers) else expand
+    weight = form(graph, node, *map(array, node.inputs))
+    if form is expand:
+        weight.outputs[0].type, weight.outputs[0].shape = node.outputs[0].type, node.outputs[0].shape
+        node.outputs[0].replace_all_uses_with(weight.outputs[0])
+        graph.remove(node, safe=True)
         return
-    weight = _dequantize(graph, node, codes, scale, zero)
     graph.insert_before(node, weight)
     for product in products:
         if product.op_type == "Gemm":
@@ -45,7 +49,9 @@ def _pack(graph: ir.Graph, node: ir.Node) -> None:
     graph.remove(node, safe=True)
 
 
-def _expand(graph: ir.Graph, node: ir.Node, codes: np.ndarray, scale: np.ndarray, zero: np.ndarray) -> None:
+def _expand(
+    graph: ir.Graph, node: ir.Node, codes: np.ndarray, scale: np.ndarray, zero: np.ndarray
+) -> ir.Node:
     """A weight that is computed with before it is multiplied: in ops that engines evaluate once, when they load.
 
     ``DequantizeLinear`` they keep for a product to take it in, and would evaluate it in every run.
@@ -62,9 +68,18 @@ def _expand(graph: ir.Graph, node: ir.Node, codes: np.ndarray, scale: np.ndarray
     scaled = ir.node("Mul", [centred.outputs[0], steps])
     flat = ir.node("Reshape", [scaled.outputs[0], shape])
     graph.insert_before(node, [wide, centred, scaled, flat])
-    flat.outputs[0].type, flat.outputs[0].shape = node.outputs[0].type, node.outputs[0].shape
-    node.outputs[0].replace_all_uses_with(flat.outputs[0])
-    graph.remove(node, safe=True)
+    return flat
+
+
+def _expand_float8(graph: ir.Graph, node: ir.Node, codes: np.ndarray, scale: np.ndarray) -> ir.Node:
+    """The same of 8-bit floats."""
+    first, second = (value.name for value in node.inputs if value is not None)
+    floats = put_initializer(graph, f"{first}_packed", codes.view(ml_dtypes.float8_e4m3fn))
+    steps = put_initializer(graph, f"{second}_steps", scale)
+    wide = ir.node("Cast", [floats], attributes={"to": ir.DataType.FLOAT})
+    scaled = ir.node("Mul", [wide.outputs[0], steps])
+    graph.insert_before(node, [wide, scaled])
+    return scaled
 
 
 def _reads_transposed(node: ir.Node) -> bool:
@@ -93,6 +108,18 @@ def _dequantize(
         attributes = {"axis": 1}
     else:
         attributes = {"axis": 0, "block_size": group}
+    return _dequantized(graph, node, parts, attributes)
+
+
+def _dequantize_float8(graph: ir.Graph, node: ir.Node, codes: np.ndarray, scale: np.ndarray) -> ir.Node:
+    """``DequantizeLinear`` of 8-bit floats [in, out], a scale per column."""
+    return _dequantized(graph, node, [codes.view(ml_dtypes.float8_e4m3fn), scale[:, 0]], {"axis": 1})
+
+
+def _dequantized(
+    graph: ir.Graph, node: ir.Node, parts: list[np.ndarray], attributes: dict[str, int]
+) -> ir.Node:
+    """``DequantizeLinear`` of the transposed ``parts`` of a weight [out, in]."""
     operands = [
         put_initializer(graph, f"{given.name}_packed", part.T)
         for given, part in zip(node.inputs, parts, strict=False)
@@ -101,8 +128,17 @@ def _dequantize(
     made = ir.node("DequantizeLinear", operands, attributes=attributes)
     made.metadata_props.update(node.metadata_props)
     made.outputs[0].type = ir.TensorType(ir.DataType.FLOAT)
-    made.outputs[0].shape = ir.Shape(codes.shape[::-1])
+    made.outputs[0].shape = ir.Shape(parts[0].shape[::-1])
     return made
+
+
+_Form = Callable[..., ir.Node]
+
+FORMS: dict[str, tuple[_Form, _Form]] = {
+    "dequantize_weight": (_dequantize, _expand),
+    "dequantize_float8": (_dequantize_float8, _expand_float8),
+}
+"""Op -> what puts its weight before products, and what computes it for other readers: the node of the result."""
 
 
 def _gemm_to_matmul(graph: ir.Graph, gemm: ir.Node, weight: ir.Value) -> None:

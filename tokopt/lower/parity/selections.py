@@ -21,8 +21,9 @@ from torch import Tensor
 from torch.fx import Interpreter, Node
 from torch.utils._pytree import tree_leaves, tree_map
 
+from tokopt.ir.graph import is_call
 from tokopt.ir.program import Program
-from tokopt.kernels import OPS, declared
+from tokopt.kernels import OPS, declared, ops
 from tokopt.kernels.cpu import DOMAIN
 from tokopt.lower.cpu.int8_body import NAME, rounding
 from tokopt.lower.onnx.real_tokens import plain_name
@@ -256,9 +257,17 @@ def _as_tensors(selections: list[list[np.ndarray]]) -> Iterator[list[Tensor]]:
 
 def _compare_steps(own: Tensor, given: Tensor, node: Node) -> tuple[int, int]:
     """How many numbers fell on another step, and how many there are; all of them if one fell further than the next."""
-    step = node.args[1] if isinstance(node.args[1], float) else 1  # codes
+    step: Tensor | float = node.args[1] if isinstance(node.args[1], float) else 1  # codes
+    if is_call(node, ops.fake_float8):
+        step = _float8_step(torch.minimum(own.abs(), given.abs()).float() / step) * step
     apart = (own.float() - given.float()).abs() / step
     return (own.numel() if bool((apart > 1.5).any()) else int((apart > 0.5).sum())), own.numel()
+
+
+def _float8_step(size: Tensor) -> Tensor:
+    """From a number of E4M3 of this magnitude to the next larger one: 3 bits of mantissa, the least exponent -6."""
+    _, exponent = torch.frexp(size)
+    return torch.ldexp(torch.ones_like(size), (exponent - 1).clamp(min=-6) - 3)
 
 
 def _compare(own: list[Tensor], given: list[Tensor]) -> tuple[int, int]:

@@ -42,8 +42,9 @@ def rewrite_for_tensorrt(model: ir.Model, fixed: Mapping[str, int]) -> None:
         elif node.domain == "tokopt" and node.op_type == "fake_quantize":
             _centre(model, node)
     for node in list(model.graph):
-        if node.op_type == "DequantizeLinear" and not node.domain:
-            _make_symmetric(model.graph, node)
+        if node.op_type == "DequantizeLinear" and not node.domain and _is_weight(node):
+            make = _make_positive if _is_float8(node) else _make_symmetric
+            make(model.graph, node)
     passes.RemoveUnusedNodesPass()(model)
     passes.InlinePass()(model)
     _widen_bytes(model.graph)
@@ -219,8 +220,6 @@ def _expanded(node: ir.Node) -> np.ndarray:
 
 def _make_symmetric(graph: ir.Graph, node: ir.Node) -> None:
     """A weight with zero points or negative steps as ``codes * step``, and what is missing after its products."""
-    if not _is_weight(node):
-        return
     codes, scale, zero = _parts(node)
     four = input_at(node, 0).dtype in (ir.DataType.INT4, ir.DataType.UINT4)
     unsigned = input_at(node, 0).dtype in (ir.DataType.UINT4, ir.DataType.UINT8)
@@ -241,11 +240,33 @@ def _make_symmetric(graph: ir.Graph, node: ir.Node) -> None:
         sums = put_initializer(graph, f"{name}_offset", offset.astype(scale.dtype))
         for product in products if offset.any() else ():
             _add_block_sums(graph, product, sums, blocks)
-    steps = np.maximum(np.abs(scale), np.finfo(scale.dtype).tiny)  # a step of 0 is refused; its codes are 0
-    operands = {
-        "codes": signed.astype(ml_dtypes.int4 if four else np.int8),
-        "steps": steps if "block_size" in node.attributes else steps[0],
-    }
+    steps = _positive(scale)
+    if "block_size" not in node.attributes:
+        steps = steps[0]
+    _replace(graph, node, signed.astype(ml_dtypes.int4 if four else np.int8), steps)
+
+
+def _is_float8(node: ir.Node) -> bool:
+    """Whether a DequantizeLinear expands 8-bit floats."""
+    return input_at(node, 0).dtype == ir.DataType.FLOAT8E4M3FN
+
+
+def _make_positive(graph: ir.Graph, node: ir.Node) -> None:
+    """A weight in 8-bit floats with steps above 0: the numbers have the signs."""
+    codes, scale = map(array, node.inputs)
+    if not (scale > 0).all():
+        _replace(graph, node, codes * np.sign(scale).astype(codes.dtype), _positive(scale))
+
+
+def _positive(scale: np.ndarray) -> np.ndarray:
+    """Steps without their signs; one of 0, whose codes are of no account, is refused as it is."""
+    return np.maximum(np.abs(scale), np.finfo(scale.dtype).tiny)
+
+
+def _replace(graph: ir.Graph, node: ir.Node, codes: np.ndarray, steps: np.ndarray) -> None:
+    """Let a weight be made of other codes [in, out] and steps, without zero points."""
+    name = node.outputs[0].name
+    operands = {"codes": codes, "steps": steps}
     values = [put_initializer(graph, f"{name}_{part}", array) for part, array in operands.items()]
     made = ir.node("DequantizeLinear", values, attributes=dict(node.attributes))
     made.outputs[0].type, made.outputs[0].shape = node.outputs[0].type, node.outputs[0].shape
