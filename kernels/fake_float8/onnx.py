@@ -7,8 +7,7 @@ from tokopt.kernels.opset import FLOAT, FLOAT8, TOKOPT, node, op, script
 def fake_float8(x: FLOAT, scale: float) -> FLOAT:
     """See :func:`tokopt.kernels.fake_float8.reference.fake_float8`."""
     step = op.Constant(value_float=scale)
-    zero = op.Cast(op.Constant(value_float=0.0), to=FLOAT8.dtype)
-    return op.DequantizeLinear(op.QuantizeLinear(x, step, zero, saturate=1), step, zero)
+    return op.DequantizeLinear(op.QuantizeLinear(x, step, output_dtype=FLOAT8.dtype, saturate=1), step)
 
 
 FUNCTIONS = (fake_float8,)
