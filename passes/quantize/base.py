@@ -196,15 +196,15 @@ class Quantization(Pass):
         sizes = [0, 0]
         errors: list[tuple[float, str]] = []
         for linear in linears:
-            weight, moments = linear.matrix(module), known.get(linear.input)
+            path, weight, moments = linear.path, linear.matrix(module), known.get(linear.input)
             try:
                 quantized = self.apply(module, linear, bits[linear.node], moments)
             except PassRefused as reason:
-                refusals.append(Refusal(linear.path, str(reason)))
+                refusals.append(Refusal(path, str(reason)))
                 continue
             sizes[0] += 4 * weight.numel()
             sizes[1] += quantized.nbytes
-            errors.append((output_error(weight, quantized.dequantized(), moments), linear.path))
+            errors.append((output_error(weight, quantized.dequantized(), moments), path))
         if not errors:
             return PassResult(bundle, 0, weights.note, tuple(refusals))
         quantized_bundle = bundle.with_program(name, close_graph(program, module))

@@ -1,7 +1,7 @@
 """Lower programs to TensorRT engines: the portable ONNX, rewritten, and built with TensorRT or TensorRT-RTX.
 
 The network is strongly typed: it computes in the types that the program says, so half precision and 8-bit products come
-from passes (``cast``, ``int8``), and from nowhere else. TensorRT-RTX builds for a GPU that need not be there; TensorRT
+from passes (``cast``, ``int8``, ``fp8``), and from nowhere else. TensorRT-RTX builds for a GPU that need not be there; TensorRT
 builds for the one it finds.
 """
 
@@ -19,7 +19,9 @@ import onnx_ir as ir
 from tokopt.arguments import check_flag, check_items, check_number, check_path, check_text
 from tokopt.errors import InputError, LoweringError
 from tokopt.ir.bundle import Bundle
+from tokopt.ir.graph import describe, is_call
 from tokopt.ir.program import Program
+from tokopt.kernels import ops
 from tokopt.kernels.plugins import register_plugins
 from tokopt.lower.parity.check import check_rewritten, resized
 from tokopt.lower.tensorrt.graph import rewrite_for_tensorrt
@@ -32,6 +34,10 @@ from tokopt.runtime.format.manifest import ARCH, EngineEntry, Profile
 
 NO_ARCH = "say what to build for: EngineOptions(arch='sm_86'), --arch sm_86"
 NO_GPU = "TensorRT builds on the GPU; export where there is one, or install tokopt[tensorrt-rtx] alone"
+
+
+FLOAT8_SINCE = 89
+"""The first compute capability with products of 8-bit floats."""
 
 
 @dataclass(frozen=True)
@@ -75,12 +81,14 @@ class EngineBuilder:
 
     def __init__(self, bundle: Bundle, options: EngineOptions) -> None:
         """Raise MissingDependencyError without TensorRT, InputError for profiles that do not fit the bundle and
-        without a GPU that could say its ``arch``, LoweringError for an ``arch`` that TensorRT does not build for."""
+        without a GPU that could say its ``arch``, LoweringError for an ``arch`` that TensorRT does not build for, or
+        that lacks what the bundle computes with."""
         self.bundle, self.options = bundle, options
         self.builder, self.trt = import_tensorrt()
         self.arch = options.arch or device_arch(NO_ARCH)
         self.profiles = choose_profiles(bundle, parse_profiles(options.profiles))
         self._check_options()
+        check_float8(bundle, self.arch)
         self._log = _log(self.trt)
         self.without_plugin: list[str] = []
 
@@ -207,6 +215,20 @@ class EngineBuilder:
             f"{title} {self.trt.__version__} refuses program {name!r}: {' '.join(reason.split())}; run the portable "
             "ONNX (target='onnx'), or leave out the pass that made this operator"
         )
+
+
+def check_float8(bundle: Bundle, arch: str) -> None:
+    """Raise LoweringError for 8-bit floats on a GPU that does not multiply them."""
+    if int(arch.removeprefix("sm_")) >= FLOAT8_SINCE:
+        return
+    for name, program in bundle.programs.items():
+        for node in program.module.graph.nodes:
+            if is_call(node, ops.fake_float8, ops.dequantize_float8):
+                raise LoweringError(
+                    f"{describe(node)} of program {name!r} is of 8-bit floats, which {arch} does not multiply "
+                    f"(sm_{FLOAT8_SINCE} and later do); use int8 in the place of fp8, or run the portable ONNX "
+                    "(target='onnx')"
+                )
 
 
 def _resized(program: Program, sizes: Mapping[str, int]) -> Program:

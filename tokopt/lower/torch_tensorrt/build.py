@@ -31,7 +31,7 @@ from tokopt.ir.graph import aten, describe, is_call
 from tokopt.ir.program import Program, TensorSpec
 from tokopt.lower.parity.precision import half_precision_limit
 from tokopt.lower.parity.selections import selects
-from tokopt.lower.tensorrt.engine import EngineOptions
+from tokopt.lower.tensorrt.engine import EngineOptions, check_float8
 from tokopt.lower.tensorrt.profiles import choose_profiles, parse_profiles
 from tokopt.lower.torch_tensorrt.program import aten_program, sized, with_usual_sizes
 from tokopt.runtime.engines.tensorrt import Installed, check_engine
@@ -136,6 +136,7 @@ class TorchTensorRT:
                 f"Torch-TensorRT builds for the GPU that it finds, {self.gpu.arch}, not for {options.arch}; compile on "
                 "a machine with that GPU"
             )
+        check_float8(bundle, self.gpu.arch)
 
     def compile(self, name: str, *, check: bool, tolerance: float | None) -> CompiledProgram:
         """Compile program ``name``.

@@ -38,6 +38,14 @@ def convert_fake_quantize(ctx: Any, target: Any, args: tuple, kwargs: dict, name
     return _dequantized(ctx, _quantized(ctx, x, step, name), step, x.dtype, name)
 
 
+@dynamo_tensorrt_converter(ops.fake_float8.default, supports_dynamic_shapes=True)
+def convert_fake_float8(ctx: Any, target: Any, args: tuple, kwargs: dict, name: str) -> Any:
+    """The same of 8-bit floats."""
+    x, scale = args
+    step = _step(ctx, scale, name)
+    return _dequantized(ctx, _quantized(ctx, x, step, name, trt.fp8), step, x.dtype, name)
+
+
 @dynamo_tensorrt_converter(ops.quantize_int8.default, supports_dynamic_shapes=True)
 def convert_quantize_int8(ctx: Any, target: Any, args: tuple, kwargs: dict, name: str) -> Any:
     """The steps differ by head and channel, which no quantizing layer has: they are divided by before."""
@@ -57,10 +65,13 @@ def convert_dequantize_int8(ctx: Any, target: Any, args: tuple, kwargs: dict, na
 
 @dynamo_tensorrt_converter(EXPAND_WEIGHT, supports_dynamic_shapes=True)
 def convert_expand_weight(ctx: Any, target: Any, args: tuple, kwargs: dict, name: str) -> Any:
-    """A constant of 8 or 4 bits, and what dequantizes it: a step per output, or per block of inputs."""
+    """A constant of 8 or 4 bits, or of 8-bit floats, and what dequantizes it: a step per output, or per block of inputs."""
     codes, step, bits = args
     codes = codes.detach().cpu().contiguous()
-    stored, kind = (codes, trt.int8) if bits == 8 else (_packed(codes), trt.int4)
+    if codes.dtype == torch.float8_e4m3fn:
+        stored, kind = codes.view(torch.uint8), trt.fp8
+    else:
+        stored, kind = (codes, trt.int8) if bits == 8 else (_packed(codes), trt.int4)
     ctx.record_weight(f"{name}_codes", stored)  # until the engine is built
     weights = trt.Weights(kind, stored.data_ptr(), codes.numel())
     constant = ctx.net.add_constant(tuple(codes.shape), weights)
@@ -133,8 +144,8 @@ def _packed(codes: torch.Tensor) -> torch.Tensor:
     return torch.from_numpy(np.ascontiguousarray(low | high << 4))
 
 
-def _quantized(ctx: Any, x: Any, step: Any, name: str) -> Any:
-    layer = ctx.net.add_quantize(x, step, trt.int8)
+def _quantized(ctx: Any, x: Any, step: Any, name: str, kind: Any = trt.int8) -> Any:
+    layer = ctx.net.add_quantize(x, step, kind)
     layer.name = f"{name}_quantize"
     return layer.get_output(0)
 

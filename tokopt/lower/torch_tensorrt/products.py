@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from tokopt.analysis.constants import constants, evaluate
-from tokopt.analysis.linears import Linear, as_linear
+from tokopt.analysis.linears import EXPANDING, Linear, as_linear
 from tokopt.ir.graph import aten, is_call
 from tokopt.ir.program import Program
 from tokopt.kernels import ops
@@ -26,8 +26,8 @@ LARGEST = {4: 7, 8: 127}
 
 @torch.library.custom_op("tokopt::expand_weight", mutates_args=(), tags=(torch.Tag.nondeterministic_seeded,))
 def expand_weight(codes: Tensor, step: Tensor, bits: int) -> Tensor:
-    """``codes * step``: a weight [..., in, out] of codes [..., in, out] int8 with ``bits`` bits and steps
-    [..., blocks, out]; the axes in front, of size 1, are those that the other operand of the product has.
+    """``codes * step``: a weight [..., in, out] of codes [..., in, out] int8 with ``bits`` bits, or of 8-bit floats, and
+    steps [..., blocks, out]; the axes in front, of size 1, are those that the other operand of the product has.
 
     Draws nothing: the tag keeps those who fold constants from expanding a weight that TensorRT multiplies as it is.
     """
@@ -46,7 +46,7 @@ EXPAND_WEIGHT = torch.ops.tokopt.expand_weight.default
 class Symmetric:
     """A weight ``(codes * step) * sign``, and ``offset``: what the sums of the inputs over blocks have to be times.
 
-    ``codes`` [in, out] int8 of ``bits`` bits, ``step`` [blocks, out] above 0; ``sign`` [out] and ``offset``
+    ``codes`` [in, out] int8 of ``bits`` bits or 8-bit floats, ``step`` [blocks, out] above 0; ``sign`` [out] and ``offset``
     [blocks, out] are None where they do nothing.
     """
 
@@ -63,7 +63,7 @@ class Symmetric:
         middle = LARGEST[bits] + 1
         signed, steps = codes.to(torch.int16).T - middle, scale.T
         negative, shift = steps < 0, zero.to(torch.int16).T - middle
-        step = steps.abs().clamp_min(torch.finfo(scale.dtype).tiny)  # TensorRT refuses 0; its codes are 0
+        step = _positive(steps)
         if len(steps) == 1 and not shift.any():
             sign = torch.where(negative[0], -1.0, 1.0).to(scale.dtype) if negative.any() else None
             return cls(signed.to(torch.int8), step, bits, sign, None)
@@ -71,6 +71,17 @@ class Symmetric:
         flipped = torch.where(negative.repeat_interleave(group, 0), -1 - signed, signed)
         offset = torch.where(negative, shift + 1, -shift) * steps.abs()
         return cls(flipped.to(torch.int8), step, bits, None, offset if offset.any() else None)
+
+    @classmethod
+    def of_float8(cls, codes: Tensor, scale: Tensor) -> Symmetric:
+        """From what ``tokopt::dequantize_float8`` takes: the numbers have the signs of their scales."""
+        signed = codes.view(torch.float8_e4m3fn).float() * scale.sign()
+        return cls(signed.to(torch.float8_e4m3fn).T, _positive(scale.T), 8, None, None)
+
+
+def _positive(scale: Tensor) -> Tensor:
+    """Steps without their signs; TensorRT refuses one of 0, whose codes are of no account."""
+    return scale.abs().clamp_min(torch.finfo(scale.dtype).tiny)
 
 
 def symmetric_products(program: Program) -> Program:
@@ -96,17 +107,20 @@ def _quantized(linear: Linear) -> Node | None:
         if not is_call(weight, aten.t, aten.numpy_T) or not isinstance(weight.args[0], Node):
             return None
         weight = weight.args[0]
-    return weight if is_call(weight, ops.dequantize_weight) else None
+    return weight if is_call(weight, *EXPANDING) else None
 
 
 def _replace(module: GraphModule, linear: Linear, quantized: Node) -> None:
-    codes, scale, zero = (evaluate(module, node, {}) for node in quantized.all_input_nodes)
-    weight = Symmetric.of(codes, scale, zero, int(quantized.args[3]))  # pyright: ignore[reportArgumentType]
+    parts = [evaluate(module, node, {}) for node in quantized.all_input_nodes]
+    if is_call(quantized, ops.dequantize_float8):
+        weight = Symmetric.of_float8(*parts)
+    else:
+        weight = Symmetric.of(*parts, int(quantized.args[3]))  # pyright: ignore[reportArgumentType]
     node, graph = linear.node, module.graph
     # TensorRT fuses what stands directly before the product: nothing may add axes there.
     axes = (None,) * (linear.input.meta["val"].ndim - 2)
-    parts = (weight.codes[axes], weight.step[axes], weight.sign, weight.offset)
-    operands = [None if part is None else put_parameter(module, node, None, part) for part in parts]
+    held = (weight.codes[axes], weight.step[axes], weight.sign, weight.offset)
+    operands = [None if part is None else put_parameter(module, node, None, part) for part in held]
     with graph.inserting_before(node):
         function = partial(product, bits=weight.bits)
         made = call(graph, function, linear.input, *operands, linear.bias, like=node)

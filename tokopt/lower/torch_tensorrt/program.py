@@ -24,7 +24,7 @@ from tokopt.lower.parity.check import resized
 from tokopt.lower.torch_tensorrt.products import symmetric_products
 from tokopt.runtime.format.manifest import Profile
 
-CONVERTED = ("fake_quantize", "quantize_int8", "dequantize_int8")
+CONVERTED = ("fake_quantize", "fake_float8", "quantize_int8", "dequantize_int8")
 """The token ops that stay one node: :mod:`.converters` makes them layers that quantize."""
 
 UNSIGNED = (ops.quantize_keys, ops.dequantize_keys)
