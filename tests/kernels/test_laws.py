@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn.functional import normalize, pad, scaled_dot_product_attention
 
-from tests.kernels.forms import CASES, FORMS, Case, world
+from tests.kernels import naive
+from tests.kernels.forms import CASES, FORMS, Case, float8_world, world
 from tokopt.kernels import ops
 
 MATCHING = [case for case in CASES if case.op.endswith("_match")]
@@ -193,6 +194,30 @@ def test_source_map_puts_merged_tokens_back(case: Case):
 def test_log_size_of_one_is_exactly_zero():
     """Unmerged tokens get no bias at all."""
     assert torch.equal(ops.log_size(torch.ones(2, 3)), torch.zeros(2, 1, 1, 3))
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_float8_rounds_as_pytorch_casts(form: str):
+    """On every number of E4M3, halfway between two and right beside it, and beyond 448, which is the end."""
+    numbers = torch.arange(256).byte().view(torch.float8_e4m3fn).float()
+    numbers = numbers[numbers.isfinite()].sort().values
+    halves = (numbers[1:] + numbers[:-1]) / 2
+    beside = [torch.nextafter(halves, halves + side) for side in (-1, 1)]
+    beyond = torch.tensor([449.0, 464.0, 480.0, 1e9, float("inf")])
+    x = torch.cat([numbers, halves, *beside, beyond, -beyond, torch.tensor([float("nan")])])
+    wanted = x.clamp(-448, 448).to(torch.float8_e4m3fn).float()
+    case = Case("fake_float8", {"scale": 1.0})
+    (got,) = FORMS[form](case, {"x": x.repeat(6).view(2, -1, 3), "scale": 1.0})
+    np.testing.assert_array_equal(got.ravel()[: len(x)], wanted.numpy())
+    np.testing.assert_array_equal(wanted.numpy(), naive.nearest_float8(x.double().numpy()))
+    assert len(numbers) == 254 and bool((wanted[len(x) - 11 : -1].abs() == 448).all())
+
+
+def test_float8_bytes_are_those_of_pytorch():
+    """Every byte, NaN among them."""
+    codes = torch.arange(256).byte().view(8, 32)
+    (got,) = FORMS["onnx"](Case("dequantize_float8", inputs=float8_world()), {"codes": codes, "scale": torch.ones(8, 1)})
+    np.testing.assert_array_equal(got, codes.view(torch.float8_e4m3fn).float().numpy())
 
 
 def test_gather_keeps_every_dtype_bit_for_bit():

@@ -14,8 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
 import torch
+from onnx import numpy_helper
 from transformers import AutoModelForCausalLM
 
 import tokopt
@@ -74,6 +76,27 @@ def test_quantized_models_build(pipeline: str, tmp_path: Path) -> None:
     tokopt.export(bundle, tmp_path / "model.tokopt", target="tensorrt", engine=AMPERE)
 
 
+@pytest.mark.parametrize("pipeline", ["tome{r=4},fp8{activations=static}", "fp8"])
+def test_models_in_8_bit_floats_build_where_there_are_any(pipeline: str, tmp_path: Path) -> None:
+    bundle = tokopt.optimize(vision(), pipeline, calibration=[vision().main.example])
+    ada = EngineOptions("sm_89")
+    path = tokopt.export(bundle, tmp_path / "model.tokopt", target="tensorrt", engine=ada)
+    assert (path / "forward.sm_89.engine").stat().st_size > 10_000
+    with pytest.raises(LoweringError, match=r"float8\S* .*sm_86 does not multiply \(sm_89 and later do\); use int8"):
+        tokopt.export(bundle, tmp_path / "other.tokopt", target="tensorrt", engine=AMPERE)
+
+
+def test_factors_of_any_sign_move_into_8_bit_floats(tmp_path: Path) -> None:
+    """TensorRT takes no negative step, nor one of 0: the numbers take the signs. ``check`` compares the graphs."""
+    bundle = tokopt.optimize(tokopt.capture(Factors(), (torch.randn(3, 5, 16),)), "fp8")
+    lines: list[str] = []
+    path = tmp_path / "model.tokopt"
+    tokopt.export(bundle, path, target="tensorrt", engine=EngineOptions("sm_89"), progress=lines.append)
+    model = onnx.load(path / "forward.onnx")
+    scales = [numpy_helper.to_array(one) for one in model.graph.initializer if one.dims == [16]]
+    assert any((scale < 0).any() and (scale == 0).any() for scale in scales)
+
+
 @pytest.mark.parametrize(
     ("name", "pipeline"),
     [
@@ -116,6 +139,18 @@ def test_a_loop_is_refused_with_its_place(tmp_path: Path) -> None:
     ):
         tokopt.export(bundle, tmp_path / "model.tokopt", target="tensorrt", engine=AMPERE)
     assert not list(tmp_path.iterdir())
+
+
+class Factors(torch.nn.Module):
+    """A linear layer without a bias, times a factor per channel: some negative, one 0."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = torch.nn.Linear(16, 16, bias=False)
+        self.factor = torch.nn.Parameter(torch.arange(16.0) - 5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + self.linear(x) * self.factor
 
 
 class Scatter(torch.nn.Module):

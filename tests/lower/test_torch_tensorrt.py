@@ -21,6 +21,7 @@ from tests.lower.without_gpu import FOLDER, torch_tensorrt
 from tests.zoo import ZOO
 from tokopt import EngineOptions
 from tokopt.errors import ArtifactError, InputError, LoweringError, MissingDependencyError
+from tokopt.ir.graph import module_path
 from tokopt.lower.torch_tensorrt import build
 from tokopt.runtime.engines.tensorrt import import_tensorrt
 from tokopt.runtime.format.manifest import Profile, read_manifest
@@ -106,14 +107,15 @@ def test_language_models_are_one_engine_a_program(pipeline: str) -> None:
     assert built[0].profiles["tensors_0"] == ((1, 1), (1, 1), (8, 16))
 
 
-def test_products_are_of_bytes() -> None:
+@pytest.mark.parametrize(("pipeline", "arch"), [("int8", "sm_86"), ("fp8", "sm_89")])
+def test_products_are_of_bytes(pipeline: str, arch: str) -> None:
     """Q/DQ stands directly before every product of a quantized linear, on both sides, and the weight is of bytes."""
-    bundle = optimized("vit", "int8{activations=static}")
-    with torch_tensorrt("sm_86") as built:
+    bundle = optimized("vit", f"{pipeline}{{activations=static}}")
+    with torch_tensorrt(arch) as built:
         tokopt.compile(bundle, engine=EngineOptions(strict=True))
     (engine,) = built
     weights = [name for name in engine.of("DEQUANTIZE") if "expand_weight" in name]
-    activations = [name for name in engine.of("DEQUANTIZE") if "fake_quantize" in name]
+    activations = [name for name in engine.of("DEQUANTIZE") if "fake_" in name]
     assert len(weights) == bundle.history[-1].matches
     assert all(engine.readers[name] == ("MATRIX_MULTIPLY",) for name in weights)
     assert {kind for name in activations for kind in engine.readers[name]} == {"MATRIX_MULTIPLY"}
@@ -142,6 +144,21 @@ def test_what_falls_back_is_named() -> None:
     assert "lgamma.default" in compiled.report[0] and compiled.report[0] in lines
     conversion = compiled.programs["forward"].conversion
     assert conversion is not None and conversion.engines == 2 and list(conversion.fallback.values()) == [1]
+
+
+def test_8_bit_floats_are_refused_where_there_are_none() -> None:
+    bundle = tokopt.optimize(vision(), "fp8")
+    with torch_tensorrt("sm_86"), pytest.raises(LoweringError, match="sm_86 does not multiply .*; use int8 in"):
+        tokopt.compile(bundle)
+
+
+def test_a_bundle_stays_as_it_is() -> None:
+    """The modules that nodes come from, which passes and errors name, are not written over on the way."""
+    bundle = vision()
+    paths = [module_path(node) for node in bundle.main.module.graph.nodes]
+    with torch_tensorrt("sm_86"):
+        tokopt.compile(bundle)
+    assert any(paths) and paths == [module_path(node) for node in bundle.main.module.graph.nodes]
 
 
 def test_unsigned_bytes_are_refused() -> None:

@@ -31,6 +31,8 @@ from tokopt.errors import TokoptError
 from tokopt.ir.bundle import Bundle
 from tokopt.passes.quantize.awq import AWQ
 from tokopt.passes.quantize.base import QuantizedWeight, fit_grid, output_error
+from tokopt.passes.quantize.fp8 import float8_weight
+from tokopt.passes.quantize.fp8 import rounded_tokens as float8_tokens
 from tokopt.passes.quantize.gptq import GPTQ
 from tokopt.passes.quantize.int8 import rounded_tokens
 from tokopt.passes.quantize.keep_grid import find_grid
@@ -214,7 +216,7 @@ def test_smoothquant_changes_nothing(name: str) -> None:
     assert max(d.nmse for d in differences(bundle(name), made)) < 1e-10
 
 
-COMPOSED = [("vit", method, "tome{r=4}") for method in ("rtn", "int8", "cast")]
+COMPOSED = [("vit", method, "tome{r=4}") for method in ("rtn", "int8", "fp8", "cast")]
 COMPOSED += [("modernbert", "int8", "tome{r=4}"), ("llama", "rtn", "h2o{budget=18 recent=4 every=4}")]
 
 
@@ -382,6 +384,46 @@ def test_dynamic_scales_are_per_token() -> None:
     assert not together[:, 3].any()
 
 
+SMALLEST = 2.0**-6
+"""The smallest number of E4M3 with all its 3 bits of mantissa; below, numbers are 2^-9 apart."""
+
+
+@given(st.integers(0, 99), st.floats(-30, 30))
+def test_fp8_is_off_by_a_sixteenth_at_most(seed: int, power: float) -> None:
+    """Of itself, for any scale; near 0 of the smallest number. The largest of an output is exact."""
+    spread = torch.randn(3, 32, generator=torch.Generator().manual_seed(seed))
+    weight = torch.randn(3, 32, generator=torch.Generator().manual_seed(seed + 100)) * 10**spread * 2**power
+    made = float8_weight(weight)
+    error = (made.dequantized() - weight).abs()
+    assert bool((error <= torch.maximum(weight.abs(), SMALLEST * made.scale) / 16 * (1 + 1e-5)).all())
+    torch.testing.assert_close(made.dequantized().abs().amax(1), weight.abs().amax(1))
+    assert made.nbytes == 3 * 32 + 4 * 3
+
+
+def test_fp8_of_zeros_is_zeros() -> None:
+    """Weights and tokens, and their scale is still one to divide by."""
+    made, (x, scale) = float8_weight(torch.zeros(2, 16)), float8_tokens(torch.zeros(3, 16))
+    assert not made.dequantized().any() and not x.any()
+    assert bool((made.scale > 0).all()) and bool((scale > 0).all())
+
+
+def test_fp8_products_lose_what_three_bits_lose() -> None:
+    """Weight and input each lose 0.07 %: (2^-3)^2 / 12 over the mean square of a mantissa."""
+    generator = torch.Generator().manual_seed(0)
+    x, weight = (torch.randn(size, 256, generator=generator) for size in (64, 128))
+    made = scaled_product(*float8_tokens(x), float8_weight(weight).dequantized(), None, False)
+    assert 1.2e-3 < nmse((x @ weight.T).numpy(), made.numpy()) < 1.6e-3
+
+
+def test_fp8_with_static_scales_ends_at_what_calibration_saw() -> None:
+    """Larger inputs become the largest that was seen, and neither infinite nor NaN."""
+    model = nn.Linear(16, 8, bias=False).requires_grad_(False)
+    given, seen = tokopt.capture(model, (torch.ones(4, 16),)), 3 * torch.ones(4, 16)
+    made = tokopt.optimize(given, "fp8{activations=static}", calibration=[seen])
+    torch.testing.assert_close(made(100 * seen)[0], made(seen)[0])
+    torch.testing.assert_close(made(-1e30 * seen)[0], -made(seen)[0])
+
+
 # --- grids that are there already -------------------------------------------------------------------------
 
 
@@ -450,6 +492,9 @@ def test_kept_grids_compute_the_same(kind: str, tmp_path: Path) -> None:
         "nupes{exponent=2}": "exponent=2 must be 0.1 to 1",
         "smoothquant{alpha=2}": "alpha=2 must be 0 to 1",
         "int8{activations=sometimes}": "wrong type",
+        "fp8{activations=static}": "needs inputs to calibrate with",
+        "fp8{activations=sometimes}": "wrong type",
+        "fp8,fp8": "there is no linear to quantize",
         "keep_grid": "its weights lie on no grid",
     }.items(),
 )

@@ -55,7 +55,11 @@ def sized(program: Program, profiles: Mapping[str, Profile]) -> Program:
     ranges = {axis: AxisRange(p.min, p.max) for axis, p in profiles.items() if axis not in fixed}
     inputs = tuple(_without(spec, fixed) for spec in program.inputs)
     # A copy: what is derived of a graph's shapes is kept with it, and these are others.
-    return replace(program, module=copied(program.module), inputs=inputs, ranges=ranges, reductions=None)
+    module = copied(program.module)
+    for node in module.graph.nodes:
+        if stack := node.meta.get("nn_module_stack"):
+            node.meta["nn_module_stack"] = stack.copy()  # torch's export of what it decomposes writes into it
+    return replace(program, module=module, inputs=inputs, ranges=ranges, reductions=None)
 
 
 @contextmanager
