@@ -1,4 +1,4 @@
-"""The ONNX form of tokopt::dequantize_float8 for codes that are computed; files hold those of weights as FLOAT8E4M3FN."""
+"""The ONNX form of tokopt::dequantize_float8 for any bytes; a file holds those of a weight as FLOAT8E4M3FN."""
 
 import ml_dtypes
 import numpy as np

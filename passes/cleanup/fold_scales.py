@@ -15,7 +15,6 @@ from tokopt.analysis.linears import EXPANDING, Linear, as_linear
 from tokopt.ir.bundle import Bundle, Semantics
 from tokopt.ir.graph import aten, is_call, is_tensor, module_path, same_size, value_users
 from tokopt.ir.program import Program
-from tokopt.kernels import ops
 from tokopt.pipeline.base import Context, Pass, PassResult, Refusal
 from tokopt.rewrite.edit import close_graph, open_graph, put_parameter
 from tokopt.rewrite.scales import keeps_channels

@@ -322,7 +322,11 @@ def replace_weight(module: GraphModule, linear: Linear, quantized: QuantizedWeig
 
 
 def put_weight(
-    module: GraphModule, linear: Linear, expand: Callable[..., Tensor], parts: Sequence[Tensor], *options: float
+    module: GraphModule,
+    linear: Linear,
+    expand: Callable[..., Tensor],
+    parts: Sequence[Tensor],
+    *options: float,
 ) -> None:
     """Let the weight [out, in] of a linear be ``expand(*parts, *options)``."""
     graph = module.graph

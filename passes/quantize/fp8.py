@@ -40,8 +40,8 @@ class FP8(ProductQuantization):
 
     Weights have a scale per output, ``max|w| / 448``. ``activations=dynamic``: every token has a scale,
     ``max|x| / 448``, found as it comes; needs no data. ``activations=static``: one scale for all tokens, from the
-    largest magnitude over the calibration inputs; what is larger later becomes that magnitude. Micikevicius et al., *FP8
-    Formats for Deep Learning*, arXiv 2209.05433.
+    largest magnitude over the calibration inputs; what is larger later becomes that magnitude. Micikevicius et al.,
+    *FP8 Formats for Deep Learning*, arXiv 2209.05433.
 
     Rules. As ``int8``.
     """

@@ -216,7 +216,9 @@ def test_float8_rounds_as_pytorch_casts(form: str):
 def test_float8_bytes_are_those_of_pytorch():
     """Every byte, NaN among them."""
     codes = torch.arange(256).byte().view(8, 32)
-    (got,) = FORMS["onnx"](Case("dequantize_float8", inputs=float8_world()), {"codes": codes, "scale": torch.ones(8, 1)})
+    (got,) = FORMS["onnx"](
+        Case("dequantize_float8", inputs=float8_world()), {"codes": codes, "scale": torch.ones(8, 1)}
+    )
     np.testing.assert_array_equal(got, codes.view(torch.float8_e4m3fn).float().numpy())
 
 

@@ -82,7 +82,9 @@ def test_models_in_8_bit_floats_build_where_there_are_any(pipeline: str, tmp_pat
     ada = EngineOptions("sm_89")
     path = tokopt.export(bundle, tmp_path / "model.tokopt", target="tensorrt", engine=ada)
     assert (path / "forward.sm_89.engine").stat().st_size > 10_000
-    with pytest.raises(LoweringError, match=r"float8\S* .*sm_86 does not multiply \(sm_89 and later do\); use int8"):
+    with pytest.raises(
+        LoweringError, match=r"float8\S* .*sm_86 does not multiply \(sm_89 and later do\); use int8"
+    ):
         tokopt.export(bundle, tmp_path / "other.tokopt", target="tensorrt", engine=AMPERE)
 
 

@@ -148,7 +148,10 @@ def test_what_falls_back_is_named() -> None:
 
 def test_8_bit_floats_are_refused_where_there_are_none() -> None:
     bundle = tokopt.optimize(vision(), "fp8")
-    with torch_tensorrt("sm_86"), pytest.raises(LoweringError, match="sm_86 does not multiply .*; use int8 in"):
+    with (
+        torch_tensorrt("sm_86"),
+        pytest.raises(LoweringError, match=r"sm_86 does not multiply .*; use int8 in"),
+    ):
         tokopt.compile(bundle)
 
 

@@ -41,7 +41,10 @@ BEFORE = {
 
 WEIGHTS = {
     **{name: f"{name}{{group=16}}" for name in ("gptq", "awq", "nupes")},
-    **{name: name for name in ("int8", "fp8", "cast", "smoothquant", "keep_grid", "fold_scales", "drop_unread")},
+    **{
+        name: name
+        for name in ("int8", "fp8", "cast", "smoothquant", "keep_grid", "fold_scales", "drop_unread")
+    },
 }
 """The same for passes that change weights alone, so that they go with ``speculate`` as ``rtn`` does."""
 

@@ -13,7 +13,6 @@ from tokopt.analysis.constants import constants, evaluate
 from tokopt.ir.graph import aten, is_call, module_path
 from tokopt.kernels import ops
 
-
 EXPANDING = (ops.dequantize_weight, ops.dequantize_float8)
 """What computes a weight from codes, its first operand, and scales, its second."""
 

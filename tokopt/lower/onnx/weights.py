@@ -1,9 +1,10 @@
 """Quantized weights in the form that engines turn into one kernel: ``MatMul(x, DequantizeLinear(codes))``.
 
 The graph says ``linear(x, dequantize_weight(codes, scale, zero))`` with codes [out, in] of 8 bits, or
-``dequantize_float8(codes, scale)`` with the bytes of 8-bit floats. Here the codes are transposed to [in, out] and packed to 4 bits where they fit, so that the product needs no transposition: ONNX
-Runtime reads this pair as one block-quantized product (``MatMulNBits``), OpenVINO and TensorRT as compressed weights,
-and any other engine of the opset expands the weight and multiplies.
+``dequantize_float8(codes, scale)`` with the bytes of 8-bit floats. Here the codes are transposed to [in, out] and
+packed to 4 bits where they fit, so that the product needs no transposition: ONNX Runtime reads this pair as one
+block-quantized product (``MatMulNBits``), OpenVINO and TensorRT as compressed weights, and any other engine of the
+opset expands the weight and multiplies.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Lower programs to TensorRT engines: the portable ONNX, rewritten, and built with TensorRT or TensorRT-RTX.
 
 The network is strongly typed: it computes in the types that the program says, so half precision and 8-bit products come
-from passes (``cast``, ``int8``, ``fp8``), and from nowhere else. TensorRT-RTX builds for a GPU that need not be there; TensorRT
-builds for the one it finds.
+from passes (``cast``, ``int8``, ``fp8``), and from nowhere else. TensorRT-RTX builds for a GPU that need not be there;
+TensorRT builds for the one it finds.
 """
 
 from __future__ import annotations

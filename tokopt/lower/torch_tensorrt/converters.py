@@ -65,7 +65,10 @@ def convert_dequantize_int8(ctx: Any, target: Any, args: tuple, kwargs: dict, na
 
 @dynamo_tensorrt_converter(EXPAND_WEIGHT, supports_dynamic_shapes=True)
 def convert_expand_weight(ctx: Any, target: Any, args: tuple, kwargs: dict, name: str) -> Any:
-    """A constant of 8 or 4 bits, or of 8-bit floats, and what dequantizes it: a step per output, or per block of inputs."""
+    """A constant of 8 or 4 bits, or of 8-bit floats, and what dequantizes it.
+
+    That has a step per output, or per block of inputs.
+    """
     codes, step, bits = args
     codes = codes.detach().cpu().contiguous()
     if codes.dtype == torch.float8_e4m3fn:

@@ -26,8 +26,8 @@ LARGEST = {4: 7, 8: 127}
 
 @torch.library.custom_op("tokopt::expand_weight", mutates_args=(), tags=(torch.Tag.nondeterministic_seeded,))
 def expand_weight(codes: Tensor, step: Tensor, bits: int) -> Tensor:
-    """``codes * step``: a weight [..., in, out] of codes [..., in, out] int8 with ``bits`` bits, or of 8-bit floats, and
-    steps [..., blocks, out]; the axes in front, of size 1, are those that the other operand of the product has.
+    """``codes * step``: a weight [..., in, out] of codes [..., in, out] int8 with ``bits`` bits, or of 8-bit floats,
+    and steps [..., blocks, out]; the axes in front, of size 1, are those that the other operand of the product has.
 
     Draws nothing: the tag keeps those who fold constants from expanding a weight that TensorRT multiplies as it is.
     """
@@ -46,8 +46,8 @@ EXPAND_WEIGHT = torch.ops.tokopt.expand_weight.default
 class Symmetric:
     """A weight ``(codes * step) * sign``, and ``offset``: what the sums of the inputs over blocks have to be times.
 
-    ``codes`` [in, out] int8 of ``bits`` bits or 8-bit floats, ``step`` [blocks, out] above 0; ``sign`` [out] and ``offset``
-    [blocks, out] are None where they do nothing.
+    ``codes`` [in, out] int8 of ``bits`` bits or 8-bit floats, ``step`` [blocks, out] above 0; ``sign`` [out] and
+    ``offset`` [blocks, out] are None where they do nothing.
     """
 
     codes: Tensor
@@ -115,7 +115,8 @@ def _replace(module: GraphModule, linear: Linear, quantized: Node) -> None:
     if is_call(quantized, ops.dequantize_float8):
         weight = Symmetric.of_float8(*parts)
     else:
-        weight = Symmetric.of(*parts, int(quantized.args[3]))  # pyright: ignore[reportArgumentType]
+        codes, scale, zero = parts
+        weight = Symmetric.of(codes, scale, zero, int(quantized.args[3]))  # pyright: ignore[reportArgumentType]
     node, graph = linear.node, module.graph
     # TensorRT fuses what stands directly before the product: nothing may add axes there.
     axes = (None,) * (linear.input.meta["val"].ndim - 2)
