@@ -23,20 +23,19 @@ SWAP = [1, 0]
 def pack_weights(model: ir.Model) -> None:
     """Bring every quantized weight that is read transposed into that form, in place."""
     for node in list(model.graph):
-        if node.domain == "tokopt" and node.op_type in FORMS:
-            _pack(model.graph, node, *FORMS[node.op_type])
+        if node.domain == "tokopt" and node.op_type in DEQUANTIZE:
+            _pack(model.graph, node)
 
 
-def _pack(graph: ir.Graph, node: ir.Node, dequantize: _Form, expand: _Form) -> None:
+def _pack(graph: ir.Graph, node: ir.Node) -> None:
     readers = [use.node for use in node.outputs[0].uses()]
     products = [reader for reader in readers if _reads_transposed(reader)]
-    form = dequantize if products and len(products) == len(readers) else expand
-    weight = form(graph, node, *map(array, node.inputs))
-    if form is expand:
-        weight.outputs[0].type, weight.outputs[0].shape = node.outputs[0].type, node.outputs[0].shape
-        node.outputs[0].replace_all_uses_with(weight.outputs[0])
-        graph.remove(node, safe=True)
+    parts = map(array, node.inputs)
+    if not products or len(products) < len(readers):  # 8-bit floats by their function
+        if node.op_type == "dequantize_weight":
+            _expand(graph, node, *parts)
         return
+    weight = DEQUANTIZE[node.op_type](graph, node, *parts)
     graph.insert_before(node, weight)
     for product in products:
         if product.op_type == "Gemm":
@@ -50,9 +49,7 @@ def _pack(graph: ir.Graph, node: ir.Node, dequantize: _Form, expand: _Form) -> N
     graph.remove(node, safe=True)
 
 
-def _expand(
-    graph: ir.Graph, node: ir.Node, codes: np.ndarray, scale: np.ndarray, zero: np.ndarray
-) -> ir.Node:
+def _expand(graph: ir.Graph, node: ir.Node, codes: np.ndarray, scale: np.ndarray, zero: np.ndarray) -> None:
     """A weight that is computed with before it is multiplied: in ops that engines evaluate once, when they load.
 
     ``DequantizeLinear`` they keep for a product to take it in, and would evaluate it in every run.
@@ -69,18 +66,9 @@ def _expand(
     scaled = ir.node("Mul", [centred.outputs[0], steps])
     flat = ir.node("Reshape", [scaled.outputs[0], shape])
     graph.insert_before(node, [wide, centred, scaled, flat])
-    return flat
-
-
-def _expand_float8(graph: ir.Graph, node: ir.Node, codes: np.ndarray, scale: np.ndarray) -> ir.Node:
-    """The same of 8-bit floats."""
-    first, second = (value.name for value in node.inputs if value is not None)
-    floats = put_initializer(graph, f"{first}_packed", codes.view(ml_dtypes.float8_e4m3fn))
-    steps = put_initializer(graph, f"{second}_steps", scale)
-    wide = ir.node("Cast", [floats], attributes={"to": ir.DataType.FLOAT})
-    scaled = ir.node("Mul", [wide.outputs[0], steps])
-    graph.insert_before(node, [wide, scaled])
-    return scaled
+    flat.outputs[0].type, flat.outputs[0].shape = node.outputs[0].type, node.outputs[0].shape
+    node.outputs[0].replace_all_uses_with(flat.outputs[0])
+    graph.remove(node, safe=True)
 
 
 def _reads_transposed(node: ir.Node) -> bool:
@@ -133,13 +121,11 @@ def _dequantized(
     return made
 
 
-_Form = Callable[..., ir.Node]
-
-FORMS: dict[str, tuple[_Form, _Form]] = {
-    "dequantize_weight": (_dequantize, _expand),
-    "dequantize_float8": (_dequantize_float8, _expand_float8),
+DEQUANTIZE: dict[str, Callable[..., ir.Node]] = {
+    "dequantize_weight": _dequantize,
+    "dequantize_float8": _dequantize_float8,
 }
-"""Op -> what puts its weight before products, and what computes it for other readers: the node of the result."""
+"""Op -> the node that puts its weight before products."""
 
 
 def _gemm_to_matmul(graph: ir.Graph, gemm: ir.Node, weight: ir.Value) -> None:
