@@ -91,16 +91,16 @@ class TaskCheck:
 class FormChecks:
     """What the self-test of one form of a program found.
 
-    ``task`` is empty where ``outputs`` are those of the engine's own arithmetic.
+    ``tasks`` is empty where ``outputs`` are those of the engine's own arithmetic.
     """
 
     outputs: tuple[OutputCheck, ...]
-    task: tuple[TaskCheck, ...] = ()
+    tasks: tuple[TaskCheck, ...] = ()
 
     @property
     def ok(self) -> bool:
         """Whether everything holds."""
-        return all(check.ok for check in (*self.outputs, *self.task))
+        return all(check.ok for check in (*self.outputs, *self.tasks))
 
 
 def run_selftests(
@@ -108,7 +108,9 @@ def run_selftests(
 ) -> dict[str, tuple[OutputCheck | TaskCheck, ...]]:
     """All checks of every form of every program; see :func:`check_forms`."""
     tests = {name: read_selftest(folder, manifest, name) for name in manifest.programs}
-    return {key: (*found.outputs, *found.task) for key, found in check_forms(manifest, tests, opened).items()}
+    return {
+        key: (*found.outputs, *found.tasks) for key, found in check_forms(manifest, tests, opened).items()
+    }
 
 
 def check_forms(

@@ -242,7 +242,7 @@ def open_bundle(path: str | Path) -> Bundle:
 class VerifyReport:
     """What :func:`verify` found: faults of files, and what the self-test of every form of an ONNX program found.
 
-    ``outputs`` are its outputs in float32 arithmetic, ``task`` what callers see as this machine computes it, which is
+    ``outputs`` are its outputs in float32 arithmetic, ``tasks`` what callers see as this machine computes it, which is
     empty where the two agree (see :mod:`tokopt.runtime.selftest`).
     """
 
@@ -252,12 +252,12 @@ class VerifyReport:
     files: int
     faults: tuple[str, ...]
     outputs: Mapping[str, tuple[OutputCheck, ...]]
-    task: Mapping[str, tuple[TaskCheck, ...]] = field(default_factory=dict[str, tuple[TaskCheck, ...]])
+    tasks: Mapping[str, tuple[TaskCheck, ...]] = field(default_factory=dict[str, tuple[TaskCheck, ...]])
 
     @property
     def ok(self) -> bool:
         """No fault, and every output as close as it was when it was exported."""
-        checks = (check for side in (self.outputs, self.task) for found in side.values() for check in found)
+        checks = (check for side in (self.outputs, self.tasks) for found in side.values() for check in found)
         return not self.faults and all(check.ok for check in checks)
 
     def as_dict(self) -> dict[str, Any]:
@@ -266,7 +266,7 @@ class VerifyReport:
             key: {
                 name: [{**asdict(check), "ok": check.ok} for check in found] for name, found in side.items()
             }
-            for key, side in (("outputs", self.outputs), ("task", self.task))
+            for key, side in (("outputs", self.outputs), ("task", self.tasks))
         }
         return {**asdict(self), **sides, "ok": self.ok}
 
@@ -294,7 +294,7 @@ def verify(path: str | Path) -> VerifyReport:
         len(manifest.files),
         tuple(faults),
         {key: checks.outputs for key, checks in found.items()},
-        {key: checks.task for key, checks in found.items() if checks.task},
+        {key: checks.tasks for key, checks in found.items() if checks.tasks},
     )
 
 

@@ -153,7 +153,7 @@ def test_verify_asks_this_form_whether_it_computes_the_program(copy: Path) -> No
     report = tokopt.verify(copy)
     failed = {key for key, checks in report.outputs.items() if not all(check.ok for check in checks)}
     assert failed == {f"forward.{OWN}"}
-    assert all(check.ok for checks in report.task.values() for check in checks)
+    assert all(check.ok for checks in report.tasks.values() for check in checks)
 
 
 @pytest.mark.parametrize("version", [1, cpu.VERSION])

@@ -155,7 +155,7 @@ def _limits(name: str, test: SelfTest, forms: Sequence[FormChecks]) -> dict[str,
         key = f"{name}/limits/{check.name}"
         limit = max(test.limits[check.name], _spread(check.nmse))
         stored[key] = max(stored.get(key, 0.0), min(limit, LOOSEST))
-    for check in (check for form in forms for check in form.task):
+    for check in (check for form in forms for check in form.tasks):
         most = TASK_LOOSEST[check.measure] / SPREAD
         if not check.value <= most:
             raise _too_far(name, check.name, f"{check.measure} {check.value:.2g}", most)

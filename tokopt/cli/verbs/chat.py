@@ -7,8 +7,8 @@ from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
+from tokopt.cli.generation import add_sampling, load_language_model, read_sampling
 from tokopt.cli.options import add_artifact, add_backend, add_threads, positive
-from tokopt.cli.sampling import add_sampling, read_sampling
 from tokopt.cli.screen import Screen
 from tokopt.cli.verb import OK, Verb
 from tokopt.errors import InputError, TokoptError
@@ -34,11 +34,7 @@ def add_options(parser: ArgumentParser) -> None:
 
 def run(args: Namespace, screen: Screen) -> int:
     """Answer every line of the input, until it ends."""
-    from tokopt.runtime import LanguageModel, load
-
-    model = load(args.artifact, threads=args.threads, backend=args.backend)
-    if not isinstance(model, LanguageModel):
-        raise InputError(f"{args.artifact} is no language model; run it with: tokopt run {args.artifact}")
+    model = load_language_model(args)
     if args.open is not None and args.system is not None:
         raise InputError("a conversation that was saved has begun already; leave --system or --open out")
     system = [] if args.system is None else [{"role": "system", "content": args.system}]

@@ -11,8 +11,8 @@ from dataclasses import asdict, replace
 from itertools import zip_longest
 from typing import TYPE_CHECKING, Any
 
+from tokopt.cli.generation import add_sampling, load_language_model, read_sampling
 from tokopt.cli.options import add_artifact, add_backend, add_threads, positive
-from tokopt.cli.sampling import add_sampling, read_sampling
 from tokopt.cli.screen import Screen, si
 from tokopt.cli.verb import FAILED, OK, Verb
 from tokopt.errors import InputError
@@ -67,12 +67,9 @@ def add_options(parser: ArgumentParser) -> None:
 
 def run(args: Namespace, screen: Screen) -> int:
     """Continue a prompt, or answer it as one message of a conversation."""
-    from tokopt.runtime import LanguageModel, load
     from tokopt.runtime.sampling import word
 
-    model = load(args.artifact, threads=args.threads, backend=args.backend)
-    if not isinstance(model, LanguageModel):
-        raise InputError(f"{args.artifact} is no language model; run it with: tokopt run {args.artifact}")
+    model = load_language_model(args)
     sampling = read_sampling(args)
     prompt = model.chat_prompt([{"role": "user", "content": args.prompt}]) if args.chat else args.prompt
     wanted = {"max_tokens": args.max_tokens, "stop": args.stop}

@@ -40,7 +40,7 @@ def _differing(report: VerifyReport) -> list[tuple[Cell, ...]]:
     ]
     return rows + [
         (program, check.name, check.measure, check.value, check.limit)
-        for program, checks in report.task.items()
+        for program, checks in report.tasks.items()
         for check in checks
         if not check.ok
     ]
@@ -51,7 +51,7 @@ def _verdict(report: VerifyReport) -> str:
     if report.faults or not all(check.ok for found in report.outputs.values() for check in found):
         return "NOT as it was written"
     worst: dict[str, TaskCheck] = {}
-    for check in (check for found in report.task.values() for check in found):
+    for check in (check for found in report.tasks.values() for check in found):
         if check.measure not in worst or not check.value <= worst[check.measure].value:
             worst[check.measure] = check
     if not report.ok:

@@ -1,12 +1,14 @@
-"""Options of the verbs that draw tokens."""
+"""What the verbs that generate text have in common."""
 
 from __future__ import annotations
 
 from argparse import ArgumentParser, Namespace
 from typing import TYPE_CHECKING
 
+from tokopt.errors import InputError
+
 if TYPE_CHECKING:
-    from tokopt.runtime import Sampling
+    from tokopt.runtime import LanguageModel, Sampling
 
 
 def add_sampling(parser: ArgumentParser) -> None:
@@ -38,3 +40,13 @@ def read_sampling(args: Namespace) -> Sampling:
         args.repetition_penalty,
         args.seed,
     )
+
+
+def load_language_model(args: Namespace) -> LanguageModel:
+    """The language model of an artifact; raises InputError for an artifact of another kind."""
+    from tokopt.runtime import LanguageModel, load
+
+    model = load(args.artifact, threads=args.threads, backend=args.backend)
+    if not isinstance(model, LanguageModel):
+        raise InputError(f"{args.artifact} is no language model; run it with: tokopt run {args.artifact}")
+    return model
