@@ -258,7 +258,8 @@ class Request:
         entry = self.schedule.decode(1, self.written)
         assert entry is not None
         self._verified = tokens.shape[1]
-        logits = self.emit(entry, tokens, positions, np.arange(self._verified), mask=mask).logits
+        rows = np.arange(self._verified, dtype=np.int64)
+        logits = self.emit(entry, tokens, positions, rows, mask=mask).logits
         assert logits is not None
         return logits
 

@@ -115,6 +115,7 @@ def good() -> Json:
         "triggers": [{"program": "evict", "after": "tokens", "every": 8, "prompt": True}],
         "endless": True,
         "whole": None,
+        "commit": None,
     }
     return deepcopy(doc | {"tokenizer": "tokenizer.json", "selftest": "s.safetensors"})
 
