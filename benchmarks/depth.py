@@ -163,11 +163,11 @@ def draw(report: Mapping[str, Any], path: Path) -> None:
 
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 4), constrained_layout=True)
     for name, (perplexity, _, speed, _) in summary(report).items():
-        left.plot(speed, perplexity, "o")
-        left.annotate(name, (speed, perplexity), textcoords="offset points", xytext=(5, 4), fontsize=8)
+        left.plot(speed, perplexity, "o", label=name)
     left.set_yscale("log")
     left.set_xlabel("speed over the whole model")
     left.set_ylabel("perplexity")
+    left.legend(fontsize=8)
     right.plot(range(1, len(report["drafts"]) + 1), report["drafts"])
     right.set_xlabel("blocks")
     right.set_ylabel("tokens that are the whole model's")
