@@ -290,7 +290,9 @@ def prepare(task: Task, bundle: tokopt.Bundle, folder: Path) -> Path:
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     pairs = zip(bundle.inputs, task.inputs["test"].values(), strict=True)
-    arrays: dict[str, Any] = {name: value[:STREAM].numpy() for name, value in pairs}
+    count = len(task.labels["test"])
+    spread = torch.linspace(0, count - 1, STREAM).round().long()  # inputs of one kind may lie side by side
+    arrays: dict[str, Any] = {name: value[spread].numpy() for name, value in pairs}
     np.savez(folder / "stream.npz", **arrays)
     return tokopt.export(bundle, folder / "full.tokopt")
 
