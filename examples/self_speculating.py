@@ -2,9 +2,9 @@
 
     python examples/self_speculating.py [ARTIFACT] [--prompt TEXT]
 
-Without an artifact the first run makes one of the packaged SmolLM2 in another process (``keep_grid,speculate``). What
-writes the text is numpy and ONNX Runtime alone, by the manifest; ``tokenizers`` reads and spells the words. ONNX
-Runtime's own products of 4 bits round a row otherwise beside others, which may tip a near tie; then it says so.
+Without an artifact the first run makes one of the packaged SmolLM2 in another process (``speculate``, in float32). What
+writes the text is numpy and ONNX Runtime alone, by the manifest; ``tokenizers`` reads and spells the words. With weights
+of 4 bits ONNX Runtime's own products round a row otherwise beside others, which may tip a near tie; then it says so.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ ROOT = Path(__file__).resolve().parents[1]
 MAKE = """
 import sys, tokopt
 from examples.data import smollm2
-tokopt.export(tokopt.optimize(tokopt.capture_lm(smollm2()), "keep_grid,speculate"), sys.argv[1])
+tokopt.export(tokopt.optimize(tokopt.capture_lm(smollm2()), "speculate"), sys.argv[1])
 """
 
 PROMPT = """def area_of_square(side):
