@@ -3,8 +3,8 @@
     python examples/self_speculating.py [ARTIFACT] [--prompt TEXT]
 
 Without an artifact the first run makes one of the packaged SmolLM2 in another process (``speculate``, in float32). What
-writes the text is numpy and ONNX Runtime alone, by the manifest; ``tokenizers`` reads and spells the words. With weights
-of 4 bits ONNX Runtime's own products round a row otherwise beside others, which may tip a near tie; then it says so.
+writes the text is numpy and ONNX Runtime alone, by the manifest; ``tokenizers`` reads and spells the words. Of 4 bits
+ONNX Runtime's own products round a row otherwise beside others, which may tip a near tie; then it says so.
 """
 
 from __future__ import annotations
@@ -29,14 +29,18 @@ from examples.data import smollm2
 tokopt.export(tokopt.optimize(tokopt.capture_lm(smollm2()), "speculate"), sys.argv[1])
 """
 
-PROMPT = """def area_of_square(side):
-    return side * side
+PROMPT = """class Point:
+    def set_x(self, x):
+        self.x = x
+        return self
 
-def area_of_rectangle(width, height):
-    return width * height
+    def set_y(self, y):
+        self.y = y
+        return self
 
-def area_of_circle(radius):
+    def set_z(self, z):
 """
+"""Code repeats itself, which is what the drafter looks for; a text that never does is written no faster."""
 
 GREEDY = {"temperature": 0, "top_k": 0, "top_p": 1, "min_p": 0, "seed": 0, "stream": 0}
 """What a program that draws tokens is told, by role."""
