@@ -60,6 +60,7 @@ RUNNING = (
     f"verify {ENCODER}",
     f"verify {LANGUAGE}",
     f"run {ENCODER}",
+    f"chat {LANGUAGE}",
     f"bench {ENCODER} --rounds 1",
     f"bench {LANGUAGE} --rounds 1 --prompt 8",
 )
