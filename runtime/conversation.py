@@ -10,7 +10,7 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, cast
+from typing import Any, Protocol
 
 import numpy as np
 import safetensors
@@ -258,9 +258,7 @@ def _identity(artifact: Path) -> str:
 def _load(model: Talking, path: Path) -> tuple[_Place, list[Message]]:
     """What a file holds, proved to fit the model; raises InputError."""
     try:
-        with safetensors.safe_open(path, "numpy") as file:
-            about = cast("dict[str, str]", file.metadata() or {})
-            arrays = {name: cast(np.ndarray, file.get_tensor(name)) for name in file.keys()}  # noqa: SIM118
+        about, arrays = _read(path)
         if about["format"] != FORMAT:
             raise InputError(
                 f"{path} is a chat of format {about['format']}, which this version does not know"
@@ -284,6 +282,14 @@ def _load(model: Talking, path: Path) -> tuple[_Place, list[Message]]:
         raise InputError(f"{path} is no chat that was saved ({type(error).__name__}: {line})") from error
     _check_snapshot(path, model.manifest, snapshot)
     return _Place(tokens, snapshot), messages
+
+
+def _read(path: Path) -> tuple[dict[str, str], dict[str, np.ndarray]]:
+    """The metadata of a safetensors file, and its arrays."""
+    opened: Any = safetensors.safe_open(path, "numpy")
+    with opened as file:
+        names: list[str] = list(file.keys())
+        return file.metadata() or {}, {name: file.get_tensor(name) for name in names}
 
 
 def _check_snapshot(path: Path, manifest: Manifest, snapshot: Snapshot) -> None:
