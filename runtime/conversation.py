@@ -92,9 +92,11 @@ class Chat:
 
     @property
     def messages(self) -> list[Message]:
-        """The conversation so far. An answer whose stream was left early is there as far as it was written."""
-        self._settle()
-        return list(self._messages)
+        """The conversation so far; an answer that is being streamed, or was left early, as far as it was written."""
+        going = self._going
+        if going is None:
+            return list(self._messages)
+        return [*self._messages, _answer(going)] if going.texts[0].new else self._messages[:-1]
 
     @property
     def tokens(self) -> tuple[int, ...]:
@@ -135,7 +137,10 @@ class Chat:
         drafter: str | Drafter | None = None,
         accept: str | Rule | None = None,
     ) -> Stream[str]:
-        """Pieces of the answer as they come, as :meth:`say` otherwise; it is over when the next message is said."""
+        """Pieces of the answer as they come, as :meth:`say` otherwise.
+
+        It ends, whoever still reads it, when the chat goes on: with another message, or to be read, rewound or saved.
+        """
         options = Options(max_tokens, sampling, processors, None, nodes, drafter, accept)
         going = self._turn(content, stop, options)
         return Stream(going, going.texts[0].pieces)
@@ -234,13 +239,19 @@ class Chat:
         going, self._going = self._going, None
         if going is None:
             return
+        going.close()
         text = going.texts[0]
         if not text.new:
             del self._messages[-1]  # it was never begun, or failed while it read
             return
-        self._messages = [*self._messages, {"role": "assistant", "content": "".join(text.pieces)}]
+        self._messages = [*self._messages, _answer(going)]
         if not text.cut:  # the last token is read with what follows
             self._read = tuple(text.history[:-1])
+
+
+def _answer(going: Generating) -> Message:
+    """What there is of an answer."""
+    return {"role": "assistant", "content": "".join(going.texts[0].pieces)}
 
 
 def _begins(tokens: tuple[int, ...], ids: Sequence[int]) -> bool:

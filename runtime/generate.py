@@ -233,12 +233,17 @@ class Generating:
         self.statistics = Statistics(sum(text.prompt - held for text in texts))
         self.held, self.request = held, cast("Request | None", None)
         self._begin, self._calls = begin, Calls()
+        self._closed = False
 
     def run(self) -> list[Generated]:
         """Every text to its end."""
         for _ in self:
             pass
         return [self.generated(i) for i in range(len(self.texts))]
+
+    def close(self) -> None:
+        """Have no further step run: the request is about to be used for something else."""
+        self._closed = True
 
     def generated(self, row: int) -> Generated:
         """What there is of one text."""
@@ -253,6 +258,8 @@ class Generating:
     def __iter__(self) -> Iterator[None]:
         """Yield whenever the texts that are not finished have new tokens."""
         texts, limits = self.texts, self.limits
+        if self._closed:
+            return
         if not limits.most:
             for text in texts:
                 text.finish = "length"
@@ -270,7 +277,7 @@ class Generating:
         while True:
             self._note(request, read - start, time.perf_counter() - read)
             yield
-            if all(text.finish for text in texts):
+            if self._closed or all(text.finish for text in texts):
                 return
             self._step(request)
 

@@ -180,10 +180,20 @@ def test_a_stream_left_early_stays_as_far_as_it_was_written(
     shown = next(stream)
     assert chat.messages[0] == {"role": "user", "content": "abcabcabc"}
     assert chat.messages[1]["content"].startswith(shown)
+    shown += next(stream)  # looking does not end it
+    assert chat.messages[1]["content"].startswith(shown)
     prompt = model.chat_prompt([*chat.messages, {"role": "user", "content": "x"}])
     assert chat.say("x", max_tokens=6).tokens == model.generate(prompt, max_tokens=6).tokens
-    chat.stream("never begun")
+    late = chat.stream("never begun")
     assert len(chat.messages) == 4
+    prompt = model.chat_prompt([*chat.messages, {"role": "user", "content": "yz"}])
+    answer = chat.say("yz", max_tokens=6)
+    assert not list(stream) and not list(
+        late
+    )  # what still reads them reaches no cache that goes on elsewhere
+    assert answer.tokens == model.generate(prompt, max_tokens=6).tokens
+    prompt = model.chat_prompt([*chat.messages, {"role": "user", "content": "x"}])
+    assert chat.say("x", max_tokens=6).tokens == model.generate(prompt, max_tokens=6).tokens
 
 
 def test_a_stop_string_within_a_call_leaves_nothing_behind_it(models: dict[str, LanguageModel]) -> None:
