@@ -142,7 +142,9 @@ OrtStatus* create(Isa isa, void* const* table, const OrtKernelInfo* info, void**
         const Node node(api, info, NAME);
         const Grid steps = grid(api, info, node);
         const Activation then = activation(api, info, node);
-        *kernel = new Kernel{api, isa, shared<Weight>(source(node)), steps, then};
+        const Source from = source(node);
+        *kernel = new Kernel{api, isa, shared<Weight>(from), steps, then};
+        give_back(from.codes, from.size.in * from.size.out);  // they are packed
     });
 }
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import ctypes
 import math
 import os
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,6 +16,7 @@ from typing import Any
 from unittest.mock import patch
 
 import numpy as np
+import onnx
 import onnxruntime
 import pytest
 from onnx import ModelProto, TensorProto, helper, numpy_helper
@@ -184,15 +186,35 @@ def one_node(
     return helper.make_model(graph, opset_imports=opsets, ir_version=10)
 
 
-def session(model: ModelProto, isa: str = "", threads: int = 1) -> onnxruntime.InferenceSession:
-    """A session of the library under test; ``isa`` is forced."""
+def session(model: ModelProto | Path, isa: str = "", threads: int = 1) -> onnxruntime.InferenceSession:
+    """A session of the library under test, of a model or its file; ``isa`` is forced."""
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     with patch.dict(os.environ, {"TOKOPT_ISA": isa}):
         options.register_custom_ops_library(str(LIBRARY))
-    return onnxruntime.InferenceSession(
-        model.SerializeToString(), options, providers=["CPUExecutionProvider"]
-    )
+    given = model if isinstance(model, Path) else model.SerializeToString()
+    return onnxruntime.InferenceSession(given, options, providers=["CPUExecutionProvider"])
+
+
+on_linux = pytest.mark.skipif(
+    not sys.platform.startswith("linux"), reason="asks Linux which pages of a file are in memory"
+)
+
+
+def sessions_of_a_file(model: ModelProto, folder: Path) -> tuple[list[onnxruntime.InferenceSession], float]:
+    """Two sessions of one file, and how much of the weights' file beside it is in memory, as a share of it."""
+    weights = folder / "weights.data"
+    onnx.save_model(model, folder / "model.onnx", save_as_external_data=True, location=weights.name)
+    sessions = [session(folder / "model.onnx") for _ in range(2)]
+    found, held = {"Rss:": 0, "Size:": 0}, False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        name, *rest = line.split()
+        if line[0] in "0123456789abcdef":
+            held = line.endswith(str(weights))
+        elif held and name in found:
+            found[name] += int(rest[0])
+    assert found["Size:"] * 1024 >= 2 * weights.stat().st_size
+    return sessions, found["Rss:"] / found["Size:"]
 
 
 def reference_form(linear: Linear, x: np.ndarray, threads: int) -> np.ndarray:

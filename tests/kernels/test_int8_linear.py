@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,7 +20,16 @@ from tests.kernels.int8_linears import (
     random_int8_linear,
     random_rows,
 )
-from tests.kernels.linears import FAILURES, needs_library, nmse, packed_bytes, session, unaligned
+from tests.kernels.linears import (
+    FAILURES,
+    needs_library,
+    nmse,
+    on_linux,
+    packed_bytes,
+    session,
+    sessions_of_a_file,
+    unaligned,
+)
 from tests.kernels.sanitizers import check_watched, examples, skip_when_watched
 from tokopt.errors import InputError
 from tokopt.kernels import cpu
@@ -196,6 +206,18 @@ def test_sessions_share_packed_weights() -> None:
     del other, sessions
     gc.collect()
     assert packed_bytes() == before
+
+
+@needs_library
+@on_linux
+def test_pages_of_the_file_are_given_back(tmp_path: Path) -> None:
+    """Once weights are packed, the process holds them once; their file is read again where another session needs it."""
+    linear = random_int8_linear(0, 1024, 4096)
+    sessions, resident = sessions_of_a_file(onnx_model(linear), tmp_path)
+    assert resident < 0.05
+    x = random_rows(1, 3, linear)
+    for own in sessions:
+        assert nmse(np.asarray(own.run(None, {"x": x})[0]), naive(linear, x)) < 1e-11
 
 
 @needs_library

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import gc
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-import onnx
-import onnxruntime
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -19,16 +16,17 @@ from tests.kernels.linears import (
     ACTIVATIONS,
     FAILURES,
     FORMS,
-    LIBRARY,
     Linear,
     naive,
     needs_library,
     nmse,
+    on_linux,
     onnx_model,
     packed_bytes,
     random_linear,
     random_rows,
     session,
+    sessions_of_a_file,
     unaligned,
 )
 from tests.kernels.sanitizers import check_watched, examples, skip_when_watched
@@ -198,29 +196,12 @@ def test_sessions_share_packed_weights() -> None:
 
 
 @needs_library
-@pytest.mark.skipif(
-    not sys.platform.startswith("linux"), reason="asks Linux which pages of a file are in memory"
-)
+@on_linux
 def test_pages_of_the_file_are_given_back(tmp_path: Path) -> None:
     """Once weights are packed, the process holds them once; their file is read again where another session needs it."""
     linear = random_linear(0, 4096, 64, offset="minimum")
-    path = tmp_path / "model.onnx"
-    onnx.save_model(onnx_model(linear), path, save_as_external_data=True, location="weights.data")
-    options = onnxruntime.SessionOptions()
-    options.register_custom_ops_library(str(LIBRARY))
-    sessions = [
-        onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"]) for _ in range(2)
-    ]
-    held, kilobytes, mapped = False, 0, 0
-    for line in Path("/proc/self/smaps").read_text().splitlines():
-        if line[0] in "0123456789abcdef":
-            held = line.endswith(str(tmp_path / "weights.data"))
-        elif held and line.startswith(("Rss:", "Size:")):
-            size = int(line.split()[1])
-            kilobytes, mapped = (
-                (kilobytes + size, mapped) if line.startswith("Rss") else (kilobytes, mapped + size)
-            )
-    assert mapped > 2 * 4096 and kilobytes < mapped // 20
+    sessions, resident = sessions_of_a_file(onnx_model(linear), tmp_path)
+    assert resident < 0.05
     x = random_rows(1, 3, linear)
     for own in sessions:
         assert nmse(np.asarray(own.run(None, {"x": x})[0]), naive(linear, x)) < 1e-11
