@@ -26,7 +26,7 @@ import onnxruntime
 import torch
 from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
-from benchmarks.cpu_attention import attending
+from benchmarks.cpu_attention import attending, encoders_attending
 from benchmarks.machine import describe
 from examples.data import write_atomically
 from tokopt.kernels import cpu
@@ -280,6 +280,10 @@ def main() -> None:
         "# `CachedAttention`: one layer of SmolLM2-135M, of as many layers in turn as it has",
         "",
         *attending(partial(least, rounds=options.rounds, threads=options.threads), options.threads),
+        "",
+        "# Attention of an encoder: one layer, by ONNX Runtime and by `CachedAttention` over an empty cache",
+        "",
+        *encoders_attending(partial(least, rounds=options.rounds, threads=options.threads), options.threads),
         "",
         "# `Int8Linear`: the products of a layer of DINOv2-S",
         "",

@@ -34,7 +34,9 @@ CALLS = {
         ("torch", "torch-bf16", "torch-compile", "onnxruntime", "openvino-f32", "openvino-bf16"),
         "benchmarks.peers.vision:call",
     ),
-    **dict.fromkeys(("tokopt", "tokopt-openvino", "tokopt-openvino-bf16"), "benchmarks.peers.vision:call"),
+    **dict.fromkeys(
+        ("tokopt", "tokopt-avx2", "tokopt-openvino", "tokopt-openvino-bf16"), "benchmarks.peers.vision:call"
+    ),
     "transformers": "benchmarks.peers.language:transformers_call",
     "transformers-read": "benchmarks.peers.language:transformers_read",
     "llama.cpp": "benchmarks.peers.language:llama_call",

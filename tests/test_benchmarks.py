@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,7 +17,7 @@ pytest.importorskip("rich")
 from tokenizers import Tokenizer
 
 import tokopt
-from benchmarks import machine, timing
+from benchmarks import cpu_attention, machine, timing
 from benchmarks.peers.report import fastest_ratio, floors
 from benchmarks.peers.report import markdown as peers_markdown
 from benchmarks.quality import predict
@@ -25,6 +26,7 @@ from benchmarks.vision import FULL, QUICK, Scale, with_options
 from examples import data
 from examples.tune import library_text
 from tests.commands import inputs
+from tests.kernels.linears import needs_library
 from tokopt.errors import MissingDependencyError
 from tokopt.passes import Int8KV
 from tokopt.passes.quantize.base import Quantization
@@ -213,3 +215,20 @@ def test_what_the_quantizers_store_passes_verify(tmp_path: Path) -> None:
     made = tokopt.optimize(bundle, [*pipeline, Int8KV()], calibration=[ids])
     assert all(step.matches for step in made.history)
     assert tokopt.verify(tokopt.export(made, tmp_path / "quantized.tokopt")).ok
+
+
+@needs_library
+def test_every_kernel_that_is_timed_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each table has a line for every instruction set, whose nodes the kernels accept."""
+    sizes = {"SHAPES": ((1, 1024), (2, 16)), "LAYERS": 1, "ENCODERS": {"two images": (2, 9, 6, 64)}}
+    for name, small in sizes.items():
+        monkeypatch.setattr(cpu_attention, name, small)
+
+    def called(calls: dict[str, Callable[[], object]]) -> dict[str, float]:
+        for call in calls.values():
+            call()
+        return dict.fromkeys(calls, 1.0)
+
+    for table in (cpu_attention.attending, cpu_attention.encoders_attending):
+        lines = list(table(called, 1))
+        assert all(any(f"`{isa}`" in line for line in lines) for isa in cpu_attention.vectors())

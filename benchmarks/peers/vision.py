@@ -10,9 +10,11 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 from numpy.typing import NDArray
@@ -48,6 +50,7 @@ PIPELINES = (
 )
 ENGINES: Mapping[str, str] = {
     "ONNX Runtime": "tokopt",
+    "ONNX Runtime, kernels held to AVX2": "tokopt-avx2",
     "OpenVINO": "tokopt-openvino",
     "OpenVINO, bfloat16": "tokopt-openvino-bf16",
 }
@@ -147,6 +150,7 @@ def runner(engine: Engine) -> Callable[[Images], Images]:
         "openvino-f32": lambda e: _openvino(e, "f32"),
         "openvino-bf16": lambda e: _openvino(e, "bf16"),
         "tokopt": lambda e: _tokopt(e, "onnxruntime"),
+        "tokopt-avx2": _held_to_avx2,
         "tokopt-openvino": lambda e: _tokopt(e, "openvino"),
         "tokopt-openvino-bf16": lambda e: _tokopt(e, ("openvino", {"INFERENCE_PRECISION_HINT": "bf16"})),
     }
@@ -204,6 +208,12 @@ def _tokopt(engine: Engine, backend: Any) -> Callable[[Images], Images]:
 
     _check_precision("f32" if isinstance(backend, str) else backend[1]["INFERENCE_PRECISION_HINT"])
     return load(engine.artifact, backend=backend, threads=engine.threads)
+
+
+def _held_to_avx2(engine: Engine) -> Callable[[Images], Images]:
+    """tokopt's own kernels as on an older processor; ONNX Runtime's use what there is, as peers do."""
+    with patch.dict(os.environ, {"TOKOPT_ISA": "avx2"}):
+        return _tokopt(engine, "onnxruntime")
 
 
 # --- fidelity ---------------------------------------------------------------------------------------------
