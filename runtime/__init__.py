@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from tokopt.runtime.format.generation import Generation
     from tokopt.runtime.format.manifest import Manifest
     from tokopt.runtime.generate import Generated, Statistics, Stream
+    from tokopt.runtime.grammar import Grammar
     from tokopt.runtime.language import LanguageModel
     from tokopt.runtime.sampling import LogitsProcessor, Sampling
 
@@ -24,6 +25,7 @@ _HOME = {
     "Chat": "tokopt.runtime.conversation",
     "Generated": "tokopt.runtime.generate",
     "Generation": "tokopt.runtime.format.generation",
+    "Grammar": "tokopt.runtime.grammar",
     "InputError": "tokopt.errors",
     "LanguageModel": "tokopt.runtime.language",
     "LogitsProcessor": "tokopt.runtime.sampling",
@@ -41,6 +43,7 @@ __all__ = [
     "Chat",
     "Generated",
     "Generation",
+    "Grammar",
     "InputError",
     "LanguageModel",
     "LogitsProcessor",

@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, Unpack
 
 import numpy as np
 import safetensors
@@ -26,10 +26,7 @@ from tokopt.runtime.format.signature import BATCH
 from tokopt.runtime.format.state import State
 from tokopt.runtime.generate import Generated, Generating, Stream
 from tokopt.runtime.loop import Request, Snapshot
-from tokopt.runtime.options import Options
-from tokopt.runtime.sampling import LogitsProcessor, Sampling
-from tokopt.runtime.speculation.drafters.base import Drafter
-from tokopt.runtime.speculation.rules.base import Rule
+from tokopt.runtime.options import Options, TextOptions
 
 KEPT = 2
 """Earlier turns whose cache is kept, to go back to without reading again."""
@@ -53,9 +50,7 @@ class Talking(Protocol):
 
     def chat_prompt(self, messages: Sequence[Message], **variables: Any) -> list[int]: ...
     def open(self, batch: int, slots: int) -> Request: ...
-    def continuing(
-        self, ids: Sequence[int], stop: str | Iterable[str] | None, options: Options, going: Going
-    ) -> Generating: ...
+    def continuing(self, ids: Sequence[int], options: Options, going: Going) -> Generating: ...
 
 
 @dataclass(frozen=True)
@@ -104,45 +99,23 @@ class Chat:
         self._settle()
         return self._read
 
-    def say(
-        self,
-        content: str,
-        *,
-        max_tokens: int = 512,
-        sampling: Sampling | None = None,
-        stop: str | Iterable[str] | None = (),
-        processors: Iterable[LogitsProcessor] | None = (),
-        nodes: int | None = None,
-        drafter: str | Drafter | None = None,
-        accept: str | Rule | None = None,
-    ) -> Generated:
-        """The answer to a message of the user; options and errors are those of ``LanguageModel.generate``.
+    def say(self, content: str, **options: Unpack[TextOptions]) -> Generated:
+        """The answer to a message of the user.
 
-        Where it raises InputError, the conversation is as it was.
+        The options are those of :class:`tokopt.runtime.options.TextOptions`, and errors those of
+        ``LanguageModel.generate``; ``max_tokens`` is 512 where it is not given. Where it raises InputError, the
+        conversation is as it was.
         """
-        options = Options(max_tokens, sampling, processors, None, nodes, drafter, accept)
-        done = self._turn(content, stop, options).run()[0]
+        done = self._turn(content, Options.of(options, TextOptions, 512)).run()[0]
         self._settle()
         return done
 
-    def stream(
-        self,
-        content: str,
-        *,
-        max_tokens: int = 512,
-        sampling: Sampling | None = None,
-        stop: str | Iterable[str] | None = (),
-        processors: Iterable[LogitsProcessor] | None = (),
-        nodes: int | None = None,
-        drafter: str | Drafter | None = None,
-        accept: str | Rule | None = None,
-    ) -> Stream[str]:
+    def stream(self, content: str, **options: Unpack[TextOptions]) -> Stream[str]:
         """Pieces of the answer as they come, as :meth:`say` otherwise.
 
         It ends, whoever still reads it, when the chat goes on: with another message, or to be read, rewound or saved.
         """
-        options = Options(max_tokens, sampling, processors, None, nodes, drafter, accept)
-        going = self._turn(content, stop, options)
+        going = self._turn(content, Options.of(options, TextOptions, 512))
         return Stream(going, going.texts[0].pieces)
 
     def read(self) -> None:
@@ -206,12 +179,12 @@ class Chat:
 
     # --------------------------------------------------------------------------------------------- turns
 
-    def _turn(self, content: str, stop: str | Iterable[str] | None, options: Options) -> Generating:
+    def _turn(self, content: str, options: Options) -> Generating:
         """An answer on its way; the conversation holds the message from here on."""
         self._settle()
         messages = [*self._messages, {"role": "user", "content": check_text("content", content)}]
         ids = self._render(messages, answer=True)
-        going = self.model.continuing(ids, stop, options, self._place(ids))
+        going = self.model.continuing(ids, options, self._place(ids))
         self._messages, self._going, self._read = messages, going, ()
         return going
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TypeVar, cast
 
@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from tokopt.arguments import described
 from tokopt.errors import InputError, TokoptError
 from tokopt.runtime.loop import NO_LIMIT, PADDING, Emission, Request
+from tokopt.runtime.numerics import log_softmax
 from tokopt.runtime.sampling import Logits, LogitsProcessor, Sampling, Streams, TokenIds, choose
 from tokopt.runtime.speculation.calls import Trees
 from tokopt.runtime.speculation.host import HostSpeculation
@@ -67,9 +68,10 @@ class Generated:
 
     ``finish`` is ``"stop"`` (an end token or a stop string), ``"length"``, or empty for a stream that still goes on.
     ``statistics`` are those of the call that made it, which all texts of a batch share; they do not count when two
-    texts are compared. Nor do ``logprobs``, the logarithms of the probabilities that the model gave the tokens, where
-    it draws them itself and says so; None elsewhere. ``lossless`` says whether the text is one that the model would
-    write without speculation, as probably, and if not, why.
+    texts are compared. Nor do ``logprobs``, the logarithms of the probabilities that the model's own logits give the
+    tokens, and ``top_logprobs``, the likeliest tokens in the place of each and theirs, likeliest first. Both are None
+    where they are not asked for, but for the first of a model that draws tokens itself and says so. ``lossless`` says
+    whether the text is one that the model would write without speculation, as probably, and if not, why.
     """
 
     tokens: tuple[int, ...]
@@ -77,6 +79,7 @@ class Generated:
     finish: str
     statistics: Statistics = field(default_factory=Statistics, compare=False, repr=False)
     logprobs: tuple[float, ...] | None = field(default=None, compare=False, repr=False)
+    top_logprobs: tuple[Mapping[int, float], ...] | None = field(default=None, compare=False, repr=False)
     lossless: Lossless = field(default=Lossless(True), compare=False, repr=False)
 
 
@@ -90,6 +93,7 @@ class Text:
     finish: str = ""
     pieces: list[str] = field(default_factory=list[str])
     logprobs: list[float] = field(default_factory=list[float])
+    top: list[dict[int, float]] = field(default_factory=list[dict[int, float]])
     cut: int = 0
     """Tokens that a call committed behind the text's end."""
 
@@ -192,6 +196,36 @@ def _unusable(logits: np.ndarray, live: np.ndarray) -> int | None:
     return int(wrong.argmax()) if wrong.any() else None
 
 
+@dataclass(frozen=True)
+class Likelihood:
+    """The log-probability of a token, and those of the likeliest in its place."""
+
+    own: float
+    top: dict[int, float] = field(default_factory=dict[int, float])
+
+
+@dataclass(frozen=True)
+class Report:
+    """What is said of every token: its log-probability, and as many of the likeliest tokens' as ``top``."""
+
+    top: int
+
+    def of(self, tokens: Sequence[int], logits: Logits) -> list[Likelihood]:
+        """The tokens of one row, each after its logits [tokens, vocabulary]."""
+        if not tokens:
+            return []
+        made = log_softmax(logits)
+        order = (
+            np.argsort(-made, axis=-1, kind="stable")[:, : self.top]
+            if self.top
+            else np.zeros((len(made), 0), int)
+        )
+        return [
+            Likelihood(float(row[token]), {int(i): float(row[i]) for i in likeliest})
+            for token, row, likeliest in zip(tokens, made, order, strict=True)
+        ]
+
+
 @dataclass
 class Calls:
     """The calls of a generation after its prompt: how many, the nodes of their trees, and what each gave a row."""
@@ -224,12 +258,16 @@ class Generating:
         trees: Trees | None = None,
         host: HostSpeculation | None = None,
         held: int = 0,
+        report: Report | None = None,
+        samples: int = 1,
     ) -> None:
         """``begin`` makes the request, once there is something to do; it has read ``held`` tokens of every text.
 
-        ``trees`` belong to a model that speculates, and ``host`` proposes to one that verifies.
+        ``trees`` belong to a model that speculates, and ``host`` proposes to one that verifies. With ``samples`` the
+        request has a row for as many texts, which follow one another and have one prompt, until that is read.
         """
         self.texts, self.limits, self.draw, self.trees, self.host = texts, limits, draw, trees, host
+        self.report, self.samples = report, samples
         self.statistics = Statistics(sum(text.prompt - held for text in texts))
         self.held, self.request = held, cast("Request | None", None)
         self._begin, self._calls = begin, Calls()
@@ -251,9 +289,9 @@ class Generating:
         shown = "".join(text.pieces) if text.stream else None
         logprobs = tuple(text.logprobs) if text.logprobs else None
         kept = Lossless(True) if self.host is None else self.host.method.lossless
-        return Generated(
-            tuple(text.history[text.prompt :]), shown, text.finish, self.statistics, logprobs, kept
-        )
+        top = tuple(text.top) if self.report is not None and self.report.top else None
+        new = tuple(text.history[text.prompt :])
+        return Generated(new, shown, text.finish, self.statistics, logprobs, top, kept)
 
     def __iter__(self) -> Iterator[None]:
         """Yield whenever the texts that are not finished have new tokens."""
@@ -266,7 +304,8 @@ class Generating:
             return
         start = time.perf_counter()
         request = self.request = self._begin()
-        emission = request.prefill([text.history[self.held :] for text in texts], self._left(), self.held)
+        emission = self._prefill(request)
+        request = self.request
         read = time.perf_counter()
         self._add(emission)
         if self.host is not None:
@@ -281,13 +320,24 @@ class Generating:
                 return
             self._step(request)
 
+    def _prefill(self, request: Request) -> Emission:
+        """Read every prompt once, and have a row for each text from then on."""
+        prompts = [text.history[self.held :] for text in self.texts[:: self.samples]]
+        emission = request.prefill(prompts, self._left()[:: self.samples], self.held)
+        if self.samples > 1:
+            self.request = request.repeated(self.samples)
+            emission = emission.repeated(self.samples)
+        return emission
+
     def _step(self, request: Request) -> None:
         """One call, and what it gives."""
         if self.host is not None:
             self.draw.step += 1
             histories, limit = [text.history for text in self.texts], request.allowed(self._left())
-            tokens, nodes = self.host.step(request, histories, limit, self.draw.processed)
-            self._calls.add(nodes, [given for given in self._give(tokens) if given])
+            found = self.host.step(request, histories, limit, self.draw.processed)
+            reported = None if self.report is None else [self.report.of(*row) for row in found.rows]
+            given = self._give([tokens for tokens, _ in found.rows], reported)
+            self._calls.add(found.nodes, [count for count in given if count])
             return
         live = np.array([not text.finish for text in self.texts])
         token = np.where(live, [text.history[-1] for text in self.texts], 0)[:, None]
@@ -301,12 +351,23 @@ class Generating:
 
     def _add(self, emission: Emission) -> list[int]:
         """Give the texts what a call emits; how many tokens each got."""
-        given = self._give(self.draw(self.texts, emission), emission.logprobs)
+        kept = None if self.report is None or emission.logits is None else emission.logits[:, -1].copy()
+        tokens = self.draw(self.texts, emission)
+        if kept is not None:
+            assert self.report is not None
+            reported = [self.report.of(row, kept[i : i + 1]) for i, row in enumerate(tokens)]
+        elif emission.logprobs is not None:
+            reported = [[Likelihood(float(x)) for x in row] for row in emission.logprobs]
+        else:
+            reported = None
+        given = self._give(tokens, reported)
         if self.trees is not None:
             self.trees.sure(emission.confidence, self._left())
         return given
 
-    def _give(self, tokens: Sequence[Sequence[int]], logprobs: np.ndarray | None = None) -> list[int]:
+    def _give(
+        self, tokens: Sequence[Sequence[int]], reported: Sequence[Sequence[Likelihood]] | None
+    ) -> list[int]:
         """Give the texts what follows them, as far as they go on; how many tokens each got."""
         before = [text.new for text in self.texts]
         for row, (text, following) in enumerate(zip(self.texts, tokens, strict=True)):
@@ -315,8 +376,9 @@ class Generating:
                     text.cut += 1
                     continue
                 self._take(text, token)
-                if logprobs is not None:
-                    text.logprobs.append(float(logprobs[row, place]))
+                if reported is not None:
+                    text.logprobs.append(reported[row][place].own)
+                    text.top.append(reported[row][place].top)
         return [text.new - old for text, old in zip(self.texts, before, strict=True)]
 
     def _left(self) -> np.ndarray:

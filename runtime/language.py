@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from functools import partial
+from collections.abc import Mapping, Sequence
+from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 import numpy as np
 
@@ -18,13 +18,14 @@ from tokopt.runtime.engines.base import Stateful
 from tokopt.runtime.engines.kernels import Kernels
 from tokopt.runtime.format.manifest import Manifest, file_path
 from tokopt.runtime.format.schedule import emits_tokens
-from tokopt.runtime.generate import Draw, Generating, Limits, Stream, Text
+from tokopt.runtime.generate import Draw, Generating, Limits, Report, Stream, Text
+from tokopt.runtime.grammar import Constraints, Grammar
 from tokopt.runtime.inputs import Interface, count_rows
 from tokopt.runtime.loop import Request, chunk_size, prompt_slots
 from tokopt.runtime.numerics import OutputCheck
-from tokopt.runtime.options import Options
+from tokopt.runtime.options import Checked, Options, PromptOptions, TokenOptions
 from tokopt.runtime.prompts import Prompt, each_prompt, stop_strings, token_ids
-from tokopt.runtime.sampling import LogitsProcessor, Sampling, TokenIds, log_probabilities
+from tokopt.runtime.sampling import LogitsProcessor, MinTokens, Sampling, TokenIds, log_probabilities
 from tokopt.runtime.selftest import TaskCheck, run_selftests
 from tokopt.runtime.speculation.calls import Speculation, Trees
 from tokopt.runtime.speculation.drafters.base import Drafter
@@ -145,85 +146,52 @@ class LanguageModel:
         """A conversation that :meth:`Chat.save` wrote; raises InputError for another artifact's, or a damaged file."""
         return Chat.open(self, path, variables)
 
-    def continuing(
-        self, ids: Sequence[int], stop: str | Iterable[str] | None, options: Options, going: Going
-    ) -> Generating:
+    def continuing(self, ids: Sequence[int], options: Options, going: Going) -> Generating:
         """A generation from a prompt of which a request has read the beginning."""
-        return self._generating([ids], stop, options, going)
+        return self._generating([ids], options, going)
 
     def generate(
         self,
         prompts: Prompt | Sequence[Prompt],
         *,
-        max_tokens: int = 128,
-        sampling: Sampling | None = None,
-        stop: str | Iterable[str] | None = (),
-        processors: Iterable[LogitsProcessor] | None = (),
-        inputs: Mapping[str, Any] | None = None,
-        nodes: int | None = None,
-        drafter: str | Drafter | None = None,
-        accept: str | Rule | None = None,
+        samples: int | None = None,
+        **options: Unpack[PromptOptions],
     ) -> Any:
         """Generate a text for one prompt (:class:`Generated`) or for several (a list of them).
 
-        A prompt is text or token ids; prompts of unequal length are padded on the left. ``stop`` is a string before
-        which a text ends, or several. ``inputs`` are the arrays that a model takes beside its prompts (images, for
-        example) by name, with a row for every prompt. ``nodes`` is how many of a speculating model's tree every call
-        gets, 1 to propose nothing; by default as many as write fastest, by what calls took so far.
+        A prompt is text or token ids; prompts of unequal length are padded on the left. The options are those of
+        :class:`tokopt.runtime.options.PromptOptions`; ``max_tokens`` is 128 where it is not given.
 
-        With a ``drafter``, for a model that verifies what a host proposes (pass ``verify``), every call checks a tree
-        of its tokens: one of the names :data:`tokopt.runtime.speculation.named.DRAFTERS`, or a
-        :class:`tokopt.runtime.speculation.drafters.base.Drafter`. ``accept`` is the rule by which tokens are accepted,
-        one of the names :data:`tokopt.runtime.speculation.named.RULES` or an instance. By default the text is that of
-        plain decoding, token for token. Processors then get the text down to every node that is looked at.
+        With ``samples`` there are so many texts for each prompt, in a list. They are those that the prompt would get if
+        it were given so often; it is read once, unless the model draws its tokens itself.
 
         Raises InputError, before anything runs, for an empty prompt, one longer than the context, a token id that is no
         integer or out of range, inputs that do not fit, what does not fit into memory, sampling options where the model
-        draws the tokens itself, and nodes that it does not have; while it runs, for a processor that fails or leaves no
-        token to choose. Raises TokoptError when the model gives NaN.
+        draws the tokens itself, nodes that it does not have and a grammar that is none; while it runs, for a processor
+        that fails or leaves no token to choose. Raises TokoptError when the model gives NaN, MissingDependencyError for
+        a grammar without the package that reads it.
         """
         items, single = each_prompt(prompts)
-        options = Options(max_tokens, sampling, processors, inputs, nodes, drafter, accept)
-        done = self._generating(items, stop, options).run()
+        times = 1 if samples is None else check_integer("samples", samples, 1, LARGEST)
+        repeated = [prompt for prompt in items for _ in range(times)]
+        made = self._generating(repeated, Options.of(options, PromptOptions, 128), samples=times).run()
+        if samples is None:
+            return made[0] if single else made
+        done = [made[first : first + times] for first in range(0, len(made), times)]
         return done[0] if single else done
 
-    def stream(
-        self,
-        prompt: Prompt,
-        *,
-        max_tokens: int = 128,
-        sampling: Sampling | None = None,
-        stop: str | Iterable[str] | None = (),
-        processors: Iterable[LogitsProcessor] | None = (),
-        inputs: Mapping[str, Any] | None = None,
-        nodes: int | None = None,
-        drafter: str | Drafter | None = None,
-        accept: str | Rule | None = None,
-    ) -> Stream[str]:
+    def stream(self, prompt: Prompt, **options: Unpack[PromptOptions]) -> Stream[str]:
         """Pieces of the generated text as they come, whole characters only; as :meth:`generate` otherwise.
 
         What does not fit is refused here, not when the first piece is asked for.
         """
         self.tokenizer  # noqa: B018  # refuse before anything runs
-        options = Options(max_tokens, sampling, processors, inputs, nodes, drafter, accept)
-        made = self._generating([prompt], stop, options)
+        made = self._generating([prompt], Options.of(options, PromptOptions, 128))
         return Stream(made, made.texts[0].pieces)
 
-    def tokens(
-        self,
-        prompt: Prompt,
-        *,
-        max_tokens: int = 128,
-        sampling: Sampling | None = None,
-        processors: Iterable[LogitsProcessor] | None = (),
-        inputs: Mapping[str, Any] | None = None,
-        nodes: int | None = None,
-        drafter: str | Drafter | None = None,
-        accept: str | Rule | None = None,
-    ) -> Stream[int]:
+    def tokens(self, prompt: Prompt, **options: Unpack[TokenOptions]) -> Stream[int]:
         """New token ids as they come; the end token, if it is reached, is the last."""
-        options = Options(max_tokens, sampling, processors, inputs, nodes, drafter, accept)
-        made = self._generating([prompt], (), options)
+        made = self._generating([prompt], Options.of(options, TokenOptions, 128))
         return Stream(made, made.texts[0].history)
 
     def score(self, tokens: Prompt, *, inputs: Mapping[str, Any] | None = None) -> np.ndarray:
@@ -261,34 +229,35 @@ class LanguageModel:
     # ------------------------------------------------------------------------------------------ requests
 
     def _generating(
-        self,
-        prompts: Sequence[Prompt],
-        stop: str | Iterable[str] | None,
-        options: Options,
-        going: Going | None = None,
+        self, prompts: Sequence[Prompt], options: Options, going: Going | None = None, samples: int = 1
     ) -> Generating:
-        """A generation, all of whose arguments fit; ``going`` has read the beginning of its prompt."""
-        stops = stop_strings(stop)
+        """A generation, all of whose arguments fit; ``going`` has read the beginning of its prompt.
+
+        Each prompt is there ``samples`` times, one after the other.
+        """
+        stops = stop_strings(options.stop)
         if stops:
             self.tokenizer  # noqa: B018  # stop strings need text
-        most, sampling, processors = options.checked()
-        drawing = self._drawing(sampling, processors, len(prompts)) if self.draws else None
-        texts: list[Text] = []
-        for i, prompt in enumerate(prompts):
-            name = "the prompt" if len(prompts) == 1 else f"prompt {i}"
-            ids = self._ids(name, prompt, self._context)
-            stream = TextStream(self.tokenizer, stops) if self.manifest.tokenizer else None
-            texts.append(Text(TokenIds(ids), len(ids), stream))
-        feed = self._feed(len(texts), options.inputs)
+        checked = options.checked(self.settings.vocabulary)
+        batch, sampling = len(prompts), checked.sampling
+        drawing = self._drawing(checked, options, batch) if self.draws else None
+        texts = self._texts(prompts, stops, samples)
+        shared = samples if drawing is None else 1
+        feed = self._feed(batch // samples, options.inputs)
+        if feed is not None and samples > shared:
+            raise InputError(
+                f"{self.path} draws its tokens itself; leave samples out, or give every prompt so often"
+            )
         longest = max(text.prompt for text in texts)
-        slots, size = prompt_slots(self.manifest, longest, most), chunk_size(self.manifest)
-        self.sessions.check_reading(len(texts), min(longest, size), slots)
-        draw, method = Draw(sampling, processors, len(texts)), self._method(options, sampling)
+        slots, size = prompt_slots(self.manifest, longest, checked.most), chunk_size(self.manifest)
+        self.sessions.check_reading(batch, min(longest, size), slots)
+        draw = Draw(sampling, self._processors(checked, options.grammar, texts), batch)
+        method = self._method(options, sampling)
         return Generating(
             texts,
-            Limits(most, self._context, self.settings.eos),
+            Limits(checked.most, self._context, self.settings.eos),
             draw,
-            (lambda: self._request(len(texts), slots, feed, drawing))
+            (lambda: self._request(batch // shared, slots, feed, drawing))
             if going is None
             else partial(going.request.resume, drawing),
             None if self._speculation is None else Trees(self._speculation, options.nodes),
@@ -296,7 +265,36 @@ class LanguageModel:
             if method is None
             else HostSpeculation(method, sampling.temperature, draw.streams, self.settings.vocabulary),
             0 if going is None else going.read,
+            None if options.logprobs is None else Report(options.logprobs),
+            shared,
         )
+
+    def _texts(self, prompts: Sequence[Prompt], stops: Sequence[str], samples: int) -> list[Text]:
+        """A text for every prompt, each of which is there ``samples`` times, one after the other."""
+        texts: list[Text] = []
+        for i, prompt in enumerate(prompts[::samples]):
+            name = "the prompt" if len(prompts) == samples else f"prompt {i}"
+            ids = self._ids(name, prompt, self._context)
+            for _ in range(samples):
+                stream = TextStream(self.tokenizer, stops) if self.manifest.tokenizer else None
+                texts.append(Text(TokenIds(ids), len(ids), stream))
+        return texts
+
+    def _processors(
+        self, checked: Checked, grammar: Grammar | None, texts: Sequence[Text]
+    ) -> list[LogitsProcessor]:
+        """The caller's own, and behind them what no text may break."""
+        made, prompts = list(checked.processors), [text.prompt for text in texts]
+        if checked.least:
+            made.append(MinTokens(checked.least, self.settings.eos, prompts))
+        if grammar is not None:
+            made.append(self._constraints.processor(grammar, prompts))
+        return made
+
+    @cached_property
+    def _constraints(self) -> Constraints:
+        """What grammars need; raises InputError for an artifact without a tokenizer."""
+        return Constraints(self.tokenizer.tokenizer.to_str(), self.settings.vocabulary, self.settings.eos)
 
     @property
     def _context(self) -> int | None:
@@ -355,16 +353,15 @@ class LanguageModel:
             )
         return feed
 
-    def _drawing(
-        self, sampling: Sampling, processors: Sequence[LogitsProcessor], batch: int
-    ) -> dict[str, np.ndarray]:
+    def _drawing(self, checked: Checked, options: Options, batch: int) -> dict[str, np.ndarray]:
         """How a model draws tokens that does so itself; raises InputError for what it cannot be told."""
-        if processors:
-            raise InputError(f"{self.path} draws its tokens itself; leave processors out")
-        for name in sampling.changed():
+        for name in ("processors", "grammar", "min_tokens", "logprobs"):
+            if getattr(checked if name == "processors" else options, name):
+                raise InputError(f"{self.path} draws its tokens itself; leave {name} out")
+        for name in checked.sampling.changed():
             if name not in self._takes:
                 raise InputError(f"{self.path} draws its tokens itself, without {name}; leave {name} out")
-        return sampling.drawing(batch)
+        return checked.sampling.drawing(batch)
 
     def _request(
         self,

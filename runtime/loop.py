@@ -18,7 +18,7 @@ from tokopt.runtime.engines.base import Stateful
 from tokopt.runtime.format.link import Port
 from tokopt.runtime.format.manifest import Manifest, ProgramEntry
 from tokopt.runtime.format.schedule import Entry, Schedule, Trigger
-from tokopt.runtime.format.signature import SEVERAL, find_role, with_role
+from tokopt.runtime.format.signature import BATCH, SEVERAL, find_role, with_role
 from tokopt.runtime.format.state import slot_axis
 from tokopt.runtime.sampling import Sampling
 
@@ -49,6 +49,16 @@ class Emission:
     logprobs: np.ndarray | None = None
     confidence: np.ndarray | None = None
     seconds: float = 0.0
+
+    def repeated(self, times: int) -> Emission:
+        """What a call would have given with every row so many times."""
+        arrays = {
+            name: getattr(self, name) for name in ("logits", "tokens", "count", "logprobs", "confidence")
+        }
+        return replace(
+            self,
+            **{name: None if array is None else array.repeat(times, 0) for name, array in arrays.items()},
+        )
 
 
 @dataclass(frozen=True)
@@ -206,6 +216,25 @@ class Request:
         self.since = [counts.copy() for counts in snapshot.since]
         self.used = self.buffers.occupied()
         self._forget_bound()
+
+    def repeated(self, times: int) -> Request:
+        """A request with every row so many times, each of which goes on by itself; this one is not to be used again."""
+        made = Request(self.manifest, self.programs, self.batch * times, 0)
+        taken = self.snapshot()
+        axes = {state.name: state.axes for state in self.manifest.states}
+        states = {
+            name: array.repeat(times, axes[name].index(BATCH)) if BATCH in axes[name] else array
+            for name, array in taken.states.items()
+        }
+        made.restore(
+            Snapshot(
+                states,
+                {port: array.repeat(times, 0) for port, array in taken.links.items()},
+                tuple(counts.repeat(times) for counts in taken.since),
+            )
+        )
+        made.written = self.written
+        return made
 
     def after_prompt(self) -> None:
         """Run the triggers that come once the prompt is read."""

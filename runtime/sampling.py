@@ -7,14 +7,15 @@ usual chain, in the order that Hugging Face's ``generate`` uses; a processor of 
 from __future__ import annotations
 
 import secrets
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import Protocol
+from typing import Protocol, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
-from tokopt.arguments import check_integer, check_number
+from tokopt.arguments import check_integer, check_kind, check_number
+from tokopt.errors import InputError
 from tokopt.runtime.format.signature import DRAWING
 from tokopt.runtime.numerics import log_softmax
 from tokopt.runtime.threefry import uniforms
@@ -83,6 +84,34 @@ class RepetitionPenalty:
                 )
             row[seen] = np.where(np.isfinite(value), changed, value)
         return logits
+
+
+@dataclass(frozen=True)
+class LogitBias:
+    """Add a number to the logits of single tokens; ``-inf`` forbids one."""
+
+    bias: tuple[tuple[int, float], ...]
+
+    def __call__(self, history: History, logits: Logits) -> Logits:
+        made, (tokens, numbers) = np.array(logits), zip(*self.bias, strict=True)
+        made[:, list(tokens)] += np.array(numbers, made.dtype)
+        return made
+
+
+@dataclass(frozen=True)
+class MinTokens:
+    """Forbid the end tokens in texts with fewer than ``least`` new tokens; ``prompts`` are the lengths of prompts."""
+
+    least: int
+    eos: Sequence[int]
+    prompts: Sequence[int]
+
+    def __call__(self, history: History, logits: Logits) -> Logits:
+        made = np.array(logits)
+        for ids, prompt, row in zip(history, self.prompts, made, strict=True):
+            if len(ids) - prompt < self.least:
+                row[list(self.eos)] = -np.inf
+        return made
 
 
 @dataclass(frozen=True)
@@ -177,9 +206,9 @@ class Sampling:
     """How the next token is chosen; the default is greedy.
 
     ``temperature`` 0 takes the most likely token. Above 0 it draws, after ``top_k`` (0: off), ``top_p`` (1),
-    ``min_p`` (0), ``typical_p`` (1) and ``top_h`` (0). ``repetition_penalty`` (1) applies to both. ``seed``
-    makes the draws repeatable (its lowest 63 bits): row i of a batch draws from its own stream, whatever the other
-    rows are.
+    ``min_p`` (0), ``typical_p`` (1) and ``top_h`` (0). ``repetition_penalty`` (1) and ``logit_bias``, which is added to
+    the logits of single tokens (``{token: number}``, ``-inf`` forbids one), apply to both. ``seed`` makes the draws
+    repeatable (its lowest 63 bits): row i of a batch draws from its own stream, whatever the other rows are.
 
     Numbers are kept as Python's own. Raises InputError for a value that is none, or out of range.
     """
@@ -192,6 +221,7 @@ class Sampling:
     top_h: float = 0.0
     repetition_penalty: float = 1.0
     seed: int | None = None
+    logit_bias: Mapping[int, float] | tuple[tuple[int, float], ...] = ()
 
     def __post_init__(self) -> None:
         def keep(name: str, value: object) -> None:
@@ -208,9 +238,20 @@ class Sampling:
         keep("top_k", check_integer("top_k", self.top_k, least=0))
         if self.seed is not None:
             keep("seed", check_integer("seed", self.seed, least=0))
+        keep("logit_bias", _read_bias(self.logit_bias))
+
+    def check_vocabulary(self, vocabulary: int) -> None:
+        """Raise InputError for a biased token that the model does not have."""
+        for token, _ in cast("tuple[tuple[int, float], ...]", self.logit_bias):
+            if token >= vocabulary:
+                raise InputError(
+                    f"logit_bias names token {token}, and the model has {vocabulary}; leave it out"
+                )
 
     def processors(self) -> Iterator[LogitsProcessor]:
         """The processors that do something, in order."""
+        if self.logit_bias:
+            yield LogitBias(cast("tuple[tuple[int, float], ...]", self.logit_bias))
         if self.repetition_penalty != 1:
             yield RepetitionPenalty(self.repetition_penalty)
         if not self.temperature:
@@ -242,6 +283,22 @@ class Sampling:
         }
         made = {role: np.full(batch, values.get(role, 0), dtype) for role, (dtype, _) in DRAWING.items()}
         return made | {"stream": np.arange(batch)}
+
+
+def _read_bias(given: object) -> tuple[tuple[int, float], ...]:
+    """Tokens and numbers, one for each token; raises InputError for what is none."""
+    takes = "{token: number}"
+    if isinstance(given, Mapping):
+        pairs = tuple(cast("Mapping[object, object]", given).items())
+    else:
+        pairs = cast("tuple[tuple[object, object], ...]", check_kind("logit_bias", given, tuple, takes))
+    return tuple((check_integer("a token of logit_bias", token, 0), _bias(token, x)) for token, x in pairs)
+
+
+def _bias(token: object, number: object) -> float:
+    if isinstance(number, float) and number == -np.inf:
+        return float(number)
+    return check_number(f"the logit_bias of token {token}", number, range_="or -inf")
 
 
 def word(seed: int | None) -> int:

@@ -65,6 +65,14 @@ def check_pair(drafter: Drafter, rule: Rule, temperature: float) -> None:
         )
 
 
+@dataclass(frozen=True)
+class Step:
+    """What a call committed: the tokens of each row and the logits [tokens, vocabulary] before them; its nodes."""
+
+    rows: Sequence[tuple[list[int], np.ndarray]]
+    nodes: int
+
+
 class HostSpeculation:
     """The texts of one generation: their drafters, and the random numbers that they have used."""
 
@@ -89,8 +97,8 @@ class HostSpeculation:
 
     def step(
         self, request: Verifying, texts: Sequence[Sequence[int]], limit: np.ndarray, process: Process
-    ) -> tuple[list[list[int]], int]:
-        """One call: the tokens that every row commits, at most ``limit`` [batch] (0: it has ended), and its nodes."""
+    ) -> Step:
+        """One call, in which every row commits at most ``limit`` [batch] tokens (0: it has ended)."""
         begun = time.perf_counter()
         asked = self.method.trees.next(limit)
         drafts = [self._draft(row, text, int(limit[row]), asked) for row, text in enumerate(texts)]
@@ -105,7 +113,11 @@ class HostSpeculation:
         self._learn(drafts, found, logits)
         self.method.trees.observe(asked if nodes > 1 else 1, done - drafted, count, limit)
         self.drafting += drafted - begun + time.perf_counter() - done
-        return [[] if accepted is None else accepted.tokens.tolist() for accepted in found], nodes
+        rows = [
+            ([], after[:0]) if accepted is None else (accepted.tokens.tolist(), after[accepted.path])
+            for accepted, after in zip(found, logits, strict=True)
+        ]
+        return Step(rows, nodes)
 
     def _learn(self, drafts: Sequence[Draft], found: Sequence[Accepted | None], logits: np.ndarray) -> None:
         """Let the drafters of the rows that go on take note of what was verified."""

@@ -108,6 +108,36 @@ def test_seeds_repeat_a_draw(capsys: pytest.CaptureFixture[str], artifacts: Path
     assert draw(1) == draw(1) != draw(2)
 
 
+def test_several_texts_and_what_their_tokens_are_worth(
+    capsys: pytest.CaptureFixture[str], artifacts: Path
+) -> None:
+    """Texts of one prompt with the tokens' log-probabilities, for programs and for people."""
+    command = ("generate", artifacts / "full.tokopt", "hello", "--max-tokens", 4, "--seed", 1)
+    drawn = (*command, "--temperature", 2, "--samples", 3, "--logprobs", 2)
+    texts = answer(capsys, *drawn)["texts"]
+    assert len({text["text"] for text in texts}) == 3
+    for text in texts:
+        assert [len(top) for top in text["top_logprobs"]] == [2] * 4
+        assert len(text["logprobs"]) == len(text["tokens"]) == 4 and text["finish"] == "length"
+    assert main(list(map(str, drawn))) == 0
+    shown = capsys.readouterr().out
+    assert "--- 3 of 3: length" in shown and all(text["text"] in shown for text in texts)
+    assert "log-probability" in shown and f"{texts[0]['logprobs'][0]:.4g}"[:5] in shown
+    assert "leave it or --samples out" in complaint(capsys, 2, *command, "--samples", 2, "--stream")
+
+
+@pytest.mark.parametrize("option", ["--json-schema", "--grammar"])
+def test_a_grammar_is_read_from_its_file(
+    capsys: pytest.CaptureFixture[str], artifacts: Path, tmp_path: Path, option: str
+) -> None:
+    """These models have no end token, which a sentence says."""
+    pytest.importorskip("llguidance")
+    command = ("generate", artifacts / "full.tokopt", "hello")
+    assert "is no readable text" in complaint(capsys, 2, *command, option, tmp_path / "nope")
+    (tmp_path / "file").write_text('{"type": "integer"}' if option == "--json-schema" else "start: /a/")
+    assert "the model has none" in complaint(capsys, 2, *command, option, tmp_path / "file")
+
+
 def test_a_drafter_of_the_host_changes_no_token(
     capsys: pytest.CaptureFixture[str], artifacts: Path, tmp_path: Path
 ) -> None:

@@ -11,7 +11,7 @@ import torch
 
 from tests.faults.cases import Argument, Call
 from tests.runtime.toys import VOCABULARY
-from tokopt.runtime import Generation, Sampling, load
+from tokopt.runtime import Generation, Grammar, Sampling, load
 
 CONTEXT = 64
 """Of the toy that speaks."""
@@ -98,7 +98,12 @@ def option(name: str) -> Call:
 
 def spoken(name: str) -> Call:
     """A keyword of ``generate``."""
-    return lambda stage, value: stage.speaker.generate("a", **{"max_tokens": 1, name: value})
+
+    def call(stage: Any, value: Any) -> object:
+        options: dict[str, Any] = {"max_tokens": 1, name: value}
+        return stage.speaker.generate("a", **options)
+
+    return call
 
 
 def loaded(name: str) -> Call:
@@ -124,6 +129,24 @@ SAMPLING = {
         option("repetition_penalty"), [*NO_NUMBERS, 0, -0.1], [2, 1e-300, 1e300, True, np.array(0.5)]
     ),
     "top_k": Argument(option("top_k"), NO_COUNTS, [0, 1, 10**9, BIG, True, np.int64(3), np.array(3)]),
+    "logit_bias": Argument(
+        option("logit_bias"),
+        [
+            5,
+            "a",
+            [1],
+            None,
+            {"a": 1},
+            {-1: 1.0},
+            {1.5: 1},
+            {1: "a"},
+            {1: NAN},
+            {1: INF},
+            {1: None},
+            {True: [1]},
+        ],
+        [{}, {1: 2}, {np.int64(1): np.float32(2)}, {0: -INF}, ()],
+    ),
     "seed": Argument(
         option("seed"),
         [value for value in NO_COUNTS if value is not None] + [[1, 2], "seed", np.random.default_rng(0)],
@@ -168,6 +191,22 @@ SPEAKER = {
     "processors": Argument(
         spoken("processors"), [5, [5], "ab", [None], {}, keep, [keep, 5]], [None, (), [keep], (keep,)]
     ),
+    "min_tokens": Argument(
+        lambda stage, value: stage.speaker.generate("a", max_tokens=BIG, stop="", min_tokens=value),
+        [value for value in NO_COUNTS if value != BIG],
+        [0, np.int64(0)],
+    ),
+    "samples": Argument(
+        lambda stage, value: stage.speaker.generate("a", max_tokens=1, samples=value),
+        [value for value in NO_COUNTS if value is not None] + [0],
+        [None, 1, 3, np.int64(2), True],
+    ),
+    "logprobs": Argument(
+        spoken("logprobs"),
+        [value for value in NO_COUNTS if value is not None] + [10**9],
+        [None, 0, 2, np.int64(1)],
+    ),
+    "grammar": Argument(spoken("grammar"), [5, "a+", {}, {"type": "integer"}, [], Grammar], [None]),
     "nodes": Argument(spoken("nodes"), [0, 1, 8, 1.5, "8", [8], True, NAN], [None]),  # it does not speculate
     "inputs": Argument(spoken("inputs"), [5, [], "images", {"images": X}, [X], X], [None, {}]),
     "chat_prompt": Argument(

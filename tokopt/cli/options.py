@@ -104,6 +104,14 @@ def positive(text: str) -> int:
     return value
 
 
+def natural(text: str) -> int:
+    """An integer of at least 0."""
+    value = int(text)
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"{text} is negative")
+    return value
+
+
 def shape(text: str) -> tuple[int, ...]:
     """Sizes joined by commas.
 

@@ -12,13 +12,13 @@ from itertools import zip_longest
 from typing import TYPE_CHECKING, Any
 
 from tokopt.cli.generation import add_sampling, load_language_model, read_sampling
-from tokopt.cli.options import add_artifact, add_backend, add_threads, positive
+from tokopt.cli.options import add_artifact, add_backend, add_threads, natural, positive
 from tokopt.cli.screen import Screen, si
 from tokopt.cli.verb import FAILED, OK, Verb
 from tokopt.errors import InputError
 
 if TYPE_CHECKING:
-    from tokopt.runtime import LanguageModel, Sampling
+    from tokopt.runtime import Generated, Grammar, LanguageModel, Sampling
     from tokopt.runtime.generate import Statistics
     from tokopt.runtime.prompts import Prompt
 
@@ -36,7 +36,23 @@ def add_options(parser: ArgumentParser) -> None:
     parser.add_argument("--stream", action="store_true", help="show the text as it comes")
     parser.add_argument("--chat", action="store_true", help="the prompt is a message; use the chat template")
     parser.add_argument("--max-tokens", type=positive, default=128, metavar="N", help="default: 128")
+    parser.add_argument("--min-tokens", type=natural, default=0, metavar="N", help="do not end before")
     parser.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end before this text")
+    parser.add_argument(
+        "--samples", type=positive, metavar="N", help="write N texts, and read the prompt once"
+    )
+    parser.add_argument(
+        "--logprobs",
+        type=natural,
+        metavar="N",
+        help="log-probability of every token, and the N likeliest in its place",
+    )
+    fitting = parser.add_mutually_exclusive_group()
+    fitting.add_argument("--json-schema", metavar="FILE", help="write JSON that fits this schema")
+    fitting.add_argument("--regex", metavar="PATTERN", help="write a text that fits this regular expression")
+    fitting.add_argument(
+        "--grammar", metavar="FILE", help="write a text that fits this grammar (Lark's syntax)"
+    )
     add_sampling(parser)
     parser.add_argument(
         "--drafter",
@@ -72,11 +88,17 @@ def run(args: Namespace, screen: Screen) -> int:
     model = load_language_model(args)
     sampling = read_sampling(args)
     prompt = model.chat_prompt([{"role": "user", "content": args.prompt}]) if args.chat else args.prompt
-    wanted = {"max_tokens": args.max_tokens, "stop": args.stop}
+    wanted: dict[str, Any] = {"max_tokens": args.max_tokens, "min_tokens": args.min_tokens, "stop": args.stop}
+    wanted |= {"grammar": _grammar(args), "logprobs": args.logprobs}
     drafting = _drafting(model, args)
     if args.check_lossless:
         sampling = replace(sampling, seed=word(sampling.seed))
         return check_lossless(model, prompt, sampling, wanted, screen, drafting)
+    if args.samples is not None:
+        if args.stream:
+            raise InputError("--stream shows one text as it comes; leave it or --samples out")
+        texts = model.generate(prompt, samples=args.samples, sampling=sampling, **wanted, **drafting)
+        return _show_samples(model, texts, args.logprobs is not None, screen)
     stream = model.stream(prompt, sampling=sampling, **wanted, **drafting)
     with _warnings_said():
         for piece in stream:
@@ -85,13 +107,60 @@ def run(args: Namespace, screen: Screen) -> int:
     text, done = stream.generated.text, stream.generated.statistics
     assert text is not None  # a model without a tokenizer has refused the prompt
     screen.line("" if args.stream else text)
+    if args.logprobs is not None:
+        _show_likelihoods(model, stream.generated, screen)
     speculates, kept = bool(drafting) or model.nodes is not None, stream.generated.lossless
     if sys.stderr.isatty() or speculates:
         print(_took(done, speculates), file=sys.stderr)
     if not kept.holds:
         print(f"tokopt: warning: not lossless: {kept.reason}", file=sys.stderr)
-    screen.finish({"text": text, "lossless": kept.holds, **numbers(done)})
+    screen.finish({"lossless": kept.holds, **_written(stream.generated), **numbers(done)})
     return OK
+
+
+def _show_samples(model: LanguageModel, texts: Sequence[Generated], likelihoods: bool, screen: Screen) -> int:
+    """Several texts, one after the other."""
+    for place, done in enumerate(texts, 1):
+        screen.line(f"--- {place} of {len(texts)}: {done.finish}")
+        screen.line(done.text or "")
+        if likelihoods:
+            _show_likelihoods(model, done, screen)
+    screen.finish({"texts": [_written(done) for done in texts], **numbers(texts[0].statistics)})
+    return OK
+
+
+def _show_likelihoods(model: LanguageModel, done: Generated, screen: Screen) -> None:
+    """A table of the tokens of a text."""
+    spell, tops = model.tokenizer.token, done.top_logprobs or [{}] * len(done.tokens)
+    screen.table(
+        ("token", "log-probability", "likeliest"),
+        [
+            (spell(token), own, ", ".join(f"{spell(other)} {x:.2f}" for other, x in top.items()))
+            for token, own, top in zip(done.tokens, done.logprobs or (), tops, strict=True)
+        ],
+    )
+
+
+def _written(done: Generated) -> dict[str, Any]:
+    """A text, for programs."""
+    found: dict[str, Any] = {"text": done.text, "tokens": done.tokens, "finish": done.finish}
+    if done.logprobs is not None:
+        found["logprobs"] = done.logprobs
+    if done.top_logprobs is not None:
+        found["top_logprobs"] = [{str(token): x for token, x in top.items()} for top in done.top_logprobs]
+    return found
+
+
+def _grammar(args: Namespace) -> Grammar | None:
+    """What the text has to fit, if anything."""
+    from tokopt.cli.inputs import read_text
+    from tokopt.runtime import Grammar
+
+    if args.json_schema is not None:
+        return Grammar.json_schema(read_text(args.json_schema))
+    if args.grammar is not None:
+        return Grammar.lark(read_text(args.grammar))
+    return None if args.regex is None else Grammar.regex(args.regex)
 
 
 def _drafting(model: LanguageModel, args: Namespace) -> dict[str, Any]:
