@@ -1,0 +1,107 @@
+"""How soon a chat answers: ``python -m benchmarks.chat``.
+
+SmolLM2-135M with the weights of its file (``keep_grid``) talks about pages of Python's documentation, some 400 tokens a
+turn. Every turn of a chat, which reads what is new, takes turns with reading the whole conversation, as a model without
+a past does; the tokens of both answers are compared. Writes ``chat.json`` and ``chat.md`` in ``benchmarks/results``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from benchmarks.kv.quality import documentation
+from benchmarks.machine import describe
+from benchmarks.quantize import artifact
+from examples.data import write_atomically
+
+RESULTS = Path(__file__).parent / "results"
+MODEL, METHOD = "SmolLM2-135M-Instruct", "keep_grid"
+TURNS, TOKENS, ANSWER = 5, 400, 24
+"""Turns; tokens of each with its answer, about; new tokens of an answer."""
+
+
+def messages(model: Any) -> list[str]:
+    """What the user says: pages of the documentation."""
+    ids = model.tokenizer.encode(documentation())
+    size = TOKENS - ANSWER
+    parts = [ids[place * 4 * size : place * 4 * size + size] for place in range(TURNS)]
+    return [f"Continue in one sentence: {model.tokenizer.decode(part)}" for part in parts]
+
+
+def first_token(answer: Callable[[int], Any]) -> float:
+    """Seconds until there is one."""
+    clock = time.perf_counter()
+    answer(1)
+    return time.perf_counter() - clock
+
+
+def turns(model: Any, rounds: int) -> list[dict[str, Any]]:
+    """Each turn: tokens before it, seconds to its first token of both ways, and whether both answers are the same."""
+    found: list[dict[str, Any]] = []
+    chat = model.chat()
+    for message in messages(model):
+        prompt = model.chat_prompt([*chat.messages, {"role": "user", "content": message}])
+        kept: list[float] = []
+        whole: list[float] = []
+        for _ in range(rounds):
+            kept.append(first_token(lambda most, message=message: chat.say(message, max_tokens=most)))
+            chat.rewind()
+            whole.append(first_token(lambda most, prompt=prompt: model.generate(prompt, max_tokens=most)))
+        answer, alone = (
+            chat.say(message, max_tokens=ANSWER),
+            model.generate(prompt, max_tokens=ANSWER),
+        )
+        found.append(
+            {
+                "tokens": len(prompt),
+                "read": answer.statistics.prompt_tokens,
+                "chat": median(kept),
+                "whole": median(whole),
+                "same": answer.tokens == alone.tokens,
+            }
+        )
+    return found
+
+
+def markdown(report: dict[str, Any]) -> str:
+    """The table."""
+    lines = [
+        f"# Time to the first token of a chat's turns: {MODEL}, `{METHOD}`",
+        "",
+        "Milliseconds, medians; the chat reads what is new, and the other reads the whole conversation.",
+        "",
+        "| turn | tokens | of them read by the chat | chat | reading all | ratio | same answer |",
+        "|---" * 7 + "|",
+    ]
+    for place, turn in enumerate(report["turns"], 1):
+        lines.append(
+            f"| {place} | {turn['tokens']} | {turn['read']} | {1e3 * turn['chat']:.0f} | {1e3 * turn['whole']:.0f} | "
+            f"{turn['chat'] / turn['whole']:.2f} | {'yes' if turn['same'] else 'no'} |"
+        )
+    return "\n".join([*lines, "", "```json", json.dumps(report["machine"], indent=1), "```", ""])
+
+
+def main() -> None:
+    from tokopt.runtime import load
+
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.chat", description=__doc__)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=5)
+    options = parser.parse_args()
+    artifact(MODEL, "float32")  # which others are calibrated on
+    model = load(artifact(MODEL, METHOD), threads=options.threads, verify=False)
+    report = {"turns": turns(model, options.rounds), "machine": describe(options.threads)}
+    text = markdown(report)
+    write_atomically(RESULTS / "chat.json", lambda path: path.write_text(json.dumps(report, indent=1) + "\n"))
+    write_atomically(RESULTS / "chat.md", lambda path: path.write_text(text))
+    print(text)
+
+
+if __name__ == "__main__":
+    main()
