@@ -1,9 +1,9 @@
 """What a large language model takes in memory and time: ``python -m benchmarks.scale``.
 
 Models like Llama with random weights, of 50 to 853 million parameters, lie in folders in float32 and in bfloat16. Each
-goes through ``capture_lm``, ``rtn{bits=4}`` and ``export`` in one process, then its artifact is loaded and gives a first
-token in another one without torch. Of every stage the seconds, and the most memory that was resident in it, sampled and
-as the kernel counts it; pages of mapped files are counted apart, since the kernel takes them back when it needs them.
+goes through ``capture_lm``, ``rtn{bits=4}`` and ``export`` in one process, then its artifact is loaded and gives a
+first token in another one without torch. Of every stage the seconds, and the most memory that was resident in it, as
+the kernel counts it; sampled also without pages of mapped files, which the kernel takes back when it needs them.
 Finished parts are kept. Writes ``scale.json`` and ``scale.md`` in ``benchmarks/results``.
 """
 
@@ -71,8 +71,7 @@ def resident() -> dict[str, int]:
 
 @dataclass
 class Stage:
-    """Seconds of a stage, those of all cores together, and its most memory in bytes: all of it, and what is not a file's.
-    """
+    """Seconds of a stage, those of all cores together, and the most bytes in memory: all, and those of no file."""
 
     seconds: float = 0.0
     cpu: float = 0.0
@@ -144,8 +143,8 @@ def build(folder: Path, artifact: Path) -> dict[str, Any]:
 
         import tokopt
         import tokopt.artifact
-        import tokopt.frontend.language  # noqa: F401
-        import tokopt.lower.onnx.export  # noqa: F401
+        import tokopt.frontend.language
+        import tokopt.lower.onnx.export
 
         torch.set_num_threads(2)
         transformers.logging.set_verbosity_error()
@@ -200,14 +199,15 @@ def markdown(report: Mapping[str, Any]) -> str:
         f"Models like Llama with random weights through `capture_lm`, `{PASSES}` and `export`, then `load` and a first "
         "token in a process without torch. Weights are counted in float32. Every cell has seconds, and the most memory "
         "that was resident, over the weights; in brackets without the pages of mapped files, which the kernel takes "
-        "back when it needs them. Imports are not in the seconds, and in the memory they are.",
+        "back when it needs them. Imports are not in the seconds, and in the memory they are. Seconds of all cores "
+        "together tell a machine that others use from a slow one.",
     ]
     for dtype in DTYPES:
         rows = {key: row for key, row in report["models"].items() if key.endswith(f" {dtype}")}
         if not rows:
             continue
         lines += ["", f"## Weights stored in {dtype}", ""]
-        lines += [f"| model | weights, GiB | {' | '.join(COUNTED)} | in all | seconds per 100M | artifact, GiB |"]
+        lines += [f"| model | weights, GiB | {' | '.join(COUNTED)} | in all | of all cores | artifact, GiB |"]
         lines += ["|---" * (len(COUNTED) + 5) + "|"]
         lines += [_row(key.split()[0], row) for key, row in rows.items()]
     base = next(iter(report["models"].values()))["stages"]
@@ -223,10 +223,10 @@ def _row(name: str, row: Mapping[str, Any]) -> str:
         stage = stages[key]
         most, own = stage["peak"] / weights, stage["own"] / weights
         cells.append(f"{stage['seconds']:.1f} s, {most:.2f}x ({own:.2f}x)")
-    whole = sum(stages[key]["seconds"] for key in COUNTED)
-    per = whole / row["parameters"] * 1e8
+    whole, cpu = (sum(stages[key][what] for key in COUNTED) for what in ("seconds", "cpu"))
+    per = cpu / row["parameters"] * 1e8
     return (
-        f"| {name} | {weights / GIB:.2f} | {' | '.join(cells)} | {whole:.0f} s | {per:.1f} | "
+        f"| {name} | {weights / GIB:.2f} | {' | '.join(cells)} | {whole:.0f} s | {cpu:.0f} s, {per:.0f} s per 100M | "
         f"{row['artifact'] / GIB:.2f} |"
     )
 
