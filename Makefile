@@ -33,6 +33,7 @@ bench: $(VENV)/.installed  ## the measured tables of benchmarks/results
 	$(BIN)/python -m benchmarks.decode
 	$(BIN)/python -m benchmarks.kv
 	$(BIN)/python -m benchmarks.quantize
+	$(BIN)/python -m benchmarks.scale
 
 # With the machine's own Python: PyTorch's CUDA build and the rest are there, and nothing is installed.
 gpu:  ## the tests and measurements that take a GPU, in eight minutes

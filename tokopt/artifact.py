@@ -408,6 +408,7 @@ def _lower_programs(
     tolerance: float | None,
 ) -> dict[str, dict[str, str]]:
     """Write every program in ONNX; return the file of each form. ``originals`` are what they were before cleanup."""
+    from tokopt.ir.memory import trim
     from tokopt.lower.cpu.form import lower_with_kernels
     from tokopt.lower.onnx.export import WeightFile, lower
     from tokopt.lower.onnxruntime.cpu import lower_for_cpu
@@ -434,6 +435,7 @@ def _lower_programs(
             compared=seen,
             report=report,
         )
+        trim()
         fused = lower_for_cpu(
             program,
             path,
@@ -443,6 +445,7 @@ def _lower_programs(
             compared=seen,
             report=report,
         )
+        trim()
         forms = {PORTABLE: path} | ({ONE_ROW: fused} if fused else {})
         own = lower_with_kernels(
             program,
@@ -457,6 +460,7 @@ def _lower_programs(
         )
         forms |= {OWN: own} if own else {}
         files[name] = {form: made.name for form, made in forms.items()}
+        trim()
     return files
 
 

@@ -7,6 +7,7 @@ kernel. A method is a subclass with :meth:`WeightQuantization.quantize`.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -21,6 +22,7 @@ from tokopt.analysis.weights import Weights
 from tokopt.errors import PassError, PassRefused
 from tokopt.ir.bundle import Bundle
 from tokopt.ir.graph import aten, dtype_name
+from tokopt.ir.memory import trim
 from tokopt.kernels import ops
 from tokopt.pipeline.base import Context, Pass, PassResult, Refusal, on_entries
 from tokopt.rewrite.edit import call, close_graph, open_graph, put_parameter
@@ -93,6 +95,27 @@ class Grid:
         return QuantizedWeight(codes.to(torch.uint8), self.scale, self.zero.to(torch.uint8), self.group)
 
 
+def round_to_nearest(weight: Tensor, bits: int, group: int, *, symmetric: bool) -> QuantizedWeight:
+    """The nearest codes of a weight [out, in] on the grid of :func:`fit_grid`, in parts that stay in the cache."""
+    parts: list[QuantizedWeight] = []
+    for rows in in_parts(weight):
+        grid = fit_grid(rows, bits, group, symmetric=symmetric)
+        parts.append(grid.packed(grid.codes(rows)))
+    codes, scale, zero = (torch.cat([getattr(part, name) for part in parts]) for name in _PARTS)
+    return QuantizedWeight(codes, scale, zero, group)
+
+
+_PARTS = ("codes", "scale", "zero")
+
+PART = 1 << 18
+"""Numbers of a weight that are worked on at a time, where rows are independent."""
+
+
+def in_parts(weight: Tensor) -> tuple[Tensor, ...]:
+    """Consecutive rows of a matrix, of about :data:`PART` numbers together."""
+    return weight.split(max(1, PART // weight.shape[1]))
+
+
 def expanded(codes: Tensor, scale: Tensor, zero: Tensor, group: int, exponent: float) -> Tensor:
     """The weight [out, in] that a :class:`QuantizedWeight` of these parts stands for."""
     return signed_power(ops.dequantize_weight(codes, scale, zero, group), 1 / exponent)
@@ -128,7 +151,9 @@ def output_error(weight: Tensor, quantized: Tensor, moments: Moments | None) -> 
     def energy(matrix: Tensor) -> float:
         return float(((matrix if moments is None else matrix @ moments.gram) * matrix).sum())
 
-    return energy(weight - quantized) / max(energy(weight), 1e-30)
+    rows = list(zip(in_parts(weight), in_parts(quantized), strict=True))
+    wrong = math.fsum(energy(wanted - got) for wanted, got in rows)
+    return wrong / max(math.fsum(energy(wanted) for wanted, _ in rows), 1e-30)
 
 
 @dataclass(frozen=True)
@@ -205,6 +230,7 @@ class Quantization(Pass):
             sizes[0] += 4 * weight.numel()
             sizes[1] += quantized.nbytes
             errors.append((output_error(weight, quantized.dequantized(), moments), path))
+            trim()
         if not errors:
             return PassResult(bundle, 0, weights.note, tuple(refusals))
         quantized_bundle = bundle.with_program(name, close_graph(program, module))

@@ -11,7 +11,7 @@ from torch.fx import GraphModule
 from tokopt.analysis.calibration import Moments
 from tokopt.analysis.linears import Linear
 from tokopt.kernels import ops
-from tokopt.passes.quantize.base import MORE_BITS, QuantizedWeight, fit_grid, replace_weight
+from tokopt.passes.quantize.base import MORE_BITS, QuantizedWeight, replace_weight, round_to_nearest
 from tokopt.passes.quantize.products import TINY, ProductQuantization, Rounding
 
 LEVELS = 127
@@ -36,8 +36,7 @@ class Int8(ProductQuantization):
     def quantize(self, module: GraphModule, linear: Linear) -> QuantizedWeight:
         """Codes in the place of the weight."""
         weight = linear.matrix(module)
-        grid = fit_grid(weight, MORE_BITS, weight.shape[1], symmetric=True)
-        quantized = grid.packed(grid.codes(weight))
+        quantized = round_to_nearest(weight, MORE_BITS, weight.shape[1], symmetric=True)
         replace_weight(module, linear, quantized)
         return quantized
 

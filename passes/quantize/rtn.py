@@ -8,7 +8,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from tokopt.analysis.calibration import Moments
-from tokopt.passes.quantize.base import QuantizedWeight, WeightQuantization, fit_grid
+from tokopt.passes.quantize.base import QuantizedWeight, WeightQuantization, round_to_nearest
 
 
 @dataclass(frozen=True)
@@ -22,5 +22,4 @@ class RTN(WeightQuantization):
 
     def quantize(self, weight: Tensor, bits: int, moments: Moments | None) -> QuantizedWeight:
         """The nearest codes."""
-        grid = fit_grid(weight, bits, self.group, symmetric=self.symmetric)
-        return grid.packed(grid.codes(weight))
+        return round_to_nearest(weight, bits, self.group, symmetric=self.symmetric)

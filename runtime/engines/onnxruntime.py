@@ -33,7 +33,11 @@ ACTIVATIONS = ("session.qdq_matmulnbits_accuracy_level", "4")
 """Products with weights in 4 or 8 bits round what they read to 8 bits per block, which is fast."""
 
 IN_FLOAT = (("session.qdq_matmulnbits_accuracy_level", "1"), ("session.disable_quant_qdq", "1"))
-"""Weights are expanded and multiplied in float32, which gives the same on every processor up to float32 rounding."""
+"""Products in float32, which gives the same on every processor up to float32 rounding.
+
+By the first, weights in 4 or 8 bits are expanded while they are multiplied. Where activations are quantized too, the
+second keeps ONNX Runtime from multiplying integers; all weights are then expanded before.
+"""
 
 UNFOLDED = ["ConstantFolding"]
 """What ONNX Runtime must not do where weights are expanded: together they may not fit into memory."""
@@ -182,7 +186,10 @@ def _session(path: Path, opener: Sessions, own: bool) -> onnxruntime.InferenceSe
     names, options = opener.names, opener.options
     settings = onnxruntime.SessionOptions()
     settings.log_severity_level = 3  # errors only: what matters is raised
-    for entry in (ACTIVATIONS,) if opener.rounds else IN_FLOAT:
+    bodies = own and not opener.rounds  # what is executed is in the file, where weights are expanded
+    own = own and opener.rounds
+    exact = not opener.rounds and (bodies or _rounds_activations(path))
+    for entry in (ACTIVATIONS,) if opener.rounds else IN_FLOAT if exact else IN_FLOAT[:1]:
         settings.add_session_config_entry(*entry)
     if not opener.spins:
         settings.add_session_config_entry("session.intra_op.allow_spinning", "0")
@@ -190,8 +197,8 @@ def _session(path: Path, opener: Sessions, own: bool) -> onnxruntime.InferenceSe
     if len(schedule.programs) > 1 or schedule.commit is not None:
         # Every session has threads of its own; those of the one that ran last would spin beside those of the next.
         settings.add_session_config_entry("session.force_spinning_stop", "1")
-    disabled = None if opener.rounds else UNFOLDED
-    own = own and opener.rounds  # else what is executed are the bodies in the file
+    disabled = UNFOLDED if exact else None
+    settings.enable_cpu_mem_arena = not exact  # it keeps what expanded weights took, and takes it doubled
     if own:
         settings.register_custom_ops_library(str(opener.kernels.library))
     if opener.threads is not None:
@@ -212,6 +219,13 @@ def _session(path: Path, opener: Sessions, own: bool) -> onnxruntime.InferenceSe
             f"check its driver and libraries, or pass providers=[{_CPU!r}]"
         )
     return session
+
+
+def _rounds_activations(path: Path) -> bool:
+    """Whether a file quantizes activations, whose products ONNX Runtime computes in 8 bits."""
+    return (
+        b"QuantizeLinear" in path.read_bytes()
+    )  # also of DynamicQuantizeLinear, and not of DequantizeLinear
 
 
 MOST_THREADS = 1024

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from importlib import import_module
 from importlib.util import find_spec
@@ -47,8 +47,10 @@ class _Model:
     tokenizer: str | None = None
 
 
-def read_bundle(name: str, options: ExampleOptions | None = None) -> Bundle:
-    """The bundle of an artifact, or a freshly captured one.
+def read_bundle(
+    name: str, options: ExampleOptions | None = None, say: Callable[[str], None] | None = None
+) -> Bundle:
+    """The bundle of an artifact, or a freshly captured one; ``say`` is told what a user may not expect of its weights.
 
     Raises InputError when nothing has that name, CaptureError when it cannot be captured, ArtifactError when
     the artifact cannot be opened.
@@ -65,6 +67,8 @@ def read_bundle(name: str, options: ExampleOptions | None = None) -> Bundle:
         return tokopt.capture_lm(path)
     if (path / "config.json").is_file() and options.model_class is None and _is_language_model(path):
         require("transformers")
+        if say is not None:
+            _say_expansion(path, say)
         return tokopt.capture_lm(path)
     if (path / "config.json").is_file():
         found = _hugging_face(path, options)
@@ -91,6 +95,17 @@ def deployed_manifest(name: str) -> Manifest | None:
         return None
     manifest = read_manifest(Path(name))
     return None if any("torch" in entry.files for entry in manifest.programs.values()) else manifest
+
+
+def _say_expansion(folder: Path, say: Callable[[str], None]) -> None:
+    from tokopt.frontend.stored import expansion_note
+
+    try:
+        note = expansion_note(folder)
+    except (OSError, ValueError, KeyError, TypeError):  # the capture says what is wrong with a file
+        return
+    if note is not None:
+        say(note)
 
 
 def _is_language_model(folder: Path) -> bool:

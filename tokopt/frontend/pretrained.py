@@ -13,7 +13,9 @@ import torch
 
 from tokopt.errors import CaptureError
 from tokopt.extras import missing
+from tokopt.frontend.stored import mapped_one_by_one
 from tokopt.frontend.texts import Texts, read_gguf_texts, read_texts
+from tokopt.ir.memory import trim
 from tokopt.progress import without_bars
 
 
@@ -46,7 +48,7 @@ def _load(folder: Path, packages: tuple[str, ...], **options: Any) -> Any:
     from transformers import AutoModelForCausalLM
 
     try:
-        with without_bars():
+        with without_bars(), mapped_one_by_one():
             return AutoModelForCausalLM.from_pretrained(
                 folder, dtype=torch.float32, local_files_only=True, **options
             )
@@ -54,3 +56,5 @@ def _load(folder: Path, packages: tuple[str, ...], **options: Any) -> Any:
         line = " ".join(str(error).split())
         what = folder / options.get("gguf_file", "")
         raise CaptureError(f"transformers cannot load {what}: {type(error).__name__}: {line}") from error
+    finally:
+        trim()

@@ -18,6 +18,7 @@ from torch import Tensor
 from tokopt.errors import LoweringError
 from tokopt.ir.bundle import Bundle
 from tokopt.ir.calls import call_inputs, initial
+from tokopt.ir.memory import trim
 from tokopt.ir.program import AxisRange, Program
 from tokopt.lower.onnx.whole import Whole
 from tokopt.lower.parity.precision import ROUNDINGS, half_precision_limit
@@ -87,7 +88,12 @@ def write_selftest(
         name: SelfTest(_arrays(tensors, f"{name}/inputs/"), _arrays(tensors, f"{name}/outputs/"), usual)
         for name, usual in limits.items()
     }
-    found = check_forms(manifest, tests, lambda: Sessions(folder, manifest, spins=False))
+
+    def opened() -> Sessions:
+        trim()
+        return Sessions(folder, manifest, spins=False)
+
+    found = check_forms(manifest, tests, opened)
     for name, test in tests.items():
         keys = (name, *(f"{name}.{form}" for form in manifest.programs[name].files))
         tensors |= _limits(name, test, [found[key] for key in keys if key in found])

@@ -35,7 +35,7 @@ def run(args: Namespace, screen: Screen) -> int:
 
     options = ExampleOptions(args.image_size, args.tokens, tuple(args.shape), args.model_class)
     with screen.step(f"Capturing {args.model}") as say:
-        bundle = read_bundle(args.model, options)
+        bundle = read_bundle(args.model, options, say)
         path = tokopt.export(bundle, args.output, target="torch", progress=say)
     program = bundle.main
     screen.line(f"{path}: {spell(program.inputs)} -> {spell(program.outputs)}")

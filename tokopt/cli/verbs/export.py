@@ -100,7 +100,7 @@ def run(args: Namespace, screen: Screen) -> int:
         else:
             import tokopt
 
-            bundle = read_bundle(args.artifact)
+            bundle = read_bundle(args.artifact, say=note_step)
             path = tokopt.export(bundle, args.output, target=args.target, engine=engine, progress=note_step)
             note = "checked against the captured program"
     size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())

@@ -41,7 +41,7 @@ def run(args: Namespace, screen: Screen) -> int:
 
     pipeline = as_pipeline(args.pipeline)
     with screen.step(f"Reading {args.artifact}") as say:
-        given = read_bundle(args.artifact)
+        given = read_bundle(args.artifact, say=say)
         dumps = (dump_to(args.dump),) if args.dump else ()
         observers = (*dumps, telling(say))
         say(f"Optimising {args.artifact} with {pipeline}")

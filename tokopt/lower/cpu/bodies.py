@@ -33,7 +33,7 @@ def quantized_linear(bits: int, given: Sequence[str], opset: int, gate: str = ""
     body = Body(INPUTS)
     x, codes, scale = (body.inputs[name] for name in INPUTS[:3])
     zero, minimum = (body.inputs[name] if name in given else None for name in ("zero", "minimum"))
-    weight = body.blocks(bits, codes, scale, zero, minimum)
+    weight = body.blocks(bits, body.after(x, codes), scale, zero, minimum)
     matrix = body.op("Reshape", [weight, body.constant((0, -1), np.int64)])
     y = body.op("MatMul", [x, body.op("Transpose", [matrix], perm=[1, 0])])
     if "bias" in given:

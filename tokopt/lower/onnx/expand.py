@@ -35,6 +35,15 @@ class Body:
         """A number, or a list of them."""
         return self.op("Constant", [], value=ir.tensor(np.array(number, dtype)))
 
+    def after(self, value: ir.Value, constant: ir.Value) -> ir.Value:
+        """A constant that is there once ``value`` is.
+
+        ONNX Runtime computes first what follows from constants alone, and would hold all weights expanded at a time.
+        """
+        nothing = self.op("Shape", [value], start=0, end=0)
+        shape = self.op("Concat", [nothing, self.op("Shape", [constant])], axis=0)
+        return self.op("Reshape", [constant, shape])
+
     def blocks(
         self, bits: int, codes: ir.Value, scale: ir.Value, zero: ir.Value | None, minimum: ir.Value | None
     ) -> ir.Value:

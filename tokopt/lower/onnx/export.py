@@ -27,6 +27,7 @@ from tokopt.errors import LoweringError
 from tokopt.ir.assemble import assemble
 from tokopt.ir.bundle import fresh
 from tokopt.ir.export import axis_names, user_inputs
+from tokopt.ir.memory import trim
 from tokopt.ir.program import Program
 from tokopt.lower.onnx.embedding import EmbeddingOfHead
 from tokopt.lower.onnx.fusions import MergeProducts, MergeSums
@@ -136,6 +137,7 @@ def lower(
     tokopt.kernels.attach_functions(model)
     weights = weights or WeightFile(directory)
     weights.place_all(model.graph)
+    trim()
     path = directory / f"{name}.onnx"
     write_checked(model, path, f"program {name!r}")
     if check:

@@ -15,7 +15,7 @@ from typing import ClassVar
 import numpy as np
 import onnx_ir as ir
 
-from tokopt.lower.onnx.nodes import array, input_at
+from tokopt.lower.onnx.nodes import array, discard, input_at
 from tokopt.lower.onnx.rule import Candidate, Rule, Unfit
 from tokopt.lower.onnx.weights import put_initializer, take_over
 
@@ -152,6 +152,8 @@ def _merge(graph: ir.Graph, products: list[ir.Node]) -> None:
         whole = _insert(graph, anchor, operation, [whole, operand])
         ends = [user.outputs[0] for user in users]  # type: ignore[union-attr]
     _split(graph, anchor, whole, ends, sizes)
+    for end in ends:
+        discard(graph, end)
 
 
 def _split(

@@ -37,6 +37,25 @@ def other_input(node: ir.Node, value: ir.Value) -> ir.Value:
     return input_at(node, 1 if node.inputs[0] is value else 0)
 
 
+def discard(graph: ir.Graph, value: ir.Value | None) -> None:
+    """Remove what makes a value that nothing reads any more: nodes and constants that nothing else reads.
+
+    So the old form of a large weight leaves memory before the next weight is rewritten.
+    """
+    left = [value]
+    while left:
+        one = left.pop()
+        if one is None or one.uses() or one.is_graph_output():
+            continue
+        node = one.producer()
+        if node is None:
+            if one.is_initializer():
+                graph.initializers.pop(one.name or "")
+        elif not any(other.uses() or other.is_graph_output() for other in node.outputs):
+            left += node.inputs
+            graph.remove(node, safe=True)
+
+
 def array(value: ir.Value | None) -> np.ndarray:
     """The elements of a constant."""
     assert value is not None and value.const_value is not None

@@ -16,7 +16,7 @@ import ml_dtypes
 import numpy as np
 import onnx_ir as ir
 
-from tokopt.lower.onnx.nodes import array, input_at, only_reader, other_input
+from tokopt.lower.onnx.nodes import array, discard, input_at, only_reader, other_input
 from tokopt.lower.onnx.rule import Candidate, Rule, Unfit
 from tokopt.lower.onnx.weights import SWAP, put_initializer
 
@@ -115,27 +115,36 @@ class StoreByOutput(Rule[ir.Node]):
         (node,) = candidate
         if any(value is None or value.const_value is None for value in node.inputs):
             raise Unfit("it is computed")
-        if node.attributes.get_int("axis", 1) or array(node.inputs[0]).ndim != 2:
+        codes = input_at(node, 0).const_value
+        if node.attributes.get_int("axis", 1) or codes is None or codes.shape.rank() != 2:
             raise Unfit("its blocks do not lie along the inputs")
         return node
 
     def fuse(self, graph: ir.Graph, site: ir.Node) -> None:
         """Other initializers, and transpositions of them."""
-        codes, scale, *zeros = (array(value).T for value in site.inputs)
+        before = list(site.inputs)
+        codes, scale, *zeros = (array(value).T for value in before)
         name, dtype = input_at(site, 0).name, input_at(site, 0).dtype
         four = dtype in FOUR_BITS
         middle = (8 if four else 128) if dtype in SIGNED else 0
         zero = zeros[0] if zeros else np.zeros(scale.shape, np.int8)
         kind = ml_dtypes.uint4 if four else np.uint8
-        unsigned, zero = ((part.astype(np.int16) + middle).astype(kind) for part in (codes, zero))
+        codes, zero = (_moved(part, middle, kind) for part in (codes, zero))
         stored = [
-            put_initializer(graph, f"{name}_by_output", unsigned),
+            put_initializer(graph, f"{name}_by_output", codes),
             put_narrow(graph, site, f"{name}_scale_by_output", scale),
             _zeros(graph, site, f"{name}_zero_by_output", zero),
         ]
         site.resize_inputs(len(stored))
         for place, value in enumerate(stored):
             site.replace_input_with(place, turn(graph, site, value))
+        for value in before:
+            discard(graph, value)
+
+
+def _moved(codes: np.ndarray, middle: int, kind: type) -> np.ndarray:
+    """Codes around 0 as unsigned ones around ``middle``."""
+    return (codes.astype(np.int16) + middle).astype(kind) if middle else codes.astype(kind, copy=False)
 
 
 def _zeros(graph: ir.Graph, before: ir.Node, name: str, zero: np.ndarray) -> ir.Value:
@@ -317,8 +326,19 @@ def stored_bytes(graph: ir.Graph, blocks: Blocks) -> ir.Value:
     if blocks.bits == 8:
         return blocks.codes
     assert tensor is not None
-    packed = np.frombuffer(tensor.tobytes(), np.uint8).reshape(blocks.outputs, -1)
-    return put_initializer(graph, f"{blocks.codes.name}_bytes", packed)
+    name = f"{blocks.codes.name}_bytes"
+    if not isinstance(tensor, ir.ExternalTensor):
+        return put_initializer(
+            graph, name, np.frombuffer(tensor.tobytes(), np.uint8).reshape(blocks.outputs, -1)
+        )
+    if name not in graph.initializers:
+        shape = ir.Shape([blocks.outputs, tensor.nbytes // blocks.outputs])
+        place = (tensor.location, tensor.offset, tensor.length, ir.DataType.UINT8)
+        held = ir.ExternalTensor(*place, shape=shape, name=name, base_dir=tensor.base_dir)
+        graph.register_initializer(
+            ir.Value(name=name, shape=shape, type=ir.TensorType(held.dtype), const_value=held)
+        )
+    return graph.initializers[name]
 
 
 STORED = ("Cast", "Mul", "Add", "Transpose", "Expand")

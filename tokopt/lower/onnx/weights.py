@@ -9,13 +9,13 @@ opset expands the weight and multiplies.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import ml_dtypes
 import numpy as np
 import onnx_ir as ir
 
-from tokopt.lower.onnx.nodes import array
+from tokopt.lower.onnx.nodes import array, discard
 
 SWAP = [1, 0]
 
@@ -28,12 +28,13 @@ def pack_weights(model: ir.Model) -> None:
 
 
 def _pack(graph: ir.Graph, node: ir.Node) -> None:
-    readers = [use.node for use in node.outputs[0].uses()]
+    readers, given = [use.node for use in node.outputs[0].uses()], list(node.inputs)
     products = [reader for reader in readers if _reads_transposed(reader)]
     parts = map(array, node.inputs)
     if not products or len(products) < len(readers):  # 8-bit floats by their function
         if node.op_type == "dequantize_weight":
             _expand(graph, node, *parts)
+            _discard_all(graph, given)
         return
     weight = DEQUANTIZE[node.op_type](graph, node, *parts)
     graph.insert_before(node, weight)
@@ -47,6 +48,12 @@ def _pack(graph: ir.Graph, node: ir.Node) -> None:
         if reader.op_type == "Gemm":
             _gemm_to_matmul(graph, reader, weight.outputs[0])
     graph.remove(node, safe=True)
+    _discard_all(graph, given)
+
+
+def _discard_all(graph: ir.Graph, values: Sequence[ir.Value | None]) -> None:
+    for value in values:
+        discard(graph, value)
 
 
 def _expand(graph: ir.Graph, node: ir.Node, codes: np.ndarray, scale: np.ndarray, zero: np.ndarray) -> None:
@@ -56,8 +63,10 @@ def _expand(graph: ir.Graph, node: ir.Node, codes: np.ndarray, scale: np.ndarray
     """
     outputs, groups = scale.shape
     names = [value.name for value in node.inputs if value is not None]
-    kind = ml_dtypes.uint4 if codes.max(initial=0) < 16 else np.uint8
-    packed = put_initializer(graph, f"{names[0]}_packed", codes.reshape(outputs, groups, -1).astype(kind))
+    four = codes.max(initial=0) < 16
+    packed = put_initializer(
+        graph, f"{names[0]}_packed", unsigned(codes.reshape(outputs, groups, -1), four=four)
+    )
     middle = put_initializer(graph, f"{names[2]}_middle", zero[..., None].astype(np.float32))
     steps = put_initializer(graph, f"{names[1]}_steps", scale[..., None])
     shape = put_initializer(graph, f"{names[0]}_shape", np.array(codes.shape, np.int64))
@@ -90,14 +99,18 @@ def _dequantize(
         kind = ml_dtypes.int4 if four else np.int8
         parts = [(codes.astype(np.int16) - middle).astype(kind), scale]
     else:
-        kind = ml_dtypes.uint4 if four else np.uint8
-        parts = [codes.astype(kind), scale, zero.astype(kind)]
+        parts = [unsigned(codes, four=four), scale, unsigned(zero, four=four)]
     if columns:  # one group per output: a scale per column
         parts = [parts[0], *(part[:, 0] for part in parts[1:])]
         attributes = {"axis": 1}
     else:
         attributes = {"axis": 0, "block_size": group}
     return _dequantized(graph, node, parts, attributes)
+
+
+def unsigned(codes: np.ndarray, *, four: bool) -> np.ndarray:
+    """Bytes as codes of 4 bits (all are below 16) or of 8, without a copy: numpy holds one of either in a byte."""
+    return codes.view(ml_dtypes.uint4) if four else codes
 
 
 def _dequantize_float8(graph: ir.Graph, node: ir.Node, codes: np.ndarray, scale: np.ndarray) -> ir.Node:
@@ -156,7 +169,7 @@ def put_initializer(graph: ir.Graph, name: str, array: np.ndarray) -> ir.Value:
     """The initializer of that name, made if it is not there."""
     if name in graph.initializers:
         return graph.initializers[name]
-    tensor = ir.Tensor(np.asarray(array, order="C"), name=name)
+    tensor = ir.Tensor(array, name=name)  # maybe transposed: it is copied when it is written
     value = ir.Value(
         name=name, shape=ir.Shape(array.shape), type=ir.TensorType(tensor.dtype), const_value=tensor
     )

@@ -22,6 +22,7 @@ from tokopt.lower.parity.selections import (
     selection_shapes,
     selects,
 )
+from tokopt.lower.parity.together import run_together
 from tokopt.runtime.buffers import run_in_place
 from tokopt.runtime.engines.onnxruntime import UNFOLDED
 from tokopt.runtime.numerics import SELFTEST_LIMITS, OutputCheck, check_output
@@ -59,18 +60,16 @@ def check_parity(
     example is enough, and weights are expanded when they are multiplied, since together they may not fit into memory.
     Raises LoweringError naming the output, its NMSE and the sizes.
     """
+    sized = list(islice(resized_examples(program), 1 if bodies else None))
+    made = run_together(program.module, [inputs for _, inputs in sized])
     session = _session(path, name, unfolded=bodies)
     tolerance = half_precision_limit(program) if tolerance is None else tolerance
     names = compared(program.outputs, ()) if names is None else names
     wanted = _Wanted(program, names, tolerance)
-    exported = program.module
-    for sizes, inputs in islice(resized_examples(program), 1 if bodies else None):
-        try:
-            with torch.no_grad():
-                expected = exported(*inputs)
-        except Exception:
+    for (sizes, inputs), expected in zip(sized, made, strict=True):
+        if isinstance(expected, Exception):
             if inputs is program.example:
-                raise
+                raise expected
             continue  # the exported program refuses these sizes, so nothing is promised for them
         where = f"program {name!r}{sizes}"
         actual = _run(session, program, inputs, where, shared=shared or {})
@@ -254,6 +253,7 @@ def _session(
 ) -> onnxruntime.InferenceSession:
     settings = onnxruntime.SessionOptions()
     settings.log_severity_level = 4  # what fails is raised
+    settings.enable_cpu_mem_arena = not unfolded  # it keeps what expanded weights took, and takes it doubled
     settings.add_session_config_entry("session.intra_op.allow_spinning", "0")  # torch uses the same cores
     settings.add_session_config_entry(ACTIVATIONS, "1")  # in float: what is compared is the program
     for entry in (entries or {}).items():
