@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, ClassVar, Literal
@@ -16,7 +16,9 @@ from tokopt.ir.bundle import Bundle, Semantics, fresh
 from tokopt.ir.export import placeholders
 from tokopt.ir.format import BATCH, DRAWING, Entry, State
 from tokopt.ir.graph import operand_at
+from tokopt.ir.graph import results as graph_results
 from tokopt.ir.program import AxisRange, Program, TensorSpec
+from tokopt.ir.shapes import with_shapes
 from tokopt.kernels import ops
 from tokopt.passes.sample.sample import SampleTokens
 from tokopt.passes.speculate.committed import (
@@ -24,10 +26,10 @@ from tokopt.passes.speculate.committed import (
     longer,
     path_positions,
     refuse_links,
-    refuse_memory,
     require_logits,
 )
 from tokopt.passes.speculate.drafters import Drafter, load_drafter
+from tokopt.passes.speculate.observed import Observation, observe_path
 from tokopt.passes.speculate.tree import (
     Tree,
     accepted,
@@ -39,7 +41,7 @@ from tokopt.passes.speculate.tree import (
 )
 from tokopt.pipeline.base import Context, Pass, PassResult, Refusal
 from tokopt.rewrite.cache import ProgramEdit, language_program
-from tokopt.rewrite.edit import call, close_graph, inline, new_graph, open_graph
+from tokopt.rewrite.edit import call, close_graph, inline_nodes, new_graph, open_graph
 
 NODES = "nodes"
 """The axis of the proposed tokens, the root included."""
@@ -65,8 +67,8 @@ class Speculate(Pass):
     ``drafter``: ``prompt_lookup``, ``token_recycling`` (arXiv 2408.08696), or ``hybrid``, which is lookup where the
     text repeats itself and recycling elsewhere. ``depth`` bounds the levels of the tree.
 
-    Rules. One program reads and decodes, and every token has a slot of its own, so a policy that evicts by scores of
-    its own is refused. The pass comes last.
+    Rules. One program reads and decodes, and every token has a slot of its own. What a policy that evicts remembers of
+    attention, it remembers of committed tokens alone. The pass comes last.
     """
 
     drafter: Literal["prompt_lookup", "token_recycling", "hybrid"] = "prompt_lookup"
@@ -199,6 +201,8 @@ class _Speculation:
         """``bundle`` has the states of ``drawn``, and ``memory`` are those of the drafter."""
         self.step, self.drawn, self.memory, self.drafter, self.chain = step, drawn, memory, drafter, chain
         self.states = {state.name: state for state in (*bundle.states, *memory)}
+        self.model = with_shapes(step)
+        self.observation = Observation(step, self.model, self.states)
         given = dict(self._given())
         self.inputs, self.example = tuple(given), tuple(given.values())
         axes = {axis for spec in self.inputs for axis in spec.axes}
@@ -218,7 +222,11 @@ class _Speculation:
             *self._of_roles("tokens", "positions", "parent"),
             *memory,
         )
-        results = self._run_model(proposed, *told)
+        known = self._run_model(proposed, *told)
+        results = {
+            spec.name: known[node]
+            for spec, node in zip(self.step.outputs, graph_results(self.model.graph), strict=True)
+        }
         logits = next(results[spec.name] for spec in self.step.outputs if spec.role == "logits")
         (counter,) = {spec.state for spec in self.drawn.inputs} - {spec.state for spec in self.step.inputs}
         assert counter is not None
@@ -230,8 +238,9 @@ class _Speculation:
         made.add(TensorSpec("count", "int64", (BATCH,), "count"), count)
         made.add(TensorSpec("logprobs", "float32", (BATCH, NODES), "logprobs"), logprobs)
         for spec in self.step.outputs:
-            if spec.state is not None:
+            if spec.state is not None and spec.state not in self.observation.memory:
                 self._next_state(made, spec, results[spec.name], path, count)
+        self._observe_path(made, known, path, count)
         made.give(self.states[counter], number)
         sure, *noted = self._insert(
             partial(_observe, self.drafter), proposed, logits, tokens, count, there, *memory
@@ -273,14 +282,31 @@ class _Speculation:
     def _of_roles(self, *roles: str) -> list[Node]:
         return [self.by_role[role] for role in roles]
 
-    def _run_model(self, tokens: Node, positions: Node, mask: Node, rows: Node) -> dict[str, Node]:
-        """What the model gives for the whole tree, by name."""
+    def _run_model(self, tokens: Node, positions: Node, mask: Node, rows: Node) -> dict[Node, Node]:
+        """Insert the model on the whole tree; what became of every node of its graph."""
         fed = {"tokens": tokens, "positions": positions, "mask": mask, "rows": rows}
         operands = [
             fed[spec.role] if spec.state is None else self.by_state[spec.state] for spec in self.step.inputs
         ]
-        results = inline(self.module.graph, self.step, operands, like=self.by_role["tokens"])
-        return dict(zip((spec.name for spec in self.step.outputs), results, strict=True))
+        known = dict(zip(placeholders(self.model), operands, strict=True))
+        inline_nodes(
+            self.module.graph, self.model, self.model.graph.nodes, known, like=self.by_role["tokens"]
+        )
+        return known
+
+    def _observe_path(self, made: _Outputs, known: Mapping[Node, Node], path: Node, count: Node) -> None:
+        """What the model remembers after the committed tokens alone."""
+        observation = self.observation
+        if not observation.memory:
+            return
+        given = {node: known[node] for node in (*observation.queries, *observation.inputs)}
+        kept = {spec.state: node for spec, node in zip(made.specs, made.nodes, strict=True)}
+        given |= {node: kept[state] for state, node in observation.caches.items()}
+        (root,) = self._of_roles("positions")
+        place = (path, count, root)
+        after = observe_path(self.module.graph, observation, given, place, gather=not self.chain)
+        for state, node in after.items():
+            made.give(self.states[state], node)
 
     def _next_state(self, made: _Outputs, spec: TensorSpec, node: Node, path: Node, count: Node) -> None:
         """What a state is after the committed tokens alone."""
@@ -300,10 +326,8 @@ class _Speculation:
                 made.give(state, self._insert(ops.move_entries, node, path, start), buffer)
         elif state.kind == "length":
             made.give(state, self._insert(longer, self.by_state[state.name], count))
-        elif state.kind == "shift":
-            made.give(state, node)
         else:
-            refuse_memory(state)
+            made.give(state, node)
 
 
 # --- what is traced ---------------------------------------------------------------------------------------
