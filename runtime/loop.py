@@ -67,7 +67,6 @@ class _Roles:
     given: Mapping[str, str]
     linked: tuple[str, ...]
     made: Mapping[str, str]
-    carried: tuple[str, ...]
 
     @classmethod
     def of(cls, program: ProgramEntry) -> _Roles:
@@ -76,7 +75,6 @@ class _Roles:
             {tensor.role: tensor.name for tensor in program.inputs if tensor.role not in SEVERAL},
             tuple(tensor.name for tensor in with_role(program.inputs, "link")),
             {tensor.role: tensor.name for tensor in program.outputs if tensor.role not in SEVERAL},
-            tuple(tensor.name for tensor in with_role(program.outputs, "link")),
         )
 
 
@@ -147,6 +145,9 @@ class Request:
         names = (*self.schedule.programs, *filter(None, (self.schedule.commit,)))
         self._roles = {name: _Roles.of(manifest.programs[name]) for name in names}
         self._verified = 0
+        self._telling = [link for link in manifest.links if link.target.program == self.schedule.commit]
+        self._links = [link for link in manifest.links if link not in self._telling]
+        self._told: dict[Port, np.ndarray] = {}
 
     # ------------------------------------------------------------------------------------------- entries
 
@@ -277,6 +278,7 @@ class Request:
         if nodes > 1 and (kept != np.arange(nodes))[count > 0].any():
             self._call(name, {"path": path, "count": count})
             self.used = {axis: used - nodes + int(count.max()) for axis, used in self.used.items()}
+        self._told = {}
         self.written += int(count.max())
         self._count([True] * len(self._counting), count)
 
@@ -455,12 +457,14 @@ class Request:
         """One call of a program on what its roles stand for; what it gives for others is kept."""
         roles = self._roles[name]
         feed = {given: values[role] for role, given in roles.given.items()}
-        feed |= {linked: self.links[Port(name, linked)] for linked in roles.linked}
+        values_of = self._told if name == self.schedule.commit else self.links
+        feed |= {linked: values_of[Port(name, linked)] for linked in roles.linked}
         self._switch(name)
         results = self.program.run(feed)
-        if roles.carried:
-            made = {carried: np.array(results[carried]) for carried in roles.carried}
-            carry(self.manifest.links, name, made, self.links)
+        telling = self._telling if self._verified > 1 else []
+        for links, kept in ((self._links, self.links), (telling, self._told)):
+            made = {link.source.name: link for link in links if link.source.program == name}
+            carry(links, name, {source: np.array(results[source]) for source in made}, kept)
         return results
 
     def _switch(self, name: str) -> None:

@@ -356,7 +356,7 @@ def _check_commit(programs: Mapping[str, Signature], schedule: Schedule) -> None
     where = f"the commit of the schedule, program {short(name)},"
     _check_beside(where, name, programs, schedule)
     require(schedule.generates, f"{where} keeps what nothing reads: the model does not generate")
-    _check_roles(where, programs[name].inputs, frozenset(("path", "count", "state")))
+    _check_roles(where, programs[name].inputs, frozenset(("path", "count", "link", "state")))
     _check_roles(where, programs[name].outputs, frozenset(("state",)))
     require(
         all(find_role(programs[name].inputs, role) is not None for role in ("path", "count")),
