@@ -14,7 +14,7 @@ from tokopt.runtime.format.state import slot_axis
 
 CASES = (
     ("llama", "", "speculate"),
-    ("mistral", "adakv{press=knorm{budget=48 every=8}}", "speculate{drafter=token_recycling nodes=12}"),
+    ("mistral", "adakv{press=h2o{budget=48 every=8}}", "speculate{drafter=token_recycling nodes=12}"),
 )
 """Decoder, the passes before, and the pass: windows, heads with lengths of their own, triggers in the middle."""
 
