@@ -201,6 +201,8 @@ class _Speculation:
         """``bundle`` has the states of ``drawn``, and ``memory`` are those of the drafter."""
         self.step, self.drawn, self.memory, self.drafter, self.chain = step, drawn, memory, drafter, chain
         self.states = {state.name: state for state in (*bundle.states, *memory)}
+        assert bundle.generation is not None
+        self.context = None if bundle.schedule.endless else bundle.generation.context
         self.model = with_shapes(step)
         self.observation = Observation(step, self.model, self.states)
         given = dict(self._given())
@@ -217,9 +219,9 @@ class _Speculation:
         """Raises PassRefused where what rejected tokens left behind could not be taken back."""
         made = _Outputs()
         memory = [self.by_state[state.name] for state in self.memory]
-        proposed, *told = self._insert(
-            partial(_propose, self.drafter, chain if self.chain else tree),
-            *self._of_roles("tokens", "positions", "parent"),
+        proposed, limit, *told = self._insert(
+            partial(_propose, self.drafter, chain if self.chain else tree, self.context),
+            *self._of_roles("tokens", "positions", "parent", "limit"),
             *memory,
         )
         known = self._run_model(proposed, *told)
@@ -230,9 +232,10 @@ class _Speculation:
         logits = next(results[spec.name] for spec in self.step.outputs if spec.role == "logits")
         (counter,) = {spec.state for spec in self.drawn.inputs} - {spec.state for spec in self.step.inputs}
         assert counter is not None
-        how = self._of_roles("positions", "parent", "limit", *DRAWING)
+        place, drawing = self._of_roles("positions", "parent"), self._of_roles(*DRAWING)
+        given = (logits, proposed, self.by_state[counter], *place, limit, *drawing)
         tokens, count, logprobs, number, path, there = self._insert(
-            _commit_chain if self.chain else _commit, logits, proposed, self.by_state[counter], *how
+            _commit_chain if self.chain else _commit, *given
         )
         made.add(TensorSpec("next_tokens", "int64", (BATCH, NODES), "tokens"), tokens)
         made.add(TensorSpec("count", "int64", (BATCH,), "count"), count)
@@ -336,17 +339,26 @@ class _Speculation:
 def _propose(
     drafter: Drafter,
     shaped: Callable[[Tensor], Tree],
+    context: int | None,
     tokens: Tensor,
     positions: Tensor,
     parent: Tensor,
+    limit: Tensor,
     *memory: Tensor,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Tokens and positions [batch, nodes] of the tree, who sees whom, and the rows whose logits are wanted: all."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Tokens [batch, nodes] of the tree, how many may be committed [batch], then what the model is told.
+
+    That is the nodes' positions, who sees whom, and the rows whose logits are wanted: all. Nodes deeper than a row may
+    commit have no position: it might lie beyond the ``context``, where a model with learned positions has none.
+    """
     shape = shaped(parent)
     proposed = drafter.propose(tokens[:, 0], positions[:, 0], shape, *memory)
-    places = torch.where(positions >= 0, positions + shape.depth, positions)
+    if context is not None:
+        limit = torch.minimum(limit, (context - positions[:, 0]).clamp_min(1))
+    there = (positions >= 0) & ((shape.depth[None] < limit[:, None]) | (shape.depth == 0))
+    places = torch.where(there, positions + shape.depth, -1)
     mask = shape.sees[None].expand(tokens.shape[0], -1, -1)
-    return proposed, places.expand(tokens.shape[0], -1), mask, shape.index
+    return proposed, limit, places, mask, shape.index
 
 
 def _commit(

@@ -18,7 +18,7 @@ import tokopt
 from tests.matrix.language import bundle, prompt
 from tests.matrix.test_eviction import Driver
 from tests.matrix.test_kivi import TEXT as KIVI
-from tests.zoo.decoders import VOCABULARY
+from tests.zoo.decoders import CONTEXT, VOCABULARY
 from tokopt.errors import TokoptError
 from tokopt.ir.bundle import Bundle
 from tokopt.ir.format import State, find_role, slot_axis
@@ -190,6 +190,31 @@ def test_a_program_that_speculates_remembers_what_it_commits(name: str, drafter:
             for driver in (together, *alone):
                 driver.run("compact")
     assert max(committed) > 1 and 0 in committed
+
+
+@pytest.mark.parametrize("drafter", ["prompt_lookup", "token_recycling"])
+def test_no_node_stands_beyond_the_table_of_positions(drafter: str) -> None:
+    """From every place near the end, whatever a host allows, the root's token is the model's own.
+
+    PyTorch raises IndexError for a row that an embedding does not have.
+    """
+    speculating = tokopt.optimize(bundle("hand_written"), f"speculate{{drafter={drafter} nodes=6}}")
+    *_, entry = speculating.schedule.of_role("decode")
+    for position in range(CONTEXT - 7, CONTEXT):
+        driver, plain = Text(speculating, 2), Text(bundle("hand_written"), 2)
+        given = driver.call(
+            entry.program,
+            tokens=torch.tensor([[5], [5]]),
+            positions=torch.full((2, 1), position),
+            parent=torch.tensor(entry.tree),
+            limit=torch.tensor([2**40, 1]),
+            **DRAWING,
+        )
+        outputs = speculating.programs[entry.program].outputs
+        tokens, count = (given[find_role(outputs, role).name] for role in ("tokens", "count"))  # type: ignore[union-attr]
+        wanted = plain.step([[5], [5]], [[position]] * 2).argmax(-1)
+        assert torch.equal(tokens[:, 0], wanted)
+        assert 1 <= int(count[0]) <= CONTEXT - position and int(count[1]) == 1
 
 
 @pytest.mark.parametrize("passes", ["verify", "speculate{drafter=prompt_lookup}"])
