@@ -15,7 +15,7 @@ from tokopt.errors import PassError, PassRefused
 from tokopt.ir.bundle import Bundle, Semantics, fresh
 from tokopt.ir.export import placeholders
 from tokopt.ir.format import BATCH, DRAWING, Entry, State
-from tokopt.ir.graph import operand_at
+from tokopt.ir.graph import is_call, operand_at
 from tokopt.ir.graph import results as graph_results
 from tokopt.ir.program import AxisRange, Program, TensorSpec
 from tokopt.ir.shapes import with_shapes
@@ -64,14 +64,14 @@ class Speculate(Pass):
     A token is drawn with the random number of its place in the text, whatever was proposed. So the text is that of
     ``sample`` for the same seed, greedy or not, up to what the rounding of calls with several tokens changes.
 
-    ``drafter``: ``prompt_lookup``, ``token_recycling`` (arXiv 2408.08696), or ``hybrid``, which is lookup where the
-    text repeats itself and recycling elsewhere. ``depth`` bounds the levels of the tree.
+    ``drafter``: ``prompt_lookup``, ``token_recycling`` (arXiv 2408.08696), ``hybrid``, which is lookup where the text
+    repeats itself and recycling elsewhere, or ``logitspec`` (arXiv 2507.01449). ``depth`` bounds the levels of the tree.
 
     Rules. One program reads and decodes, and every token has a slot of its own. What a policy that evicts remembers of
     attention, it remembers of committed tokens alone. The pass comes last.
     """
 
-    drafter: Literal["prompt_lookup", "token_recycling", "hybrid"] = "prompt_lookup"
+    drafter: Literal["prompt_lookup", "token_recycling", "hybrid", "logitspec"] = "prompt_lookup"
     nodes: int = 8
     depth: int = 8
 
@@ -94,7 +94,7 @@ class Speculate(Pass):
         name, drafter = language_program(self.name, bundle), load_drafter(self.drafter)
         assert bundle.generation is not None
         step = bundle.programs[name]
-        parents = best_first(drafter.rates, drafter.fade, self.nodes, self.depth)
+        parents = best_first(drafter.rates, drafter.fade, self.nodes, self.depth, drafter.below)
         try:
             refuse_links(step)
             drawing = SampleTokens().run(bundle, context).bundle
@@ -138,7 +138,9 @@ def _reading(bundle: Bundle, name: str, memory: Sequence[State], drafter: Drafte
     """The program that reads a prompt and draws what follows it, and of which the drafter takes note."""
     edit = ProgramEdit(bundle, name, open_graph(bundle.programs[name]))
     drawn = {spec.role: node for spec, node in zip(edit.outputs, edit.results, strict=True)}
-    given = [edit.of_role("tokens"), edit.of_role("positions"), drawn["tokens"], drawn["count"]]
+    draw = next(node for node in edit.module.graph.nodes if is_call(node, ops.draw_tokens))
+    logits = operand_at(draw, 0)
+    given = [edit.of_role("tokens"), edit.of_role("positions"), drawn["tokens"], drawn["count"], logits]
     held = [edit.take(state, _blank(state, edit.example[0].shape[0])) for state in memory]
     graph = edit.module.graph
     with graph.inserting_before(graph.output_node()):
@@ -246,7 +248,7 @@ class _Speculation:
         self._observe_path(made, known, path, count)
         made.give(self.states[counter], number)
         sure, *noted = self._insert(
-            partial(_observe, self.drafter), proposed, logits, tokens, count, there, *memory
+            partial(_observe, self.drafter), proposed, logits, tokens, count, there, path, *memory
         )
         made.add(_confidence(CONFIDENCE), sure)
         for state, node in zip(self.memory, noted, strict=True):
@@ -418,11 +420,15 @@ def _read(
     positions: Tensor,
     drawn: Tensor,
     count: Tensor,
+    logits: Tensor,
     *memory: Tensor,
 ) -> tuple[Tensor, ...]:
-    """The confidence after what was read and the token ``drawn`` [batch, 1] where ``count`` is 1; the next memory."""
+    """The confidence after what was read and the token ``drawn`` [batch, 1] where ``count`` is 1; the next memory.
+
+    It was drawn from ``logits`` [batch, 1, vocabulary].
+    """
     place = torch.where(count[:, None] > 0, positions[:, -1:] + 1, -1)
-    noted = drafter.read(torch.cat([tokens, drawn], 1), torch.cat([positions, place], 1), *memory)
+    noted = drafter.read(torch.cat([tokens, drawn], 1), torch.cat([positions, place], 1), logits, *memory)
     new = iter(noted)
     after = [old if state.kind == "table" else next(new) for state, old in zip(states, memory, strict=True)]
     return drafter.confidence(drawn[:, 0], *after), *noted
@@ -435,9 +441,11 @@ def _observe(
     committed: Tensor,
     count: Tensor,
     places: Tensor,
+    path: Tensor,
     *memory: Tensor,
 ) -> tuple[Tensor, ...]:
     """The confidence after what was committed, and the memory."""
-    noted = drafter.observe(tokens, logits, committed, places, *memory)
-    root = committed.gather(1, (count - 1).clamp_min(0)[:, None])[:, 0]
+    newest = (count - 1).clamp_min(0)[:, None]
+    noted = drafter.observe(tokens, logits, committed, places, path.gather(1, newest)[:, 0], *memory)
+    root = committed.gather(1, newest)[:, 0]
     return drafter.confidence(root, *noted), *noted

@@ -158,7 +158,7 @@ def random_tree(rng: np.random.Generator, nodes: int) -> Tree:
 
 @pytest.mark.parametrize(
     ("name", "drafter"),
-    [*((name, "token_recycling") for name in PIPELINES), ("tova", "prompt_lookup"), ("h2o", "prompt_lookup")],
+    [*((name, "token_recycling") for name in PIPELINES), ("tova", "prompt_lookup"), ("h2o", "logitspec")],
 )
 def test_a_program_that_speculates_remembers_what_it_commits(name: str, drafter: str) -> None:
     """Of trees and of chains, and of a row that has ended; the second time it writes what it wrote, it proposes it."""
