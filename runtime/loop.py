@@ -39,7 +39,8 @@ class Emission:
     """What a call gave: logits [batch, rows, vocabulary], or tokens [batch, n] of which the first count [batch] count.
 
     ``logprobs`` [batch, n] are the logarithms of the tokens' probabilities, where the program gives them, and
-    ``confidence`` [batch] says where it does how sure it is of what the next call would propose. Arrays are valid until
+    ``confidence`` [batch] says where it does how sure it is of what the next call would propose. ``neighbours``
+    [batch, n, k] are the tokens nearest to each that was read, where a program of logits gives them. Arrays are valid until
     the next call. ``seconds`` is what the call of a step took.
     """
 
@@ -48,6 +49,7 @@ class Emission:
     count: np.ndarray | None = None
     logprobs: np.ndarray | None = None
     confidence: np.ndarray | None = None
+    neighbours: np.ndarray | None = None
     seconds: float = 0.0
 
 
@@ -111,7 +113,8 @@ def _extra(schedule: Schedule) -> int:
 class Request:
     """One batch on its way: the states, the values of links, and how far the triggers have counted.
 
-    ``written`` is how many tokens calls that decode have written since the last prompt.
+    ``written`` is how many tokens calls that decode have written since the last prompt. ``neighbours`` [batch, nodes, k]
+    are the tokens nearest to those of the nodes that were verified last, where the program says them.
     """
 
     def __init__(
@@ -145,6 +148,7 @@ class Request:
         names = (*self.schedule.programs, *filter(None, (self.schedule.commit,)))
         self._roles = {name: _Roles.of(manifest.programs[name]) for name in names}
         self._verified = 0
+        self.neighbours: np.ndarray | None = None
         self._telling = [link for link in manifest.links if link.target.program == self.schedule.commit]
         self._links = [link for link in manifest.links if link not in self._telling]
         self._told: dict[Port, np.ndarray] = {}
@@ -260,9 +264,10 @@ class Request:
         assert entry is not None
         self._verified = tokens.shape[1]
         rows = np.arange(self._verified, dtype=np.int64)
-        logits = self.emit(entry, tokens, positions, rows, mask=mask).logits
-        assert logits is not None
-        return logits
+        emission = self.emit(entry, tokens, positions, rows, mask=mask)
+        self.neighbours = emission.neighbours
+        assert emission.logits is not None
+        return emission.logits
 
     def commit(self, path: np.ndarray, count: np.ndarray) -> None:
         """Keep the first ``count`` [batch] of the nodes ``path`` [batch, nodes] that the last call verified.
@@ -379,8 +384,8 @@ class Request:
         roles = self._roles[entry.emitter]
         if "logits" in roles.made:
             self._occupy(tokens.shape[1])
-            found = results[roles.made["logits"]]
-            return Emission(found if "rows" in roles.given else found[:, rows])
+            found, near = results[roles.made["logits"]], results.get(roles.made.get("neighbours", ""))
+            return Emission(found if "rows" in roles.given else found[:, rows], neighbours=near)
         emission = Emission(
             tokens=results[roles.made["tokens"]],
             count=results[roles.made["count"]].copy(),

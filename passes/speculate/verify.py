@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from tokopt.errors import PassRefused
+from tokopt.errors import PassError, PassRefused
 from tokopt.ir.bundle import Bundle, Semantics, fresh
 from tokopt.ir.export import placeholders
 from tokopt.ir.format import BATCH, Link, Port, State, find_role
@@ -24,6 +24,7 @@ from tokopt.passes.speculate.committed import (
     refuse_links,
     require_logits,
 )
+from tokopt.passes.speculate.neighbours import give_neighbours
 from tokopt.passes.speculate.observed import Observation, observe_path
 from tokopt.passes.speculate.speculate import MOST
 from tokopt.pipeline.base import Context, Pass, PassResult, Refusal
@@ -40,13 +41,23 @@ class Verify(Pass):
     of the states alone: the entries of an accepted path are moved to where they would be had its tokens been read one
     by one, and the others are free again. Triggers run between, and see committed tokens only.
 
+    ``neighbours`` tokens are said to be near each that is read, by the distance of their embeddings: the accept rule
+    ``lantern`` lets a token stand for its neighbours, which is lossy.
+
     Rules. One program reads and decodes, and every token has a slot of its own. What a policy that evicts remembers of
     attention is made anew of the accepted path: the program that reads hands on its queries, and what the memory was
     before. The pass comes last. Where drafter and rule are built in, ``speculate`` needs no host.
     """
 
+    neighbours: int = 0
+
     name: ClassVar[str] = "verify"
     semantics: ClassVar[Semantics] = "lossless"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.neighbours < 0:
+            raise PassError(f"{self.name}: neighbours={self.neighbours} must not be negative")
 
     def requires(self, bundle: Bundle) -> None:
         """Language models whose one program gives logits."""
@@ -57,7 +68,7 @@ class Verify(Pass):
         name = language_program(self.name, bundle)
         added = fresh("commit", bundle.programs)
         try:
-            made = _CommitProgram(bundle, name)
+            made = _CommitProgram(bundle, name, self.neighbours)
             step, commit = made.programs()
         except PassRefused as reason:
             return PassResult(bundle, 0, (), (Refusal(name, str(reason)),))
@@ -77,8 +88,8 @@ class _CommitProgram:
     what the memory was before it.
     """
 
-    def __init__(self, bundle: Bundle, name: str) -> None:
-        """Raises PassRefused where rejected tokens cannot be taken back."""
+    def __init__(self, bundle: Bundle, name: str, neighbours: int) -> None:
+        """Raises PassRefused where rejected tokens cannot be taken back, or none are near others as they should be."""
         self.step = bundle.programs[name]
         refuse_links(self.step)
         mask = find_role(self.step.inputs, "mask")
@@ -89,10 +100,13 @@ class _CommitProgram:
         self.observation = Observation(self.step, self.edit.module, self.edit.states)
         self.states = self._written_states()
         self.handed = dict(self._hand())
+        if neighbours:
+            give_neighbours(self.edit, neighbours, self._free("neighbours"))
+        self.changed = bool(self.handed or neighbours)
 
     def programs(self) -> tuple[Program, Program]:
         """The program that reads and decodes, which hands what it has to; and the one that commits."""
-        step = self.edit.finish() if self.handed else self.step
+        step = self.edit.finish() if self.changed else self.step
         links = self._links(step) if self.handed else {}
         states = self._taken()
         names = {state.name for state in states} | {
@@ -157,12 +171,15 @@ class _CommitProgram:
                 yield self._output(f"before_{spec.name}", before), node
 
     def _output(self, name: str, node: Node) -> str:
-        edit = self.edit
-        taken = [*edit.states, *(spec.name for spec in (*edit.inputs, *edit.outputs))]
-        spec = TensorSpec(fresh(name, taken), dtype_name(node.meta["val"].dtype), (), "link")
-        edit.outputs.append(spec)
-        edit.results.append(node)
+        spec = TensorSpec(self._free(name), dtype_name(node.meta["val"].dtype), (), "link")
+        self.edit.outputs.append(spec)
+        self.edit.results.append(node)
         return spec.name
+
+    def _free(self, name: str) -> str:
+        """A name for an output that nothing has."""
+        edit = self.edit
+        return fresh(name, [*edit.states, *(spec.name for spec in (*edit.inputs, *edit.outputs))])
 
     def _links(self, step: Program) -> dict[str, tuple[TensorSpec, Tensor]]:
         """What is handed by name, with an example."""
