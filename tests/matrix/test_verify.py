@@ -16,12 +16,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import tokopt
-from tests.matrix.language import artifact, bundle, prompt
+from tests.matrix.language import artifact, bundle, model, prompt
 from tests.pages import ROOT
 from tests.runtime.renaming import random_words, renamed
 from tests.zoo.decoders import CONTEXT, VOCABULARY
 from tokopt.errors import InputError, PassError
 from tokopt.passes.speculate.drafters import DRAFTERS as IN_GRAPH
+from tokopt.passes.speculate.neighbours import nearest
 from tokopt.runtime import LanguageModel, Sampling, load
 from tokopt.runtime.format.state import slot_axis
 from tokopt.runtime.loop import Request
@@ -32,7 +33,8 @@ from tokopt.runtime.speculation.drafters.base import Verified
 from tokopt.runtime.speculation.drafters.occurrences import Corpus
 from tokopt.runtime.speculation.drafters.suffix import Suffix
 from tokopt.runtime.speculation.lossless import lossless
-from tokopt.runtime.speculation.named import DRAFTERS, RULES, make_drafter, read_rule
+from tokopt.runtime.speculation.named import DRAFTERS, RULES, Verification, make_drafter, read_rule
+from tokopt.runtime.speculation.rules.lantern import Lantern
 from tokopt.runtime.speculation.tree import Tree
 
 CASES = (("llama", ""), ("mistral", "adakv{press=h2o{budget=48 every=8}}"))
@@ -189,6 +191,27 @@ def test_a_rule_says_whether_it_is_lossless(rule: str) -> None:
             for _ in range(2)
         ]
         assert ways[0] == ways[1]
+
+
+def test_lantern_takes_the_neighbours_that_the_model_says() -> None:
+    """As with a table of the nearest embeddings; a model that says none is refused."""
+    given, sampling = verifying("llama"), Sampling(temperature=1.0, seed=4)
+    table = nearest(model("llama").get_input_embeddings().weight, 6).numpy()  # type: ignore[operator]
+    texts = [
+        given.generate(
+            PROMPTS,
+            max_tokens=30,
+            drafter=make_drafter("token_recycling", VOCABULARY, Lantern()),
+            accept=rule,
+            nodes=8,
+            sampling=sampling,
+        )
+        for rule in ("lantern", Lantern(table), Lantern(delta=0.0), Lantern(table, 0.0))
+    ]
+    assert texts[0] == texts[1] != texts[2] == texts[3]
+    assert [row[0].lossless.holds for row in texts] == [False, False, True, True]
+    with pytest.raises(InputError, match=r"make it with verify\{neighbours=16\}"):
+        Verification("here", given.settings).method("suffix", "lantern", None, 1.0)
 
 
 @pytest.mark.parametrize("rule", ["without_replacement", "deterministic"])
