@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -408,8 +409,7 @@ def test_drafters_are_searched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         yield ([1.4, 1.2, 1.7][len(given) - 1], 1.0)
 
     def export(made: tokopt.Bundle, path: Path, **options: Any) -> None:
-        path.mkdir()
-        (path / "file").write_text("")
+        shutil.copytree(artifact("llama").path, path)  # any artifact, which may be moved
 
     def judged(original: Path, other: Path, *rest: Any) -> dict[str, float]:
         return {"KL": float(original != other), "top1": 1.0, "perplexity": 1.0}
