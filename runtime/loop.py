@@ -40,8 +40,8 @@ class Emission:
 
     ``logprobs`` [batch, n] are the logarithms of the tokens' probabilities, where the program gives them, and
     ``confidence`` [batch] says where it does how sure it is of what the next call would propose. ``neighbours``
-    [batch, n, k] are the tokens nearest to each that was read, where a program of logits gives them. Arrays are valid until
-    the next call. ``seconds`` is what the call of a step took.
+    [batch, n, k] are the tokens nearest to each that was read, where a program of logits gives them. Arrays are valid
+    until the next call. ``seconds`` is what the call of a step took.
     """
 
     logits: np.ndarray | None = None
@@ -113,8 +113,8 @@ def _extra(schedule: Schedule) -> int:
 class Request:
     """One batch on its way: the states, the values of links, and how far the triggers have counted.
 
-    ``written`` is how many tokens calls that decode have written since the last prompt. ``neighbours`` [batch, nodes, k]
-    are the tokens nearest to those of the nodes that were verified last, where the program says them.
+    ``written`` is how many tokens calls that decode have written since the last prompt. ``neighbours``
+    [batch, nodes, k] are the tokens nearest to those of the nodes that were verified last, where the program says them.
     """
 
     def __init__(

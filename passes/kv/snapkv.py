@@ -54,7 +54,9 @@ class SnapKV(KVEviction):
         first = torch.where(real, index, real.shape[1]).amin(1, keepdim=True)
         count = real.sum(1, keepdim=True)
         place = torch.arange(self.window, device=real.device) + count
-        place = torch.where(place < self.window, place, place + first)  # of the windows before and of the call
+        place = torch.where(
+            place < self.window, place, place + first
+        )  # of the windows before and of the call
         both = torch.cat([memory[0], new], dim=2)
         return (both.gather(2, place[:, None, :, None].expand(-1, new.shape[1], -1, new.shape[3])),)
 

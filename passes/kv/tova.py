@@ -40,9 +40,7 @@ class TOVA(KVEviction):
             return x.gather(2, last.expand(-1, x.shape[1], -1, x.shape[3]))
 
         places = attention.positions.gather(1, last[:, :, 0, 0])
-        newest = Attention(
-            row(attention.query), attention.key, row(attention.mask), places, attention.scale
-        )
+        newest = Attention(row(attention.query), attention.key, row(attention.mask), places, attention.scale)
         mass = newest.mass().sum(dim=1, keepdim=True) / attention.query.shape[1]
         return (torch.where((places >= 0)[:, :, None, None], mass, memory[0]),)
 

@@ -37,9 +37,8 @@ def _table(edit: ProgramEdit, tokens: Node) -> Tensor:
     """The embeddings [vocabulary, channels] of the tokens."""
     known = constants(edit.module.graph)
     for node in edit.module.graph.nodes:
-        if is_call(node, aten.embedding) and operand_at(node, 0) in known:
-            if operand_at(node, 1) is tokens:
-                return evaluate(edit.module, operand_at(node, 0), {}).float()
+        if is_call(node, aten.embedding) and operand_at(node, 0) in known and node.args[1] is tokens:
+            return evaluate(edit.module, operand_at(node, 0), {}).float()
     raise PassRefused("its tokens are looked up in no table, by which some would be near others")
 
 

@@ -1,10 +1,10 @@
 """What a model remembers of the attention of its tokens, made anew of the committed ones alone.
 
 An eviction that scores slots lets the program that decodes update a memory in every call: out of the queries, the cache
-with the new tokens in it, and their positions and mask. A call that reads a tree adds what rejected tokens attend to. So
-the same part of the program is inserted once more behind the commit, on the memory as it was before the call, with the
-queries of the path, the cache as the path leaves it, and the path's positions and mask: it sees what it would see had
-the path alone been read. Nothing is assumed of the method; what it reads is found in the graph.
+with the new tokens in it, and their positions and mask. A call that reads a tree adds what rejected tokens attend to.
+So the same part of the program is inserted once more behind the commit, on the memory as it was before the call, with
+the queries of the path, the cache as the path leaves it, and the path's positions and mask: it sees what it would see
+had the path alone been read. Nothing is assumed of the method; what it reads is found in the graph.
 """
 
 from __future__ import annotations

@@ -65,7 +65,7 @@ class Speculate(Pass):
     ``sample`` for the same seed, greedy or not, up to what the rounding of calls with several tokens changes.
 
     ``drafter``: ``prompt_lookup``, ``token_recycling`` (arXiv 2408.08696), ``hybrid``, which is lookup where the text
-    repeats itself and recycling elsewhere, or ``logitspec`` (arXiv 2507.01449). ``depth`` bounds the levels of the tree.
+    repeats itself and recycling elsewhere, or ``logitspec`` (arXiv 2507.01449). ``depth`` bounds the tree's levels.
 
     Rules. One program reads and decodes, and every token has a slot of its own. What a policy that evicts remembers of
     attention, it remembers of committed tokens alone. The pass comes last.

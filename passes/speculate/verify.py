@@ -84,8 +84,8 @@ class Verify(Pass):
 class _CommitProgram:
     """The program that keeps a path of what ``step`` wrote.
 
-    ``handed`` are the links by which ``step`` tells it what a memory is to be made of anew: the queries of the call, and
-    what the memory was before it.
+    ``handed`` are the links by which ``step`` tells it what a memory is to be made of anew: the queries of the call,
+    its positions, and what the memory was before it.
     """
 
     def __init__(self, bundle: Bundle, name: str, neighbours: int) -> None:
@@ -116,9 +116,7 @@ class _CommitProgram:
         count = TensorSpec(fresh("count", {*names, *links}), "int64", (BATCH,), "count")
         given = (path, count, *(TensorSpec(s.name, s.dtype, s.axes, "state", s.name) for s in states))
         inputs = (*given, *(spec for spec, _ in links.values()))
-        ranges = {
-            axis: step.ranges[axis] for spec in inputs for axis in spec.axes if isinstance(axis, str)
-        }
+        ranges = {axis: step.ranges[axis] for spec in inputs for axis in spec.axes if isinstance(axis, str)}
         ranges[self.nodes] = AxisRange(1, MOST)
         example = (*_example(step, states), *(value for _, value in links.values()))
         module = new_graph(inputs, ranges, example)
@@ -135,9 +133,7 @@ class _CommitProgram:
             for name, s in ((name, self.edit.states[name]) for name in after)
         )
         aliases = {
-            out.name: s.name
-            for out, s in zip(outputs, self.states, strict=False)
-            if s.occupancy is not None
+            out.name: s.name for out, s in zip(outputs, self.states, strict=False) if s.occupancy is not None
         }
         return step, close_graph(Program(module, inputs, outputs, ranges, example), module, aliases=aliases)
 

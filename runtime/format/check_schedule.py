@@ -11,7 +11,9 @@ from tokopt.runtime.format.schedule import AFTER, ENTRY_ROLES, Entry, Schedule, 
 from tokopt.runtime.format.signature import BATCH, DRAWING, Signature, TensorLike, find_role, with_role
 
 _READS = frozenset(("tokens", "positions", "mask", "rows", "limit", "parent", *DRAWING, "link", "state"))
-_WRITES = frozenset(("logits", "tokens", "count", "logprobs", "confidence", "neighbours", "link", "written", "state"))
+_WRITES = frozenset(
+    ("logits", "tokens", "count", "logprobs", "confidence", "neighbours", "link", "written", "state")
+)
 
 _INPUTS = {"encode": frozenset(("input", "link", "state")), "prefill": _READS, "decode": _READS}
 _OUTPUTS = {"encode": frozenset(("output", "link", "done", "state")), "prefill": _WRITES, "decode": _WRITES}

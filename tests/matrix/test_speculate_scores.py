@@ -113,7 +113,9 @@ def assert_alike(found: Text, row: int, wanted: Text, rtol: float) -> int:
             place = state.axes.index(axis) - 1
             one, other = one.narrow(place, 0, used), other.narrow(place, 0, used)
         memories += state.kind in ("score", "memory")
-        torch.testing.assert_close(one, other, rtol=rtol, atol=2e-5, msg=lambda text: f"{state.name}: {text}")
+        torch.testing.assert_close(
+            one, other, rtol=rtol, atol=2e-5, msg=f"{state.name}: {one} is not {other}"
+        )
     return memories
 
 

@@ -260,7 +260,11 @@ def trees(draw: st.DrawFn) -> tuple[Tree, int]:
     return Tree(np.array(parents)), draw(st.integers(0, size - 1))
 
 
-EVICTIONS = ("", "snapkv{budget=24 sinks=2 recent=4 window=3 every=6}", "streaming{budget=24 rerotate=true every=6}")
+EVICTIONS = (
+    "",
+    "snapkv{budget=24 sinks=2 recent=4 window=3 every=6}",
+    "streaming{budget=24 rerotate=true every=6}",
+)
 
 
 @pytest.mark.parametrize("passes", EVICTIONS)

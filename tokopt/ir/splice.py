@@ -35,9 +35,7 @@ def splice(graph: Graph, module: GraphModule, operands: list[Node], *, like: Nod
     Nodes are attributed to ``like``'s module, or stay attributed as they are.
     """
     given = iter(operands)
-    known: dict[Node, Any] = {
-        node: next(given) for node in module.graph.nodes if node.op == "placeholder"
-    }
+    known: dict[Node, Any] = {node: next(given) for node in module.graph.nodes if node.op == "placeholder"}
     splice_nodes(graph, module, module.graph.nodes, known, like=like)
 
     def copied(value: object) -> object:

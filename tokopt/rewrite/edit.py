@@ -122,9 +122,9 @@ def inline(graph: Graph, program: Program, operands: list[Node], *, like: Node) 
 def inline_nodes(
     graph: Graph, module: GraphModule, nodes: Iterable[Node], known: dict[Node, Node], *, like: Node
 ) -> None:
-    """Insert copies of ``nodes`` of another graph, in order, at the insertion point; ``known`` says what became of each.
+    """Insert copies of ``nodes`` of another graph, in order, at the insertion point.
 
-    What is known before is not copied.
+    ``known`` says what became of each. What is known before is not copied.
     """
     before = set(known)
     splice_nodes(graph, module, nodes, known, like=like)

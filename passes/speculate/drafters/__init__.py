@@ -34,7 +34,8 @@ class Drafter(Protocol):
     def read(self, tokens: Tensor, positions: Tensor, logits: Tensor, *memory: Tensor) -> Sequence[Tensor]:
         """Take note of tokens [batch, n] of the text, the newest last; -1 is the position of padding.
 
-        The newest was drawn from ``logits`` [batch, 1, vocabulary]. Of the states of kind ``table``, which learn of logits alone, nothing is returned.
+        The newest was drawn from ``logits`` [batch, 1, vocabulary]. Of the states of kind ``table``, which learn of
+        verified trees alone, nothing is returned.
         """
         ...
 
@@ -61,7 +62,7 @@ class Drafter(Protocol):
         """Take note of a verified tree.
 
         ``tokens`` [batch, nodes] and the ``logits`` [batch, nodes, vocabulary] after each; ``committed`` [batch, nodes]
-        tokens at the positions ``places``, which are -1 behind the last. That was drawn after the node ``last`` [batch].
+        tokens at the positions ``places``, which are -1 behind the last, drawn after the node ``last`` [batch].
         """
         ...
 

@@ -1,4 +1,4 @@
-"""LogitSpec (arXiv 2507.01449): the last logits' other candidates guess the token after the next; lookups go on there."""
+"""LogitSpec (arXiv 2507.01449): other candidates of the last logits guess the next token, and lookups go on there."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ class LogitSpec:
     """Branches below the root, each a chain: the text's own lookup, then one per candidate, the likeliest first.
 
     Candidates are the tokens that were likely in the place of the last one and were not drawn. A candidate's chain goes
-    on with what followed the newest place where the text's end, with the candidate behind it, occurred. Where the text's
-    own end never occurred, the candidates take its branch as well.
+    on with what followed the newest place where the text's end, with the candidate behind it, occurred. Where the end
+    of the text never occurred, the candidates take its branch as well.
     """
 
     rates: list[float] = field(default_factory=lambda: [0.5, 0.12, 0.07, 0.05, 0.04, 0.03, 0.02, 0.02, 0.01])
@@ -79,7 +79,7 @@ class LogitSpec:
 
 
 def candidates(logits: Tensor, drawn: Tensor) -> Tensor:
-    """The likeliest tokens [batch, 8] by ``logits`` [batch, vocabulary], without the one ``drawn`` [batch]; -1 for none."""
+    """The likeliest tokens [batch, 8] by ``logits`` [batch, vocabulary] but those ``drawn`` [batch]; -1 for none."""
     count = min(WIDTH + 1, logits.shape[1])
     found = ops.likeliest(logits[:, None], count)[:, 0]
     other = found != drawn[:, None]
@@ -95,7 +95,7 @@ def continued(position: Tensor, shape: Tree, place: Tensor, likely: Tensor, text
     -1 where nothing is known. A chain is looked up in ``text`` [batch, context + 1] as if its candidate stood behind
     the root, which is at ``position`` [batch].
     """
-    batch, size = text.shape
+    size = text.shape[1]
     end = (position + 1).clamp(0, size - 2)
     longer = text[:, None].expand(-1, WIDTH, -1).flatten(0, 1)
     ends = end[:, None].expand(-1, WIDTH).flatten()

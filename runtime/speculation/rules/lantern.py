@@ -58,7 +58,9 @@ class Lantern(WalkingRule):
     def step(self, prefix: Prefix, decisions: Decisions) -> Step:
         """One decision per child that is tried, and a draw when none is accepted."""
         if self.neighbours is None:
-            raise InputError("the rule 'lantern' has no neighbours; give them, or verify with a model that has some")
+            raise InputError(
+                "the rule 'lantern' has no neighbours; give them, or verify with a model that has some"
+            )
         if isinstance(self.neighbours, np.ndarray) and len(prefix.p) != len(self.neighbours):
             raise InputError(f"p has {len(prefix.p)} tokens, neighbours are given for {len(self.neighbours)}")
         left, budget = prefix.p.copy(), self.delta  # not normalised: the probability is in p's own terms
