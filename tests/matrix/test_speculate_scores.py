@@ -25,6 +25,7 @@ from tokopt.ir.format import State, find_role, slot_axis
 from tokopt.passes import PASSES, load_pass
 from tokopt.passes.kv.base import KVEviction
 from tokopt.passes.kv.wrapper import Wrapper
+from tokopt.pipeline.base import Pass
 from tokopt.rewrite.cache import ProgramEdit
 from tokopt.rewrite.edit import call, open_graph
 from tokopt.runtime import Sampling
@@ -34,13 +35,17 @@ OPTIONS = "budget=14 sinks=2 recent=4 every=5"
 
 OWN = {"snapkv": " window=3", "expected_attention": " future=8"}
 
-METHODS = tuple(
-    name
-    for name in PASSES
-    if issubclass(load_pass(name), KVEviction)
-    and load_pass(name).observe is not KVEviction.observe
-    and not issubclass(load_pass(name), Wrapper)
-)
+
+def remembers(kind: type[Pass]) -> bool:
+    """Whether an eviction keeps something of what attention sees, by itself."""
+    return (
+        issubclass(kind, KVEviction)
+        and not issubclass(kind, Wrapper)
+        and kind.observe is not KVEviction.observe
+    )
+
+
+METHODS = tuple(name for name in PASSES if remembers(load_pass(name)))
 """Evictions that remember what attention sees."""
 
 PIPELINES = {
