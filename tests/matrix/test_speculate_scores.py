@@ -50,7 +50,7 @@ METHODS = tuple(name for name in PASSES if remembers(load_pass(name)))
 
 PIPELINES = {
     **{name: f"{name}{{{OPTIONS}{OWN.get(name, '')}}}" for name in METHODS},
-    "adakv": f"adakv{{press=h2o{{{OPTIONS}}}}}",
+    "adakv": f"adakv{{press=tova{{{OPTIONS} heads=true}}}}",
     "kivi": f"h2o{{{OPTIONS}}},{KIVI}",
 }
 """With lengths per layer, and with a cache that is expanded before it is read."""
