@@ -8,7 +8,7 @@ from torch.fx import Node
 
 from tokopt.analysis.constants import constants, evaluate
 from tokopt.errors import PassRefused
-from tokopt.ir.graph import aten, is_call, operand_at
+from tokopt.ir.graph import aten, is_call, operand_at, tensor_inputs
 from tokopt.ir.program import TensorSpec
 from tokopt.rewrite.cache import ProgramEdit
 from tokopt.rewrite.edit import call, put_parameter
@@ -37,8 +37,14 @@ def _table(edit: ProgramEdit, tokens: Node) -> Tensor:
     """The embeddings [vocabulary, channels] of the tokens."""
     known = constants(edit.module.graph)
     for node in edit.module.graph.nodes:
-        if is_call(node, aten.embedding) and operand_at(node, 0) in known and node.args[1] is tokens:
-            return evaluate(edit.module, operand_at(node, 0), {}).float()
+        if not is_call(node, aten.embedding) or operand_at(node, 0) not in known:
+            continue
+        index = operand_at(node, 1)
+        while index is not tokens and len(above := tensor_inputs(index)) == 1:
+            index = above[0]  # a view of them
+        table = evaluate(edit.module, operand_at(node, 0), {}) if index is tokens else None
+        if table is not None and table.is_floating_point():  # codes alone say no distance
+            return table.float()
     raise PassRefused("its tokens are looked up in no table, by which some would be near others")
 
 
