@@ -55,6 +55,9 @@ PIPELINES = {
 }
 """With lengths per layer, and with a cache that is expanded before it is read."""
 
+DRAFTERS = {"tova": "prompt_lookup", "h2o": "logitspec"}
+"""A chain, and a tree with branches at its root alone; the others have trees of any shape."""
+
 DECODER = "hand_rotary"
 
 PROMPTS = [prompt(9, seed=1), prompt(9, seed=2)]
@@ -163,13 +166,10 @@ def random_tree(rng: np.random.Generator, nodes: int) -> Tree:
     return Tree(np.array([-1, *(int(rng.integers(max(node - 3, 0), node)) for node in range(1, nodes))]))
 
 
-@pytest.mark.parametrize(
-    ("name", "drafter"),
-    [*((name, "token_recycling") for name in PIPELINES), ("tova", "prompt_lookup"), ("h2o", "logitspec")],
-)
-def test_a_program_that_speculates_remembers_what_it_commits(name: str, drafter: str) -> None:
+@pytest.mark.parametrize("name", [*METHODS, "adakv"])
+def test_a_program_that_speculates_remembers_what_it_commits(name: str) -> None:
     """Of trees and of chains, and of a row that has ended; the second time it writes what it wrote, it proposes it."""
-    pipeline = PIPELINES[name]
+    pipeline, drafter = PIPELINES[name], DRAFTERS.get(name, "token_recycling")
     together = opened(f"{pipeline},speculate{{drafter={drafter} nodes=6}}", PROMPTS)
     alone = [opened(pipeline, [ids]) for ids in PROMPTS]
     *_, entry = together.bundle.schedule.of_role("decode")
