@@ -1,6 +1,6 @@
 """Speculation on real prompts: ``python -m benchmarks.speculate``.
 
-SmolLM2-135M with the weights of its file (``keep_grid``), with every drafter and without speculation: completing code
+SmolLM2-135M with the weights of its file (``keep_grid``), with three drafters and without speculation: completing code
 of Python's library, summarising and quoting its documentation, and chat, greedily and at temperature 0.7. Beside them
 llama.cpp without speculation and with its lookup in the prompt, where it is installed (extra ``peers``), on the same
 file. Every engine has its own process, and for each prompt they take turns. Finished parts are kept, so a run that was

@@ -57,7 +57,9 @@ class LanguageModel:
         self.interface = Interface.of(manifest)
         proposing = manifest.schedule.proposing
         self._speculation = None if proposing is None else Speculation(path, proposing.tree)
-        self._verification = None if manifest.schedule.commit is None else Verification(path, self.settings)
+        near = any(tensor.role == "neighbours" for program in programs for tensor in program.outputs)
+        commits = manifest.schedule.commit is not None
+        self._verification = Verification(path, self.settings, neighbours=near) if commits else None
         self._tokenizer: Tokenizer | None = None
 
     def open(self, batch: int, slots: int, inputs: Mapping[str, Any] | None = None) -> Request:

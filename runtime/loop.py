@@ -39,8 +39,9 @@ class Emission:
     """What a call gave: logits [batch, rows, vocabulary], or tokens [batch, n] of which the first count [batch] count.
 
     ``logprobs`` [batch, n] are the logarithms of the tokens' probabilities, where the program gives them, and
-    ``confidence`` [batch] says where it does how sure it is of what the next call would propose. Arrays are valid until
-    the next call. ``seconds`` is what the call of a step took.
+    ``confidence`` [batch] says where it does how sure it is of what the next call would propose. ``neighbours``
+    [batch, n, k] are the tokens nearest to each that was read, where a program of logits gives them. Arrays are valid
+    until the next call. ``seconds`` is what the call of a step took.
     """
 
     logits: np.ndarray | None = None
@@ -48,6 +49,7 @@ class Emission:
     count: np.ndarray | None = None
     logprobs: np.ndarray | None = None
     confidence: np.ndarray | None = None
+    neighbours: np.ndarray | None = None
     seconds: float = 0.0
 
     def repeated(self, times: int) -> Emission:
@@ -77,7 +79,6 @@ class _Roles:
     given: Mapping[str, str]
     linked: tuple[str, ...]
     made: Mapping[str, str]
-    carried: tuple[str, ...]
 
     @classmethod
     def of(cls, program: ProgramEntry) -> _Roles:
@@ -86,7 +87,6 @@ class _Roles:
             {tensor.role: tensor.name for tensor in program.inputs if tensor.role not in SEVERAL},
             tuple(tensor.name for tensor in with_role(program.inputs, "link")),
             {tensor.role: tensor.name for tensor in program.outputs if tensor.role not in SEVERAL},
-            tuple(tensor.name for tensor in with_role(program.outputs, "link")),
         )
 
 
@@ -123,7 +123,8 @@ def _extra(schedule: Schedule) -> int:
 class Request:
     """One batch on its way: the states, the values of links, and how far the triggers have counted.
 
-    ``written`` is how many tokens calls that decode have written since the last prompt.
+    ``written`` is how many tokens calls that decode have written since the last prompt. ``neighbours``
+    [batch, nodes, k] are the tokens nearest to those of the nodes that were verified last, where the program says them.
     """
 
     def __init__(
@@ -157,6 +158,10 @@ class Request:
         names = (*self.schedule.programs, *filter(None, (self.schedule.commit,)))
         self._roles = {name: _Roles.of(manifest.programs[name]) for name in names}
         self._verified = 0
+        self.neighbours: np.ndarray | None = None
+        self._telling = [link for link in manifest.links if link.target.program == self.schedule.commit]
+        self._links = [link for link in manifest.links if link not in self._telling]
+        self._told: dict[Port, np.ndarray] = {}
 
     # ------------------------------------------------------------------------------------------- entries
 
@@ -288,9 +293,10 @@ class Request:
         assert entry is not None
         self._verified = tokens.shape[1]
         rows = np.arange(self._verified, dtype=np.int64)
-        logits = self.emit(entry, tokens, positions, rows, mask=mask).logits
-        assert logits is not None
-        return logits
+        emission = self.emit(entry, tokens, positions, rows, mask=mask)
+        self.neighbours = emission.neighbours
+        assert emission.logits is not None
+        return emission.logits
 
     def commit(self, path: np.ndarray, count: np.ndarray) -> None:
         """Keep the first ``count`` [batch] of the nodes ``path`` [batch, nodes] that the last call verified.
@@ -306,6 +312,7 @@ class Request:
         if nodes > 1 and (kept != np.arange(nodes))[count > 0].any():
             self._call(name, {"path": path, "count": count})
             self.used = {axis: used - nodes + int(count.max()) for axis, used in self.used.items()}
+        self._told = {}
         self.written += int(count.max())
         self._count([True] * len(self._counting), count)
 
@@ -406,8 +413,8 @@ class Request:
         roles = self._roles[entry.emitter]
         if "logits" in roles.made:
             self._occupy(tokens.shape[1])
-            found = results[roles.made["logits"]]
-            return Emission(found if "rows" in roles.given else found[:, rows])
+            found, near = results[roles.made["logits"]], results.get(roles.made.get("neighbours", ""))
+            return Emission(found if "rows" in roles.given else found[:, rows], neighbours=near)
         emission = Emission(
             tokens=results[roles.made["tokens"]],
             count=results[roles.made["count"]].copy(),
@@ -484,12 +491,14 @@ class Request:
         """One call of a program on what its roles stand for; what it gives for others is kept."""
         roles = self._roles[name]
         feed = {given: values[role] for role, given in roles.given.items()}
-        feed |= {linked: self.links[Port(name, linked)] for linked in roles.linked}
+        values_of = self._told if name == self.schedule.commit else self.links
+        feed |= {linked: values_of[Port(name, linked)] for linked in roles.linked}
         self._switch(name)
         results = self.program.run(feed)
-        if roles.carried:
-            made = {carried: np.array(results[carried]) for carried in roles.carried}
-            carry(self.manifest.links, name, made, self.links)
+        telling = self._telling if self._verified > 1 else []
+        for links, kept in ((self._links, self.links), (telling, self._told)):
+            made = {link.source.name: link for link in links if link.source.program == name}
+            carry(links, name, {source: np.array(results[source]) for source in made}, kept)
         return results
 
     def _switch(self, name: str) -> None:

@@ -105,7 +105,10 @@ class KVEviction(Pass):
         return ()
 
     def observe(self, attention: Attention, *memory: Tensor) -> tuple[Tensor, ...]:
-        """The next memory after one call of ``step``. Plain PyTorch, traced into the graph."""
+        """The next memory after one call of ``step``. Plain PyTorch, traced into the graph.
+
+        Two calls have to give what one with the tokens of both gives. Padding stands in front of the tokens or behind.
+        """
         return memory
 
     def carry(self, *memory: Tensor) -> tuple[Tensor, ...]:

@@ -45,12 +45,14 @@ class Keyformer(KVEviction):
         logits = attention.logits()
         if self.noise:
             logits = logits + gumbel(attention, self.seed)
-        temperature = 1 + COOLING * generated
-        logits = logits / temperature[:, None, None, None, None]
-        counting = torch.where(generated > 0, generated + attention.query.shape[2], 0)
-        real = (attention.positions >= 0)[:, None, None, :, None]
-        weights = torch.where(real, logits.softmax(dim=-1), 0.0)
-        return (mass + weights.sum(dim=(2, 3))[..., None], counting)
+        real = attention.positions >= 0
+        before = real.long().cumsum(1) - real.long()  # tokens of the call before each
+        counting = (generated > 0)[:, None]
+        temperature = 1 + COOLING * torch.where(counting, generated[:, None] + before, 0)
+        logits = logits / temperature[:, None, None, :, None]
+        weights = torch.where(real[:, None, None, :, None], logits.softmax(dim=-1), 0.0)
+        total = torch.where(counting[:, 0], generated + real.sum(1), 0)
+        return (mass + weights.sum(dim=(2, 3))[..., None], total)
 
     def carry(self, *memory: Tensor) -> tuple[Tensor, ...]:
         """After the prompt, begin to count."""

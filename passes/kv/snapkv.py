@@ -47,11 +47,18 @@ class SnapKV(KVEviction):
         return (Memory("queries", "float32", ("batch", heads, self.window, channels)),)
 
     def observe(self, attention: Attention, *memory: Tensor) -> tuple[Tensor, ...]:
-        """Move the window on; a row that ended keeps its own."""
+        """Move the window on by the real queries of the call, wherever padding is; a row without any keeps its own."""
         new = in_float32(attention.query) * attention.scale
-        moved = torch.cat([memory[0], new], dim=2)[:, :, -self.window :]
-        live = attention.positions[:, -1] >= 0
-        return (torch.where(live[:, None, None, None], moved, memory[0]),)
+        real = attention.positions >= 0
+        index = torch.arange(real.shape[1], device=real.device)
+        first = torch.where(real, index, real.shape[1]).amin(1, keepdim=True)
+        count = real.sum(1, keepdim=True)
+        place = torch.arange(self.window, device=real.device) + count
+        place = torch.where(
+            place < self.window, place, place + first
+        )  # of the windows before and of the call
+        both = torch.cat([memory[0], new], dim=2)
+        return (both.gather(2, place[:, None, :, None].expand(-1, new.shape[1], -1, new.shape[3])),)
 
     def score(self, cached: Cached, *memory: Tensor) -> Tensor:
         """Attention of the window's queries to what is older than the window."""

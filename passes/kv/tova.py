@@ -17,7 +17,8 @@ from tokopt.rewrite.cache import Attention, Memory
 class TOVA(KVEviction):
     """Token omission via attention (arXiv 2401.06104): the attention of the last query, averaged over heads.
 
-    All heads of a layer keep the same tokens, and nothing is protected.
+    All heads of a layer keep the same tokens, and nothing is protected. With ``heads`` each key head keeps what its own
+    queries attend to.
     """
 
     sinks: int = 0
@@ -28,19 +29,25 @@ class TOVA(KVEviction):
 
     def memory(self, layer: CachedAttention) -> tuple[Memory, ...]:
         """The last query's attention to every slot."""
-        return (Memory("attended", "float32", ("batch", 1, "slots", 1)),)
+        heads = layer.keys.meta["val"].shape[1] if self.heads else 1
+        return (Memory("attended", "float32", ("batch", heads, "slots", 1)),)
 
     def observe(self, attention: Attention, *memory: Tensor) -> tuple[Tensor, ...]:
-        """Attention of the call's last query; a row that ended keeps what it had."""
-        last = Attention(
-            attention.query[:, :, -1:],
-            attention.key,
-            attention.mask[:, :, -1:],
-            attention.positions[:, -1:],
-            attention.scale,
-        )
-        mass = last.mass().sum(dim=1, keepdim=True) / attention.query.shape[1]
-        return (torch.where((last.positions >= 0)[:, :, None, None], mass, memory[0]),)
+        """Attention of the call's last query; a row without one keeps what it had."""
+        real = attention.positions >= 0
+        index = torch.arange(real.shape[1], device=real.device)
+        last = torch.where(real, index, 0).amax(1)[:, None, None, None]
+
+        def row(x: Tensor) -> Tensor:
+            return x.gather(2, last.expand(-1, x.shape[1], -1, x.shape[3]))
+
+        places = attention.positions.gather(1, last[:, :, 0, 0])
+        newest = Attention(row(attention.query), attention.key, row(attention.mask), places, attention.scale)
+        mass = newest.mass()
+        if not self.heads:
+            mass = mass.sum(dim=1, keepdim=True)
+        mass = mass * (mass.shape[1] / attention.query.shape[1])
+        return (torch.where((places >= 0)[:, :, None, None], mass, memory[0]),)
 
     def score(self, cached: Cached, *memory: Tensor) -> Tensor:
         """That attention."""

@@ -43,11 +43,6 @@ def refuse_links(program: Program) -> None:
         raise PassRefused("it takes from other programs, or gives to them")
 
 
-def refuse_memory(state: State) -> None:
-    """Raise PassRefused for a state that is no entry of a token and cannot be taken back."""
-    raise PassRefused(f"state {state.name!r} would take note of tokens that are rejected")
-
-
 def path_positions(slots: Tensor, path: Tensor, count: Tensor, length: Tensor) -> Tensor:
     """Positions of slots [batch, heads, slots, 1] in which the path alone stands, the first ``count`` [batch] of it.
 

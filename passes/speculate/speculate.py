@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, ClassVar, Literal
@@ -15,8 +15,10 @@ from tokopt.errors import PassError, PassRefused
 from tokopt.ir.bundle import Bundle, Semantics, fresh
 from tokopt.ir.export import placeholders
 from tokopt.ir.format import BATCH, DRAWING, Entry, State
-from tokopt.ir.graph import operand_at
+from tokopt.ir.graph import is_call, operand_at
+from tokopt.ir.graph import results as graph_results
 from tokopt.ir.program import AxisRange, Program, TensorSpec
+from tokopt.ir.shapes import with_shapes
 from tokopt.kernels import ops
 from tokopt.passes.sample.sample import SampleTokens
 from tokopt.passes.speculate.committed import (
@@ -24,10 +26,10 @@ from tokopt.passes.speculate.committed import (
     longer,
     path_positions,
     refuse_links,
-    refuse_memory,
     require_logits,
 )
 from tokopt.passes.speculate.drafters import Drafter, load_drafter
+from tokopt.passes.speculate.observed import Observation, observe_path
 from tokopt.passes.speculate.tree import (
     Tree,
     accepted,
@@ -39,7 +41,7 @@ from tokopt.passes.speculate.tree import (
 )
 from tokopt.pipeline.base import Context, Pass, PassResult, Refusal
 from tokopt.rewrite.cache import ProgramEdit, language_program
-from tokopt.rewrite.edit import call, close_graph, inline, new_graph, open_graph
+from tokopt.rewrite.edit import call, close_graph, inline_nodes, new_graph, open_graph
 
 NODES = "nodes"
 """The axis of the proposed tokens, the root included."""
@@ -62,14 +64,14 @@ class Speculate(Pass):
     A token is drawn with the random number of its place in the text, whatever was proposed. So the text is that of
     ``sample`` for the same seed, greedy or not, up to what the rounding of calls with several tokens changes.
 
-    ``drafter``: ``prompt_lookup``, ``token_recycling`` (arXiv 2408.08696), or ``hybrid``, which is lookup where the
-    text repeats itself and recycling elsewhere. ``depth`` bounds the levels of the tree.
+    ``drafter``: ``prompt_lookup``, ``token_recycling`` (arXiv 2408.08696), ``hybrid``, which is lookup where the text
+    repeats itself and recycling elsewhere, or ``logitspec`` (arXiv 2507.01449). ``depth`` bounds the tree's levels.
 
-    Rules. One program reads and decodes, and every token has a slot of its own, so a policy that evicts by scores of
-    its own is refused. The pass comes last.
+    Rules. One program reads and decodes, and every token has a slot of its own. What a policy that evicts remembers of
+    attention, it remembers of committed tokens alone. The pass comes last.
     """
 
-    drafter: Literal["prompt_lookup", "token_recycling", "hybrid"] = "prompt_lookup"
+    drafter: Literal["prompt_lookup", "token_recycling", "hybrid", "logitspec"] = "prompt_lookup"
     nodes: int = 8
     depth: int = 8
 
@@ -92,7 +94,7 @@ class Speculate(Pass):
         name, drafter = language_program(self.name, bundle), load_drafter(self.drafter)
         assert bundle.generation is not None
         step = bundle.programs[name]
-        parents = best_first(drafter.rates, drafter.fade, self.nodes, self.depth)
+        parents = best_first(drafter.rates, drafter.fade, self.nodes, self.depth, drafter.below)
         try:
             refuse_links(step)
             drawing = SampleTokens().run(bundle, context).bundle
@@ -136,7 +138,9 @@ def _reading(bundle: Bundle, name: str, memory: Sequence[State], drafter: Drafte
     """The program that reads a prompt and draws what follows it, and of which the drafter takes note."""
     edit = ProgramEdit(bundle, name, open_graph(bundle.programs[name]))
     drawn = {spec.role: node for spec, node in zip(edit.outputs, edit.results, strict=True)}
-    given = [edit.of_role("tokens"), edit.of_role("positions"), drawn["tokens"], drawn["count"]]
+    draw = next(node for node in edit.module.graph.nodes if is_call(node, ops.draw_tokens))
+    logits = operand_at(draw, 0)
+    given = [edit.of_role("tokens"), edit.of_role("positions"), drawn["tokens"], drawn["count"], logits]
     held = [edit.take(state, _blank(state, edit.example[0].shape[0])) for state in memory]
     graph = edit.module.graph
     with graph.inserting_before(graph.output_node()):
@@ -199,6 +203,10 @@ class _Speculation:
         """``bundle`` has the states of ``drawn``, and ``memory`` are those of the drafter."""
         self.step, self.drawn, self.memory, self.drafter, self.chain = step, drawn, memory, drafter, chain
         self.states = {state.name: state for state in (*bundle.states, *memory)}
+        assert bundle.generation is not None
+        self.context = None if bundle.schedule.endless else bundle.generation.context
+        self.model = with_shapes(step)
+        self.observation = Observation(step, self.model, self.states)
         given = dict(self._given())
         self.inputs, self.example = tuple(given), tuple(given.values())
         axes = {axis for spec in self.inputs for axis in spec.axes}
@@ -213,28 +221,34 @@ class _Speculation:
         """Raises PassRefused where what rejected tokens left behind could not be taken back."""
         made = _Outputs()
         memory = [self.by_state[state.name] for state in self.memory]
-        proposed, *told = self._insert(
-            partial(_propose, self.drafter, chain if self.chain else tree),
-            *self._of_roles("tokens", "positions", "parent"),
+        proposed, limit, *told = self._insert(
+            partial(_propose, self.drafter, chain if self.chain else tree, self.context),
+            *self._of_roles("tokens", "positions", "parent", "limit"),
             *memory,
         )
-        results = self._run_model(proposed, *told)
+        known = self._run_model(proposed, *told)
+        results = {
+            spec.name: known[node]
+            for spec, node in zip(self.step.outputs, graph_results(self.model.graph), strict=True)
+        }
         logits = next(results[spec.name] for spec in self.step.outputs if spec.role == "logits")
         (counter,) = {spec.state for spec in self.drawn.inputs} - {spec.state for spec in self.step.inputs}
         assert counter is not None
-        how = self._of_roles("positions", "parent", "limit", *DRAWING)
+        place, drawing = self._of_roles("positions", "parent"), self._of_roles(*DRAWING)
+        given = (logits, proposed, self.by_state[counter], *place, limit, *drawing)
         tokens, count, logprobs, number, path, there = self._insert(
-            _commit_chain if self.chain else _commit, logits, proposed, self.by_state[counter], *how
+            _commit_chain if self.chain else _commit, *given
         )
         made.add(TensorSpec("next_tokens", "int64", (BATCH, NODES), "tokens"), tokens)
         made.add(TensorSpec("count", "int64", (BATCH,), "count"), count)
         made.add(TensorSpec("logprobs", "float32", (BATCH, NODES), "logprobs"), logprobs)
         for spec in self.step.outputs:
-            if spec.state is not None:
+            if spec.state is not None and spec.state not in self.observation.memory:
                 self._next_state(made, spec, results[spec.name], path, count)
+        self._observe_path(made, known, path, count)
         made.give(self.states[counter], number)
         sure, *noted = self._insert(
-            partial(_observe, self.drafter), proposed, logits, tokens, count, there, *memory
+            partial(_observe, self.drafter), proposed, logits, tokens, count, there, path, *memory
         )
         made.add(_confidence(CONFIDENCE), sure)
         for state, node in zip(self.memory, noted, strict=True):
@@ -273,14 +287,31 @@ class _Speculation:
     def _of_roles(self, *roles: str) -> list[Node]:
         return [self.by_role[role] for role in roles]
 
-    def _run_model(self, tokens: Node, positions: Node, mask: Node, rows: Node) -> dict[str, Node]:
-        """What the model gives for the whole tree, by name."""
+    def _run_model(self, tokens: Node, positions: Node, mask: Node, rows: Node) -> dict[Node, Node]:
+        """Insert the model on the whole tree; what became of every node of its graph."""
         fed = {"tokens": tokens, "positions": positions, "mask": mask, "rows": rows}
         operands = [
             fed[spec.role] if spec.state is None else self.by_state[spec.state] for spec in self.step.inputs
         ]
-        results = inline(self.module.graph, self.step, operands, like=self.by_role["tokens"])
-        return dict(zip((spec.name for spec in self.step.outputs), results, strict=True))
+        known = dict(zip(placeholders(self.model), operands, strict=True))
+        inline_nodes(
+            self.module.graph, self.model, self.model.graph.nodes, known, like=self.by_role["tokens"]
+        )
+        return known
+
+    def _observe_path(self, made: _Outputs, known: Mapping[Node, Node], path: Node, count: Node) -> None:
+        """What the model remembers after the committed tokens alone."""
+        observation = self.observation
+        if not observation.memory:
+            return
+        given = {node: known[node] for node in (*observation.queries, *observation.inputs)}
+        kept = {spec.state: node for spec, node in zip(made.specs, made.nodes, strict=True)}
+        given |= {node: kept[state] for state, node in observation.caches.items()}
+        (root,) = self._of_roles("positions")
+        place = (path, count, root)
+        after = observe_path(self.module.graph, observation, given, place, gather=not self.chain)
+        for state, node in after.items():
+            made.give(self.states[state], node)
 
     def _next_state(self, made: _Outputs, spec: TensorSpec, node: Node, path: Node, count: Node) -> None:
         """What a state is after the committed tokens alone."""
@@ -300,10 +331,8 @@ class _Speculation:
                 made.give(state, self._insert(ops.move_entries, node, path, start), buffer)
         elif state.kind == "length":
             made.give(state, self._insert(longer, self.by_state[state.name], count))
-        elif state.kind == "shift":
-            made.give(state, node)
         else:
-            refuse_memory(state)
+            made.give(state, node)
 
 
 # --- what is traced ---------------------------------------------------------------------------------------
@@ -312,17 +341,26 @@ class _Speculation:
 def _propose(
     drafter: Drafter,
     shaped: Callable[[Tensor], Tree],
+    context: int | None,
     tokens: Tensor,
     positions: Tensor,
     parent: Tensor,
+    limit: Tensor,
     *memory: Tensor,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Tokens and positions [batch, nodes] of the tree, who sees whom, and the rows whose logits are wanted: all."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Tokens [batch, nodes] of the tree, how many may be committed [batch], then what the model is told.
+
+    That is the nodes' positions, who sees whom, and the rows whose logits are wanted: all. Nodes deeper than a row may
+    commit have no position: it might lie beyond the ``context``, where a model with learned positions has none.
+    """
     shape = shaped(parent)
     proposed = drafter.propose(tokens[:, 0], positions[:, 0], shape, *memory)
-    places = torch.where(positions >= 0, positions + shape.depth, positions)
+    if context is not None:
+        limit = torch.minimum(limit, (context - positions[:, 0]).clamp_min(1))
+    there = (positions >= 0) & ((shape.depth[None] < limit[:, None]) | (shape.depth == 0))
+    places = torch.where(there, positions + shape.depth, -1)
     mask = shape.sees[None].expand(tokens.shape[0], -1, -1)
-    return proposed, places.expand(tokens.shape[0], -1), mask, shape.index
+    return proposed, limit, places, mask, shape.index
 
 
 def _commit(
@@ -382,11 +420,15 @@ def _read(
     positions: Tensor,
     drawn: Tensor,
     count: Tensor,
+    logits: Tensor,
     *memory: Tensor,
 ) -> tuple[Tensor, ...]:
-    """The confidence after what was read and the token ``drawn`` [batch, 1] where ``count`` is 1; the next memory."""
+    """The confidence after what was read and the token ``drawn`` [batch, 1] where ``count`` is 1; the next memory.
+
+    It was drawn from ``logits`` [batch, 1, vocabulary].
+    """
     place = torch.where(count[:, None] > 0, positions[:, -1:] + 1, -1)
-    noted = drafter.read(torch.cat([tokens, drawn], 1), torch.cat([positions, place], 1), *memory)
+    noted = drafter.read(torch.cat([tokens, drawn], 1), torch.cat([positions, place], 1), logits, *memory)
     new = iter(noted)
     after = [old if state.kind == "table" else next(new) for state, old in zip(states, memory, strict=True)]
     return drafter.confidence(drawn[:, 0], *after), *noted
@@ -399,9 +441,11 @@ def _observe(
     committed: Tensor,
     count: Tensor,
     places: Tensor,
+    path: Tensor,
     *memory: Tensor,
 ) -> tuple[Tensor, ...]:
     """The confidence after what was committed, and the memory."""
-    noted = drafter.observe(tokens, logits, committed, places, *memory)
-    root = committed.gather(1, (count - 1).clamp_min(0)[:, None])[:, 0]
+    newest = (count - 1).clamp_min(0)[:, None]
+    noted = drafter.observe(tokens, logits, committed, places, path.gather(1, newest)[:, 0], *memory)
+    root = committed.gather(1, newest)[:, 0]
     return drafter.confidence(root, *noted), *noted

@@ -79,8 +79,12 @@ def accepted(shape: Tree, tokens: Tensor, chosen: Tensor, limit: Tensor) -> tupl
     return path, torch.where(limit > 0, shape.depth[best] + 1, 0)
 
 
-def best_first(rates: list[float], fade: float, nodes: int, depth: int) -> tuple[int, ...]:
+def best_first(
+    rates: list[float], fade: float, nodes: int, depth: int, below: list[float] | None = None
+) -> tuple[int, ...]:
     """Parents of the tree that a proposer right with ``rates`` by rank grows, the likeliest nodes first.
+
+    ``below`` are the rates of what is not a child of the root, where they are others.
 
     A node is right where its parent is and its rank is, which each level makes ``fade`` times as likely. The first n
     nodes are the best tree of n nodes (DySpec's greedy growth on expected rates), so that a host may take fewer.
@@ -88,9 +92,10 @@ def best_first(rates: list[float], fade: float, nodes: int, depth: int) -> tuple
     parents, reach, depths = [-1], [1.0], [0]
     taken = [0]  # children of each node so far
     while len(parents) < nodes:
+        right = [(rates if below is None or not i else below) for i in range(len(parents))]
         worth = [
-            reach[i] * rates[taken[i]] * fade ** depths[i]
-            if taken[i] < len(rates) and depths[i] < depth
+            reach[i] * right[i][taken[i]] * fade ** depths[i]
+            if taken[i] < len(right[i]) and depths[i] < depth
             else 0.0
             for i in range(len(parents))
         ]

@@ -55,6 +55,12 @@ def _check_link(programs: Mapping[str, Signature], link: Link) -> None:
 def _check_order(link: Link, schedule: Schedule) -> None:
     """What a link carries is there when its target first runs."""
     runs = schedule.programs
+    if link.target.program == schedule.commit:
+        require(
+            link.when == "call" and link.source.program in (e.program for e in schedule.of_role("decode")),
+            f"the link to {_spell(link.target)} tells what the last call left, so it must be 'call', and come from the "
+            "program that decodes",
+        )
     if link.target.program not in runs:
         return
     require(

@@ -35,6 +35,7 @@ _OUTPUTS = {
     "count": ("int64", "[batch]"),
     "logprobs": ("float", "[batch, n]"),
     "confidence": ("int64", "[batch]"),
+    "neighbours": ("int64", "[batch, n, k]"),
     "done": ("bool", "[batch]"),
     "depth": ("int64", "[batch]"),
 }
@@ -108,6 +109,11 @@ def _check_new_tokens(where: str, program: Signature) -> None:
             all(axis == read[0].axes[1] for axis in given.axes[1:]),
             f"the {given.role} of {where} have not the axes of its {read[0].role}",
         )
+    near = find_role(program.outputs, "neighbours")
+    require(
+        near is None or (bool(read) and near.axes[1] == read[0].axes[1]),
+        f"{where} gives neighbours of other tokens than it reads",
+    )
     emitted = [find_role(program.outputs, role) is not None for role in ("tokens", "count")]
     require(emitted[0] == emitted[1], f"{where} must emit tokens and their count, or neither")
     made, logprobs = find_role(program.outputs, "tokens"), find_role(program.outputs, "logprobs")

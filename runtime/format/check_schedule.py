@@ -11,7 +11,9 @@ from tokopt.runtime.format.schedule import AFTER, ENTRY_ROLES, Entry, Schedule, 
 from tokopt.runtime.format.signature import BATCH, DRAWING, Signature, TensorLike, find_role, with_role
 
 _READS = frozenset(("tokens", "positions", "mask", "rows", "limit", "parent", *DRAWING, "link", "state"))
-_WRITES = frozenset(("logits", "tokens", "count", "logprobs", "confidence", "link", "written", "state"))
+_WRITES = frozenset(
+    ("logits", "tokens", "count", "logprobs", "confidence", "neighbours", "link", "written", "state")
+)
 
 _INPUTS = {"encode": frozenset(("input", "link", "state")), "prefill": _READS, "decode": _READS}
 _OUTPUTS = {"encode": frozenset(("output", "link", "done", "state")), "prefill": _WRITES, "decode": _WRITES}
@@ -356,7 +358,7 @@ def _check_commit(programs: Mapping[str, Signature], schedule: Schedule) -> None
     where = f"the commit of the schedule, program {short(name)},"
     _check_beside(where, name, programs, schedule)
     require(schedule.generates, f"{where} keeps what nothing reads: the model does not generate")
-    _check_roles(where, programs[name].inputs, frozenset(("path", "count", "state")))
+    _check_roles(where, programs[name].inputs, frozenset(("path", "count", "link", "state")))
     _check_roles(where, programs[name].outputs, frozenset(("state",)))
     require(
         all(find_role(programs[name].inputs, role) is not None for role in ("path", "count")),

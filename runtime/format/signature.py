@@ -49,6 +49,7 @@ OUTPUT_ROLES = (
     "count",
     "logprobs",
     "confidence",
+    "neighbours",
     "done",
     "depth",
     "link",
@@ -78,7 +79,8 @@ class Tensor:
     output). Those of outputs are ``"output"`` (an array for the caller), ``"logits"`` [batch, rows, vocabulary],
     ``"tokens"`` [batch, n] with ``"count"`` [batch] (the first so many tokens of a row were committed) and perhaps
     ``"logprobs"`` [batch, n] (logarithms of the probabilities that the model gave them) and ``"confidence"`` [batch] (0
-    where the next call has nothing to propose, larger numbers where what it has is likelier right), ``"done"`` [batch]
+    where the next call has nothing to propose, larger numbers where what it has is likelier right), ``"neighbours"``
+    [batch, n, k] (the tokens nearest to each new one, the nearest first), ``"done"`` [batch]
     (the rows that leave after this program), ``"depth"`` [batch] (after how many blocks a row left), ``"link"``, and
     ``"written"`` (a buffer of a state between two writes into it, which a host may bind to that buffer and need not
     read).

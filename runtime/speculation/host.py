@@ -20,6 +20,7 @@ from tokopt.runtime.speculation.lossless import Lossless, lossless
 from tokopt.runtime.speculation.planner.shapes import Shapes
 from tokopt.runtime.speculation.rules.base import Accepted, Rule
 from tokopt.runtime.speculation.rules.greedy import Greedy
+from tokopt.runtime.speculation.rules.lantern import Lantern
 from tokopt.runtime.speculation.tree import Tree
 
 Process = Callable[[Sequence[Sequence[int]], Logits, NDArray[np.bool_]], Logits]
@@ -32,6 +33,8 @@ PADDING = -1
 class Verifying(Protocol):
     """What is asked of a request, a :class:`tokopt.runtime.loop.Request`."""
 
+    @property
+    def neighbours(self) -> np.ndarray | None: ...
     def verify(self, tokens: np.ndarray, positions: np.ndarray, mask: np.ndarray) -> np.ndarray: ...
     def commit(self, path: np.ndarray, count: np.ndarray) -> None: ...
 
@@ -106,7 +109,11 @@ class HostSpeculation:
         tokens, positions, mask = _packed(drafts, texts, limit)
         logits, nodes = request.verify(tokens, positions, mask), tokens.shape[1]
         targets = _Targets(logits, texts, drafts, limit > 0, process, self.temperature)
-        found = [self._accept(row, draft, targets, int(limit[row])) for row, draft in enumerate(drafts)]
+        near = request.neighbours if isinstance(self.method.rule, Lantern) else None
+        found = [
+            self._accept(row, draft, targets, int(limit[row]), None if near is None else near[row])
+            for row, draft in enumerate(drafts)
+        ]
         path, count = _paths(found, nodes)
         request.commit(path, count)
         done = time.perf_counter()
@@ -142,13 +149,18 @@ class HostSpeculation:
             )
         return draft
 
-    def _accept(self, row: int, draft: Draft, targets: _Targets, limit: int) -> Accepted | None:
-        """What a row commits; None where it has ended."""
+    def _accept(
+        self, row: int, draft: Draft, targets: _Targets, limit: int, near: NDArray[np.int64] | None
+    ) -> Accepted | None:
+        """What a row commits; None where it has ended. ``near`` [nodes, k] are the neighbours of its nodes' tokens."""
         if not limit:
             return None
         cut, kept = shallow(draft, limit)
         decisions = Uniforms(self.streams.numbers(row, self._decided[row], cut.tree.nodes))
-        accepted = self.method.rule.verify(cut, _RowTargets(targets, row, kept), decisions)
+        rule = self.method.rule
+        if isinstance(rule, Lantern) and near is not None:
+            rule = rule.among(dict(zip(draft.tokens.tolist(), near, strict=False)))
+        accepted = rule.verify(cut, _RowTargets(targets, row, kept), decisions)
         self._decided[row] += decisions.used
         return Accepted(kept[accepted.path], accepted.tokens)
 

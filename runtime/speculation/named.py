@@ -25,6 +25,7 @@ from tokopt.runtime.speculation.rules.deterministic import Deterministic
 from tokopt.runtime.speculation.rules.greedy import Greedy
 from tokopt.runtime.speculation.rules.greedy_draft import GreedyDraft
 from tokopt.runtime.speculation.rules.k_seq import KSeq
+from tokopt.runtime.speculation.rules.lantern import Lantern
 from tokopt.runtime.speculation.rules.same_text import SameText
 from tokopt.runtime.speculation.rules.typical import Typical
 from tokopt.runtime.speculation.rules.with_replacement import WithReplacement
@@ -42,7 +43,7 @@ RULES: dict[str, type[Rule]] = {
     rule.name: rule
     for rule in (
         *(SameText, Greedy, Deterministic, Chain, WithReplacement, WithoutReplacement),
-        *(KSeq, GreedyDraft, Typical),
+        *(KSeq, GreedyDraft, Typical, Lantern),
     )
 }
 """Rules that need nothing but drafts and distributions; of others a caller gives an instance."""
@@ -95,8 +96,9 @@ def make_drafter(
 class Verification:
     """What a loaded model that verifies knows of drafters and rules, from one text to the next."""
 
-    def __init__(self, path: object, settings: Generation) -> None:
-        self.path, self.vocabulary = path, settings.vocabulary
+    def __init__(self, path: object, settings: Generation, *, neighbours: bool = False) -> None:
+        """``neighbours``: whether the model says which tokens are nearest to those that it reads."""
+        self.path, self.vocabulary, self.neighbours = path, settings.vocabulary, neighbours
         self.most = min(MOST, settings.context)
         self._drafters: dict[tuple[str, Drawn], Drafter] = {}
         self._known: dict[tuple[str, Drawn, bool, int], tuple[Shapes, Speculation]] = {}
@@ -106,6 +108,11 @@ class Verification:
     ) -> Method:
         """How a generation is to speculate; raises InputError for a pair that does not fit, and nodes out of range."""
         rule = read_rule(accept, temperature)
+        if isinstance(rule, Lantern) and rule.neighbours is None and not self.neighbours:
+            raise InputError(
+                f"{self.path} does not say which tokens are near each other, as the rule 'lantern' asks; make it with "
+                "verify{neighbours=16}, or give Lantern(neighbours)"
+            )
         chosen = self._named(drafter, rule) if isinstance(drafter, str) else drafter
         check_kind("drafter", chosen, Drafter, f"one of {', '.join(DRAFTERS)}, or a drafter")
         check_pair(chosen, rule, temperature)

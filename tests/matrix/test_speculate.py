@@ -8,13 +8,14 @@ import pytest
 import tokopt
 from tests import node
 from tests.matrix.language import artifact, bundle, prompt
+from tests.zoo.decoders import CONTEXT
 from tokopt.errors import InputError, PassError
 from tokopt.runtime import LanguageModel, Sampling, load
 from tokopt.runtime.format.state import slot_axis
 
 CASES = (
     ("llama", "", "speculate"),
-    ("mistral", "adakv{press=knorm{budget=48 every=8}}", "speculate{drafter=token_recycling nodes=12}"),
+    ("mistral", "adakv{press=h2o{budget=48 every=8}}", "speculate{drafter=token_recycling nodes=12}"),
 )
 """Decoder, the passes before, and the pass: windows, heads with lengths of their own, triggers in the middle."""
 
@@ -139,6 +140,15 @@ def test_the_cache_is_that_of_plain_decoding() -> None:
             if state.kind == "position":
                 rest = second.buffers.read(state.name)
                 assert (rest.take(range(used, rest.shape[place]), place) == -1).all()
+
+
+def test_a_text_goes_on_to_the_end_of_the_context() -> None:
+    """Of a model with an embedding for every position: nodes that are too deep have none."""
+    ids = prompt(7) * 44
+    plain = artifact("gpt2").generate(ids, max_tokens=99)
+    model = artifact("gpt2", "speculate")
+    got = model.generate(ids, max_tokens=99, nodes=model.nodes)
+    assert got == plain and len(ids) + len(got.tokens) == CONTEXT
 
 
 def test_log_probabilities_are_those_of_the_model() -> None:

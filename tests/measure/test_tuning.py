@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -26,6 +27,7 @@ from tokopt.measure.judge import FEATURES, PREDICTIONS, Floor, judge
 from tokopt.measure.space import default_space
 from tokopt.measure.timing import interleaved_times
 from tokopt.measure.tuning import GAIN, Machine, Trial, Tuning
+from tokopt.runtime import LanguageModel
 from tokopt.runtime.format.manifest import read_manifest
 
 FLOOR = Floor.parse("cosine>=0.9", FEATURES)
@@ -379,6 +381,53 @@ def test_the_time_of_a_token_is_a_mean_over_the_text(monkeypatch: pytest.MonkeyP
     clock = iter([0.0, 4 * steps, 5 * steps, 6 * steps])
     monkeypatch.setattr(text_times, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
     assert measure() == (8 * 4 + 24 * 1) / 32
+
+
+def test_a_model_that_speculates_is_timed_by_what_it_writes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """After the first half of each text in turn, as far back as the prompt goes; the seconds of a token."""
+    written: list[tuple[list[int], int]] = []
+
+    def generate(self: LanguageModel, ids: np.ndarray, *, max_tokens: int, inputs: object) -> Any:
+        assert not self.settings.eos and not inputs
+        written.append((ids.tolist(), max_tokens))
+        return SimpleNamespace(statistics=SimpleNamespace(decode_seconds=6.0, new_tokens=4))
+
+    monkeypatch.setattr(LanguageModel, "generate", generate)
+    texts = [{"tokens": np.array([ids])} for ids in ([1, 2, 3, 4, 5, 6, 7], [8, 9])]
+    measure = text_times.WritingTimer(tuple(texts), 2, 1, 9).open(str(artifact("llama", "speculate").path))
+    assert [measure() for _ in range(3)] == [2.0] * 3
+    assert written == [([2, 3], 9), ([8], 9), ([2, 3], 9)]
+
+
+def test_drafters_are_searched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What speculates has the quality of the pipeline without, and is timed on the judging samples."""
+    assert "speculate{drafter=hybrid}" in default_space(decoder("hand_rotary"))[-1]
+    given: list[Any] = []
+
+    def times(paths: list[str], *rest: Any) -> Iterator[tuple[float, float]]:
+        given.append(rest[-1])
+        yield ([1.4, 1.2, 1.7][len(given) - 1], 1.0)
+
+    def export(made: tokopt.Bundle, path: Path, **options: Any) -> None:
+        shutil.copytree(artifact("llama").path, path)  # any artifact, which may be moved
+
+    def judged(original: Path, other: Path, *rest: Any) -> dict[str, float]:
+        return {"KL": float(original != other), "top1": 1.0, "perplexity": 1.0}
+
+    for name, function in (("interleaved_times", times), ("export", export), ("judge", judged)):
+        monkeypatch.setattr(tuning, name, function)
+    found = tokopt.tune(
+        decoder("hand_rotary"),
+        [prompt(24, seed=i) for i in range(4)],
+        tmp_path / "t",
+        floor="KL<=5",
+        candidates=[["streaming{budget=0.5}"], ["speculate{drafter=prompt_lookup}"]],
+        machine=Machine(threads=1, prompt=16),
+    )
+    evicting, alone, both = found.trials
+    assert found.winner == both and both.quality == evicting.quality != alone.quality
+    assert alone.quality["KL"] == 0
+    assert given[0] == [] and [len(texts) for texts in given[1:]] == [2, 2]
 
 
 def test_language_model_is_tuned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -100,6 +100,10 @@ def test_every_beginning_of_a_grown_tree_is_the_best_of_its_size(
     assert worth == sorted(worth, reverse=True)
 
 
+NO_LOGITS = torch.zeros(1)
+"""For drafters that do not look at them."""
+
+
 def memory(name: str, batch: int = 1) -> list[torch.Tensor]:
     made = []
     for state in load_drafter(name).states(GENERATION):
@@ -123,7 +127,7 @@ def test_prompt_lookup_copies_what_followed(text: list[int]) -> None:
     """And once more what followed, where the text ends before the tree does; of nothing it is not confident."""
     drafter, size = load_drafter("prompt_lookup"), len(text)
     held = drafter.read(
-        torch.tensor([[9, *text]]), torch.tensor([[-1, *range(size)]]), *memory("prompt_lookup")
+        torch.tensor([[9, *text]]), torch.tensor([[-1, *range(size)]]), NO_LOGITS, *memory("prompt_lookup")
     )
     chain, root = tree(torch.tensor([-1, 0, 1, 2])), torch.tensor([text[-1]])
     words, after = copied(text)
@@ -131,8 +135,32 @@ def test_prompt_lookup_copies_what_followed(text: list[int]) -> None:
     got = drafter.propose(root, torch.tensor([size - 1]), chain, *held)
     if words:
         assert got[0].tolist() == [text[-1], *(after * 3)[:3]]
-    again = drafter.observe(got, torch.zeros(1), torch.tensor([text]), torch.arange(size)[None], *held)
+    places, last = torch.arange(size)[None], torch.tensor([size - 1])
+    again = drafter.observe(got, NO_LOGITS, torch.tensor([text]), places, last, *held)
     assert all(map(torch.equal, held, again))  # what is committed is text as any other
+
+
+@settings(max_examples=60)
+@given(st.lists(st.integers(0, 3), min_size=2, max_size=30), st.integers(0, 99), st.booleans())
+def test_logitspec_goes_on_from_every_candidate(text: list[int], seed: int, verified: bool) -> None:
+    """The text's own lookup where there is one, then each candidate and what followed it; read or verified alike."""
+    drafter, size = load_drafter("logitspec"), len(text)
+    logits = torch.randn(1, 4, 12, generator=torch.Generator().manual_seed(seed))
+    tokens, places = torch.tensor([text]), torch.arange(size)[None]
+    if verified:
+        last = torch.tensor([2])
+        held = drafter.observe(tokens, logits, tokens, places, last, *memory("logitspec"))
+    else:
+        held = drafter.read(tokens, places, logits[:, 2:3], *memory("logitspec"))
+    shape, root = tree(torch.tensor([-1, 0, 0, 0, 1, 2, 3, 4, 5, 6])), torch.tensor([text[-1]])
+    words, after = copied(text)
+    assert drafter.confidence(root, *held).tolist() == [words + 1]
+    chains = [(after * 3)[:3]] if words else []
+    for token in [t for t in logits[0, 2].argsort(descending=True).tolist() if t != text[-1]]:
+        _, behind = copied([*text, token])
+        chains.append([token, *([*(behind * 2), 0, 0][:2])])
+    (got,) = drafter.propose(root, torch.tensor([size - 1]), shape, *held).tolist()
+    assert [got[0], *zip(got[1:4], got[4:7], got[7:10], strict=True)] == [text[-1], *map(tuple, chains[:3])]
 
 
 def test_recycling_proposes_the_followers_it_has_seen() -> None:
@@ -141,7 +169,7 @@ def test_recycling_proposes_the_followers_it_has_seen() -> None:
     tokens = torch.tensor([[1, 2, 1]])
     logits = torch.randn(1, 3, 12, generator=torch.Generator().manual_seed(0))
     none = torch.full((1, 3), -1)
-    (table,) = drafter.observe(tokens, logits, tokens, none, table)
+    (table,) = drafter.observe(tokens, logits, tokens, none, torch.tensor([0]), table)
     order = logits[0].argsort(-1, descending=True)[:, :8].int()
     assert torch.equal(table[1], order[2]) and torch.equal(table[2], order[1])
     assert not table[3:].any() and not table[0].any()
@@ -170,7 +198,8 @@ def test_a_host_and_a_program_recycle_alike(up: list[int], seed: int) -> None:
         host.write(Verified(draft, accepted, np.argsort(-logits, axis=1)[:, :8]))
         given = torch.from_numpy(tokens)[None]
         none = torch.full_like(given, -1)
-        (table,) = drafter.observe(given, torch.from_numpy(logits)[None], given, none, table)
+        last = torch.tensor([0])
+        (table,) = drafter.observe(given, torch.from_numpy(logits)[None], given, none, last, table)
     np.testing.assert_array_equal(table.numpy(), host.table)
     got = drafter.propose(torch.tensor([5]), torch.tensor([0]), tree(torch.tensor(up)), table)[0].numpy()
     shallow = plan.depth <= LEVELS
@@ -181,7 +210,7 @@ def test_a_host_and_a_program_recycle_alike(up: list[int], seed: int) -> None:
 def test_padding_and_what_is_not_committed_leave_no_trace(name: str) -> None:
     drafter, held = load_drafter(name), memory(name)
     tokens, none = torch.tensor([[3, 4]]), torch.full((1, 2), -1)
-    read = iter(drafter.read(tokens, none, *held))
+    read = iter(drafter.read(tokens, none, torch.zeros(1, 1, 12), *held))
     states = load_drafter(name).states(GENERATION)
     after = [old if s.kind == "table" else next(read) for s, old in zip(states, held, strict=True)]
     assert drafter.confidence(tokens[:, 0], *after).tolist() == [0]

@@ -63,6 +63,7 @@ def one_row(entry: ProgramEntry) -> ProgramEntry:
 
 def test_a_program_that_keeps_a_path_is_allowed() -> None:
     check(verified(KEEP))
+    check(told())
 
 
 def test_stages_with_depths_and_a_whole_are_allowed() -> None:
@@ -165,7 +166,19 @@ def verified(keep: ProgramEntry | None, read: ProgramEntry | None = None) -> Man
     return Manifest(programs, {}, Schedule(entries, commit="keep"), states, (), Generation(64, VOCABULARY))
 
 
+def told(source: str = "read", when: str = "call") -> Manifest:
+    """One whose program that reads tells the one that keeps something of the call."""
+    offset = Tensor("offset", "int64", ("batch", 1), "link")
+    read = reader("rows", "mask", emits="logits")
+    keep = replace(KEEP, inputs=(*KEEP.inputs, offset))
+    made = verified(keep, replace(read, outputs=(*read.outputs, offset)))
+    other = program([reads("length")], [offset])
+    link = Link(Port(source, "offset"), Port("keep", "offset"), when)
+    return replace(made, programs={**made.programs, "other": other}, links=(link,))
+
+
 SURE = Tensor("sure", "int64", ("batch",), "confidence")
+NEAR = Tensor("near", "int64", ("batch", 3, 2), "neighbours")
 
 BROKEN: dict[str, tuple[Callable[[], Manifest], str]] = {
     # programs
@@ -176,6 +189,12 @@ BROKEN: dict[str, tuple[Callable[[], Manifest], str]] = {
             "read", replace(toy().programs["read"], outputs=(*toy().programs["read"].outputs, SURE))
         ),
         "program 'read' is confident of tokens to come and emits none",
+    ),
+    "neighbours": (
+        lambda: with_program(
+            "read", replace(toy().programs["read"], outputs=(*toy().programs["read"].outputs, NEAR))
+        ),
+        "program 'read' gives neighbours of other tokens than it reads",
     ),
     "confidence of one": (
         lambda: decoding(DRAWS, replace(GUESSES, outputs=(*GUESSES.outputs, SURE))),
@@ -614,6 +633,8 @@ BROKEN: dict[str, tuple[Callable[[], Manifest], str]] = {
         lambda: verified(KEEP, reader("rows", emits="logits")),
         "keeps what program 'read' leaves, which takes no mask of any number of tokens",
     ),
+    "commit told of another call": (lambda: told("other"), "must be 'call', and come from the program that"),
+    "commit told once": (lambda: told(when="once"), "must be 'call', and come from the program that decodes"),
     "commit of other states": (
         lambda: verified(program([PATH, KEEPS, reads("turns")], [reads("turns", new=True)])),
         "changes the states turns, which the program that decodes does not",

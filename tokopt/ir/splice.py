@@ -34,25 +34,38 @@ def splice(graph: Graph, module: GraphModule, operands: list[Node], *, like: Nod
 
     Nodes are attributed to ``like``'s module, or stay attributed as they are.
     """
-    known: dict[Node, Any] = {}
     given = iter(operands)
-    held = _Held(graph)
+    known: dict[Node, Any] = {node: next(given) for node in module.graph.nodes if node.op == "placeholder"}
+    splice_nodes(graph, module, module.graph.nodes, known, like=like)
 
     def copied(value: object) -> object:
         return known[value] if isinstance(value, Node) else value
 
-    for node in module.graph.nodes:
-        if node.op == "placeholder":
-            known[node] = next(given)
-        elif node.op == "output":
-            return pytree.tree_map(copied, node.args[0], is_leaf=_is_node)
-        elif node.op == "get_attr":
+    return pytree.tree_map(copied, module.graph.output_node().args[0], is_leaf=_is_node)
+
+
+def splice_nodes(
+    graph: Graph,
+    module: GraphModule,
+    nodes: Iterable[Node],
+    known: dict[Node, Any],
+    *,
+    like: Node | None = None,
+) -> None:
+    """Copy ``nodes`` of a module's graph, in order, to the insertion point; ``known`` says what became of each.
+
+    Those that are known before, inputs and the output are not copied. Nodes are attributed as :func:`splice` says.
+    """
+    held = _Held(graph)
+    for node in nodes:
+        if node in known or node.op in ("placeholder", "output"):
+            continue
+        if node.op == "get_attr":
             known[node] = _take_attribute(graph, module, node, held)
         else:
             known[node] = graph.node_copy(node, lambda n: known[n])
-        if node.op != "placeholder" and like is not None:
+        if like is not None:
             _attribute_to(known[node], like)
-    raise AssertionError("a graph has an output")
 
 
 def _is_node(value: object) -> bool:

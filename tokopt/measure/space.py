@@ -21,6 +21,9 @@ FEWEST = 4
 _TOKENS = ("tome{target=0.75}", "tome{target=0.5}", "tome{target=0.35}", "tome{target=0.25}")
 _PRODUCTS = ("int8", "smoothquant,int8{activations=static}", "rtn{bits=8}")
 _EVICTIONS = ("streaming{budget=0.5}", "h2o{budget=0.5}", "expected_attention{budget=0.5}")
+_DRAFTERS = tuple(
+    f"speculate{{drafter={name}}}" for name in ("prompt_lookup", "hybrid", "token_recycling", "logitspec")
+)
 _WEIGHTS = ("keep_grid", "rtn{bits=8}", "gptq{group=16 order=true}", "rtn")
 
 
@@ -35,7 +38,7 @@ def default_space(bundle: Bundle) -> Space:
     blocks = len(blocks_of(bundle.main.module.graph)) if len(bundle.entries) == 1 else 0
     fewer = _fewer(blocks)
     if bundle.schedule.generates:
-        kinds = (fewer, _EVICTIONS, _WEIGHTS, ("int8_kv",))
+        kinds = (fewer, _EVICTIONS, _WEIGHTS, ("int8_kv",), _DRAFTERS)
     else:
         kinds = (fewer, _TOKENS, _exits(bundle.main, blocks), _PRODUCTS)
     return tuple(kind for kind in kinds if kind)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from itertools import cycle
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,9 @@ from tokopt.runtime.rows import RowTimer, reads
 
 STEPS = 8
 """Tokens that are decoded at a time to time a program."""
+
+WRITTEN = 64
+"""Tokens that are written after a text, by default, to time a model that speculates."""
 
 TOKENS = 128
 """Tokens of a text after its prompt, by default: where later ones run another program, the time of one is the mean."""
@@ -98,6 +102,39 @@ class DecodeTimer:
         def measure() -> float:
             seconds, state[0] = mean_seconds(request, state[0], self.tokens)
             return seconds
+
+        return measure
+
+
+@dataclass(frozen=True)
+class WritingTimer:
+    """The mean seconds of one of ``tokens`` that a model writes after each of some texts, a text per measurement.
+
+    What a model that speculates takes depends on what it writes, and it learns how many nodes pay, so that texts are
+    continued for real, greedily, and past end tokens. ``texts`` are inputs by name, the token ids among them; of their
+    first half the last ``prompt`` tokens are read.
+    """
+
+    texts: tuple[Mapping[str, np.ndarray], ...]
+    prompt: int
+    threads: int | None = None
+    tokens: int = WRITTEN
+
+    def open(self, path: str) -> Callable[[], float]:
+        """Open an artifact."""
+        model: LanguageModel = load(path, threads=self.threads)
+        assert isinstance(model, LanguageModel)
+        model.settings = replace(model.settings, eos=())
+        names, turns = [tensor.name for tensor in model.interface.inputs], cycle(self.texts)
+
+        def measure() -> float:
+            given = dict(next(turns))
+            inputs = {name: given.pop(name) for name in names}
+            (text,) = given.values()
+            ids = np.asarray(text).reshape(-1)
+            ids = ids[: max(len(ids) // 2, 1)][-self.prompt :]
+            done = model.generate(ids, max_tokens=self.tokens, inputs=inputs or None).statistics
+            return done.decode_seconds / max(done.new_tokens - 1, 1)  # the first is read off the prompt
 
         return measure
 

@@ -18,7 +18,7 @@ from tokopt.arguments import LARGEST, check_integer, check_path
 from tokopt.errors import ArtifactError, InputError, MissingDependencyError, TokoptError
 from tokopt.extras import explained
 from tokopt.ir.format import BATCH
-from tokopt.measure.text_times import DecodeTimer
+from tokopt.measure.text_times import DecodeTimer, WritingTimer
 from tokopt.runtime import load
 from tokopt.runtime.buffers import available_memory
 from tokopt.runtime.engines.onnxruntime import Backend, check_threads
@@ -158,15 +158,18 @@ def interleaved_times(
     prompt: int | None = None,
     backend: Backend = "onnxruntime",
     feeds: Sequence[Feed] = (),
+    texts: Sequence[Feed] = (),
 ) -> Iterator[tuple[float, ...]]:
     """Yield, per round, the seconds that each artifact took: an encoder for its stored example, repeated or cut to
     ``batch``, or for all of ``feeds`` where they are given; a language model for one token of those that it decodes
-    after ``prompt`` of them.
+    after ``prompt`` of them, or of those that it writes after ``texts`` where they are given.
 
     They take turns as :func:`interleaved` says.
     """
     if prompt is None:
         return interleaved(paths, rounds, EncoderTimer(batch, threads, backend, tuple(feeds)))
+    if texts:
+        return interleaved(paths, rounds, WritingTimer(tuple(texts), prompt, threads))
     return interleaved(paths, rounds, DecodeTimer(prompt, threads))
 
 

@@ -280,13 +280,16 @@ class _Search:
         self.say(f"{text}: exporting")
         export(made, path, overwrite=True)
         self.say(f"{text}: judging and timing")
-        quality = judge(self.baseline, path, self.judged, self.machine.threads)
+        quality = self._judged(text, made, path)
         if self.metric is not None:
             quality[OWN] = float(self.metric(path))
         prompt = self.machine.prompt if self.bundle.schedule.generates else None
         paths = [str(self.baseline), str(path)]
         machine, feeds = self.machine, self._feeds() if made.exits else []
-        timed = interleaved_times(paths, ROUNDS, machine.batch, machine.threads, prompt, "onnxruntime", feeds)
+        texts = self._texts() if made.schedule.proposing else []
+        timed = interleaved_times(
+            paths, ROUNDS, machine.batch, machine.threads, prompt, "onnxruntime", feeds, texts
+        )
         rounds = list(timed)
         low, middle, high = np.quantile([before / after for before, after in rounds], [0.25, 0.5, 0.75])
         return Trial(
@@ -297,6 +300,27 @@ class _Search:
             milliseconds=1e3 * statistics.median(after for _, after in rounds) / (len(feeds) or 1),
             megabytes=sum(file.stat().st_size for file in path.iterdir()) / 1e6,
         )
+
+    def _judged(self, text: str, made: Bundle, path: Path) -> dict[str, float]:
+        """The quality of a candidate; one that speculates writes the texts of the same pipeline without."""
+        if not made.schedule.proposing:
+            return judge(self.baseline, path, self.judged, self.machine.threads)
+        before = ",".join(str(step) for step in parse(text).passes if step.name != "speculate")
+        if not before:
+            return judge(self.baseline, self.baseline, self.judged, self.machine.threads)
+        known = self.trials.get(before)
+        if known is not None and known.quality:
+            return {name: value for name, value in known.quality.items() if name != OWN}
+        plain = path.with_name("plain.tokopt")
+        try:
+            export(optimize(self.bundle, before, calibration=self.calibration), plain, overwrite=True)
+            return judge(self.baseline, plain, self.judged, self.machine.threads)
+        finally:
+            remove_artifact(plain)
+
+    def _texts(self) -> list[Feed]:
+        """The judging samples, which what is timed writes on."""
+        return [{name: tensor.numpy() for name, tensor in sample.items()} for sample in self.judged]
 
     def _feeds(self) -> list[Feed]:
         """The judging samples in batches: where rows leave early, time depends on what they hold.

@@ -9,7 +9,7 @@ the program is lowered or saved (:func:`tokopt.ir.assemble.assemble`).
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from functools import partial
@@ -22,11 +22,11 @@ from torch.fx import Graph, GraphModule, Node
 from torch.fx._lazy_graph_module import _LazyGraphModule as LazyGraphModule
 from torch.utils import _pytree as pytree
 
-from tokopt.ir.export import copied, output_specs
-from tokopt.ir.graph import drop_dead
+from tokopt.ir.export import copied, output_specs, placeholders
+from tokopt.ir.graph import drop_dead, results
 from tokopt.ir.program import AxisRange, Program, TensorSpec
 from tokopt.ir.shapes import Shapes, described, with_shapes
-from tokopt.ir.splice import drop_lifts, splice
+from tokopt.ir.splice import drop_lifts, splice, splice_nodes
 from tokopt.ir.trace import makes_symbols, trace
 
 
@@ -114,12 +114,23 @@ def _trace(function: Callable[..., Any], values: list[Any], shapes: Shapes) -> G
 
 def inline(graph: Graph, program: Program, operands: list[Node], *, like: Node) -> list[Node]:
     """Insert all that a program does, at the graph's insertion point; the nodes of its outputs."""
-    before = set(graph.nodes)
-    made = splice(graph, program.module, operands, like=like)
-    for node in graph.nodes:
-        if node not in before and node.op == "call_function":
-            node.meta.pop("val", None)  # a size of the other graph
-    return list(made)
+    known = dict(zip(placeholders(program.module), operands, strict=True))
+    inline_nodes(graph, program.module, program.module.graph.nodes, known, like=like)
+    return [known[node] for node in results(program.module.graph)]
+
+
+def inline_nodes(
+    graph: Graph, module: GraphModule, nodes: Iterable[Node], known: dict[Node, Node], *, like: Node
+) -> None:
+    """Insert copies of ``nodes`` of another graph, in order, at the insertion point.
+
+    ``known`` says what became of each. What is known before is not copied.
+    """
+    before = set(known)
+    splice_nodes(graph, module, nodes, known, like=like)
+    for node, made in known.items():
+        if node not in before and made.op == "call_function":
+            made.meta.pop("val", None)  # a size of the other graph
 
 
 def after(node: Node) -> AbstractContextManager[object]:

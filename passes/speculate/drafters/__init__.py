@@ -21,6 +21,9 @@ class Drafter(Protocol):
     rates: list[float]
     """How often its proposal of each rank is right, roughly: what the default tree is grown for."""
 
+    below: list[float] | None
+    """The same for what is not a child of the root, where that differs."""
+
     fade: float
     """By how much less on each further level."""
 
@@ -28,10 +31,11 @@ class Drafter(Protocol):
         """What it remembers between calls."""
         ...
 
-    def read(self, tokens: Tensor, positions: Tensor, *memory: Tensor) -> Sequence[Tensor]:
+    def read(self, tokens: Tensor, positions: Tensor, logits: Tensor, *memory: Tensor) -> Sequence[Tensor]:
         """Take note of tokens [batch, n] of the text, the newest last; -1 is the position of padding.
 
-        Of the states of kind ``table``, which learn of logits alone, nothing is returned.
+        The newest was drawn from ``logits`` [batch, 1, vocabulary]. Of the states of kind ``table``, which learn of
+        verified trees alone, nothing is returned.
         """
         ...
 
@@ -47,17 +51,23 @@ class Drafter(Protocol):
         ...
 
     def observe(
-        self, tokens: Tensor, logits: Tensor, committed: Tensor, places: Tensor, *memory: Tensor
+        self,
+        tokens: Tensor,
+        logits: Tensor,
+        committed: Tensor,
+        places: Tensor,
+        last: Tensor,
+        *memory: Tensor,
     ) -> Sequence[Tensor]:
         """Take note of a verified tree.
 
         ``tokens`` [batch, nodes] and the ``logits`` [batch, nodes, vocabulary] after each; ``committed`` [batch, nodes]
-        tokens at the positions ``places``, which are -1 behind the last.
+        tokens at the positions ``places``, which are -1 behind the last, drawn after the node ``last`` [batch].
         """
         ...
 
 
-DRAFTERS = ("prompt_lookup", "token_recycling", "hybrid")
+DRAFTERS = ("prompt_lookup", "token_recycling", "hybrid", "logitspec")
 
 
 def load_drafter(name: str) -> Drafter:

@@ -25,6 +25,7 @@ class Hybrid:
     """
 
     rates: list[float] = field(default_factory=lambda: [0.55, 0.1, 0.06, 0.04, 0.03, 0.02, 0.02, 0.01])
+    below: list[float] | None = None
     fade: float = 1.0
     text: PromptLookup = field(default_factory=PromptLookup)
     table: TokenRecycling = field(default_factory=TokenRecycling)
@@ -33,9 +34,9 @@ class Hybrid:
         """Those of both."""
         return (*self.text.states(generation), *self.table.states(generation))
 
-    def read(self, tokens: Tensor, positions: Tensor, *memory: Tensor) -> Sequence[Tensor]:
+    def read(self, tokens: Tensor, positions: Tensor, logits: Tensor, *memory: Tensor) -> Sequence[Tensor]:
         """The text is read."""
-        return self.text.read(tokens, positions, *memory[:-1])
+        return self.text.read(tokens, positions, logits, *memory[:-1])
 
     def confidence(self, root: Tensor, *memory: Tensor) -> Tensor:
         """One more than the tokens that agree, where they are enough; else that of Token Recycling."""
@@ -57,10 +58,16 @@ class Hybrid:
         return tokens
 
     def observe(
-        self, tokens: Tensor, logits: Tensor, committed: Tensor, places: Tensor, *memory: Tensor
+        self,
+        tokens: Tensor,
+        logits: Tensor,
+        committed: Tensor,
+        places: Tensor,
+        last: Tensor,
+        *memory: Tensor,
     ) -> Sequence[Tensor]:
         """Both observe."""
-        given = (tokens, logits, committed, places)
+        given = (tokens, logits, committed, places, last)
         return [*self.text.observe(*given, *memory[:-1]), *self.table.observe(*given, memory[-1])]
 
 

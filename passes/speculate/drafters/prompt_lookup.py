@@ -22,6 +22,7 @@ class PromptLookup:
     """
 
     rates: list[float] = field(default_factory=lambda: [0.7])
+    below: list[float] | None = None
     fade: float = 1.0
 
     def states(self, generation: Generation) -> Sequence[State]:
@@ -34,7 +35,7 @@ class PromptLookup:
             State("repeat", "history", "int64", (BATCH, 2)),
         )
 
-    def read(self, tokens: Tensor, positions: Tensor, *memory: Tensor) -> Sequence[Tensor]:
+    def read(self, tokens: Tensor, positions: Tensor, logits: Tensor, *memory: Tensor) -> Sequence[Tensor]:
         """Write the text, and look for its end."""
         text = written(memory[0], tokens, positions)
         return [text, torch.stack(ops.latest_repeat(text, positions.amax(1).clamp_max(text.shape[1] - 2)), 1)]
@@ -49,10 +50,16 @@ class PromptLookup:
         return torch.where(shape.index == 0, root[:, None], copied)
 
     def observe(
-        self, tokens: Tensor, logits: Tensor, committed: Tensor, places: Tensor, *memory: Tensor
+        self,
+        tokens: Tensor,
+        logits: Tensor,
+        committed: Tensor,
+        places: Tensor,
+        last: Tensor,
+        *memory: Tensor,
     ) -> Sequence[Tensor]:
         """As when reading what was committed."""
-        return self.read(committed, places, *memory)
+        return self.read(committed, places, logits, *memory)
 
 
 def written(text: Tensor, tokens: Tensor, places: Tensor) -> Tensor:

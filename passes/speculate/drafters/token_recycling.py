@@ -28,13 +28,14 @@ class TokenRecycling:
     """
 
     rates: list[float] = field(default_factory=lambda: [0.45, 0.13, 0.07, 0.05, 0.03, 0.02, 0.02, 0.01])
+    below: list[float] | None = None
     fade: float = 1.0
 
     def states(self, generation: Generation) -> Sequence[State]:
         """The table, which begins with token 0 everywhere."""
         return (State("followers", "table", "int32", (generation.vocabulary, WIDTH)),)
 
-    def read(self, tokens: Tensor, positions: Tensor, *memory: Tensor) -> Sequence[Tensor]:
+    def read(self, tokens: Tensor, positions: Tensor, logits: Tensor, *memory: Tensor) -> Sequence[Tensor]:
         """What is read alone has no logits: nothing is learned of it."""
         return []
 
@@ -53,7 +54,13 @@ class TokenRecycling:
         return tokens
 
     def observe(
-        self, tokens: Tensor, logits: Tensor, committed: Tensor, places: Tensor, *memory: Tensor
+        self,
+        tokens: Tensor,
+        logits: Tensor,
+        committed: Tensor,
+        places: Tensor,
+        last: Tensor,
+        *memory: Tensor,
     ) -> Sequence[Tensor]:
         """Write the likeliest followers of every node."""
         (table,) = memory

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,13 +19,14 @@ from tokopt.runtime.speculation.tree import Ints
 class Lantern(WalkingRule):
     """Accept x with the probability of x and of its nearest neighbours (arXiv 2410.03355), for deterministic children.
 
-    ``neighbours`` [vocabulary, k] are token ids, the nearest first. As many are counted as keep the probability that is
+    ``neighbours`` [vocabulary, k] are token ids, the nearest first; without them those count that the model says, made
+    with the pass ``verify{neighbours=k}``. As many are counted as keep the probability that is
     moved at one place at ``delta`` or below, whichever children are tried, so that at every token the output's total
     variation distance from p is at most ``delta``. A rejection removes x and the neighbours that were counted with it;
     the published code removes all k, which is not exact at ``delta`` 0.
     """
 
-    neighbours: Ints
+    neighbours: Ints | Mapping[int, Ints] | None = None
     delta: float = 0.1
 
     name = "lantern"
@@ -34,11 +36,17 @@ class Lantern(WalkingRule):
 
     def __post_init__(self) -> None:
         check_number("delta", self.delta, lambda x: 0 <= x <= 1, "from 0 to 1")
+        if self.neighbours is None or isinstance(self.neighbours, Mapping):
+            return
         near = np.asarray(self.neighbours)
         inside = near.ndim == 2 and near.dtype.kind in "iu" and ((near >= 0) & (near < len(near))).all()
         if not inside:
             raise InputError("neighbours must be token ids [vocabulary, k], the nearest first")
         object.__setattr__(self, "neighbours", near.astype(np.int64))
+
+    def among(self, neighbours: Mapping[int, Ints]) -> Lantern:
+        """The rule with the neighbours of some tokens, where it was given none itself."""
+        return self if self.neighbours is not None else Lantern(neighbours, self.delta)
 
     @property
     def lossy(self) -> str:
@@ -49,7 +57,11 @@ class Lantern(WalkingRule):
 
     def step(self, prefix: Prefix, decisions: Decisions) -> Step:
         """One decision per child that is tried, and a draw when none is accepted."""
-        if len(prefix.p) != len(self.neighbours):
+        if self.neighbours is None:
+            raise InputError(
+                "the rule 'lantern' has no neighbours; give them, or verify with a model that has some"
+            )
+        if isinstance(self.neighbours, np.ndarray) and len(prefix.p) != len(self.neighbours):
             raise InputError(f"p has {len(prefix.p)} tokens, neighbours are given for {len(self.neighbours)}")
         left, budget = prefix.p.copy(), self.delta  # not normalised: the probability is in p's own terms
         for token in prefix.candidates:
@@ -65,6 +77,7 @@ class Lantern(WalkingRule):
 
     def _counted(self, token: int, left: Floats, budget: float) -> Ints:
         """The nearest neighbours of a token whose probabilities sum to at most ``budget``."""
+        assert self.neighbours is not None
         near = self.neighbours[token]
         near = near[near != token]
         return np.unique(near[np.cumsum(left[near]) <= budget])

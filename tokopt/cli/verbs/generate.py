@@ -64,7 +64,7 @@ def add_options(parser: ArgumentParser) -> None:
         "--accept",
         metavar="RULE",
         help="the rule that accepts them: same_text, greedy, deterministic, chain, with_replacement, "
-        "without_replacement, k_seq, greedy_draft or typical (default: the text is as without a drafter)",
+        "without_replacement, k_seq, greedy_draft, typical or lantern (default: the text is as without a drafter)",
     )
     parser.add_argument(
         "--corpus",
