@@ -14,8 +14,8 @@ from tokopt.runtime.speculation.drafters.base import Drafter
 from tokopt.runtime.speculation.rules.base import Rule
 
 
-class TokenOptions(TypedDict, total=False):
-    """Options of a text of tokens, ``LanguageModel.tokens``.
+class ChoiceOptions(TypedDict, total=False):
+    """Options of every text: how many tokens it has, and how they are chosen.
 
     ``max_tokens`` and ``min_tokens`` are the most and the fewest new tokens; before the fewest no end token is chosen.
     ``sampling`` says how a token is chosen, by default greedily; ``processors`` change the logits before.
@@ -42,21 +42,25 @@ class TokenOptions(TypedDict, total=False):
     accept: str | Rule | None
 
 
-class TextOptions(TokenOptions, total=False):
-    """Options of a text of characters, ``Chat.say`` and ``Chat.stream``: ``stop`` is a string before which it ends, or
-    several."""
-
-    stop: str | Iterable[str] | None
-
-
-class PromptOptions(TextOptions, total=False):
-    """Options of ``LanguageModel.generate`` and ``LanguageModel.stream``.
+class TokenOptions(ChoiceOptions, total=False):
+    """Options of ``LanguageModel.tokens``.
 
     ``inputs`` are the arrays that a model takes beside its prompts (images, for example) by name, with a row for every
     prompt.
     """
 
     inputs: Mapping[str, Any] | None
+
+
+class TextOptions(ChoiceOptions, total=False):
+    """Options of a text of characters, ``Chat.say`` and ``Chat.stream``: ``stop`` is a string before which it ends, or
+    several."""
+
+    stop: str | Iterable[str] | None
+
+
+class PromptOptions(TokenOptions, TextOptions, total=False):
+    """Options of ``LanguageModel.generate`` and ``LanguageModel.stream``."""
 
 
 @dataclass(frozen=True)
@@ -76,7 +80,7 @@ class Options:
     inputs: Mapping[str, Any] | None = None
 
     @classmethod
-    def of(cls, given: Mapping[str, Any], known: type[TokenOptions], max_tokens: int) -> Options:
+    def of(cls, given: Mapping[str, Any], known: type[ChoiceOptions], max_tokens: int) -> Options:
         """The options that a caller gave, of those that are known; raises TypeError for others."""
         names = known.__optional_keys__
         for name in given:
