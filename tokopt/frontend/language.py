@@ -202,20 +202,21 @@ class _Real(TorchDispatchMode):
         return made
 
 
-def _tried(model: nn.Module, run: Callable[[], Result]) -> Result:
-    """What a run of the model on a few tokens gives; what goes wrong in it is a CaptureError."""
+def _tried(model: nn.Module, run: Callable[[], Result], when: str = "on a text of a few tokens") -> Result:
+    """What a run of the model gives; what goes wrong in it is a CaptureError of one sentence."""
     try:
         return run()
     except CaptureError as error:
         raise CaptureError(f"{type(model).__name__} cannot be captured: {error}") from error
     except Exception as error:
+        reason = " ".join(str(error).split())[:200]
         raise CaptureError(
-            f"{type(model).__name__} fails on a text of a few tokens: {type(error).__name__}: {error}"
+            f"{type(model).__name__} fails {when}: {type(error).__name__}: {reason}"
         ) from error
 
 
 def _export(step: _Step, generation: Generation, model: nn.Module) -> tuple[Program, tuple[State, ...]]:
-    layers = _tried(model, step.layers)
+    layers = _tried(model, step.layers, "where positions, masks and a cache are given to it")
     if layers[0][0].dtype == torch.bfloat16:
         raise CaptureError(
             f"{type(model).__name__} computes in bfloat16, which numpy cannot hold; capture it in float32 "
