@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
@@ -11,6 +12,9 @@ from tests.sweep.outcome import EQUAL, FAILS, LIMIT, REFUSED, UNBUILT, WRONG, En
 
 OUTCOMES = Path(__file__).parent / "outcomes.json"
 PAGE = Path(__file__).parents[2] / "docs" / "models.md"
+
+_PLACE = re.compile(r"^pass .*?: refused in strict mode: |step: |(?<=default) at [\w.]+ \(\w+\.py:\d+\)")
+"""What tells classes apart that are refused for one reason."""
 
 _WORDS = {
     EQUAL: "equal",
@@ -86,6 +90,6 @@ def _cell(ending: Ending | None, name: str, notes: dict[str, int]) -> str:
         return ""
     if not ending.detail:
         return _WORDS[ending.outcome]
-    sentence = ending.detail.replace(name, "it").replace("|", "\\|").replace("<", "\\<")
+    sentence = _PLACE.sub("", ending.detail.replace(name, "it")).replace("|", "\\|").replace("<", "\\<")
     number = notes.setdefault(sentence, len(notes) + 1)
     return f"{_WORDS[ending.outcome]} ({number})"
