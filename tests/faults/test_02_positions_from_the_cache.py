@@ -35,8 +35,9 @@ def test_models_that_count_positions_by_the_cache_are_told_them(name: str) -> No
 
 
 def test_models_that_count_positions_in_a_way_of_their_own_are_refused() -> None:
-    with pytest.raises(CaptureError, match="MusicgenForCausalLM does not take position_ids"):
-        capture_lm(transformers_model("Musicgen", hidden_size=32, num_hidden_layers=1, **HEADS))
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "dim_head": 8, "dim_ff": 48}
+    with pytest.raises(CaptureError, match="CpmAntForCausalLM does not take position_ids"):
+        capture_lm(transformers_model("CpmAnt", **sizes))
 
 
 class FromZero(HandWritten):
