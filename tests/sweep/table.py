@@ -55,8 +55,8 @@ exported, loaded, and compared with itself in eager PyTorch. `python -m tests.sw
   of several lengths, with padding, up to seven times the example's. Merged tokens give what the optimised program
   gives in PyTorch at those sizes, and integer products stay close to the model.
 - **equal** is that all of this holds; **refused** that tokopt said why not, in one sentence, before it wrote anything;
-  **not tried** that transformers does not build or run the class by itself, small and random, as it is said there. Classes
-  and passes that are missing have not had their turn yet.
+  **not tried** that transformers does not build or run the class by itself, small and random, as it is said there.
+  Classes and passes that are missing have not had their turn yet.
 """
 
 
