@@ -45,7 +45,8 @@ def export_concat(folder: Path) -> None:
     from torch import Tensor, nn
     from transformers import AutoModelForCausalLM
 
-    from tokopt.frontend.language import _HuggingFace
+    from tokopt.frontend.hugging_face import HuggingFace
+    from tokopt.frontend.sight import Sight
 
     class Concatenated:
         def __init__(self, past: tuple[Tensor, ...]) -> None:
@@ -59,13 +60,13 @@ def export_concat(folder: Path) -> None:
     class Plain(nn.Module):
         def __init__(self, model: Any) -> None:
             super().__init__()
-            self.decoder = _HuggingFace(model)
+            self.decoder = HuggingFace(model)
 
         def forward(self, tokens: Tensor, positions: Tensor, *past: Tensor) -> tuple[Tensor, ...]:
             count, before = tokens.shape[1], past[0].shape[2]
             seen = torch.arange(before + count) <= torch.arange(count)[:, None] + before
             cache: Any = Concatenated(past)
-            masks = {0: seen[None, None].expand(tokens.shape[0], -1, -1, -1)}
+            masks = {Sight(): seen[None, None].expand(tokens.shape[0], -1, -1, -1)}
             logits = self.decoder(tokens, positions, masks, cache, torch.tensor([-1]))
             return (logits, *cache.past)
 

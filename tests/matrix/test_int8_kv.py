@@ -19,7 +19,8 @@ from tests.matrix.test_eviction import EVERY, Driver, spelled
 from tests.zoo import ZOO
 from tests.zoo.decoders import CONTEXT, DECODERS
 from tokopt.errors import TokoptError
-from tokopt.frontend.language import _HuggingFace
+from tokopt.frontend.hugging_face import HuggingFace
+from tokopt.frontend.sight import Sight
 from tokopt.ir.bundle import Bundle
 from tokopt.lower.parity.selections import expose_selections, run_with_selections
 from tokopt.runtime import LanguageModel, load
@@ -97,16 +98,16 @@ class Rounding:
 
 def eager_logits(name: str, ids: list[int], held: object) -> np.ndarray:
     """The model's own logits [tokens, vocabulary] of a text, its keys and values through ``held``."""
-    decoder = model(name) if hasattr(model(name), "greedy") else _HuggingFace(model(name))
+    decoder = model(name) if hasattr(model(name), "greedy") else HuggingFace(model(name))
     places = torch.arange(len(ids))
     apart = places[:, None] - places
 
-    def mask(window: int) -> Tensor:
-        return ((apart >= 0) & (apart < (window or len(ids))))[None, None]
+    def mask(sight: Sight) -> Tensor:
+        return ((apart >= 0) & (apart < (sight.window or len(ids))))[None, None]
 
-    masks = {window: mask(window) for window in getattr(decoder, "windows", (0,))}
+    masks = {sight: mask(sight) for sight in getattr(decoder, "sights", (Sight(),))}
     with torch.no_grad():
-        given = masks if isinstance(decoder, _HuggingFace) else masks[0]
+        given = masks if isinstance(decoder, HuggingFace) else masks[Sight()]
         return decoder(torch.tensor([ids]), places[None], given, held, places)[0].numpy()
 
 

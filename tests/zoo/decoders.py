@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from tokopt.frontend.language import Cache
+from tokopt.frontend.decoder import Cache
 from tokopt.runtime import Generation
 
 VOCABULARY, CONTEXT, WINDOW = 97, 320, 7

@@ -78,7 +78,7 @@ def cached_attentions(
 ) -> list[CachedAttention]:
     """Every attention of a program that reads a cache, by layer; ``module`` is the program's open graph.
 
-    Raises PassRefused when one does not read a cache of its own directly.
+    Raises PassRefused when one does not read a cache of its own directly, or when something else reads a cache.
     """
     known = {state.name: state for state in states}
     held = {node: spec.state for node, spec in zip(placeholders(module), program.inputs, strict=True)}
@@ -96,6 +96,12 @@ def cached_attentions(
         found[layer] = CachedAttention(layer, node, key, value, mask, key_state, value_state)
     if len(found) != len(nodes):
         raise PassRefused("two attentions read the same cache")
+    layers = {state.layer for state in states if state.kind == "key" and state.name in held.values()}
+    if others := sorted(layer for layer in layers if layer is not None and layer not in found):
+        raise PassRefused(
+            f"the caches of the layers {', '.join(map(str, others))} are read by something else than "
+            "scaled_dot_product_attention: by attention with capped logits, sinks or a form of its own"
+        )
     return [found[layer] for layer in sorted(found)]
 
 

@@ -20,13 +20,12 @@ assumes that slot i holds position i, so passes may evict and move what a layer 
 
 from __future__ import annotations
 
-import os
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -35,12 +34,16 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from tokopt.arguments import check_kind, check_path
 from tokopt.errors import CaptureError
 from tokopt.frontend.arguments import check_module, check_tokenizer
+from tokopt.frontend.hugging_face import HuggingFace, traceable
+from tokopt.frontend.imaginary import InReal
 from tokopt.frontend.module import evaluation, explain
 from tokopt.frontend.normalize import normalize
+from tokopt.frontend.positions import first_position
 from tokopt.frontend.pretrained import load_pretrained
 from tokopt.frontend.purity import check_captured, refuse_random
 from tokopt.frontend.replay import check_replay, readings
-from tokopt.frontend.rope import fixed_frequencies, longest_fixed
+from tokopt.frontend.rope import longest_fixed
+from tokopt.frontend.sight import Sight
 from tokopt.frontend.supported import check_supported
 from tokopt.frontend.texts import Texts, without_padding
 from tokopt.ir.bundle import Bundle
@@ -55,27 +58,6 @@ Result = TypeVar("Result")
 
 BATCH, TOKENS, ROWS, SLOTS, HELD = 2, 5, 3, 11, 4
 """Sizes of the example, all different, since ``torch.export`` takes equal ones for one axis; HELD are in use."""
-
-
-class Cache(Protocol):
-    """What a decoder is given to keep its keys and values in."""
-
-    def update(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Add new keys and values [batch, heads, tokens, channels]; return all [batch, heads, slots, channels]."""
-        ...
-
-
-class Decoder(Protocol):
-    """A hand-written language model that :func:`capture_lm` takes: a module whose ``forward`` has this form."""
-
-    def __call__(self, tokens: Tensor, positions: Tensor, mask: Tensor, cache: Cache, rows: Tensor) -> Tensor:
-        """Return the logits [batch, rows, vocabulary] of the tokens ``rows`` [rows] int64.
-
-        ``tokens`` and ``positions`` are [batch, tokens] int64. Attention is
-        ``scaled_dot_product_attention(queries, *cache.update(layer, keys, values), attn_mask=mask)`` with
-        ``mask`` [batch, 1, tokens, slots] bool.
-        """
-        ...
 
 
 def capture_lm(
@@ -113,11 +95,13 @@ def capture_lm(
     if tokenizer is not None:
         tokenizer = without_padding(tokenizer)
         Tokenizer(tokenizer, generation.vocabulary)  # refuse another model's before anything is traced
-    decoder: Any = _HuggingFace(model) if hugging_face else model
-    step = _Step(decoder, decoder.windows if hugging_face else (0,), not hugging_face)
+    decoder: Any = HuggingFace(model) if hugging_face else model
+    step = _Step(decoder, decoder.sights if hugging_face else (Sight(),), not hugging_face)
     with evaluation(model):
         wanted = _tried(model, lambda: readings(step.read, generation.vocabulary))
-        with _traceable(model) if hugging_face else nullcontext():
+        with traceable(model) if hugging_face else nullcontext():
+            if hugging_face:
+                _tried(model, lambda: decoder.settle(step.whole, wanted[0]))
             program, states = _export(step, generation, model)
         check_replay(type(model).__name__, program, states, wanted)
     schedule = Schedule((Entry("step", "prefill", "tokens"), Entry("step", "decode", "tokens")))
@@ -146,37 +130,50 @@ class _Slots:
 class _Step(nn.Module):
     """A decoder in the calling convention of ``step``."""
 
-    def __init__(self, decoder: nn.Module, windows: Sequence[int], plain: bool) -> None:
+    def __init__(self, decoder: nn.Module, sights: Sequence[Sight], plain: bool) -> None:
         super().__init__()
-        self.decoder, self.windows, self.plain = decoder, tuple(windows), plain
+        self.decoder, self.sights, self.plain = decoder, tuple(sights), plain
 
     def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
         tokens, positions, mask, rows, length, slots, *cache = tensors
         held = ops.cache_write(slots, positions[:, None, :, None], length)
-        masks = {w: ops.cache_mask(held, positions, mask, length, w) for w in self.windows}
+        masks = {sight: sight.mask(held, positions, mask, length) for sight in self.sights}
         store = _Slots(length, cache)
-        logits = self.call(tokens, positions, masks, store, rows)
+        logits = self.call(tokens, positions, masks, store, rows, held)
         return (logits, length + tokens.shape[1], held, *store.tensors)
 
     def call(
-        self, tokens: Tensor, positions: Tensor, masks: dict[int, Tensor], cache: _Slots, rows: Tensor
+        self,
+        tokens: Tensor,
+        positions: Tensor,
+        masks: dict[Sight, Tensor],
+        cache: _Slots,
+        rows: Tensor,
+        held: Tensor,
     ) -> Tensor:
         real = positions.clamp(min=0)
-        return self.decoder(tokens, real, masks[0] if self.plain else masks, cache, rows)
+        with InReal():
+            if self.plain:
+                return self.decoder(tokens, real, masks[Sight()], cache, rows)
+            return self.decoder(tokens, real, masks, cache, rows, held[:, 0, :, 0].clamp(min=0))
 
     def read(self, tokens: Tensor) -> Tensor:
         """The logits [batch, tokens, vocabulary] of whole texts, of a Hugging Face model by its own means."""
         if not self.plain:
             model: Any = self.decoder.model
             return model(input_ids=tokens, use_cache=False).logits
-        return self.uncached(tokens, _Slots(None, ()))
+        return self.whole(tokens)
 
     def uncached(self, tokens: Tensor, notes: _Slots) -> Tensor:
         """The logits of whole texts; ``notes`` only notes what it is given."""
         rows = torch.arange(tokens.shape[1])
-        causal = torch.ones(len(rows), len(rows), dtype=torch.bool).tril().expand(len(tokens), 1, -1, -1)
-        masks = dict.fromkeys(self.windows, causal)
-        return self.call(tokens, rows.expand(len(tokens), -1), masks, notes, rows)
+        masks = {sight: sight.causal(rows).expand(len(tokens), 1, -1, -1) for sight in self.sights}
+        places = rows.expand(len(tokens), -1)
+        return self.call(tokens, places, masks, notes, rows, places[:, None, :, None])
+
+    def whole(self, tokens: Tensor) -> Tensor:
+        """The logits of whole texts [batch, tokens, vocabulary], without a cache."""
+        return self.uncached(tokens, _Slots(None, ()))
 
     def layers(self) -> list[tuple[Tensor, Tensor]]:
         """Keys and values of every layer for the example's new tokens, from one run without a cache."""
@@ -205,20 +202,21 @@ class _Real(TorchDispatchMode):
         return made
 
 
-def _tried(model: nn.Module, run: Callable[[], Result]) -> Result:
-    """What a run of the model on a few tokens gives; what goes wrong in it is a CaptureError."""
+def _tried(model: nn.Module, run: Callable[[], Result], when: str = "on a text of a few tokens") -> Result:
+    """What a run of the model gives; what goes wrong in it is a CaptureError of one sentence."""
     try:
         return run()
     except CaptureError as error:
         raise CaptureError(f"{type(model).__name__} cannot be captured: {error}") from error
     except Exception as error:
+        reason = " ".join(str(error).split())[:200]
         raise CaptureError(
-            f"{type(model).__name__} fails on a text of a few tokens: {type(error).__name__}: {error}"
+            f"{type(model).__name__} fails {when}: {type(error).__name__}: {reason}"
         ) from error
 
 
 def _export(step: _Step, generation: Generation, model: nn.Module) -> tuple[Program, tuple[State, ...]]:
-    layers = _tried(model, step.layers)
+    layers = _tried(model, step.layers, "where positions, masks and a cache are given to it")
     if layers[0][0].dtype == torch.bfloat16:
         raise CaptureError(
             f"{type(model).__name__} computes in bfloat16, which numpy cannot hold; capture it in float32 "
@@ -298,83 +296,18 @@ def _example(layers: Sequence[tuple[Tensor, Tensor]], vocabulary: int) -> tuple[
 # --- Hugging Face -----------------------------------------------------------------------------------------
 
 
-class _HuggingFace(nn.Module):
-    """A Hugging Face causal language model as a decoder that takes one mask per sliding window."""
-
-    def __init__(self, model: Any) -> None:
-        super().__init__()
-        self.model = model
-        self.config = model.config.get_text_config()
-        self.kinds = _attention_windows(type(model).__name__, self.config)
-        self.windows = tuple(sorted(set(self.kinds.values())))
-
-    def forward(
-        self, tokens: Tensor, positions: Tensor, masks: dict[int, Tensor], cache: _Slots, rows: Tensor
-    ) -> Tensor:
-        from transformers.cache_utils import Cache as TransformersCache
-
-        layers = [_layer(cache, i) for i in range(self.config.num_hidden_layers)]
-        mask: Any = {kind: masks[window] for kind, window in self.kinds.items()}
-        return self.model(
-            input_ids=tokens,
-            position_ids=positions,
-            attention_mask=mask if len(mask) > 1 else next(iter(mask.values())),
-            past_key_values=TransformersCache(layers=layers),
-            use_cache=True,
-            logits_to_keep=rows,
-        ).logits
-
-
-def _layer(cache: _Slots, index: int) -> Any:
-    """A cache layer of transformers that hands everything to ``cache``."""
-    from transformers.cache_utils import CacheLayerMixin
-
-    class Layer(CacheLayerMixin):
-        def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-            self.is_initialized = True
-
-        def update(
-            self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
-        ) -> tuple[Tensor, Tensor]:
-            return cache.update(index, key_states, value_states)
-
-        def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-            raise CaptureError("the model builds its own attention mask, which tokopt cannot replace")
-
-        def get_seq_length(self) -> int:
-            return 0
-
-        def get_max_length(self) -> int:
-            return -1
-
-    return Layer()
-
-
-def _attention_windows(name: str, config: Any) -> dict[str, int]:
-    """Kind of attention layer -> its sliding window in positions, 0 for none."""
-    window = getattr(config, "sliding_window", None) or 0
-    kinds = getattr(config, "layer_types", None)
-    if not kinds:
-        return {"sliding_attention": window} if window else {"full_attention": 0}
-    known = {"full_attention": 0, "sliding_attention": window}
-    for kind in kinds:
-        if kind not in known:
-            raise CaptureError(
-                f"{name} has layers of the kind {kind!r}, and capture_lm knows full and sliding attention alone"
-            )
-    return {kind: known[kind] for kind in sorted(set(kinds))}
-
-
 def _generation(model: Any) -> Generation:
     """Context length, vocabulary and special tokens, as the model's configuration has them."""
     name = type(model).__name__
     config: Any = model.config.get_text_config() if hasattr(model, "config") else None
-    context, vocabulary = (getattr(config, key, None) for key in ("max_position_embeddings", "vocab_size"))
+    vocabulary = getattr(config, "vocab_size", None)
+    context = next((size for key in _CONTEXTS if (size := getattr(config, key, None)) is not None), None)
     if context is None or vocabulary is None:
         raise CaptureError(
             f"{name} does not say its context length and vocabulary; pass "
             "generation=Generation(context=..., vocabulary=...)"
         )
+    context -= first_position(model)
     exact = longest_fixed(config)
     if exact is not None and exact < context:
         warnings.warn(
@@ -382,14 +315,17 @@ def _generation(model: Any) -> Generation:
         )
     own = getattr(model, "generation_config", None)
     eos = getattr(own, "eos_token_id", None)
-    eos = config.eos_token_id if eos is None else eos
+    eos = getattr(config, "eos_token_id", None) if eos is None else eos
     return Generation(
         context=min(context, exact or context),
         vocabulary=vocabulary,
         eos=tuple(eos) if isinstance(eos, (list, tuple)) else () if eos is None else (eos,),
-        bos=config.bos_token_id,
+        bos=getattr(config, "bos_token_id", None),
     )
 
+
+_CONTEXTS = ("max_position_embeddings", "max_seq_len", "max_target_positions", "n_positions")
+"""How configurations call the context length."""
 
 _TURNED = (
     "a longer text is turned by other rotary frequencies as a whole, which keys in a cache cannot follow"
@@ -414,37 +350,3 @@ def _with_texts(generation: Generation, texts: Texts) -> Generation:
         chat_templates=others,
         special_tokens=texts.special_tokens,
     )
-
-
-@contextmanager
-def _traceable(model: Any) -> Iterator[None]:
-    """A model whose rotary frequencies are fixed and whose attention is one op; everything as it was afterwards."""
-    with fixed_frequencies(model), _fused_attention(model):
-        yield
-
-
-@contextmanager
-def _fused_attention(model: Any) -> Iterator[None]:
-    """Attention as one op with shared keys and values unrepeated."""
-    variable = "TRANSFORMERS_SDPA_FORCE_GQA"
-    before, spelling = os.environ.get(variable), model.config._attn_implementation
-    os.environ[variable] = "1"
-    try:
-        _choose_attention(model, "sdpa")
-        yield
-    finally:
-        model.set_attn_implementation(spelling)
-        if before is None:
-            del os.environ[variable]
-        else:
-            os.environ[variable] = before
-
-
-def _choose_attention(model: Any, spelling: str) -> None:
-    try:
-        model.set_attn_implementation(spelling)
-    except ValueError as error:
-        raise CaptureError(
-            f"{type(model).__name__} does not compute its attention by scaled_dot_product_attention, as capture_lm "
-            "needs it"
-        ) from error

@@ -13,11 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 from torch.utils import _pytree as pytree
 
 from tokopt.arguments import check_path
 from tokopt.errors import ArtifactError, CaptureError, InputError
 from tokopt.frontend.arguments import check_axes, check_example, check_tokenizer
+from tokopt.frontend.imaginary import InReal
 from tokopt.frontend.normalize import normalize
 from tokopt.frontend.pt2 import load_pt2
 from tokopt.frontend.purity import check_captured, refuse_random, run_unchanged
@@ -59,9 +61,9 @@ class _Flat(torch.nn.Module):
         return self.model(*args, **kwargs)
 
     def forward(self, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        return tuple(
-            leaf for leaf in pytree.tree_leaves(self.call(tensors)) if isinstance(leaf, torch.Tensor)
-        )
+        with InReal():
+            made = self.call(tensors)
+        return tuple(leaf for leaf in pytree.tree_leaves(made) if isinstance(leaf, torch.Tensor))
 
 
 def capture(
@@ -313,6 +315,10 @@ def _grow_example(
     return tuple(grown)
 
 
+_OWN = ("/imaginary.py",)
+"""Files of tokopt that a model's functions run through."""
+
+
 def explain(error: Exception, model: torch.nn.Module, inputs: tuple[TensorSpec, ...]) -> str:
     """One sentence from an error of ``torch.export``, naming the user's axis and the line of the model."""
     if any(isinstance(part, torch.jit.ScriptModule) for part in model.modules()):
@@ -320,14 +326,28 @@ def explain(error: Exception, model: torch.nn.Module, inputs: tuple[TensorSpec, 
     text = str(error)
     name = type(model).__name__
     axes = sorted({axis for spec in inputs for axis in spec.axes if isinstance(axis, str)})
-    line = re.findall(r'File "([^"]+)", line (\d+)', text)
+    line = [at for at in re.findall(r'File "([^"]+)", line (\d+)', text) if not at[0].endswith(_OWN)]
     where = f" (at {line[-1][0].rsplit('/', 1)[-1]}:{line[-1][1]})" if line else ""
+    if isinstance(error, GuardOnDataDependentSymNode):
+        return (
+            f"{name} cannot be captured{where}: it decides by the values of its inputs what to compute, and a graph "
+            "computes the same of all; make it independent of them (torch.where in place of if, all experts in place "
+            "of a loop over the chosen ones)"
+        )
     for axis in axes:
         if found := re.search(rf"\b{axis}\b\s*=\s*(\d+)\b", text):
             return (
                 f"{name} fixes axis {axis!r} to {found[1]}{where}; leave {axis!r} out of dynamic, or make "
                 "the model independent of that size"
             )
+    if found := re.search(
+        r"Not all values of (\w+) = (\S+) in .* satisfy the generated guard (.+)\.$", text, re.M
+    ):
+        axis, size, guard = found.groups()
+        return (
+            f"{name} cannot be captured with axis {axis!r} dynamic{where}: torch.export takes for granted that "
+            f"{guard.replace(size, axis)}, which it cannot prove; leave {axis!r} out of dynamic"
+        )
     for axis in axes:
         if f"({axis})" in text or f"'{axis}'" in text:
             first = text.strip().splitlines()[0]

@@ -1,7 +1,8 @@
 """Normalisation at capture, so that every pass sees one form of attention.
 
 1. A mask that hides nothing (all True or all zero, proved for every size allowed) is dropped.
-2. ``softmax(scale * q @ k.T + bias) @ v`` becomes ``scaled_dot_product_attention``: hand-written attention,
+2. Keys of one head, which the heads of queries broadcast, are said to be shared (``enable_gqa``).
+3. ``softmax(scale * q @ k.T + bias) @ v`` becomes ``scaled_dot_product_attention``: hand-written attention,
    ``attn_implementation="eager"`` and ``nn.MultiheadAttention`` end up like everything else.
 """
 
@@ -15,7 +16,7 @@ import torch
 from torch.fx import GraphModule, Node
 
 from tokopt.analysis.bounds import bounds
-from tokopt.analysis.constants import parameter
+from tokopt.analysis.constants import evaluate, parameter
 from tokopt.errors import CaptureError
 from tokopt.ir.graph import (
     ancestors,
@@ -28,9 +29,11 @@ from tokopt.ir.graph import (
     value_users,
 )
 from tokopt.ir.program import Program
-from tokopt.rewrite.edit import call, close_graph, open_graph
+from tokopt.kernels import ops
+from tokopt.rewrite.edit import call, close_graph, open_graph, put_parameter
 
 _NO_OPS = (aten.dropout, aten.clone, aten.contiguous, aten.alias, aten.detach)
+_UNKNOWN = (aten.erfinv, aten.special_erfinv, aten.special_ndtri)
 _HIDDEN = -1e4  # additive masks at or below this hide a key
 
 
@@ -40,7 +43,16 @@ def normalize(program: Program) -> Program:
     Raises CaptureError when the rewritten graph does not reproduce the model on the example inputs.
     """
     module = open_graph(program)
-    if not _fuse_softmax_chains(module) | _drop_empty_masks(module):
+    steps = (
+        _drop_casts,
+        _fold_constants,
+        _fuse_softmax_chains,
+        _share_key,
+        _hide_by_booleans,
+        _drop_empty_masks,
+    )
+    changed = [step(module) for step in steps]
+    if not any(changed):
         return program
     normalized = close_graph(program, module)
     for spec, got, wanted in zip(
@@ -51,6 +63,62 @@ def normalize(program: Program) -> Program:
                 f"rewriting attention changed the output {spec.name!r}; please report this model"
             )
     return normalized
+
+
+def _hide_by_booleans(module: GraphModule) -> bool:
+    """Give attention the mask of a cache itself, where it is given numbers that hide what the mask hides."""
+    changed = False
+    for node in attention_nodes(module.graph):
+        mask = argument(node, 3, "attn_mask")
+        if not (isinstance(mask, Node) and is_call(mask, aten.where)):
+            continue
+        seen, shown, hidden = mask.args
+        if is_call(seen, ops.cache_mask) and shown == 0 and isinstance(hidden, float) and hidden <= _HIDDEN:
+            node.replace_input_with(mask, operand_at(mask, 0))
+            changed = True
+    if changed:
+        module.graph.eliminate_dead_code()
+    return changed
+
+
+def _drop_casts(module: GraphModule) -> bool:
+    """Take away casts to the dtype that a value has: eager mode gives the value itself."""
+    found = [
+        node
+        for node in module.graph.nodes
+        if is_call(node, aten.to.dtype) and node.meta["val"].dtype == operand_at(node, 0).meta["val"].dtype
+    ]
+    for node in found:
+        node.replace_all_uses_with(operand_at(node, 0))
+        module.graph.erase_node(node)
+    return bool(found)
+
+
+def _fold_constants(module: GraphModule) -> bool:
+    """Compute what no engine can where it is computed of constants alone."""
+    found = [node for node in module.graph.nodes if is_call(node, *_UNKNOWN)]
+    fixed = [node for node in found if all(n.op != "placeholder" for n in ancestors(node))]
+    for node in fixed:
+        value = evaluate(module, node, {})
+        node.replace_all_uses_with(put_parameter(module, node, None, value))
+    if fixed:
+        module.graph.eliminate_dead_code()
+    return bool(fixed)
+
+
+def _share_key(module: GraphModule) -> bool:
+    """Say of keys of one head, which all heads of queries broadcast, that the heads share them."""
+    changed = False
+    for node in attention_nodes(module.graph):
+        query, key = (operand_at(node, i).meta["val"] for i in (0, 1))
+        if (
+            query.dim() == 4
+            and key.shape[1] == 1 != query.shape[1]
+            and not argument(node, 7, "enable_gqa", False)
+        ):
+            node.update_kwarg("enable_gqa", True)
+            changed = True
+    return changed
 
 
 # --- masks that hide nothing ----------------------------------------------------------------------------
@@ -107,12 +175,23 @@ def _fuse_softmax_chains(module: GraphModule) -> bool:
     for chain in chains:
         with module.graph.inserting_before(chain.output):
             bias = _insert_bias(module, chain)
-            operands = (chain.query, chain.key_t, chain.value, bias, chain.scale)
+            key, turned = _untransposed(chain.key_t)
+            operands = (chain.query, key, chain.value, bias, chain.scale, turned)
             fused = call(module.graph, _attention, *operands, like=chain.output)
             fused.meta["val"] = chain.output.meta["val"]
         chain.output.replace_all_uses_with(fused)
     module.graph.eliminate_dead_code()
     return bool(chains)
+
+
+def _untransposed(key_t: Node) -> tuple[Node, bool]:
+    """The keys that were transposed, and whether they still have to be turned back."""
+    last = (key_t.meta["val"].dim() - 2, key_t.meta["val"].dim() - 1)
+    if is_call(key_t, aten.transpose.int):
+        axes = sorted(axis % key_t.meta["val"].dim() for axis in key_t.args[1:])  # type: ignore[operator]
+        if tuple(axes) == last:
+            return operand_at(key_t, 0), False
+    return key_t, True
 
 
 def _insert_bias(module: GraphModule, chain: _Chain) -> Node | None:
@@ -136,10 +215,18 @@ def _sum_biases(
 
 
 def _attention(
-    query: torch.Tensor, key_t: torch.Tensor, value: torch.Tensor, bias: torch.Tensor | None, scale: float
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    bias: torch.Tensor | None,
+    scale: float,
+    turned: bool,
 ) -> torch.Tensor:
-    """SDPA on ``[..., tokens, channels]``; three axes (batch x heads in one) gain a head axis for the call."""
-    key = key_t.transpose(-1, -2)
+    """SDPA on ``[..., tokens, channels]``; three axes (batch x heads in one) gain a head axis for the call.
+
+    Keys that are ``turned`` are [..., channels, tokens].
+    """
+    key = key.transpose(-1, -2) if turned else key
     flat = query.dim() == 3
     if flat:
         query, key, value = query.unsqueeze(1), key.unsqueeze(1), value.unsqueeze(1)

@@ -49,6 +49,11 @@ def readings(read: Callable[[Tensor], Tensor], vocabulary: int) -> list[Reading]
         return [Reading(text, read(text[None])[0]) for text in texts]
 
 
+def reproduces(reading: Reading, got: Tensor) -> bool:
+    """Whether the logits [tokens, vocabulary] are those of a reading."""
+    return check_output("logits", reading.logits.float().numpy(), got.float().numpy(), _LIMIT).ok
+
+
 def check_replay(name: str, program: Program, states: Sequence[State], wanted: Sequence[Reading]) -> None:
     """Whether ``step`` gives, call by call, what the model ``name`` gave. Raises CaptureError."""
     given = _replayed(program, states, [reading.text for reading in wanted])

@@ -9,6 +9,7 @@ import inspect
 from typing import Any
 
 from tokopt.errors import CaptureError
+from tokopt.frontend.positions import finds_positions
 
 
 def check_supported(model: Any) -> None:
@@ -20,7 +21,7 @@ def check_supported(model: Any) -> None:
 
     if not isinstance(model, PreTrainedModel):
         return
-    name, config = type(model).__name__, model.config.get_text_config(decoder=True)
+    name = type(model).__name__
     taken = inspect.signature(model.forward).parameters
     if model.config.is_encoder_decoder:
         raise CaptureError(
@@ -35,11 +36,7 @@ def check_supported(model: Any) -> None:
         raise CaptureError(
             f"{name} keeps a recurrent state, and capture_lm takes models that keep keys and values alone"
         )
-    if any(getattr(place, "alibi", False) for place in (config, getattr(config, "attn_config", None))):
-        raise CaptureError(
-            f"{name} adds ALiBi to its attention, and capture_lm takes models whose positions are learned or rotary"
-        )
-    if "position_ids" not in taken:
+    if "position_ids" not in taken and not finds_positions(model):
         raise CaptureError(
             f"{name} does not take position_ids: it finds its positions in the length of its cache or in its mask, and "
             "capture_lm takes models whose positions are an input"

@@ -211,7 +211,31 @@ def _decomposition(node: Node, table: Table) -> GraphModule:
         return _UNKNOWN.get(node.target, function_of(node))(*args, **kwargs)
 
     with mode:
-        return trace(run, [operand.meta["val"] for operand in operands], decomposition_table=table)
+        traced = trace(run, [operand.meta["val"] for operand in operands], decomposition_table=table)
+    for made in [made for made in traced.graph.nodes if made.target is aten.sym_numel.default]:
+        _spell_out(made)
+    return traced
+
+
+def _spell_out(count: Node) -> None:
+    """Write a number of elements, which a decomposition asks for, as the product of the sizes."""
+    tensor, graph, product = operand_at(count, 0), count.graph, None
+    sizes = tensor.meta["val"].shape
+    with graph.inserting_before(count):
+        for axis in [axis for axis, size in enumerate(sizes) if not isinstance(size, int)]:
+            size = graph.call_function(aten.sym_size.int, (tensor, axis))
+            size.meta["val"] = sizes[axis]
+            product = size if product is None else _times(graph, product, size)
+        assert product is not None, "the number would be known"
+        product = _times(graph, product, math.prod(size for size in sizes if isinstance(size, int)))
+    count.replace_all_uses_with(product)
+    graph.erase_node(count)
+
+
+def _times(graph: Graph, one: Node, other: Node | int) -> Node:
+    node = graph.call_function(operator.mul, (one, other))
+    node.meta["val"] = one.meta["val"] * (other.meta["val"] if isinstance(other, Node) else other)
+    return node
 
 
 def _likeness(node: Node) -> object:

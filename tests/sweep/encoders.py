@@ -1,0 +1,255 @@
+"""An encoder of text, images or sound: captured, optimised, exported, loaded, and compared with itself."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
+
+import tokopt
+from tests.sweep.exceptions import SIZES, VOCABULARY
+from tests.sweep.outcome import EQUAL, REFUSED, UNBUILT, WRONG, Ending
+from tests.sweep.trial import ending_of, first_line, optimized
+from tokopt.ir.bundle import Bundle
+from tokopt.runtime import Model, load
+
+MERGED, QUANTIZED = "tome{r=2}", "int8"
+
+BATCH = 5
+"""Rows of the example: no other size of a model."""
+
+TEXTS = ((1, 9), (3, 21), (2, 150))
+"""Rows and tokens of the texts that an artifact is asked about; the longest is far beyond the example's."""
+
+_CLOSE, _QUANTIZED = 1e-7, 0.1
+"""Largest mean squared error of an output, as a part of its mean square."""
+
+Inputs = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Form:
+    """How a model may be called.
+
+    ``make(rows, length)`` are its inputs, ``axes`` those that may vary, ``calls`` rows and lengths to compare at;
+    ``fixed`` says what does not vary.
+    """
+
+    make: Callable[[int, int], Inputs]
+    axes: Mapping[str, Mapping[int, str]]
+    example: tuple[int, int]
+    calls: tuple[tuple[int, int], ...]
+    fixed: str = ""
+
+
+def trial(model: Any, folder: Path, passes: bool = True) -> Iterator[tuple[str, Ending]]:
+    """The ending without a pass (named ``""``), then that of every pass."""
+    try:
+        forms = _forms(model)
+    except Exception as error:
+        yield "", Ending(UNBUILT, first_line(error))
+        return
+    bundle: Any = None
+    for form in forms:
+
+        def plain(form: Form = form) -> Ending:
+            nonlocal bundle
+            bundle = tokopt.capture(model, (), form.make(*form.example), dynamic=form.axes)
+            limit = max(_CLOSE, 4 * _noise(model, form))
+            ending = compared(_exported(bundle, folder / "plain.tokopt"), form, _eager(model), limit)
+            return Ending(EQUAL, form.fixed) if ending.outcome == EQUAL else ending
+
+        ending = ending_of(plain)
+        if ending.outcome != REFUSED:
+            break
+    yield "", ending
+    if ending.outcome != EQUAL or not passes:
+        return
+
+    def merged() -> Ending:
+        made = optimized(bundle, MERGED)
+        return compared(
+            _exported(made, folder / "merged.tokopt"), form, lambda inputs: list(made(*inputs.values()))
+        )
+
+    def quantized() -> Ending:
+        made = optimized(bundle, QUANTIZED)
+        return compared(_exported(made, folder / "quantized.tokopt"), form, _eager(model), _QUANTIZED)
+
+    yield MERGED, ending_of(merged)
+    yield QUANTIZED, ending_of(quantized)
+
+
+def _exported(bundle: Bundle, path: Path) -> Model:
+    tokopt.export(bundle, path, overwrite=True)
+    made = load(path, threads=1)
+    assert isinstance(made, Model)
+    return made
+
+
+def _eager(model: Any) -> Callable[[Inputs], list[Tensor]]:
+    def run(inputs: Inputs) -> list[Tensor]:
+        with torch.no_grad():
+            return _tensors(model(**inputs))
+
+    return run
+
+
+def _noise(model: Any, form: Form) -> float:
+    """How far the model's own float32 is off: convolutions normalized by random statistics lose most digits."""
+    inputs = form.make(*form.calls[0])
+    exact = {name: value.double() if value.is_floating_point() else value for name, value in inputs.items()}
+    try:
+        wanted = _eager(copy.deepcopy(model).double())(exact)
+    except Exception:  # a model that has a dtype of its own
+        return 0.0
+    pairs = zip(_eager(model)(inputs), wanted, strict=True)
+    return max(
+        (_error(one.numpy(), other, inputs.get("attention_mask")) for one, other in pairs), default=0.0
+    )
+
+
+def _tensors(result: object) -> list[Tensor]:
+    return [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
+
+
+def compared(
+    artifact: Model, form: Form, wanted: Callable[[Inputs], list[Tensor]], limit: float = _CLOSE
+) -> Ending:
+    """Every output at every size; what stands at padding means nothing."""
+    for rows, length in form.calls:
+        inputs = form.make(rows, length)
+        got = list(artifact.run(**{name: value.numpy() for name, value in inputs.items()}).values())
+        where = f"of {rows} rows{f' of length {length}' if length else ''}"
+        expected = wanted(inputs)
+        if len(got) != len(expected):
+            return Ending(WRONG, f"it gives {len(got)} outputs {where}, and the model {len(expected)}")
+        for place, (one, other) in enumerate(zip(got, expected, strict=True)):
+            error = _error(np.asarray(one), other, inputs.get("attention_mask"))
+            if not error <= limit:
+                return Ending(WRONG, f"output {place} {where} is off by {error:.1g} of its square")
+    return Ending(EQUAL)
+
+
+def _error(got: np.ndarray, wanted: Tensor, mask: Tensor | None) -> float:
+    if got.shape != tuple(wanted.shape):
+        return float("inf")
+    one, other = got.astype(np.float64), wanted.double().numpy()
+    if mask is not None and one.shape[:2] == tuple(mask.shape):
+        one, other = one[mask.bool().numpy()], other[mask.bool().numpy()]
+    return float(((one - other) ** 2).mean() / max((other**2).mean(), 1e-30)) if one.size else 0.0
+
+
+# --- inputs ---------------------------------------------------------------------------------------------
+
+
+def _forms(model: Any) -> list[Form]:
+    """The forms of the first kind of inputs that the model runs on, the freest first."""
+    failed: Exception | None = None
+    for forms in _KINDS[model.main_input_name](model):
+        try:
+            out = _eager(model)(forms[0].make(*forms[0].example))
+        except Exception as error:
+            failed = failed or error
+            continue
+        if not all(value.isfinite().all() for value in out if value.is_floating_point()):
+            raise ValueError("the small random model gives NaN")
+        return forms
+    raise failed or ValueError("there is nothing to run it on")
+
+
+def _random(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def _text(model: Any) -> Iterator[list[Form]]:
+    masked = "attention_mask" in inspect.signature(model.forward).parameters
+
+    def make(rows: int, length: int) -> Inputs:
+        ids = torch.randint(5, VOCABULARY, (rows, length), generator=_random(length))
+        if not masked:
+            return {"input_ids": ids}
+        lengths = torch.tensor([length, max(length - 9, 2), length - 2, length, length - 1])[:rows]
+        mask = (torch.arange(length) < lengths[:, None]).long()
+        return {"input_ids": torch.where(mask.bool(), ids, 0), "attention_mask": mask}
+
+    def axes(*names: str) -> dict[str, dict[int, str]]:
+        return {name: dict(enumerate(names)) for name in make(2, 8)}
+
+    still = tuple((rows, 21) for rows, _ in TEXTS)
+    yield [
+        Form(make, axes("batch", "tokens"), (BATCH, 21), TEXTS),
+        Form(make, axes("batch"), (BATCH, 21), still, "with a fixed number of tokens"),
+    ]
+
+
+def _images(model: Any) -> Iterator[list[Form]]:
+    config, name = model.config, model.main_input_name
+    channels = getattr(config, "num_channels", None) or getattr(config, "in_channels", None) or 3
+    size = getattr(config, "image_size", None) or SIZES["image_size"]
+    high, wide = (size, size) if isinstance(size, int) else tuple(size)[-2:]
+    frames = getattr(config, "num_frames", None) or getattr(config, "frames_per_clip", None) or 4
+    for shape in (
+        (channels, high, wide),
+        (frames, channels, high, wide),
+        (channels, 64, 64),
+        (channels, 224, 224),
+    ):
+        yield [_fixed(name, shape)]
+
+
+def _fixed(name: str, shape: tuple[int, ...], note: str = "") -> Form:
+    def make(rows: int, _: int) -> Inputs:
+        return {name: torch.randn(rows, *shape, generator=_random(rows))}
+
+    return Form(make, {name: {0: "batch"}}, (BATCH, 0), ((1, 0), (3, 0)), note)
+
+
+def _sound(model: Any) -> Iterator[list[Form]]:
+    """A wave, or features of frames in either order; their number may vary, or not."""
+    name, config = model.main_input_name, model.config
+    bands = next(
+        (
+            size
+            for key in ("num_mel_bins", "feature_size", "input_dim", "feature_projection_input_dim", "n_mels")
+            if isinstance(size := getattr(config, key, None), int)
+        ),
+        SIZES["num_mel_bins"],
+    )
+    lengths = (
+        getattr(config, "max_length", None),
+        2 * (getattr(config, "max_source_positions", None) or 0),
+        96,
+    )
+    for length in [length for length in lengths if length]:
+        yield _varying(name, lambda n: (n, bands), length, 1)
+        yield _varying(name, lambda n: (bands, n), length, 2)
+    yield _varying(name, lambda n: (n,), 2400, 1)
+    yield _varying(name, lambda n: (1, n), 2400, 2)
+
+
+def _varying(name: str, shape: Callable[[int], tuple[int, ...]], length: int, axis: int) -> list[Form]:
+    def make(rows: int, length: int) -> Inputs:
+        return {name: torch.randn(rows, *shape(length), generator=_random(rows + length))}
+
+    free = {name: {0: "batch", axis: "frames"}}
+    calls = ((1, length), (2, length // 2), (2, 3 * length))
+    still = _fixed(name, shape(length), "with a fixed number of frames")
+    return [Form(make, free, (BATCH, length), calls), still]
+
+
+_KINDS: dict[str, Callable[[Any], Iterator[list[Form]]]] = {
+    "input_ids": _text,
+    "pixel_values": _images,
+    "pixel_values_videos": _images,
+    "input_values": _sound,
+    "input_features": _sound,
+}
