@@ -86,7 +86,8 @@ class Options:
         for name in given:
             if name not in names:
                 raise TypeError(f"there is no option {name!r}; the options are {', '.join(sorted(names))}")
-        return cls(**{"max_tokens": max_tokens, **given})
+        options: dict[str, Any] = {"max_tokens": max_tokens, **given}
+        return cls(**options)
 
     def checked(self, vocabulary: int) -> Checked:
         """The options that say which token is chosen; raises InputError for what they cannot be."""

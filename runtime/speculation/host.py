@@ -120,7 +120,7 @@ class HostSpeculation:
         self._learn(drafts, found, logits)
         self.method.trees.observe(asked if nodes > 1 else 1, done - drafted, count, limit)
         self.drafting += drafted - begun + time.perf_counter() - done
-        rows = [
+        rows: list[tuple[list[int], np.ndarray]] = [
             ([], after[:0]) if accepted is None else (accepted.tokens.tolist(), after[accepted.path])
             for accepted, after in zip(found, logits, strict=True)
         ]
