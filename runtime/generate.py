@@ -265,13 +265,15 @@ class Generating:
 
         ``trees`` belong to a model that speculates, and ``host`` proposes to one that verifies. With ``samples`` the
         request has a row for as many texts, which follow one another and have one prompt, until that is read.
+        ``calling`` says that a call is on its way, or was left by an exception: the request may then hold more or less
+        than the texts say.
         """
         self.texts, self.limits, self.draw, self.trees, self.host = texts, limits, draw, trees, host
         self.report, self.samples = report, samples
         self.statistics = Statistics(sum(text.prompt - held for text in texts))
         self.held, self.request = held, cast("Request | None", None)
         self._begin, self._calls = begin, Calls()
-        self._closed = False
+        self._closed = self.calling = False
 
     def run(self) -> list[Generated]:
         """Every text to its end."""
@@ -302,7 +304,7 @@ class Generating:
             for text in texts:
                 text.finish = "length"
             return
-        start = time.perf_counter()
+        start, self.calling = time.perf_counter(), True
         request = self.request = self._begin()
         emission = self._prefill(request)
         request = self.request
@@ -315,9 +317,11 @@ class Generating:
             self.host.begin(prompts, first, emission.logits[:, -1])
         while True:
             self._note(request, read - start, time.perf_counter() - read)
+            self.calling = False
             yield
             if self._closed or all(text.finish for text in texts):
                 return
+            self.calling = True
             self._step(request)
 
     def _prefill(self, request: Request) -> Emission:
