@@ -198,7 +198,9 @@ def test_a_stream_left_early_stays_as_far_as_it_was_written(
 
 @pytest.mark.parametrize("kind", [ValueError, KeyboardInterrupt])
 @pytest.mark.parametrize("step", [1, 2, 4])
-@pytest.mark.parametrize("drafting", [{}, {"drafter": "token_recycling", "nodes": 4}], ids=["plain", "drafted"])
+@pytest.mark.parametrize(
+    "drafting", [{}, {"drafter": "token_recycling", "nodes": 4}], ids=["plain", "drafted"]
+)
 def test_what_fails_in_an_answer_leaves_no_token_in_the_cache(
     models: dict[str, LanguageModel], drafting: dict[str, Any], step: int, kind: type[BaseException]
 ) -> None:
@@ -231,7 +233,9 @@ def test_what_fails_in_an_answer_leaves_no_token_in_the_cache(
         assert chat.say(message, **options).tokens == model.generate(prompt, **options).tokens
 
 
-def test_a_stream_that_nobody_reads_leaves_the_cache(models: dict[str, LanguageModel], tmp_path: Path) -> None:
+def test_a_stream_that_nobody_reads_leaves_the_cache(
+    models: dict[str, LanguageModel], tmp_path: Path
+) -> None:
     chat = models[""].chat()
     chat.say("abc", max_tokens=4)
     held = chat.tokens

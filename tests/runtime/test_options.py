@@ -202,6 +202,41 @@ def test_a_forbidden_token_is_not_written(models: dict[str, LanguageModel]) -> N
         models[""].generate("abc", sampling=Sampling(logit_bias={VOCABULARY: 1.0}))
 
 
+def test_a_bias_beyond_float32_stays_a_number() -> None:
+    """With -inf beside it: the largest of several is still the largest, and none is NaN."""
+    x = np.array([[1, 2, -np.inf]], np.float32)
+    most = np.finfo(np.float32).max
+    assert LogitBias(((0, 1e300), (2, 1e300)))([[0]], x).tolist() == [[most, 2, -np.inf]]
+    assert LogitBias(((0, -1e300), (1, 1.0)))([[0]], x).tolist() == [[-most, 3, -np.inf]]
+
+
+@pytest.mark.parametrize("bias", [((0,),), (5,), ((0, 1.0), (0, 2.0))])
+def test_a_bias_that_is_no_number_for_each_token_is_refused(bias: Any) -> None:
+    with pytest.raises(InputError, match="logit_bias"):
+        Sampling(logit_bias=bias)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("drafting", [{}, {"drafter": "prompt_lookup", "nodes": 4}], ids=["plain", "drafted"])
+@pytest.mark.parametrize("kind", ["bias", "bias and grammar", "grammar and min_tokens"])
+def test_options_that_together_forbid_every_token_are_refused(
+    models: dict[str, LanguageModel], kind: str, drafting: dict[str, Any], temperature: float
+) -> None:
+    """Else the first token of the vocabulary would be written."""
+    options: dict[str, Any] = {}
+    bias: dict[int, float] = {}
+    if "grammar" in kind:
+        pytest.importorskip("llguidance")
+        options["grammar"] = Grammar.regex("12")
+    if "bias" in kind:
+        bias = dict.fromkeys(ids("2") if "grammar" in kind else range(VOCABULARY), -np.inf)
+    if "min_tokens" in kind:
+        options["min_tokens"] = 5
+    sampling = Sampling(temperature, seed=1, logit_bias=bias)
+    with pytest.raises(InputError, match="no token is left for row 0"):
+        models["verify"].generate(["abcabc", "x"], sampling=sampling, **options, **drafting)
+
+
 # --- log-probabilities ------------------------------------------------------------------------------------
 
 
@@ -298,3 +333,11 @@ def test_a_model_that_draws_its_tokens_says_what_it_cannot(models: dict[str, Lan
 def test_fewer_tokens_than_the_fewest_cannot_be(models: dict[str, LanguageModel]) -> None:
     with pytest.raises(InputError, match="min_tokens is 5 and max_tokens 4"):
         models[""].generate("abc", min_tokens=5, max_tokens=4)
+
+
+@pytest.mark.parametrize("pipeline", ["", "sample"])
+def test_more_samples_than_memory_holds_are_refused_before_there_are_texts(
+    models: dict[str, LanguageModel], pipeline: str
+) -> None:
+    with pytest.raises(InputError, match="use a smaller batch"):
+        models[pipeline].generate("abc", samples=2**40)
