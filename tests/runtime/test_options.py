@@ -85,6 +85,20 @@ def test_the_tokens_left_are_those_that_some_text_goes_on_with(constraints: Cons
             assert {33 + token for token in np.flatnonzero(np.isfinite(left))} == wanted
 
 
+def test_the_name_of_a_special_token_is_spelled() -> None:
+    """The token itself would end the text, or show nothing of itself."""
+    pytest.importorskip("llguidance")
+    library: Any = Tokenizer.from_str(tokenizer())
+    library.add_special_tokens(["<e>", "<s>"])
+    end, size = library.token_to_id("<e>"), library.get_vocab_size()
+    process = Constraints(library.to_str(), size, (end,)).processor(Grammar.regex("a(<e>|<s>b)<s>"), [0])
+    for text, follow in {"": "a", "a": "<", "a<": "es", "a<e": ">", "a<e>": "<", "a<e><": "s"}.items():
+        left = process([ids(text)], np.zeros((1, size), np.float32))[0]
+        assert np.flatnonzero(np.isfinite(left)).tolist() == sorted(ids(follow)), text
+    left = process([ids("a<e><s>")], np.zeros((1, size), np.float32))[0]
+    assert np.flatnonzero(np.isfinite(left)).tolist() == [end]
+
+
 def test_a_token_that_may_not_follow_does_no_harm(constraints: Constraints) -> None:
     """A draft may propose anything; what it stands beside is still followed."""
     process = constraints.processor(Grammar.regex("12+"), [0])
@@ -130,6 +144,11 @@ def test_a_schema_gives_its_json(models: dict[str, LanguageModel]) -> None:
         (lambda: Grammar.json_schema("[1]"), r"the schema is \[1\]; give an object"),
         (lambda: Grammar.json_schema({"a": {1}}), "the schema is no JSON"),  # pyright: ignore[reportArgumentType]
         (lambda: Grammar.regex(5), "pattern is 5"),  # pyright: ignore[reportArgumentType]
+        (lambda: Grammar.json_schema({"const": np.nan}), "the schema is no JSON"),
+        (lambda: Grammar.json_schema('{"not":' * 10_000 + "{}" + "}" * 10_000), "the schema is no JSON"),
+        (lambda: Grammar.regex("\ud800"), "the regex is no text"),
+        (lambda: Grammar("words", "a"), "kind is 'words'"),
+        (lambda: Grammar("regex", 5), "the regex is 5"),  # pyright: ignore[reportArgumentType]
     ],
 )
 def test_what_is_no_grammar_is_refused(make: Any, words: str) -> None:
