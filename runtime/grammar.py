@@ -164,7 +164,7 @@ class _Row:
             ids = self._tokenizer.tokenize_bytes(text[:size])
             if len(ids) == 1 and self._follows(ids[0]):
                 found[ids[0]] = True
-        return found
+        return found if found.any() else made  # an end token that the rules themselves name
 
     def _follows(self, token: int) -> bool:
         taken = self._matcher.try_consume_tokens([token])

@@ -328,7 +328,7 @@ class LanguageModel:
         if self._verification is None:
             raise InputError(
                 f"{self.path} cannot take proposed tokens back; make one that can: tokopt optimize MODEL verify -o "
-                "verifying.tokopt, then tokopt export verifying.tokopt"
+                "verifying.tokopt, then tokopt export verifying.tokopt -o fast.tokopt"
             )
         return self._verification.method(options.drafter, options.accept, options.nodes, sampling.temperature)
 
