@@ -25,6 +25,7 @@ from tokopt.runtime import Grammar, LanguageModel, Sampling, load
 from tokopt.runtime.grammar import Constraints
 from tokopt.runtime.loop import Emission, Request
 from tokopt.runtime.sampling import LogitBias, MinTokens
+from tokopt.runtime.speculation.rules.lantern import Lantern
 
 END = VOCABULARY - 1
 """The token that ends a text; each other one is a letter, ``chr(33 + token)``."""
@@ -125,6 +126,26 @@ def test_every_text_fits_with_and_without_a_drafter(
             assert done.text is not None
             fits = re.fullmatch(pattern, done.text)
             assert fits if done.finish == "stop" else re.fullmatch("[0-9]{0,4}[abcd]*", done.text)
+
+
+def test_neighbours_do_not_bring_back_what_is_forbidden(models: dict[str, LanguageModel]) -> None:
+    """Where every token is near every other, one that the grammar or a bias forbids is still not accepted."""
+    pytest.importorskip("llguidance")
+    model = models["verify"]
+    near = (np.arange(VOCABULARY)[:, None] + np.arange(1, VOCABULARY)) % VOCABULARY
+    drafter = model.drafter("suffix", corpus=["11x11y22x9"])
+    options: dict[str, Any] = {
+        "accept": Lantern(near, delta=1.0),
+        "drafter": drafter,
+        "nodes": 6,
+        "max_tokens": 9,
+    }
+    for seed in range(4):
+        sampling = Sampling(1.5, seed=seed, logit_bias={ids("y")[0]: -np.inf})
+        done = model.generate(
+            "12x12x1", grammar=Grammar.regex("([12]{2}[xy])+"), sampling=sampling, **options
+        )
+        assert re.fullmatch("([12]{2}x)*[12]{0,2}", done.text or "")
 
 
 def test_a_schema_gives_its_json(models: dict[str, LanguageModel]) -> None:
