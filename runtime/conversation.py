@@ -104,11 +104,17 @@ class Chat:
 
         The options are those of :class:`tokopt.runtime.options.TextOptions`, and errors those of
         ``LanguageModel.generate``; ``max_tokens`` is 512 where it is not given. Where it raises InputError, the
-        conversation is as it was.
+        conversation is as it was; so it is where anything else ends it, a KeyboardInterrupt for example.
         """
-        done = self._turn(content, Options.of(options, TextOptions, 512)).run()[0]
-        self._settle()
-        return done
+        going = self._turn(content, Options.of(options, TextOptions, 512))
+        try:
+            return going.run()[0]
+        except BaseException:
+            del self._messages[-1]
+            self._going = None  # its cache is where a call was left: nothing counts as read
+            raise
+        finally:
+            self._settle()
 
     def stream(self, content: str, **options: Unpack[TextOptions]) -> Stream[str]:
         """Pieces of the answer as they come, as :meth:`say` otherwise.
@@ -214,11 +220,13 @@ class Chat:
             return
         going.close()
         text = going.texts[0]
+        if going.request is None:
+            self._read = tuple(text.history[: going.held])
         if not text.new:
             del self._messages[-1]  # it was never begun, or failed while it read
             return
         self._messages = [*self._messages, _answer(going)]
-        if not text.cut:  # the last token is read with what follows
+        if not text.cut and not going.calling:  # the last token is read with what follows
             self._read = tuple(text.history[:-1])
 
 

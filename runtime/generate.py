@@ -15,7 +15,15 @@ from tokopt.arguments import described
 from tokopt.errors import InputError, TokoptError
 from tokopt.runtime.loop import NO_LIMIT, PADDING, Emission, Request
 from tokopt.runtime.numerics import log_softmax
-from tokopt.runtime.sampling import Logits, LogitsProcessor, Sampling, Streams, TokenIds, choose
+from tokopt.runtime.sampling import (
+    LogitBias,
+    Logits,
+    LogitsProcessor,
+    Sampling,
+    Streams,
+    TokenIds,
+    choose,
+)
 from tokopt.runtime.speculation.calls import Trees
 from tokopt.runtime.speculation.host import HostSpeculation
 from tokopt.runtime.speculation.lossless import Lossless
@@ -122,9 +130,18 @@ class Limits:
 class Draw:
     """The next tokens of every text: those that the model drew, or one that is chosen by its logits."""
 
-    def __init__(self, sampling: Sampling, processors: Sequence[LogitsProcessor], batch: int) -> None:
+    def __init__(
+        self,
+        sampling: Sampling,
+        processors: Sequence[LogitsProcessor],
+        batch: int,
+        laws: Sequence[LogitsProcessor] = (),
+    ) -> None:
+        """``processors`` are a caller's own; behind them ``laws`` and the biases of ``sampling`` forbid tokens."""
         self.temperature, self.streams = sampling.temperature, Streams(sampling.seed, batch)
-        self.own, self.usual = tuple(processors), tuple(sampling.processors())
+        usual = tuple(sampling.processors())
+        biases = tuple(process for process in usual if isinstance(process, LogitBias))
+        self.own, self.laws, self.usual = tuple(processors), (*laws, *biases), usual[len(biases) :]
         self.step = 0
 
     def __call__(self, texts: Sequence[Text], emission: Emission) -> list[list[int]]:
@@ -142,7 +159,8 @@ class Draw:
     ) -> Logits:
         """The logits [batch, vocabulary] from which tokens are drawn; of the rows that are ``live``, each has one.
 
-        Raises TokoptError for logits that are no numbers, InputError for a processor that makes such.
+        Raises TokoptError for logits that are no numbers, InputError for a processor that makes such, and where the
+        options together forbid every token.
         """
         if (row := _unusable(logits, live)) is not None:
             found = "NaN" if np.isnan(logits[row]).any() else "infinity"
@@ -151,6 +169,13 @@ class Draw:
             )
         for place, process in enumerate(self.own):
             logits = self._processed(place, process, histories, logits, live)
+        for law in self.laws:
+            logits = law(histories, logits)
+        if self.laws and (row := _unusable(logits, live)) is not None:
+            raise InputError(
+                f"no token is left for row {row} at step {self.step} that grammar, min_tokens, logit_bias and "
+                "processors all allow; forbid less"
+            )
         for process in self.usual:
             logits = process(histories, logits)
         return logits
@@ -265,13 +290,15 @@ class Generating:
 
         ``trees`` belong to a model that speculates, and ``host`` proposes to one that verifies. With ``samples`` the
         request has a row for as many texts, which follow one another and have one prompt, until that is read.
+        ``calling`` says that a call is on its way, or was left by an exception: the request may then hold more or less
+        than the texts say.
         """
         self.texts, self.limits, self.draw, self.trees, self.host = texts, limits, draw, trees, host
         self.report, self.samples = report, samples
         self.statistics = Statistics(sum(text.prompt - held for text in texts))
         self.held, self.request = held, cast("Request | None", None)
         self._begin, self._calls = begin, Calls()
-        self._closed = False
+        self._closed = self.calling = False
 
     def run(self) -> list[Generated]:
         """Every text to its end."""
@@ -302,7 +329,7 @@ class Generating:
             for text in texts:
                 text.finish = "length"
             return
-        start = time.perf_counter()
+        start, self.calling = time.perf_counter(), True
         request = self.request = self._begin()
         emission = self._prefill(request)
         request = self.request
@@ -315,9 +342,11 @@ class Generating:
             self.host.begin(prompts, first, emission.logits[:, -1])
         while True:
             self._note(request, read - start, time.perf_counter() - read)
+            self.calling = False
             yield
             if self._closed or all(text.finish for text in texts):
                 return
+            self.calling = True
             self._step(request)
 
     def _prefill(self, request: Request) -> Emission:

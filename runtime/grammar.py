@@ -17,9 +17,14 @@ from typing import Any
 
 import numpy as np
 
-from tokopt.arguments import check_text
+from tokopt.arguments import check_choice, check_text
 from tokopt.errors import InputError, MissingDependencyError
 from tokopt.runtime.sampling import History, Logits
+
+KINDS = ("json_schema", "regex", "lark")
+
+LONGEST_TOKEN = 32
+"""Bytes of the longest token with which a special token's name is spelled."""
 
 
 @dataclass(frozen=True)
@@ -33,13 +38,21 @@ class Grammar:
     kind: str
     text: str
 
+    def __post_init__(self) -> None:
+        """Raise InputError for another kind, and for what is no text."""
+        check_choice("kind", self.kind, KINDS)
+        try:
+            check_text(f"the {self.kind}", self.text).encode()
+        except UnicodeEncodeError as error:
+            raise InputError(f"the {self.kind} is no text of Unicode characters: {error}") from error
+
     @classmethod
     def json_schema(cls, schema: Mapping[str, Any] | str) -> Grammar:
         """A JSON value that a JSON schema describes; ``{}`` describes any. Raises InputError for what is no JSON."""
         try:
             parsed: object = json.loads(schema) if isinstance(schema, str) else schema
-            text = json.dumps(parsed)
-        except (TypeError, ValueError) as error:
+            text = json.dumps(parsed, allow_nan=False)
+        except (TypeError, ValueError, RecursionError) as error:
             raise InputError(f"the schema is no JSON ({error}); give a dictionary or its text") from error
         if not isinstance(parsed, Mapping):
             raise InputError(f"the schema is {text[:60]}; give an object, as in {{'type': 'object'}}")
@@ -92,7 +105,9 @@ class Constraints:
         if fault := matcher.validate_grammar(text, self._tokenizer):
             line = " ".join(fault.split())[:300]
             raise InputError(f"the grammar ({grammar.kind}) cannot be used: {line}")
-        return Constrained([_Row(matcher(self._tokenizer, text, log_level=0), most) for most in prompts])
+        return Constrained(
+            [_Row(matcher(self._tokenizer, text, log_level=0), self._tokenizer, most) for most in prompts]
+        )
 
 
 class Constrained:
@@ -114,8 +129,8 @@ class Constrained:
 class _Row:
     """The grammar's place in one text."""
 
-    def __init__(self, matcher: Any, prompt: int) -> None:
-        self._matcher, self._prompt = matcher, prompt
+    def __init__(self, matcher: Any, tokenizer: Any, prompt: int) -> None:
+        self._matcher, self._tokenizer, self._prompt = matcher, tokenizer, prompt
         self._read: list[int] = []
 
     def allowed(self, ids: Sequence[int]) -> np.ndarray | None:
@@ -131,4 +146,28 @@ class _Row:
         if self._matcher.is_error():
             line = " ".join(self._matcher.get_error().split())[:200]
             raise InputError(f"the grammar cannot be followed any further: {line}")
-        return np.unpackbits(np.frombuffer(bits, np.uint8), bitorder="little").astype(bool) if bits else None
+        if not bits:
+            return None
+        made = np.unpackbits(np.frombuffer(bits, np.uint8), bitorder="little").astype(bool)
+        return self._spelled(made) if made.sum() == 1 and not self._matcher.is_accepting() else made
+
+    def _spelled(self, made: np.ndarray) -> np.ndarray:
+        """The tokens that a text with one way to go on may go on with.
+
+        The library gives the first token of that text as the tokenizer reads it, which for the name of a special token
+        is that token, and then does not take it for its name: such a text is spelled.
+        """
+        if self._follows(int(made.argmax())):
+            return made
+        text, found = self._matcher.compute_ff_bytes(), np.zeros_like(made)
+        for size in range(1, min(len(text), LONGEST_TOKEN) + 1):
+            ids = self._tokenizer.tokenize_bytes(text[:size])
+            if len(ids) == 1 and self._follows(ids[0]):
+                found[ids[0]] = True
+        return found if found.any() else made  # an end token that the rules themselves name
+
+    def _follows(self, token: int) -> bool:
+        taken = self._matcher.try_consume_tokens([token])
+        if taken:
+            self._matcher.rollback(taken)
+        return bool(taken)

@@ -11,6 +11,7 @@ import numpy as np
 
 from tokopt.arguments import LARGEST, check_integer, check_kind, check_text
 from tokopt.errors import InputError
+from tokopt.runtime.buffers import capacity
 from tokopt.runtime.chat import Message, choose_template, render_chat
 from tokopt.runtime.conversation import Chat, Going
 from tokopt.runtime.encode import encode
@@ -175,6 +176,7 @@ class LanguageModel:
         """
         items, single = each_prompt(prompts)
         times = 1 if samples is None else check_integer("samples", samples, 1, LARGEST)
+        self.sessions.check_reading(len(items) * times, 1, capacity(1))  # before there are so many texts
         repeated = [prompt for prompt in items for _ in range(times)]
         made = self._generating(repeated, Options.of(options, PromptOptions, 128), samples=times).run()
         if samples is None:
@@ -252,8 +254,9 @@ class LanguageModel:
             )
         longest = max(text.prompt for text in texts)
         slots, size = prompt_slots(self.manifest, longest, checked.most), chunk_size(self.manifest)
-        self.sessions.check_reading(batch, min(longest, size), slots)
-        draw = Draw(sampling, self._processors(checked, options.grammar, texts), batch)
+        self.sessions.check_reading(batch // shared, min(longest, size), slots)
+        self.sessions.check_reading(batch, 1, slots)
+        draw = Draw(sampling, checked.processors, batch, self._laws(checked, options.grammar, texts))
         method = self._method(options, sampling)
         return Generating(
             texts,
@@ -282,11 +285,11 @@ class LanguageModel:
                 texts.append(Text(TokenIds(ids), len(ids), stream))
         return texts
 
-    def _processors(
+    def _laws(
         self, checked: Checked, grammar: Grammar | None, texts: Sequence[Text]
     ) -> list[LogitsProcessor]:
-        """The caller's own, and behind them what no text may break."""
-        made, prompts = list(checked.processors), [text.prompt for text in texts]
+        """What no text may break."""
+        made, prompts = list[LogitsProcessor](), [text.prompt for text in texts]
         if checked.least:
             made.append(MinTokens(checked.least, self.settings.eos, prompts))
         if grammar is not None:
@@ -325,7 +328,7 @@ class LanguageModel:
         if self._verification is None:
             raise InputError(
                 f"{self.path} cannot take proposed tokens back; make one that can: tokopt optimize MODEL verify -o "
-                "verifying.tokopt, then tokopt export verifying.tokopt"
+                "verifying.tokopt, then tokopt export verifying.tokopt -o fast.tokopt"
             )
         return self._verification.method(options.drafter, options.accept, options.nodes, sampling.temperature)
 

@@ -220,6 +220,7 @@ class Request:
         self.links = dict(snapshot.links)
         self.since = [counts.copy() for counts in snapshot.since]
         self.used = self.buffers.occupied()
+        self._verified, self._told = 0, {}
         self._forget_bound()
 
     def repeated(self, times: int) -> Request:

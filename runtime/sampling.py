@@ -14,7 +14,7 @@ from typing import Protocol, cast
 import numpy as np
 from numpy.typing import NDArray
 
-from tokopt.arguments import check_integer, check_kind, check_number
+from tokopt.arguments import check_integer, check_kind, check_number, wrong
 from tokopt.errors import InputError
 from tokopt.runtime.format.signature import DRAWING
 from tokopt.runtime.numerics import log_softmax
@@ -88,13 +88,17 @@ class RepetitionPenalty:
 
 @dataclass(frozen=True)
 class LogitBias:
-    """Add a number to the logits of single tokens; ``-inf`` forbids one."""
+    """Add a number to the logits of single tokens; ``-inf`` forbids one.
+
+    What would be beyond the largest float32 stays at it.
+    """
 
     bias: tuple[tuple[int, float], ...]
 
     def __call__(self, history: History, logits: Logits) -> Logits:
         made, (tokens, numbers) = np.array(logits), zip(*self.bias, strict=True)
-        made[:, list(tokens)] += np.array(numbers, made.dtype)
+        sums, most = made[:, list(tokens)] + np.array(numbers, np.float64), np.finfo(np.float32).max
+        made[:, list(tokens)] = np.where(np.isneginf(sums), sums, np.clip(sums, -most, most))
         return made
 
 
@@ -292,6 +296,11 @@ def _read_bias(given: object) -> tuple[tuple[int, float], ...]:
         pairs = tuple(cast("Mapping[object, object]", given).items())
     else:
         pairs = cast("tuple[tuple[object, object], ...]", check_kind("logit_bias", given, tuple, takes))
+        for pair in pairs:
+            if not isinstance(cast(object, pair), tuple) or len(pair) != 2:
+                raise wrong("an item of logit_bias", cast(object, pair), "a token and its number")
+        if len({token for token, _ in pairs}) < len(pairs):
+            raise InputError("logit_bias names a token twice; give one number for each")
     return tuple((check_integer("a token of logit_bias", token, 0), _bias(token, x)) for token, x in pairs)
 
 

@@ -209,6 +209,10 @@ def test_other_verbs_know_language_models(
             "--drafter",
             "suffix",
         ): "tokopt optimize MODEL verify -o verifying.tokopt",
+        (
+            *("generate", "verifying.tokopt", "a", "--drafter", "suffix", "--samples", "2"),
+            "--check-lossless",
+        ): "leave it or --samples out",
         ("generate", "full.tokopt", "a", "--accept", "chain"): "--accept belongs to --drafter",
         ("generate", "full.tokopt", "a", "--corpus", "x"): "--corpus belongs to --drafter",
         ("generate", "verifying.tokopt", "a", "--drafter", "prompt"): "choose from suffix, prompt_lookup",

@@ -196,6 +196,54 @@ def test_a_stream_left_early_stays_as_far_as_it_was_written(
     assert chat.say("x", max_tokens=6).tokens == model.generate(prompt, max_tokens=6).tokens
 
 
+@pytest.mark.parametrize("kind", [ValueError, KeyboardInterrupt])
+@pytest.mark.parametrize("step", [1, 2, 4])
+@pytest.mark.parametrize(
+    "drafting", [{}, {"drafter": "token_recycling", "nodes": 4}], ids=["plain", "drafted"]
+)
+def test_what_fails_in_an_answer_leaves_no_token_in_the_cache(
+    models: dict[str, LanguageModel], drafting: dict[str, Any], step: int, kind: type[BaseException]
+) -> None:
+    """The token of the call that failed was read and not written: the next turn may not find it in the cache."""
+    model = models["verify"]
+
+    def failing() -> Any:
+        calls = iter(range(1, step + 1))
+
+        def process(history: Any, logits: np.ndarray) -> np.ndarray:
+            if next(calls) == step:
+                raise kind("no")
+            return logits
+
+        return process
+
+    chat, options = model.chat(), {"max_tokens": 9, **drafting}
+    chat.say("abc", **options)
+    before = chat.messages
+    with pytest.raises((InputError, KeyboardInterrupt)):
+        chat.say("hello", processors=[failing()], **options)
+    assert chat.messages == before
+    shown: list[str] = []
+    with pytest.raises((InputError, KeyboardInterrupt)):
+        shown.extend(chat.stream("hello", processors=[failing()], **options))
+    written = [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "".join(shown)}]
+    assert chat.messages == [*before, *(written if step > 1 else [])]
+    for message in ("x", "yz"):
+        prompt = model.chat_prompt([*chat.messages, {"role": "user", "content": message}])
+        assert chat.say(message, **options).tokens == model.generate(prompt, **options).tokens
+
+
+def test_a_stream_that_nobody_reads_leaves_the_cache(
+    models: dict[str, LanguageModel], tmp_path: Path
+) -> None:
+    chat = models[""].chat()
+    chat.say("abc", max_tokens=4)
+    held = chat.tokens
+    chat.stream("never begun")
+    chat.save(tmp_path / "a.chat")
+    assert chat.tokens == held
+
+
 def test_a_stop_string_within_a_call_leaves_nothing_behind_it(models: dict[str, LanguageModel]) -> None:
     """Tokens that a call committed behind it are not in the conversation, nor in the cache."""
     model = models["speculate{nodes=4 depth=3}"]

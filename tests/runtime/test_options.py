@@ -25,6 +25,7 @@ from tokopt.runtime import Grammar, LanguageModel, Sampling, load
 from tokopt.runtime.grammar import Constraints
 from tokopt.runtime.loop import Emission, Request
 from tokopt.runtime.sampling import LogitBias, MinTokens
+from tokopt.runtime.speculation.rules.lantern import Lantern
 
 END = VOCABULARY - 1
 """The token that ends a text; each other one is a letter, ``chr(33 + token)``."""
@@ -85,6 +86,20 @@ def test_the_tokens_left_are_those_that_some_text_goes_on_with(constraints: Cons
             assert {33 + token for token in np.flatnonzero(np.isfinite(left))} == wanted
 
 
+def test_the_name_of_a_special_token_is_spelled() -> None:
+    """The token itself would end the text, or show nothing of itself."""
+    pytest.importorskip("llguidance")
+    library: Any = Tokenizer.from_str(tokenizer())
+    library.add_special_tokens(["<e>", "<s>"])
+    end, size = library.token_to_id("<e>"), library.get_vocab_size()
+    process = Constraints(library.to_str(), size, (end,)).processor(Grammar.regex("a(<e>|<s>b)<s>"), [0])
+    for text, follow in {"": "a", "a": "<", "a<": "es", "a<e": ">", "a<e>": "<", "a<e><": "s"}.items():
+        left = process([ids(text)], np.zeros((1, size), np.float32))[0]
+        assert np.flatnonzero(np.isfinite(left)).tolist() == sorted(ids(follow)), text
+    left = process([ids("a<e><s>")], np.zeros((1, size), np.float32))[0]
+    assert np.flatnonzero(np.isfinite(left)).tolist() == [end]
+
+
 def test_a_token_that_may_not_follow_does_no_harm(constraints: Constraints) -> None:
     """A draft may propose anything; what it stands beside is still followed."""
     process = constraints.processor(Grammar.regex("12+"), [0])
@@ -113,6 +128,26 @@ def test_every_text_fits_with_and_without_a_drafter(
             assert fits if done.finish == "stop" else re.fullmatch("[0-9]{0,4}[abcd]*", done.text)
 
 
+def test_neighbours_do_not_bring_back_what_is_forbidden(models: dict[str, LanguageModel]) -> None:
+    """Where every token is near every other, one that the grammar or a bias forbids is still not accepted."""
+    pytest.importorskip("llguidance")
+    model = models["verify"]
+    near = (np.arange(VOCABULARY)[:, None] + np.arange(1, VOCABULARY)) % VOCABULARY
+    drafter = model.drafter("suffix", corpus=["11x11y22x9"])
+    options: dict[str, Any] = {
+        "accept": Lantern(near, delta=1.0),
+        "drafter": drafter,
+        "nodes": 6,
+        "max_tokens": 9,
+    }
+    for seed in range(4):
+        sampling = Sampling(1.5, seed=seed, logit_bias={ids("y")[0]: -np.inf})
+        done = model.generate(
+            "12x12x1", grammar=Grammar.regex("([12]{2}[xy])+"), sampling=sampling, **options
+        )
+        assert re.fullmatch("([12]{2}x)*[12]{0,2}", done.text or "")
+
+
 def test_a_schema_gives_its_json(models: dict[str, LanguageModel]) -> None:
     pytest.importorskip("llguidance")
     schema = {"type": "array", "items": {"enum": [1, "b"]}, "minItems": 1, "maxItems": 2}
@@ -130,6 +165,11 @@ def test_a_schema_gives_its_json(models: dict[str, LanguageModel]) -> None:
         (lambda: Grammar.json_schema("[1]"), r"the schema is \[1\]; give an object"),
         (lambda: Grammar.json_schema({"a": {1}}), "the schema is no JSON"),  # pyright: ignore[reportArgumentType]
         (lambda: Grammar.regex(5), "pattern is 5"),  # pyright: ignore[reportArgumentType]
+        (lambda: Grammar.json_schema({"const": np.nan}), "the schema is no JSON"),
+        (lambda: Grammar.json_schema('{"not":' * 10_000 + "{}" + "}" * 10_000), "the schema is no JSON"),
+        (lambda: Grammar.regex("\ud800"), "the regex is no text"),
+        (lambda: Grammar("words", "a"), "kind is 'words'"),
+        (lambda: Grammar("regex", 5), "the regex is 5"),  # pyright: ignore[reportArgumentType]
     ],
 )
 def test_what_is_no_grammar_is_refused(make: Any, words: str) -> None:
@@ -200,6 +240,41 @@ def test_a_forbidden_token_is_not_written(models: dict[str, LanguageModel]) -> N
     assert Sampling(logit_bias=sampling.logit_bias) == sampling and hash(sampling)
     with pytest.raises(InputError, match=f"logit_bias names token {VOCABULARY}"):
         models[""].generate("abc", sampling=Sampling(logit_bias={VOCABULARY: 1.0}))
+
+
+def test_a_bias_beyond_float32_stays_a_number() -> None:
+    """With -inf beside it: the largest of several is still the largest, and none is NaN."""
+    x = np.array([[1, 2, -np.inf]], np.float32)
+    most = np.finfo(np.float32).max
+    assert LogitBias(((0, 1e300), (2, 1e300)))([[0]], x).tolist() == [[most, 2, -np.inf]]
+    assert LogitBias(((0, -1e300), (1, 1.0)))([[0]], x).tolist() == [[-most, 3, -np.inf]]
+
+
+@pytest.mark.parametrize("bias", [((0,),), (5,), ((0, 1.0), (0, 2.0))])
+def test_a_bias_that_is_no_number_for_each_token_is_refused(bias: Any) -> None:
+    with pytest.raises(InputError, match="logit_bias"):
+        Sampling(logit_bias=bias)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("drafting", [{}, {"drafter": "prompt_lookup", "nodes": 4}], ids=["plain", "drafted"])
+@pytest.mark.parametrize("kind", ["bias", "bias and grammar", "grammar and min_tokens"])
+def test_options_that_together_forbid_every_token_are_refused(
+    models: dict[str, LanguageModel], kind: str, drafting: dict[str, Any], temperature: float
+) -> None:
+    """Else the first token of the vocabulary would be written."""
+    options: dict[str, Any] = {}
+    bias: dict[int, float] = {}
+    if "grammar" in kind:
+        pytest.importorskip("llguidance")
+        options["grammar"] = Grammar.regex("12")
+    if "bias" in kind:
+        bias = dict.fromkeys(ids("2") if "grammar" in kind else range(VOCABULARY), -np.inf)
+    if "min_tokens" in kind:
+        options["min_tokens"] = 5
+    sampling = Sampling(temperature, seed=1, logit_bias=bias)
+    with pytest.raises(InputError, match="no token is left for row 0"):
+        models["verify"].generate(["abcabc", "x"], sampling=sampling, **options, **drafting)
 
 
 # --- log-probabilities ------------------------------------------------------------------------------------
@@ -298,3 +373,11 @@ def test_a_model_that_draws_its_tokens_says_what_it_cannot(models: dict[str, Lan
 def test_fewer_tokens_than_the_fewest_cannot_be(models: dict[str, LanguageModel]) -> None:
     with pytest.raises(InputError, match="min_tokens is 5 and max_tokens 4"):
         models[""].generate("abc", min_tokens=5, max_tokens=4)
+
+
+@pytest.mark.parametrize("pipeline", ["", "sample"])
+def test_more_samples_than_memory_holds_are_refused_before_there_are_texts(
+    models: dict[str, LanguageModel], pipeline: str
+) -> None:
+    with pytest.raises(InputError, match="use a smaller batch"):
+        models[pipeline].generate("abc", samples=2**40)

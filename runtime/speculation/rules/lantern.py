@@ -56,7 +56,7 @@ class Lantern(WalkingRule):
         return f"it moves up to {self.delta:g} of the probability to drafted tokens from their neighbours"
 
     def step(self, prefix: Prefix, decisions: Decisions) -> Step:
-        """One decision per child that is tried, and a draw when none is accepted."""
+        """One decision per child that is possible at all, and a draw when none is accepted."""
         if self.neighbours is None:
             raise InputError(
                 "the rule 'lantern' has no neighbours; give them, or verify with a model that has some"
@@ -65,6 +65,8 @@ class Lantern(WalkingRule):
             raise InputError(f"p has {len(prefix.p)} tokens, neighbours are given for {len(self.neighbours)}")
         left, budget = prefix.p.copy(), self.delta  # not normalised: the probability is in p's own terms
         for token in prefix.candidates:
+            if not prefix.p[token]:
+                continue  # a grammar, a bias or a cut of the distribution forbids it, whatever is near it
             near = self._counted(token, left, budget)
             moved, whole = float(left[near].sum()), float(left.sum())
             if whole > 0 and decisions.bernoulli(min(1.0, (float(left[token]) + moved) / whole)):

@@ -92,6 +92,8 @@ def run(args: Namespace, screen: Screen) -> int:
     wanted |= {"grammar": _grammar(args), "logprobs": args.logprobs}
     drafting = _drafting(model, args)
     if args.check_lossless:
+        if args.samples is not None:
+            raise InputError("--check-lossless compares one text with another; leave it or --samples out")
         sampling = replace(sampling, seed=word(sampling.seed))
         return check_lossless(model, prompt, sampling, wanted, screen, drafting)
     if args.samples is not None:
