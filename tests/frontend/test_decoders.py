@@ -44,10 +44,16 @@ def test_experts_without_a_loop_give_what_the_model_gives() -> None:
     from transformers import MixtralConfig, MixtralForCausalLM
 
     torch.manual_seed(0)
-    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4}
-    model = MixtralForCausalLM(
-        MixtralConfig(vocab_size=97, num_local_experts=5, num_key_value_heads=4, **sizes)
-    ).eval()  # type: ignore[arg-type]
+    config = MixtralConfig(
+        vocab_size=97,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        num_local_experts=5,
+    )
+    model = MixtralForCausalLM(config).eval()
     ids, before = torch.randint(97, (2, 11)), model.config._experts_implementation
     with torch.no_grad():
         wanted = model(input_ids=ids).logits
