@@ -286,7 +286,19 @@ def test_bisect_names_the_first_pass_that_moves_an_output_too_far(
 def test_passes_lists_every_pass(capsys: pytest.CaptureFixture[str]) -> None:
     listed = answer(capsys, "passes")
     assert [p["name"] for p in listed] == list(PASSES)
-    known = {"r", "budget", "residual", "only", "press", "drafter", "at", "count", "min", "after"}
+    known = {
+        "r",
+        "budget",
+        "residual",
+        "only",
+        "press",
+        "drafter",
+        "at",
+        "count",
+        "min",
+        "after",
+        "neighbours",
+    }
     assert all(p["summary"] and (known & {*p["options"]} or not p["options"]) for p in listed)
     plain = [p for p in listed if None not in p["options"].values()]  # one that wraps another has no default
     assert all(p["usage"] == " ".join(f"{k}={v}" for k, v in p["options"].items()) for p in plain)

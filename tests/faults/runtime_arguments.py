@@ -196,7 +196,7 @@ SPEAKER = {
         [value for value in NO_COUNTS if value != BIG],
         [0, np.int64(0)],
     ),
-    "samples": Argument(
+    "generate(samples": Argument(
         lambda stage, value: stage.speaker.generate("a", max_tokens=1, samples=value),
         [value for value in NO_COUNTS if value is not None] + [0],
         [None, 1, 3, np.int64(2), True],

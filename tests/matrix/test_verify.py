@@ -373,8 +373,9 @@ def careless(parents: list[int], tokens: list[int]) -> Careless:
     ids=str,
 )
 def test_what_does_not_fit_is_refused(options: dict[str, Any], said: str) -> None:
+    given: dict[str, Any] = {"nodes": 8 if "drafter" in options else None, **options}
     with pytest.raises(InputError, match=said):
-        verifying("llama").generate(PROMPTS[0], **{"nodes": 8 if "drafter" in options else None, **options})
+        verifying("llama").generate(PROMPTS[0], **given)
 
 
 def test_other_models_say_what_to_type() -> None:

@@ -274,7 +274,8 @@ def test_exits_are_timed_on_the_samples(
     timed: list[list[dict[str, Any]]] = []
 
     def times(paths: list[str], *rest: Any) -> Iterator[tuple[float, float]]:
-        timed.append(rest[-1])
+        *_, feeds, _ = rest
+        timed.append(feeds)
         yield (2.0, 1.0)
 
     monkeypatch.setattr(tuning, "interleaved_times", times)

@@ -161,7 +161,7 @@ def test_every_pass_prints_only_what_differs_from_its_defaults(name: str) -> Non
     assert cls.name == name
     press = parse("knorm{budget=99}").passes[0]
     known = {"r": 99, "budget": 99, "residual": 99, "only": ("*mlp*",), "press": press, "nodes": 4}
-    known |= {"at": 2, "count": 1, "min": 2, "after": (2, 3), "file": "a"}
+    known |= {"at": 2, "count": 1, "min": 2, "after": (2, 3), "file": "a", "neighbours": 4}
     fields = {field.name: field.default for field in dataclasses.fields(cls) if field.init}
     needed = [pair for pair in known.items() if fields.get(pair[0]) is dataclasses.MISSING]
     options = needed or [pair for pair in known.items() if pair[0] in fields][:1]

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 import tokopt
@@ -29,8 +29,9 @@ BATCH = 5
 TEXTS = ((1, 9), (3, 21), (2, 150))
 """Rows and tokens of the texts that an artifact is asked about; the longest is far beyond the example's."""
 
-_CLOSE, _QUANTIZED = 1e-7, 0.1
-"""Largest mean squared error of an output, as a part of its mean square."""
+_CLOSE, _FLIPPED, _QUANTIZED = 1e-7, 1e-4, 0.1
+"""Largest mean squared error of an output, as a part of its mean square: as it is, where a number between two steps may
+be rounded to the other, and where weights and activations have 8 bits."""
 
 Inputs = dict[str, Tensor]
 
@@ -82,7 +83,10 @@ def trial(model: Any, folder: Path, passes: bool = True) -> Iterator[tuple[str, 
 
     def quantized() -> Ending:
         made = optimized(bundle, QUANTIZED)
-        return compared(_exported(made, folder / "quantized.tokopt"), form, _eager(model), _QUANTIZED)
+        artifact = _exported(made, folder / "quantized.tokopt")
+        same = compared(artifact, form, lambda inputs: list(made(*inputs.values())), _FLIPPED)
+        limit = max(_QUANTIZED, 2 * _rounding(model, form))
+        return compared(artifact, form, _eager(model), limit) if same.outcome == EQUAL else same
 
     yield MERGED, ending_of(merged)
     yield QUANTIZED, ending_of(quantized)
@@ -115,6 +119,26 @@ def _noise(model: Any, form: Form) -> float:
     return max(
         (_error(one.numpy(), other, inputs.get("attention_mask")) for one, other in pairs), default=0.0
     )
+
+
+def _rounding(model: Any, form: Form) -> float:
+    """How far the model is off where its linears round weights and rows of activations to 8 bits by themselves."""
+    inputs = form.make(*form.calls[0])
+    wanted, rounded = _eager(model)(inputs), copy.deepcopy(model)
+    for part in rounded.modules():
+        if isinstance(part, nn.Linear):
+            part.weight.data = _rounded(part.weight.data)
+            part.register_forward_pre_hook(lambda _, given: (_rounded(given[0]), *given[1:]))
+    pairs = zip(_eager(rounded)(inputs), wanted, strict=True)
+    return max(
+        (_error(one.numpy(), other, inputs.get("attention_mask")) for one, other in pairs), default=0.0
+    )
+
+
+def _rounded(values: Tensor) -> Tensor:
+    """Rows in 255 steps."""
+    step = values.abs().amax(-1, keepdim=True).clamp(min=1e-30) / 127
+    return (values / step).round() * step
 
 
 def _tensors(result: object) -> list[Tensor]:

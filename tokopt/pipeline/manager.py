@@ -24,10 +24,13 @@ from tokopt.arguments import check_items, check_kind, check_text
 from tokopt.errors import InputError, PassError, PassRefused, TokoptError
 from tokopt.ir.bundle import AppliedPass, Bundle, check_bundle
 from tokopt.ir.verifier import verify_bundle
-from tokopt.pipeline.base import Context, Pass, PassRecord
+from tokopt.pipeline.base import Context, Pass, PassRecord, Refusal
 from tokopt.pipeline.build import build
 from tokopt.pipeline.reproducer import write_reproducer
 from tokopt.pipeline.text import Reader
+
+LISTED = 2
+"""Refusals that an error spells out."""
 
 
 @dataclass(frozen=True)
@@ -98,12 +101,19 @@ def _reproducer(bundle: Bundle, passes: Sequence[Pass], folder: Path) -> str:
         return f"no reproducer: {error}"
 
 
+def _listed(refusals: Sequence[Refusal]) -> str:
+    """The first refusals, and how many more there are: a model may have one for each of its blocks."""
+    more = len(refusals) - LISTED
+    said = "; ".join(map(str, refusals[:LISTED]))
+    return said + (f"; and {more} more, which a run that is not strict notes" if more > 0 else "")
+
+
 def _run_one(step: Pass, bundle: Bundle, context: Context) -> tuple[Bundle, PassRecord]:
     before, start = bundle_cost(bundle), time.perf_counter()
     step.requires(bundle)
     result = step.run(bundle, context)
     if context.strict and (result.refusals or not result.matches):
-        reasons = "; ".join(map(str, result.refusals)) or "; ".join(result.notes) or "nothing matched"
+        reasons = _listed(result.refusals) or "; ".join(result.notes) or "nothing matched"
         raise PassRefused(f"refused in strict mode: {reasons}")
     after = _remembering(step, bundle, result.bundle)
     verify_bundle(after)
