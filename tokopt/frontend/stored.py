@@ -103,9 +103,12 @@ class _Opened:
 
 @contextmanager
 def mapped_one_by_one() -> Iterator[None]:
-    """Inside, transformers maps every tensor that it loads by itself."""
+    """Inside, transformers maps every tensor that it loads by itself; whole files where it opens them elsewhere."""
     loading: Any = import_module("transformers.modeling_utils")
-    original = loading.safe_open
+    original: Any = getattr(loading, "safe_open", None)
+    if original is None:
+        yield
+        return
 
     def opened(path: Any, *args: Any, **options: Any) -> Any:
         return _Opened(original(path, *args, **options), Path(path))
