@@ -1,8 +1,9 @@
 """How soon a chat answers: ``python -m benchmarks.chat``.
 
-SmolLM2-135M with the weights of its file (``keep_grid``) talks about pages of Python's documentation, some 400 tokens a
-turn. Every turn of a chat, which reads what is new, takes turns with reading the whole conversation, as a model without
-a past does; the tokens of both answers are compared. Writes ``chat.json`` and ``chat.md`` in ``benchmarks/results``.
+SmolLM2-135M with the weights of its file (``keep_grid``) talks about pages of Python's documentation: messages of some
+200 tokens, answers of at most as many. Every turn of a chat, which reads what is new, takes turns with reading the
+whole conversation, as a model without a past does; the tokens of both answers are compared. Writes ``chat.json`` and
+``chat.md`` in ``benchmarks/results``.
 """
 
 from __future__ import annotations
@@ -22,8 +23,8 @@ from examples.data import write_atomically
 
 RESULTS = Path(__file__).parent / "results"
 MODEL, METHOD = "SmolLM2-135M-Instruct", "keep_grid"
-TURNS, TOKENS, ANSWER = 5, 400, 24
-"""Turns; tokens of each with its answer, about; new tokens of an answer."""
+TURNS, TOKENS, ANSWER = 5, 400, 200
+"""Turns; tokens of each with its answer, about; new tokens of an answer, at most."""
 
 
 def messages(model: Any) -> list[str]:
@@ -31,7 +32,7 @@ def messages(model: Any) -> list[str]:
     ids = model.tokenizer.encode(documentation())
     size = TOKENS - ANSWER
     parts = [ids[place * 4 * size : place * 4 * size + size] for place in range(TURNS)]
-    return [f"Continue in one sentence: {model.tokenizer.decode(part)}" for part in parts]
+    return [f"Continue this text: {model.tokenizer.decode(part)}" for part in parts]
 
 
 def first_token(answer: Callable[[int], Any]) -> float:
