@@ -102,4 +102,13 @@ Isa chosen() {
                   ", or unset it.");
 }
 
+bool asks_ahead() {
+#if defined(__x86_64__) || defined(__i386__)
+    static const bool ahead = (__builtin_cpu_init(), !__builtin_cpu_is("amd"));
+    return ahead;
+#else
+    return true;
+#endif
+}
+
 }  // namespace tokopt

@@ -91,7 +91,7 @@ class Call {
         const size_t first = i / parts * strip, last = std::min(first + strip, sizes.tiles());
         const size_t row = i % parts * PART, end = (std::min(row + PART, rows) + code.rows - 1) / code.rows;
         const size_t begin = row / code.rows, products = (end - begin) * (last - first);
-        const Fetch next = {weight.tile(last).groups, (last - first) * weight.tile_bytes()};
+        const Fetch next = {weight.tile(last).groups, asks_ahead() ? (last - first) * weight.tile_bytes() : 0};
         if (code.enter) code.enter();
         size_t product = 0;
         for (size_t block = begin; block < end; ++block) {
