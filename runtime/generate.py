@@ -15,15 +15,7 @@ from tokopt.arguments import described
 from tokopt.errors import InputError, TokoptError
 from tokopt.runtime.loop import NO_LIMIT, PADDING, Emission, Request
 from tokopt.runtime.numerics import log_softmax
-from tokopt.runtime.sampling import (
-    LogitBias,
-    Logits,
-    LogitsProcessor,
-    Sampling,
-    Streams,
-    TokenIds,
-    choose,
-)
+from tokopt.runtime.sampling import Logits, LogitsProcessor, Sampling, Streams, TokenIds, choose
 from tokopt.runtime.speculation.calls import Trees
 from tokopt.runtime.speculation.host import HostSpeculation
 from tokopt.runtime.speculation.lossless import Lossless
@@ -137,11 +129,9 @@ class Draw:
         batch: int,
         laws: Sequence[LogitsProcessor] = (),
     ) -> None:
-        """``processors`` are a caller's own; behind them ``laws`` and the biases of ``sampling`` forbid tokens."""
+        """``processors`` are a caller's own; behind them ``laws`` forbid tokens."""
         self.temperature, self.streams = sampling.temperature, Streams(sampling.seed, batch)
-        usual = tuple(sampling.processors())
-        biases = tuple(process for process in usual if isinstance(process, LogitBias))
-        self.own, self.laws, self.usual = tuple(processors), (*laws, *biases), usual[len(biases) :]
+        self.own, self.laws, self.usual = tuple(processors), tuple(laws), tuple(sampling.processors())
         self.step = 0
 
     def __call__(self, texts: Sequence[Text], emission: Emission) -> list[list[int]]:

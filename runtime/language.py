@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any, Unpack
+from typing import Any, Unpack, cast
 
 import numpy as np
 
@@ -26,7 +26,14 @@ from tokopt.runtime.loop import Request, chunk_size, prompt_slots
 from tokopt.runtime.numerics import OutputCheck
 from tokopt.runtime.options import Checked, Options, PromptOptions, TokenOptions
 from tokopt.runtime.prompts import Prompt, each_prompt, stop_strings, token_ids
-from tokopt.runtime.sampling import LogitsProcessor, MinTokens, Sampling, TokenIds, log_probabilities
+from tokopt.runtime.sampling import (
+    LogitBias,
+    LogitsProcessor,
+    MinTokens,
+    Sampling,
+    TokenIds,
+    log_probabilities,
+)
 from tokopt.runtime.selftest import TaskCheck, run_selftests
 from tokopt.runtime.speculation.calls import Speculation, Trees
 from tokopt.runtime.speculation.drafters.base import Drafter
@@ -294,6 +301,8 @@ class LanguageModel:
             made.append(MinTokens(checked.least, self.settings.eos, prompts))
         if grammar is not None:
             made.append(self._constraints.processor(grammar, prompts))
+        if bias := checked.sampling.logit_bias:
+            made.append(LogitBias(cast("tuple[tuple[int, float], ...]", bias)))
         return made
 
     @cached_property

@@ -253,9 +253,7 @@ class Sampling:
                 )
 
     def processors(self) -> Iterator[LogitsProcessor]:
-        """The processors that do something, in order."""
-        if self.logit_bias:
-            yield LogitBias(cast("tuple[tuple[int, float], ...]", self.logit_bias))
+        """The processors that do something, in order; ``logit_bias`` comes before them all."""
         if self.repetition_penalty != 1:
             yield RepetitionPenalty(self.repetition_penalty)
         if not self.temperature:

@@ -12,11 +12,10 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, decoders, pre_tokenizers
-from tokenizers import models as kinds
+from tokenizers import Tokenizer, decoders
 
 import tokopt
-from tests.runtime.test_conversation import EVICTING
+from tests.runtime.test_conversation import EVICTING, LETTERS
 from tests.runtime.test_conversation import tokenizer as lettered
 from tests.zoo.decoders import GROUPED, VOCABULARY, _hugging_face
 from tokopt.errors import InputError
@@ -34,12 +33,8 @@ PIPELINES = ("", "sample", "verify", EVICTING)
 
 
 def tokenizer() -> str:
-    """Every token is a letter of one byte, and every letter a token; grammars want bytes."""
-    letters = [*map(chr, range(33, 127)), "Ġ", "Ċ", "ĉ"]
-    library: Any = Tokenizer(kinds.WordLevel({letter: i for i, letter in enumerate(letters)}, "!"))
-    library.pre_tokenizer = pre_tokenizers.Split("", "isolated")
-    library.decoder = decoders.ByteLevel()
-    return library.to_str()
+    """Every letter is one of a byte, as grammars want it."""
+    return lettered([*LETTERS[:94], "Ġ", "Ċ", "ĉ"], decoders.ByteLevel())
 
 
 @pytest.fixture(scope="module")
