@@ -203,7 +203,8 @@ def markdown(report: Mapping[str, Any]) -> str:
         "together tell a machine that others use from a slow one.",
     ]
     for dtype in DTYPES:
-        rows = {key: row for key, row in report["models"].items() if key.endswith(f" {dtype}")}
+        keys = [f"{name} {dtype}" for name in SIZES]
+        rows = {key: report["models"][key] for key in keys if key in report["models"]}
         if not rows:
             continue
         lines += ["", f"## Weights stored in {dtype}", ""]

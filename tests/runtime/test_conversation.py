@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,8 @@ from tokopt.errors import InputError
 from tokopt.ir.format import Generation
 from tokopt.runtime import LanguageModel, Sampling, load
 
+LETTERS = [chr(33 + i) for i in range(VOCABULARY)]
+
 TEMPLATE = (
     "{% for m in messages %}{{ '#' if m.role == 'assistant' }}{{ m.content }}!{% endfor %}"
     "{{ '#' if add_generation_prompt }}"
@@ -34,12 +37,11 @@ EVICTING = "h2o{budget=16 sinks=2 recent=4 every=4}"
 PIPELINES = ("", "sample", "speculate{nodes=4 depth=3}", "verify", "skipdecode{min=1 over=8}", EVICTING)
 
 
-def tokenizer() -> str:
-    """Every token is one letter, and every letter one token."""
-    letters = {chr(33 + i): i for i in range(VOCABULARY)}
-    library: Any = Tokenizer(kinds.WordLevel(letters, "!"))
+def tokenizer(letters: Sequence[str] = LETTERS, decoder: Any = None) -> str:
+    """Every token is one of the letters, and every letter one token."""
+    library: Any = Tokenizer(kinds.WordLevel({letter: i for i, letter in enumerate(letters)}, "!"))
     library.pre_tokenizer = pre_tokenizers.Split("", "isolated")
-    library.decoder = decoders.Fuse()
+    library.decoder = decoder or decoders.Fuse()
     return library.to_str()
 
 

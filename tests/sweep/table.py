@@ -52,8 +52,8 @@ exported, loaded, and compared with itself in eager PyTorch. `python -m tests.sw
   model's. A quantization to 8 bits keeps the log-probabilities close. An eviction whose budget holds the text changes
   no token, and one whose budget does not runs.
 - **Encoders**: every output is the model's for several numbers of rows, and where they may vary for texts and sounds
-  of several lengths, with padding, up to seven times the example's. Merged tokens give what the optimised program
-  gives in PyTorch at those sizes, and integer products stay close to the model.
+  of several lengths, with padding, up to seven times the example's. Merged tokens and integer products give what the
+  optimised program gives in PyTorch at those sizes; integer products stay as close to the model as rounding lets them.
 - **equal** is that all of this holds; **refused** that tokopt said why not, in one sentence, before it wrote anything;
   **not tried** that transformers does not build or run the class by itself, small and random, as it is said there.
   Classes and passes that are missing have not had their turn yet.
