@@ -17,8 +17,8 @@ const std::vector<Isa>& available();
 // What TOKOPT_ISA names, else the fastest; throws Refused where the processor lacks it.
 Isa chosen();
 
-// Whether kernels should ask for the weights that they need next. AMD's processors fetch them by themselves, and are
-// slower where they are asked to.
+// Whether kernels should ask for the weights that they need next also where they do little with each. AMD's processors
+// fetch them by themselves then, and are slower where they are asked to.
 bool asks_ahead();
 
 }  // namespace tokopt

@@ -60,6 +60,7 @@ class Call {
 
   private:
     static constexpr size_t SERIAL = 16384;  // numbers that one thread rounds sooner than it could share them out
+    static constexpr size_t FEW = 2;         // rows whose products do not keep a processor from fetching by itself
     static constexpr size_t PART = 64;       // rows whose rounded numbers stay in a core's second cache
     static constexpr size_t STRIP = 32768;   // bytes of weights that stay in its first cache, for all blocks of rows
 
@@ -91,7 +92,8 @@ class Call {
         const size_t first = i / parts * strip, last = std::min(first + strip, sizes.tiles());
         const size_t row = i % parts * PART, end = (std::min(row + PART, rows) + code.rows - 1) / code.rows;
         const size_t begin = row / code.rows, products = (end - begin) * (last - first);
-        const Fetch next = {weight.tile(last).groups, asks_ahead() ? (last - first) * weight.tile_bytes() : 0};
+        const bool ask = rows > FEW || asks_ahead();
+        const Fetch next = {weight.tile(last).groups, ask ? (last - first) * weight.tile_bytes() : 0};
         if (code.enter) code.enter();
         size_t product = 0;
         for (size_t block = begin; block < end; ++block) {
