@@ -30,7 +30,7 @@ from tokopt.pipeline.reproducer import write_reproducer
 from tokopt.pipeline.text import Reader
 
 LISTED = 2
-"""Refusals that an error spells out."""
+"""Reasons of refusals that an error spells out."""
 
 
 @dataclass(frozen=True)
@@ -102,9 +102,13 @@ def _reproducer(bundle: Bundle, passes: Sequence[Pass], folder: Path) -> str:
 
 
 def _listed(refusals: Sequence[Refusal]) -> str:
-    """The first refusals, and how many more there are: a model may have one for each of its blocks."""
-    more = len(refusals) - LISTED
-    said = "; ".join(map(str, refusals[:LISTED]))
+    """The first refusal for each of the first reasons, and how many more there are: a model may have one a block."""
+    reasons: dict[str, Refusal] = {}
+    for refusal in refusals:
+        reasons.setdefault(refusal.reason, refusal)
+    first = list(reasons.values())[:LISTED]
+    more = len(refusals) - len(first)
+    said = "; ".join(map(str, first))
     return said + (f"; and {more} more, which a run that is not strict notes" if more > 0 else "")
 
 
