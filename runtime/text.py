@@ -27,6 +27,14 @@ def read_tokenizer(path: Path) -> str:
         raise ArtifactError(f"{path} is no readable text ({error}); export the artifact again") from error
 
 
+def read_text(path: str | Path) -> str:
+    """A file of text; raises InputError for any other."""
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path} is no readable text: {error}") from error
+
+
 class Tokenizer:
     """The tokenizer of an artifact: the text of a ``tokenizer.json``, without its truncation and padding.
 

@@ -22,7 +22,7 @@ ALLOWED = {
     "tokopt.runtime": ("errors", "arguments", "place", "kernels.cpu"),
     "tokopt.kernels": ("errors", "arguments"),
     "tokopt.ir": ("errors", "arguments", "runtime.format"),
-    "tokopt.analysis": ("errors", "arguments", "progress", "ir", "kernels"),
+    "tokopt.analysis": ("errors", "arguments", "progress", "ir", "kernels", "runtime.text"),
     "tokopt.rewrite": ("errors", "arguments", "ir", "kernels", "analysis"),
     "tokopt.pipeline": (
         "errors",

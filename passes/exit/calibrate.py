@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
-from tokopt.analysis.calibration import Sample, read_samples
 from tokopt.analysis.guarantee import Promise
+from tokopt.analysis.samples import Sample, read_samples
 from tokopt.ir.bundle import Bundle
 from tokopt.ir.calls import Calls
 from tokopt.ir.format import Link

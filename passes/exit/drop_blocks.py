@@ -9,7 +9,8 @@ from typing import ClassVar
 from torch.fx import Node
 
 from tokopt.analysis.blocks import Block, blocks_of
-from tokopt.analysis.calibration import Sample, Site
+from tokopt.analysis.calibration import Site
+from tokopt.analysis.samples import Sample
 from tokopt.errors import PassError
 from tokopt.ir.bundle import Bundle
 from tokopt.ir.graph import aten, drop_dead, is_call, value_users

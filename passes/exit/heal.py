@@ -10,9 +10,10 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from tokopt.analysis.blocks import Block
-from tokopt.analysis.calibration import Sample, Site, observe
+from tokopt.analysis.calibration import Site, observe
 from tokopt.analysis.constants import parameter
 from tokopt.analysis.linears import Linear, find_linears
+from tokopt.analysis.samples import Sample
 from tokopt.ir.graph import ancestors, attention_nodes, reaches
 from tokopt.passes.exit.influence import Watched, padding_mask, real_tokens
 from tokopt.rewrite.edit import put_parameter

@@ -10,7 +10,8 @@ from torch import Tensor
 from torch.fx import Node
 
 from tokopt.analysis.blocks import Block
-from tokopt.analysis.calibration import Sample, Site, observe
+from tokopt.analysis.calibration import Site, observe
+from tokopt.analysis.samples import Sample
 from tokopt.ir.graph import HIDDEN, ancestors
 
 

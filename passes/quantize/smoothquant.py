@@ -8,8 +8,9 @@ from typing import ClassVar
 
 import torch
 
-from tokopt.analysis.calibration import Sample, Site, collect
+from tokopt.analysis.calibration import Site, collect
 from tokopt.analysis.linears import find_linears, matches
+from tokopt.analysis.samples import Sample
 from tokopt.errors import PassError
 from tokopt.ir.bundle import Bundle, Semantics
 from tokopt.pipeline.base import Context, Pass, PassResult, Refusal, on_entries

@@ -20,7 +20,7 @@ from transformers import BatchEncoding
 
 import tokopt
 from tests.zoo.decoders import CONTEXT, VOCABULARY, HandRotary, HandWritten
-from tokopt.analysis.calibration import caller_tensors
+from tokopt.analysis.samples import tensors_of
 from tokopt.errors import CaptureError, InputError, LoweringError
 from tokopt.frontend.language import capture_lm
 from tokopt.ir.bundle import Bundle
@@ -163,26 +163,22 @@ def test_a_text_by_name_is_the_text(calibration: Any) -> None:
 @pytest.mark.parametrize(
     ("sample", "reason"),
     [
-        ({"input_ids": [IDS], "attention_mask": [[0] + [1] * 7]}, "padded; give every text on its own"),
-        (
-            {"input_ids": [IDS], "token_type_ids": [[0] * 8]},
-            "has tokens, token_type_ids, the model takes tokens",
-        ),
+        ({"token_type_ids": [[0] * 8]}, "has token_type_ids, the model takes tokens"),
         ({"input_ids": [[1, 2], [3]]}, "no array of numbers"),
-        ("a text", "no array of numbers; give a tensor, or for a language model token ids"),
+        ("a text", "the bundle has no tokenizer to read text with"),
         ([0.5, 1.5], "give token ids below"),
     ],
 )
 def test_what_is_no_text_is_refused(sample: Any, reason: str) -> None:
     with pytest.raises(InputError, match=reason):
-        caller_tensors(decoder(), sample)
+        list(tensors_of(decoder(), sample))
 
 
 def test_samples_of_an_encoder_have_its_dtypes() -> None:
     bundle = tokopt.capture(nn.Linear(8, 8), (X,))
     nameless: Any = {"input": object()}
-    assert caller_tensors(bundle, {"input": X.double().numpy()})["input"].dtype == torch.float32
+    assert next(tensors_of(bundle, {"input": X.double().numpy()}))["input"].dtype == torch.float32
     with pytest.raises(InputError, match="which is float32"):
-        caller_tensors(bundle, X.long())
+        next(tensors_of(bundle, X.long()))
     with pytest.raises(InputError, match="'input' that is no array of numbers"):
-        caller_tensors(bundle, nameless)
+        next(tensors_of(bundle, nameless))

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 import tokopt
 from tests.matrix import language
-from tokopt.analysis.calibration import caller_tensors
+from tokopt.analysis.samples import tensors_of
 from tokopt.errors import InputError
 from tokopt.ir.bundle import Bundle
 from tokopt.measure.fidelity import Features, NextTokens, fidelity
@@ -51,7 +51,7 @@ def test_next_tokens() -> None:
     )
     nats = []
     for text in texts:
-        logits = given(*caller_tensors(given, text).values())[0][0].double().log_softmax(-1)
+        logits = given(*next(tensors_of(given, text)).values())[0][0].double().log_softmax(-1)
         nats += [-float(logits[i, token]) for i, token in enumerate(text[1:])]
     assert same.before == pytest.approx(math.exp(sum(nats) / len(nats)))
 

@@ -11,10 +11,9 @@ import numpy as np
 from tokopt.cli.models import require
 from tokopt.errors import InputError
 from tokopt.runtime.format.signature import Tensor
-from tokopt.runtime.text import Tokenizer
 
 if TYPE_CHECKING:
-    from tokopt.analysis.calibration import Sample
+    from tokopt.analysis.samples import Sample
     from tokopt.ir.bundle import Bundle
 
 IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
@@ -49,40 +48,22 @@ def read_inputs(
     )
 
 
-TEXT = (".txt", ".md", ".rst")
-WINDOW = 512
-"""Tokens of one calibration sample of text."""
-
-
 def read_samples(
     paths: Sequence[str], bundle: Bundle, mean: Sequence[float], std: Sequence[float]
 ) -> list[Sample]:
-    """Samples for calibration: every file that ``run`` takes, one by one; text in windows for a language model."""
+    """Samples for calibration: every file that ``run`` takes, one by one; text for a language model."""
+    from tokopt.analysis.samples import FILES
+
     if not bundle.schedule.generates:
         names = list(bundle.inputs)
         feeds = (read_inputs([path], tuple(bundle.inputs.values()), mean, std) for path in paths)
         return [[feed[name] for name in names if name in feed] for feed in feeds]
-    if bundle.tokenizer is None or bundle.generation is None:
-        raise InputError("the bundle has no tokenizer to read text with; capture the model from its folder")
-    tokenizer = Tokenizer(bundle.tokenizer, bundle.generation.vocabulary)
-    window = min(WINDOW, bundle.generation.context)
-    samples: list[Sample] = []
     for path in paths:
-        if Path(path).suffix.lower() not in TEXT:
+        if not path.lower().endswith(FILES):
             raise InputError(
-                f"{path} is no text ({', '.join(TEXT)}), which a language model is calibrated with"
+                f"{path} is no text ({', '.join(FILES)}), which a language model is calibrated with"
             )
-        ids = tokenizer.encode(read_text(path))
-        samples += [ids[start : start + window] for start in range(0, len(ids), window)]
-    return samples
-
-
-def read_text(path: str) -> str:
-    """A file of text; raises InputError for any other."""
-    try:
-        return Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path} is no readable text: {error}") from error
+    return [Path(path) for path in paths]
 
 
 def _numpy_file(path: str):

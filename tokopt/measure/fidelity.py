@@ -7,8 +7,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
+from torch import Tensor
 
-from tokopt.analysis.calibration import Sample, caller_tensors
+from tokopt.analysis.samples import Sample, tensors_of
 from tokopt.arguments import check_iterable
 from tokopt.errors import InputError
 from tokopt.ir.bundle import Bundle, check_bundle
@@ -45,7 +46,7 @@ class NextTokens:
 
 
 def fidelity(before: Bundle, after: Bundle, samples: Iterable[Sample]) -> Features | NextTokens:
-    """Compare two bundles on samples (those of :mod:`tokopt.analysis.calibration`).
+    """Compare two bundles on samples (those of :mod:`tokopt.analysis.samples`).
 
     A language model reads every text at once: what its cache would evict later does not show here. Raises
     InputError for samples that do not fit, and when there are none.
@@ -54,7 +55,7 @@ def fidelity(before: Bundle, after: Bundle, samples: Iterable[Sample]) -> Featur
     check_bundle("after", after)
     check_iterable("samples", samples, "a list of inputs")
     compare = _predictions if before.schedule.generates else _vectors
-    rows = [compare(before, after, sample) for sample in samples]
+    rows = [compare(before, after, given) for sample in samples for given in tensors_of(before, sample)]
     if not rows:
         raise InputError("there is no sample to compare on; pass a list of inputs")
     table = np.concatenate(rows)
@@ -65,9 +66,9 @@ def fidelity(before: Bundle, after: Bundle, samples: Iterable[Sample]) -> Featur
     return NextTokens(kl, top1, math.exp(first), math.exp(second))
 
 
-def _vectors(before: Bundle, after: Bundle, sample: Sample) -> np.ndarray:
+def _vectors(before: Bundle, after: Bundle, given: dict[str, Tensor]) -> np.ndarray:
     """The cosine, the squared error and the squared length of every vector [vectors, 3]."""
-    wanted, got = _first_outputs(before, after, sample)
+    wanted, got = _first_outputs(before, after, given)
     if wanted.shape != got.shape:
         raise InputError(f"the outputs are of shapes {list(wanted.shape)} and {list(got.shape)}")
     vectors = [x.reshape(-1, x.shape[-1]) for x in (wanted, got)]
@@ -75,16 +76,15 @@ def _vectors(before: Bundle, after: Bundle, sample: Sample) -> np.ndarray:
     return np.column_stack([cosines(*vectors), sums])
 
 
-def _predictions(before: Bundle, after: Bundle, sample: Sample) -> np.ndarray:
+def _predictions(before: Bundle, after: Bundle, given: dict[str, Tensor]) -> np.ndarray:
     """What :func:`predictions` says of every token but the first of each text."""
-    tokens = next(iter(caller_tensors(before, sample).values()))
+    tokens = next(iter(given.values()))
     following = tokens[:, 1:].numpy().reshape(-1)
-    wanted, got = (x[:, :-1].reshape(-1, x.shape[-1]) for x in _first_outputs(before, after, sample))
+    wanted, got = (x[:, :-1].reshape(-1, x.shape[-1]) for x in _first_outputs(before, after, given))
     return predictions(wanted, got, following)
 
 
-def _first_outputs(before: Bundle, after: Bundle, sample: Sample) -> tuple[np.ndarray, np.ndarray]:
+def _first_outputs(before: Bundle, after: Bundle, given: dict[str, Tensor]) -> tuple[np.ndarray, np.ndarray]:
     """The first outputs of both bundles, in float64."""
-    given = caller_tensors(before, sample)
     wanted, got = (next(iter(bundle.outputs(given).values())) for bundle in (before, after))
     return wanted.double().numpy(force=True), got.double().numpy(force=True)

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from tokopt.analysis.calibration import Sample, caller_tensors
+from tokopt.analysis.samples import Sample, tensors_of
 from tokopt.arguments import (
     check_callable,
     check_integer,
@@ -232,7 +232,7 @@ class _Search:
     ) -> None:
         self.bundle, self.folder, self.machine, self.say = bundle, folder, machine, say
         self.metric = metric
-        named = [caller_tensors(bundle, sample) for sample in samples]
+        named = [given for sample in samples for given in tensors_of(bundle, sample)]
         self.calibration, self.judged = named[::2], named[1::2]
         self.baseline, self.best = folder / "original.tokopt", ""
         self.key = self._key(named)

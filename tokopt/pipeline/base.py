@@ -9,8 +9,8 @@ from pathlib import Path
 from types import UnionType
 from typing import Any, ClassVar, Literal, Union, get_args, get_origin, get_type_hints
 
-from tokopt.analysis.calibration import Sample
 from tokopt.analysis.cost import Cost
+from tokopt.analysis.samples import Sample
 from tokopt.arguments import check_callable, check_flag, check_items, check_iterable, check_path
 from tokopt.errors import PassError
 from tokopt.ir.bundle import Bundle, Semantics
@@ -39,7 +39,7 @@ class Context:
     ``strict`` turns a pass that changed nothing, or that refused a site, into a :class:`PassRefused`.
     ``observers`` see every pass. ``reproducers`` is the folder that receives the input bundle and the
     pipeline text of a pass that failed; None writes nothing. ``calibration`` holds real inputs for the passes that
-    measure (see :data:`tokopt.analysis.calibration.Sample`), which iterate over it once each.
+    measure (see :data:`tokopt.analysis.samples.Sample`), which iterate over it once each.
     """
 
     strict: bool = False
@@ -48,7 +48,7 @@ class Context:
     calibration: Iterable[Sample] | None = None
 
     def __post_init__(self) -> None:
-        """Keep what can be iterated only once, and tensors by name as one sample; refuse fields of another type."""
+        """Keep what can be iterated only once, and what is one sample; refuse fields of another type."""
         check_flag("strict", self.strict)
         observers = check_items("observers", self.observers, "a tuple of functions")
         for observer in observers:
@@ -57,7 +57,7 @@ class Context:
         if self.reproducers is not None:
             object.__setattr__(self, "reproducers", check_path("reproducers", self.reproducers))
         given = self.calibration
-        if isinstance(given, Mapping):
+        if isinstance(given, Mapping | str):
             object.__setattr__(self, "calibration", [given])
         elif given is not None:
             check_iterable("calibration", given, "a list of inputs, or what gives them one by one")

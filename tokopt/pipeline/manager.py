@@ -18,8 +18,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from tokopt.analysis.calibration import Sample
 from tokopt.analysis.cost import bundle_cost
+from tokopt.analysis.samples import Sample
 from tokopt.arguments import check_items, check_kind, check_text
 from tokopt.errors import InputError, PassError, PassRefused, TokoptError
 from tokopt.ir.bundle import AppliedPass, Bundle, check_bundle
@@ -148,7 +148,7 @@ def optimize(
     passes: str | Pipeline | Sequence[Pass],
     *,
     strict: bool = False,
-    calibration: Iterable[Sample] | None = None,
+    calibration: Iterable[Sample] | Path | None = None,
     context: Context | None = None,
 ) -> Bundle:
     """Run a pipeline on a bundle and return the new bundle; the input stays untouched.
@@ -161,7 +161,9 @@ def optimize(
     for arguments of another type.
     """
     check_bundle("bundle", bundle)
-    short = Context(strict=strict, calibration=calibration)
+    short = Context(
+        strict=strict, calibration=[calibration] if isinstance(calibration, Path) else calibration
+    )
     if check_context(context) is not None and (strict or calibration is not None):
         raise InputError("strict and calibration were given beside a context; set them in the context alone")
     return as_pipeline(passes).run(bundle, context or short)[0]

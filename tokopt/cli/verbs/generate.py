@@ -155,8 +155,8 @@ def _written(done: Generated) -> dict[str, Any]:
 
 def _grammar(args: Namespace) -> Grammar | None:
     """What the text has to fit, if anything."""
-    from tokopt.cli.inputs import read_text
     from tokopt.runtime import Grammar
+    from tokopt.runtime.text import read_text
 
     if args.json_schema is not None:
         return Grammar.json_schema(read_text(args.json_schema))
@@ -167,7 +167,7 @@ def _grammar(args: Namespace) -> Grammar | None:
 
 def _drafting(model: LanguageModel, args: Namespace) -> dict[str, Any]:
     """The options of a text whose tokens this host proposes; none where it does not."""
-    from tokopt.cli.inputs import read_text
+    from tokopt.runtime.text import read_text
 
     if args.drafter is None:
         for option in ("accept", "corpus"):

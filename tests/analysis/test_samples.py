@@ -1,0 +1,137 @@
+"""What callers give as samples: however a text or a batch is spelt, passes see the same tensors."""
+
+from collections.abc import Iterable
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+from transformers import BatchEncoding
+
+import tokopt
+from tests.matrix import language
+from tests.runtime.test_conversation import tokenizer
+from tokopt.analysis.samples import read_samples
+from tokopt.errors import InputError
+from tokopt.ir.bundle import Bundle
+
+IDS = [3, 1, 4, 1, 5, 9, 2, 6]
+OTHER = [5, 3, 5]
+
+
+@cache
+def speaker() -> Bundle:
+    """A decoder with a tokenizer of one token per letter."""
+    return replace(language.bundle("llama"), tokenizer=tokenizer())
+
+
+@cache
+def encoder() -> Bundle:
+    return tokopt.capture(nn.Linear(8, 8), (torch.zeros(2, 8),), dynamic={"input": {0: "batch"}})
+
+
+def tensors(bundle: Bundle, samples: Iterable[Any]) -> list[list[Any]]:
+    return [[value.tolist() for value in given.values()] for given in read_samples(bundle, samples)]
+
+
+def padded(left: bool) -> dict[str, Tensor]:
+    rows = [OTHER + [0] * 5, IDS] if not left else [[0] * 5 + OTHER, IDS]
+    ids = torch.tensor(rows)
+    return {"input_ids": ids, "attention_mask": (ids != 0).long(), "labels": ids.clone()}
+
+
+@pytest.mark.parametrize("left", [False, True])
+def test_padding_is_no_text(left: bool) -> None:
+    """The rows of a padded batch are the texts without it."""
+    assert tensors(speaker(), [BatchEncoding(padded(left))]) == [[[OTHER]], [[IDS]]]
+
+
+def test_a_batch_without_padding_stays_one() -> None:
+    batch = {"input_ids": torch.tensor([IDS, IDS]), "attention_mask": torch.ones(2, 8), "token_type_ids": 0}
+    assert tensors(speaker(), [batch]) == [[[IDS, IDS]]]
+
+
+@pytest.mark.parametrize(
+    "spelt",
+    [["abc"], [["abc"]], [("abc",)], [{"text": "abc"}], [{"text": ["abc"], "label": [1]}]],
+    ids=["text", "texts", "collated", "row", "rows"],
+)
+def test_texts_are_read_with_the_tokenizer(spelt: list[Any]) -> None:
+    wanted = tensors(speaker(), spelt)
+    assert len(wanted) == 1 and len(wanted[0][0][0]) == 3
+
+
+def test_files_are_read_in_windows(tmp_path: Path) -> None:
+    """Windows of a file are those of its text, and together they are all of it."""
+    path, text = tmp_path / "a.txt", "abcdefgh" * 300
+    path.write_text(text)
+    windows = tensors(speaker(), [path])
+    assert windows == tensors(speaker(), [str(path)]) == tensors(speaker(), [text])
+    assert len(windows) > 1
+    whole = [token for window in windows for token in window[0][0]]
+    assert len(whole) == len(text)
+
+
+def test_loaders_give_labels_too() -> None:
+    inputs, labels = torch.randn(5, 8), torch.arange(5)
+    for loader in (
+        DataLoader(TensorDataset(inputs), batch_size=2),
+        DataLoader(TensorDataset(inputs, labels), batch_size=2),
+        [{"input": inputs[:2].numpy(), "labels": labels[:2]}, inputs[2:4], (inputs[4:],)],
+    ):
+        rows = [row for given in read_samples(encoder(), loader) for row in given["input"]]
+        assert torch.equal(torch.stack(rows), inputs)
+    texts = torch.tensor([IDS, IDS[::-1]])
+    loader = DataLoader(TensorDataset(texts, torch.arange(2)))
+    assert tensors(speaker(), loader) == [[[IDS]], [[IDS[::-1]]]]
+
+
+def test_optimize_takes_a_file_and_a_loader(tmp_path: Path) -> None:
+    """A lone path is the data, and a loader is read once for every pass."""
+    path = tmp_path / "a.md"
+    path.write_text("abcd" * 8)
+    texts = next(iter(read_samples(speaker(), [path])))["tokens"]
+    made = [
+        tokopt.optimize(speaker(), "smoothquant,gptq{group=16}", calibration=samples)(texts)[0]
+        for samples in (path, DataLoader(TensorDataset(texts)))
+    ]
+    assert torch.equal(*made)
+
+
+@pytest.mark.parametrize(
+    ("sample", "reason"),
+    [
+        ("a.txt", "a.txt is no readable text"),
+        ({"input_ids": [IDS], "attention_mask": [[0] * 8]}, "is no text: give token ids below"),
+        ({"input_ids": [IDS], "attention_mask": [[1] * 7]}, r"ids of shape \[1, 8\] and a mask of \[1, 7\]"),
+        ({"labels": [IDS]}, "has labels, the model takes tokens"),
+        ({}, "has nothing, the model takes tokens"),
+    ],
+)
+def test_what_a_language_model_cannot_read_is_refused(sample: Any, reason: str) -> None:
+    with pytest.raises(InputError, match=reason):
+        tensors(speaker(), [sample])
+
+
+@pytest.mark.parametrize(
+    ("sample", "reason"),
+    [
+        ("a text", "is a text, and the model takes input; give its tensors"),
+        ([], "has nothing, the model takes input"),
+        ({"inputs": np.zeros((2, 8), np.float32)}, "has inputs, the model takes input"),
+        ({"input": torch.zeros(2, 8), "attention_mask": torch.tensor([1, 0])}, "takes no attention_mask"),
+    ],
+)
+def test_what_an_encoder_cannot_read_is_refused(sample: Any, reason: str) -> None:
+    with pytest.raises(InputError, match=reason):
+        tensors(encoder(), [sample])
+
+
+def test_a_bundle_without_a_tokenizer_says_so() -> None:
+    with pytest.raises(InputError, match="no tokenizer to read text with"):
+        tensors(language.bundle("llama"), ["abc"])
