@@ -101,8 +101,13 @@ def round_to_nearest(weight: Tensor, bits: int, group: int, *, symmetric: bool) 
     for rows in in_parts(weight):
         grid = fit_grid(rows, bits, group, symmetric=symmetric)
         parts.append(grid.packed(grid.codes(rows)))
+    return joined(parts)
+
+
+def joined(parts: Sequence[QuantizedWeight]) -> QuantizedWeight:
+    """The weight whose rows are those of the parts; these are of one group."""
     codes, scale, zero = (torch.cat([getattr(part, name) for part in parts]) for name in _PARTS)
-    return QuantizedWeight(codes, scale, zero, group)
+    return QuantizedWeight(codes, scale, zero, parts[0].group)
 
 
 _PARTS = ("codes", "scale", "zero")

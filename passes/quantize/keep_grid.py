@@ -15,14 +15,11 @@ from torch.nn.functional import linear as linear_product
 from tokopt.analysis.calibration import Moments
 from tokopt.analysis.linears import Linear
 from tokopt.errors import PassRefused
-from tokopt.passes.quantize.base import Quantization, QuantizedWeight, replace_weight
+from tokopt.passes.quantize.base import Quantization, QuantizedWeight, in_parts, joined, replace_weight
 from tokopt.rewrite.edit import after, call, put_parameter, redirect
 
 CLOSE = 1e-6
 """How far a grid may be from a weight, relative to the largest of its block: a few roundings of float32."""
-
-ROWS = 16
-"""Outputs that are looked at before the whole weight."""
 
 
 @dataclass(frozen=True)
@@ -40,9 +37,11 @@ class BlockGrid:
     def dequantized(self) -> Tensor:
         """The weight [out, in]."""
         weight = self.weight.dequantized()
-        if self.offset is None:
-            return weight
-        return weight + self.offset.repeat_interleave(self.weight.group, 1)
+        if self.offset is not None:
+            weight.unflatten(1, (-1, self.weight.group)).add_(
+                self.offset[..., None]
+            )  # in place: it may be large
+        return weight
 
 
 @dataclass(frozen=True)
@@ -94,12 +93,29 @@ def add_offset(product: Tensor, x: Tensor, offset: Tensor, group: int) -> Tensor
 def find_grid(weight: Tensor) -> BlockGrid | None:
     """The grid of a weight [out, in], of 4 bits if there is one, else of 8; None where there is none."""
     for read in (_four_bits, _eight_bits(32, 127), _eight_bits(16, 32)):
-        if read(weight[:ROWS]) is not None and (grid := read(weight)) is not None:
+        if (grid := _grid_of(weight, read)) is not None:
             return grid
     return None
 
 
-def _four_bits(weight: Tensor) -> BlockGrid | None:
+_Blocks = tuple[QuantizedWeight, Tensor]
+"""Codes, and the offset [out, blocks] that is added to what they stand for."""
+
+
+def _grid_of(weight: Tensor, read: Callable[[Tensor], _Blocks | None]) -> BlockGrid | None:
+    """What ``read`` finds in all rows of a weight."""
+    parts: list[QuantizedWeight] = []
+    offsets: list[Tensor] = []
+    for rows in in_parts(weight):
+        if (found := read(rows)) is None:
+            return None
+        parts.append(found[0])
+        offsets.append(found[1])
+    offset = torch.cat(offsets)
+    return BlockGrid(joined(parts), offset if bool(offset.any()) else None)
+
+
+def _four_bits(weight: Tensor) -> _Blocks | None:
     """Blocks of 32 with up to 16 equidistant values."""
     if weight.shape[1] % 32:
         return None
@@ -109,17 +125,14 @@ def _four_bits(weight: Tensor) -> BlockGrid | None:
     if found is None:
         return None
     scale, codes = found
-    offset = low + 8 * scale
-    packed = QuantizedWeight(
-        codes.flatten(1).to(torch.uint8), scale, torch.full_like(codes[..., 0], 8).byte(), 32
-    )
-    return BlockGrid(packed, offset if bool(offset.any()) else None)
+    zero = torch.full_like(codes[..., 0], 8).byte()
+    return QuantizedWeight(codes.flatten(1).to(torch.uint8), scale, zero, 32), low + 8 * scale
 
 
-def _eight_bits(group: int, steps: int) -> Callable[[Tensor], BlockGrid | None]:
+def _eight_bits(group: int, steps: int) -> Callable[[Tensor], _Blocks | None]:
     """Blocks of ``group`` with values at up to ``steps`` equal steps on either side of 0."""
 
-    def read(weight: Tensor) -> BlockGrid | None:
+    def read(weight: Tensor) -> _Blocks | None:
         if weight.shape[1] % group:
             return None
         blocks = weight.unflatten(1, (-1, group))
@@ -128,7 +141,8 @@ def _eight_bits(group: int, steps: int) -> Callable[[Tensor], BlockGrid | None]:
             return None
         scale, codes = found
         codes = (codes + 128).flatten(1).to(torch.uint8)
-        return BlockGrid(QuantizedWeight(codes, scale, torch.full_like(scale, 128).byte(), group), None)
+        packed = QuantizedWeight(codes, scale, torch.full_like(scale, 128).byte(), group)
+        return packed, torch.zeros_like(scale)
 
     return read
 
