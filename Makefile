@@ -12,6 +12,10 @@ KERNELS := setup.py $(wildcard kernels/*/*.cpp kernels/*/*.h)
 
 export HF_HUB_OFFLINE := 1
 
+# Python keeps the byte code of what it imports, whatever the environment says: importing torch compiles 3,000 files, and
+# the tests and examples start many processes.
+export PYTHONDONTWRITEBYTECODE :=
+
 .PHONY: demo test lint bench gpu help clean
 
 demo: $(VENV)/.demo  ## merge the tokens of a real DINOv2 on real photographs, time it, draw it
