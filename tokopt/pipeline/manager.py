@@ -23,11 +23,15 @@ from tokopt.analysis.samples import Sample
 from tokopt.arguments import check_items, check_kind, check_text
 from tokopt.errors import InputError, PassError, PassRefused, TokoptError
 from tokopt.ir.bundle import AppliedPass, Bundle, check_bundle
+from tokopt.ir.memory import reclaim
 from tokopt.ir.verifier import verify_bundle
 from tokopt.pipeline.base import Context, Pass, PassRecord, Refusal
 from tokopt.pipeline.build import build
 from tokopt.pipeline.reproducer import write_reproducer
 from tokopt.pipeline.text import Reader
+
+LARGE = 2**26
+"""Parameters of a model whose former versions may not fit into memory beside it."""
 
 LISTED = 2
 """Reasons of refusals that an error spells out."""
@@ -114,6 +118,8 @@ def _listed(refusals: Sequence[Refusal]) -> str:
 
 def _run_one(step: Pass, bundle: Bundle, context: Context) -> tuple[Bundle, PassRecord]:
     before, start = bundle_cost(bundle), time.perf_counter()
+    if before.parameters >= LARGE:
+        reclaim()
     step.requires(bundle)
     result = step.run(bundle, context)
     if context.strict and (result.refusals or not result.matches):
