@@ -53,18 +53,21 @@ class Buffers:
         sizes = [(self._shape(state, slots), np.dtype(state.dtype)) for state in self.states.values()]
         return sum(math.prod(shape) * dtype.itemsize for shape, dtype in sizes)
 
-    def read(self, name: str) -> np.ndarray:
-        """A copy of one state."""
-        return np.array(self.values[name].numpy())
+    def read(self, name: str, row: int | None = None) -> np.ndarray:
+        """A copy of one state, whole or of one row: as the state of a batch of one."""
+        array, axes = self.values[name].numpy(), self.states[name].axes
+        if row is not None and BATCH in axes:
+            return array.take([row], axes.index(BATCH))
+        return np.array(array)
 
-    def occupied(self) -> dict[str, int]:
-        """The most slots that a row occupies, by slot axis."""
+    def occupied(self, row: int | None = None) -> dict[str, int]:
+        """The most slots that a row occupies, or those of one row, by slot axis."""
         found: dict[str, int] = {}
         for state in self.states.values():
             axis = slot_axis(state.axes)
             if axis is not None and axis not in found:
                 assert state.occupancy is not None
-                lengths = self.read(state.occupancy.state)
+                lengths = self.read(state.occupancy.state, row)
                 column = state.occupancy.column
                 found[axis] = int((lengths if column is None else lengths[:, column]).max())
         return found

@@ -1,45 +1,33 @@
 """A conversation whose past stays in the cache: every turn reads what is new, and earlier turns can be gone back to."""
 
-# safetensors leaves the types of paths open.
-# pyright: reportUnknownMemberType=false
-
 from __future__ import annotations
 
-import hashlib
-import json
-from collections.abc import Mapping, Sequence
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, Unpack
 
 import numpy as np
-import safetensors
-import safetensors.numpy
 
-from tokopt.arguments import check_integer, check_path, check_text
+from tokopt.arguments import check_integer, check_items, check_kind, check_path, check_text
 from tokopt.errors import InputError
-from tokopt.place import writing
 from tokopt.runtime.chat import Message
-from tokopt.runtime.format.link import Port
-from tokopt.runtime.format.manifest import MANIFEST, Manifest
-from tokopt.runtime.format.signature import BATCH
-from tokopt.runtime.format.state import State
-from tokopt.runtime.generate import Generated, Generating, Stream
+from tokopt.runtime.chat_file import Place, Saved, read_chat, write_chat
+from tokopt.runtime.format.manifest import Manifest
+from tokopt.runtime.generate import Generated, Generating, Stream, Text
 from tokopt.runtime.loop import Request, Snapshot
 from tokopt.runtime.options import Options, TextOptions
+from tokopt.runtime.reading import Going
+from tokopt.runtime.text import Tokenizer
+from tokopt.runtime.written import Part, Spelling, spell
+
+CHAT_TOKENS = 512
+"""New tokens of an answer where nothing is said."""
 
 KEPT = 2
 """Earlier turns whose cache is kept, to go back to without reading again."""
-
-FORMAT = "1"
-
-
-@dataclass(frozen=True)
-class Going:
-    """A request of one row, and how many tokens of the text it has read."""
-
-    request: Request
-    read: int
 
 
 class Talking(Protocol):
@@ -48,17 +36,29 @@ class Talking(Protocol):
     path: Path
     manifest: Manifest
 
-    def chat_prompt(self, messages: Sequence[Message], **variables: Any) -> list[int]: ...
+    @property
+    def tokenizer(self) -> Tokenizer: ...
+    @property
+    def context(self) -> int | None: ...
+    def chat_text(self, messages: Sequence[Message], **variables: Any) -> str: ...
     def open(self, batch: int, slots: int) -> Request: ...
-    def continuing(self, ids: Sequence[int], options: Options, going: Going) -> Generating: ...
+    def continuing(
+        self, prompts: Sequence[Sequence[int]], options: Options, going: Sequence[Going]
+    ) -> Generating: ...
 
 
 @dataclass(frozen=True)
-class _Place:
-    """A cache, and the tokens that it holds."""
+class _Turn:
+    """An answer on its way: a row of a generation, and the text that it answers."""
 
-    tokens: tuple[int, ...]
-    snapshot: Snapshot
+    generating: Generating
+    row: int
+    asked: Spelling
+
+    @property
+    def text(self) -> Text:
+        """What there is of it."""
+        return self.generating.texts[self.row]
 
 
 class Chat:
@@ -70,114 +70,135 @@ class Chat:
     ...     print(piece, end="")
     >>> chat.rewind()                                                       # doctest: +SKIP
 
-    An answer is what the model generates for the whole conversation as its chat template renders it. Tokens are read
-    once: where the template renders the past as it was read and written, a turn reads the new message alone, and else
-    what follows the last turn that it renders so. With a cache that evicts, what was evicted stays so, as in one text.
+    An answer is what the model generates for the whole conversation as its chat template renders it, in which the
+    tokens that the model wrote stand for its answers (:meth:`prompt`). Tokens are read once: where the template renders
+    the past as it was read and written, a turn reads the new message alone, and else what follows the last turn that it
+    renders so. With a cache that evicts, what was evicted stays so, as in one text. One call at a time may use a chat;
+    another raises InputError.
     """
 
     def __init__(self, model: Talking, messages: Sequence[Message], variables: Mapping[str, Any]) -> None:
         self.model, self.variables = model, dict(variables)
         self._messages: list[Message] = list(messages)
+        self._parts: tuple[Part, ...] = ()
         self._request: Request | None = None
         self._read: tuple[int, ...] = ()
-        self._kept: list[_Place] = []
-        self._going: Generating | None = None
+        self._kept: list[Place] = []
+        self._turn: _Turn | None = None
+        self._lock = threading.Lock()
         if self._messages:
-            self._render(self._messages, answer=False)  # what the template rejects is refused now
+            self._spell(self._messages, answer=False)  # what the template rejects is refused now
 
     @property
     def messages(self) -> list[Message]:
         """The conversation so far; an answer that is being streamed, or was left early, as far as it was written."""
-        going = self._going
-        if going is None:
+        turn = self._turn
+        if turn is None:
             return list(self._messages)
-        return [*self._messages, _answer(going)] if going.texts[0].new else self._messages[:-1]
+        return [*self._messages, _said(turn)] if turn.text.new else self._messages[:-1]
 
     @property
     def tokens(self) -> tuple[int, ...]:
         """The tokens that the cache holds."""
-        self._settle()
-        return self._read
+        with self._using():
+            return self._read
+
+    def prompt(self, content: str) -> list[int]:
+        """The token ids that the answer to a message of the user follows.
+
+        They are those of ``LanguageModel.chat_prompt``, save that the tokens which the model wrote stand for its
+        answers. An answer is spelled anew where the template changes it, where no special token follows it, and where a
+        special token is in it or a stop string has cut it.
+        """
+        with self._using():
+            return self._asked(content)[1].ids
 
     def say(self, content: str, **options: Unpack[TextOptions]) -> Generated:
-        """The answer to a message of the user.
+        """The answer to a message of the user: what ``LanguageModel.generate`` gives for :meth:`prompt`.
 
         The options are those of :class:`tokopt.runtime.options.TextOptions`, and errors those of
         ``LanguageModel.generate``; ``max_tokens`` is 512 where it is not given. Where it raises InputError, the
         conversation is as it was; so it is where anything else ends it, a KeyboardInterrupt for example.
         """
-        going = self._turn(content, Options.of(options, TextOptions, 512))
-        try:
-            return going.run()[0]
-        except BaseException:
-            del self._messages[-1]
-            self._going = None  # its cache is where a call was left: nothing counts as read
-            raise
-        finally:
-            self._settle()
+        return Chat.say_all(self.model, [self], [content], Options.of(options, TextOptions, CHAT_TOKENS))[0]
 
     def stream(self, content: str, **options: Unpack[TextOptions]) -> Stream[str]:
         """Pieces of the answer as they come, as :meth:`say` otherwise.
 
         It ends, whoever still reads it, when the chat goes on: with another message, or to be read, rewound or saved.
         """
-        going = self._turn(content, Options.of(options, TextOptions, 512))
-        return Stream(going, going.texts[0].pieces)
+        told = Options.of(options, TextOptions, CHAT_TOKENS)
+        with self._using():
+            going = Chat._begin(self.model, [(self, content)], told)
+        return Stream(going, going.texts[0].pieces, self._alone)
+
+    @staticmethod
+    def say_all(
+        model: Talking, chats: Sequence[Chat], contents: Sequence[str], options: Options
+    ) -> list[Generated]:
+        """The answers of several chats, see ``LanguageModel.say_all``."""
+        said = _pairs(model, chats, contents)
+        with ExitStack() as held:
+            for chat, _ in said:
+                held.enter_context(chat._using())
+            going = Chat._begin(model, said, options)
+            try:
+                ended = _run(going)
+                for row, snapshot in ended.items():
+                    request = said[row][0]._request
+                    assert request is not None
+                    request.restore(snapshot)
+            except BaseException:
+                for chat, _ in said:
+                    chat._forget()
+                raise
+            for chat, _ in said:
+                chat._settle()
+        return [going.generated(row) for row in range(len(said))]
 
     def read(self) -> None:
         """Read the conversation now, so that the next answer comes sooner: a long system prompt, for example."""
-        self._settle()
-        if not self._messages:
-            raise InputError("there is nothing to read; begin the chat with messages")
-        ids = self._render(self._messages, answer=False)
-        if tuple(ids) == self._read:
-            return
-        going = self._place(ids)
-        self._read = ()  # until all of it is read
-        going.request.prefill([ids[going.read :]], np.zeros(1, np.int64), going.read)
-        self._read = tuple(ids)
+        with self._using():
+            if not self._messages:
+                raise InputError("there is nothing to read; begin the chat with messages")
+            ids = self._spell(self._messages, answer=False).ids
+            if tuple(ids) == self._read:
+                return
+            going = self._place(ids)
+            self._read = ()  # until all of it is read
+            going.request.prefill([ids[going.read :]], np.zeros(1, np.int64), going.read)
+            self._read = tuple(ids)
 
     def rewind(self, turns: int = 1) -> None:
         """Forget the user's last messages, and all that followed each; raises InputError for more than there are."""
-        self._settle()
-        places = [at for at, message in enumerate(self._messages) if message.get("role") == "user"]
-        turns = check_integer("turns", turns, 0)
-        if turns > len(places):
-            raise InputError(f"there are {len(places)} turns to go back; rewind by no more")
-        if turns:
-            del self._messages[places[-turns] :]
+        with self._using():
+            places = [at for at, message in enumerate(self._messages) if message.get("role") == "user"]
+            turns = check_integer("turns", turns, 0)
+            if turns > len(places):
+                raise InputError(f"there are {len(places)} turns to go back; rewind by no more")
+            if turns:
+                del self._messages[places[-turns] :]
+            self._parts = tuple(part for part in self._parts if part.messages <= len(self._messages))
 
     def save(self, path: str | Path) -> None:
         """Write the conversation and its cache to a file, complete or not at all; raises InputError.
 
         ``LanguageModel.open_chat`` goes on from it, of the same artifact.
         """
-        self._settle()
-        if self._request is None or not self._read:
-            raise InputError("nothing was read yet; say something, or call read, and save then")
-        saved = self._request.snapshot()
-        ports = list(saved.links)
-        arrays = {f"state.{name}": array for name, array in saved.states.items()}
-        arrays |= {f"link.{place}": saved.links[port] for place, port in enumerate(ports)}
-        arrays |= {f"since.{place}": counts for place, counts in enumerate(saved.since)}
-        arrays["tokens"] = np.array(self._read, np.int64)
-        about = {
-            "format": FORMAT,
-            "artifact": _identity(self.model.path),
-            "messages": json.dumps(self._messages),
-            "links": json.dumps([(port.program, port.name) for port in ports]),
-        }
-        with writing(check_path("path", path)) as file:
-            safetensors.numpy.save_file({n: np.ascontiguousarray(a) for n, a in arrays.items()}, file, about)
+        with self._using():
+            if self._request is None or not self._read:
+                raise InputError("nothing was read yet; say something, or call read, and save then")
+            place = Place(self._read, self._request.snapshot())
+            write_chat(check_path("path", path), self.model.path, Saved(place, self._messages, self._parts))
 
     @classmethod
     def open(cls, model: Talking, path: str | Path, variables: Mapping[str, Any]) -> Chat:
         """The conversation of a file that :meth:`save` wrote."""
-        place, messages = _load(model, check_path("path", path))
-        chat = cls(model, messages, variables)
-        chat._request = model.open(1, len(place.tokens))
-        chat._request.restore(place.snapshot)
-        chat._read = place.tokens
+        saved = read_chat(check_path("path", path), model.path, model.manifest)
+        chat = cls(model, saved.messages, variables)
+        chat._request = model.open(1, len(saved.place.tokens))
+        chat._request.restore(saved.place.snapshot)
+        chat._read, chat._parts = saved.place.tokens, tuple(saved.parts)
         return chat
 
     def __repr__(self) -> str:
@@ -185,17 +206,52 @@ class Chat:
 
     # --------------------------------------------------------------------------------------------- turns
 
-    def _turn(self, content: str, options: Options) -> Generating:
-        """An answer on its way; the conversation holds the message from here on."""
-        self._settle()
-        messages = [*self._messages, {"role": "user", "content": check_text("content", content)}]
-        ids = self._render(messages, answer=True)
-        going = self.model.continuing(ids, options, self._place(ids))
-        self._messages, self._going, self._read = messages, going, ()
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        """Raise InputError where another call uses the chat."""
+        if not self._lock.acquire(blocking=False):
+            raise InputError(
+                "another call is in the middle of this chat; wait for it, or give every thread a chat of its own"
+            )
+        try:
+            yield
+        finally:
+            self._lock.release()
+
+    @contextmanager
+    def _using(self) -> Iterator[None]:
+        """Have the chat alone, where the last answer has come to its end."""
+        with self._alone():
+            self._settle()
+            yield
+
+    @staticmethod
+    def _begin(model: Talking, said: Sequence[tuple[Chat, str]], options: Options) -> Generating:
+        """Answers on their way; the conversations hold the messages from here on."""
+        asked = [chat._asked(content) for chat, content in said]
+        prompts = [spelling.ids for _, spelling in asked]
+        places = [chat._place(ids) for (chat, _), ids in zip(said, prompts, strict=True)]
+        going = model.continuing(prompts, options, places)
+        for row, ((chat, _), (messages, spelling)) in enumerate(zip(said, asked, strict=True)):
+            chat._messages, chat._turn, chat._read = messages, _Turn(going, row, spelling), ()
         return going
 
-    def _render(self, messages: Sequence[Message], answer: bool) -> list[int]:
-        return self.model.chat_prompt(messages, add_generation_prompt=answer, **self.variables)
+    def _asked(self, content: str) -> tuple[list[Message], Spelling]:
+        """The conversation with a message of the user, and its tokens."""
+        messages = [*self._messages, {"role": "user", "content": check_text("content", content)}]
+        return messages, self._spell(messages, answer=True)
+
+    def _spell(self, messages: Sequence[Message], answer: bool) -> Spelling:
+        """The tokens of the conversation; raises InputError for more than the model takes."""
+        model = self.model
+        text = model.chat_text(messages, add_generation_prompt=answer, **self.variables)
+        made, most = spell(model.tokenizer, text, self._parts), model.context
+        if most is not None and len(made.ids) > most:
+            raise InputError(
+                f"the chat would have {len(made.ids)} tokens and the model's context holds {most}; rewind it, say "
+                "less, or begin another chat"
+            )
+        return made
 
     def _place(self, ids: Sequence[int]) -> Going:
         """The request, gone back to where it has read nothing but the beginning of a text, and how much of it."""
@@ -210,114 +266,73 @@ class Chat:
                 self._read = found.tokens
         self._kept = [place for place in self._kept if _begins(place.tokens, ids)]
         if self._read and all(place.tokens != self._read for place in self._kept):
-            self._kept = [*self._kept, _Place(self._read, self._request.snapshot())][-KEPT:]
+            self._kept = [*self._kept, Place(self._read, self._request.snapshot())][-KEPT:]
         return Going(self._request, len(self._read))
 
     def _settle(self) -> None:
         """Take what the last answer has come to, whether it ended or its stream was left early."""
-        going, self._going = self._going, None
-        if going is None:
+        turn, self._turn = self._turn, None
+        if turn is None:
             return
-        going.close()
-        text = going.texts[0]
-        if going.request is None:
-            self._read = tuple(text.history[: going.held])
+        turn.generating.close()
+        text = turn.text
+        if not turn.generating.begun:
+            self._read = tuple(text.history[: turn.generating.reading.held[turn.row]])
         if not text.new:
             del self._messages[-1]  # it was never begun, or failed while it read
             return
-        self._messages = [*self._messages, _answer(going)]
-        if not text.cut and not going.calling:  # the last token is read with what follows
+        self._messages = [*self._messages, _said(turn)]
+        written = text.history[text.prompt :]
+        if written[-1] in turn.generating.limits.eos:
+            del written[-1]
+        self._parts = turn.asked.answered(
+            self.model.tokenizer, len(self._messages), "".join(text.pieces), written
+        )
+        if not text.cut and not turn.generating.calling:  # the last token is read with what follows
             self._read = tuple(text.history[:-1])
 
+    def _forget(self) -> None:
+        """Have nothing of the last answer, nor of its message; its cache is where a call was left."""
+        if self._turn is not None:
+            del self._messages[-1]
+            self._turn = None
 
-def _answer(going: Generating) -> Message:
+
+def _run(going: Generating) -> dict[int, Snapshot]:
+    """Every text to its end; where several went on together, the cache of each at its own."""
+    ended: dict[int, Snapshot] = {}
+    for _ in going:
+        for row, text in enumerate(going.texts):
+            if text.finish and row not in ended and not text.cut and len(going.texts) > 1:
+                assert going.request is not None
+                ended[row] = going.request.snapshot(row)
+    return ended
+
+
+def _pairs(model: Talking, chats: object, contents: object) -> list[tuple[Chat, str]]:
+    """Every chat with what is said in it; raises InputError for chats that cannot take a turn together."""
+    takes = "a list of chats of this model"
+    pairs = check_items("chats", chats, takes), check_items("contents", contents, "a list of str")
+    several = [check_kind("an item of chats", chat, Chat, takes) for chat in pairs[0]]
+    if not several or len(several) != len(pairs[1]):
+        raise InputError(
+            f"there are {len(several)} chats and {len(pairs[1])} messages; give one message for each, and at least one"
+        )
+    for place, chat in enumerate(several):
+        if chat.model is not model:
+            raise InputError(
+                f"chat {place} is one with {chat.model.path}, not with {model.path}; ask its own model"
+            )
+        if any(chat is other for other in several[:place]):
+            raise InputError(f"chat {place} is there twice; a chat takes one turn at a time")
+    return list(zip(several, pairs[1], strict=True))
+
+
+def _said(turn: _Turn) -> Message:
     """What there is of an answer."""
-    return {"role": "assistant", "content": "".join(going.texts[0].pieces)}
+    return {"role": "assistant", "content": "".join(turn.text.pieces)}
 
 
 def _begins(tokens: tuple[int, ...], ids: Sequence[int]) -> bool:
     """Whether a text goes on after these tokens."""
     return len(tokens) < len(ids) and tuple(ids[: len(tokens)]) == tokens
-
-
-# --- files ------------------------------------------------------------------------------------------------
-
-
-def _identity(artifact: Path) -> str:
-    return hashlib.sha256((artifact / MANIFEST).read_bytes()).hexdigest()
-
-
-def _load(model: Talking, path: Path) -> tuple[_Place, list[Message]]:
-    """What a file holds, proved to fit the model; raises InputError."""
-    try:
-        about, arrays = _read(path)
-        if about["format"] != FORMAT:
-            raise InputError(
-                f"{path} is a chat of format {about['format']}, which this version does not know"
-            )
-        if about["artifact"] != _identity(model.path):
-            raise InputError(
-                f"{path} is a chat with another artifact than {model.path}; open it with its own"
-            )
-        ports = [Port(program, name) for program, name in json.loads(about["links"])]
-        snapshot = Snapshot(
-            {state.name: arrays[f"state.{state.name}"] for state in model.manifest.states},
-            {port: arrays[f"link.{place}"] for place, port in enumerate(ports)},
-            tuple(arrays[f"since.{i}"] for i in range(sum(name.startswith("since.") for name in arrays))),
-        )
-        tokens = tuple(arrays["tokens"].tolist())
-        messages = json.loads(about["messages"])
-    except InputError:
-        raise
-    except (safetensors.SafetensorError, OSError, LookupError, TypeError, ValueError) as error:
-        line = " ".join(str(error).split())[:200]
-        raise InputError(f"{path} is no chat that was saved ({type(error).__name__}: {line})") from error
-    _check_snapshot(path, model.manifest, snapshot)
-    return _Place(tokens, snapshot), messages
-
-
-def _read(path: Path) -> tuple[dict[str, str], dict[str, np.ndarray]]:
-    """The metadata of a safetensors file, and its arrays."""
-    opened: Any = safetensors.safe_open(path, "numpy")
-    with opened as file:
-        names: list[str] = list(file.keys())
-        return file.metadata() or {}, {name: file.get_tensor(name) for name in names}
-
-
-def _check_snapshot(path: Path, manifest: Manifest, snapshot: Snapshot) -> None:
-    """States of the model's types and sizes, none of which says that more slots are used than there are."""
-    slots: dict[str, int] = {BATCH: 1}
-    for state in manifest.states:
-        array = snapshot.states[state.name]
-        if str(array.dtype) != state.dtype or array.ndim != len(state.axes) or not _fits(state, array, slots):
-            raise _damaged(path, state, f"{array.dtype}{list(array.shape)}")
-    lengths = {state.occupancy.state: state for state in manifest.states if state.occupancy is not None}
-    for state in manifest.states:
-        if state.occupancy is None:
-            continue
-        used = snapshot.states[state.occupancy.state]
-        used = used if state.occupancy.column is None else used[:, state.occupancy.column]
-        most = next(slots[axis] for axis in state.axes if isinstance(axis, str) and axis != BATCH)
-        if not ((used >= 0) & (used <= most)).all():
-            raise _damaged(
-                path, lengths[state.occupancy.state], f"for {most} slots {used.tolist()} used ones"
-            )
-    counting = [trigger for trigger in manifest.schedule.triggers if trigger.after == "tokens"]
-    if len(snapshot.since) != len(counting) or any(
-        counts.shape != (1,) or counts.dtype != np.int64 for counts in snapshot.since
-    ):
-        raise InputError(f"{path} is damaged: it counts {len(snapshot.since)} triggers of {len(counting)}")
-
-
-def _fits(state: State, array: np.ndarray, sizes: dict[str, int]) -> bool:
-    """Whether every axis has its size; named ones are noted when they are met first."""
-    return all(
-        size == (axis if isinstance(axis, int) else sizes.setdefault(axis, size))
-        for axis, size in zip(state.axes, array.shape, strict=True)
-    )
-
-
-def _damaged(path: Path, state: State, found: str) -> InputError:
-    return InputError(
-        f"{path} is damaged: state {state.name!r} of {state.dtype}{list(state.axes)} has {found}"
-    )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import TypeVar, cast
 
@@ -15,6 +16,7 @@ from tokopt.arguments import described
 from tokopt.errors import InputError, TokoptError
 from tokopt.runtime.loop import NO_LIMIT, PADDING, Emission, Request
 from tokopt.runtime.numerics import log_softmax
+from tokopt.runtime.reading import Reading
 from tokopt.runtime.sampling import Logits, LogitsProcessor, Sampling, Streams, TokenIds, choose
 from tokopt.runtime.speculation.calls import Trees
 from tokopt.runtime.speculation.host import HostSpeculation
@@ -126,11 +128,11 @@ class Draw:
         self,
         sampling: Sampling,
         processors: Sequence[LogitsProcessor],
-        batch: int,
+        streams: Streams,
         laws: Sequence[LogitsProcessor] = (),
     ) -> None:
-        """``processors`` are a caller's own; behind them ``laws`` forbid tokens."""
-        self.temperature, self.streams = sampling.temperature, Streams(sampling.seed, batch)
+        """``processors`` are a caller's own; behind them ``laws`` forbid tokens. ``streams`` have a row per text."""
+        self.temperature, self.streams = sampling.temperature, streams
         self.own, self.laws, self.usual = tuple(processors), tuple(laws), tuple(sampling.processors())
         self.step = 0
 
@@ -269,26 +271,24 @@ class Generating:
         texts: list[Text],
         limits: Limits,
         draw: Draw,
-        begin: Callable[[], Request],
+        reading: Reading,
         trees: Trees | None = None,
         host: HostSpeculation | None = None,
-        held: int = 0,
         report: Report | None = None,
-        samples: int = 1,
     ) -> None:
-        """``begin`` makes the request, once there is something to do; it has read ``held`` tokens of every text.
+        """``reading`` makes the request, once there is something to do, and reads the prompts.
 
-        ``trees`` belong to a model that speculates, and ``host`` proposes to one that verifies. With ``samples`` the
-        request has a row for as many texts, which follow one another and have one prompt, until that is read.
-        ``calling`` says that a call is on its way, or was left by an exception: the request may then hold more or less
-        than the texts say.
+        ``trees`` belong to a model that speculates, and ``host`` proposes to one that verifies. ``begun`` says that
+        reading has begun, and ``calling`` that a call is on its way, or was left by an exception: the request may then
+        hold more or less than the texts say. ``request`` is there once the prompts are read.
         """
         self.texts, self.limits, self.draw, self.trees, self.host = texts, limits, draw, trees, host
-        self.report, self.samples = report, samples
-        self.statistics = Statistics(sum(text.prompt - held for text in texts))
-        self.held, self.request = held, cast("Request | None", None)
-        self._begin, self._calls = begin, Calls()
-        self._closed = self.calling = False
+        self.report, self.reading = report, reading
+        read = [text.prompt - held for text, held in zip(texts, reading.held, strict=True)]
+        self.statistics = Statistics(sum(read))
+        self.request = cast("Request | None", None)
+        self._calls = Calls()
+        self._closed = self.calling = self.begun = False
 
     def run(self) -> list[Generated]:
         """Every text to its end."""
@@ -319,11 +319,9 @@ class Generating:
             for text in texts:
                 text.finish = "length"
             return
-        start, self.calling = time.perf_counter(), True
-        request = self.request = self._begin()
-        emission = self._prefill(request)
-        request = self.request
-        read = time.perf_counter()
+        start, self.begun, self.calling = time.perf_counter(), True, True
+        request, emission = self.reading.read([text.history for text in texts], self._left())
+        self.request, read = request, time.perf_counter()
         self._add(emission)
         if self.host is not None:
             assert emission.logits is not None
@@ -338,15 +336,6 @@ class Generating:
                 return
             self.calling = True
             self._step(request)
-
-    def _prefill(self, request: Request) -> Emission:
-        """Read every prompt once, and have a row for each text from then on."""
-        prompts = [text.history[self.held :] for text in self.texts[:: self.samples]]
-        emission = request.prefill(prompts, self._left()[:: self.samples], self.held)
-        if self.samples > 1:
-            self.request = request.repeated(self.samples)
-            emission = emission.repeated(self.samples)
-        return emission
 
     def _step(self, request: Request) -> None:
         """One call, and what it gives."""
@@ -439,12 +428,21 @@ class Stream(Iterator[Item]):
     ``generated`` is what there is so far: all of the text and what it took, once the stream has ended.
     """
 
-    def __init__(self, generating: Generating, items: list[Item]) -> None:
-        """``items`` grows as the text is generated; those in it already are not shown."""
-        self._generating, self._items = generating, self._new(items, len(items))
+    def __init__(
+        self,
+        generating: Generating,
+        items: list[Item],
+        using: Callable[[], AbstractContextManager[object]] = nullcontext,
+    ) -> None:
+        """``items`` grows as the text is generated; those in it already are not shown.
+
+        ``using`` gives what is held while the text goes on.
+        """
+        self._generating, self._items, self._using = generating, self._new(items, len(items)), using
 
     def __next__(self) -> Item:
-        return next(self._items)
+        with self._using():
+            return next(self._items)
 
     @property
     def generated(self) -> Generated:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import takewhile
 from typing import Any
 
@@ -37,6 +37,8 @@ class Grammar:
 
     kind: str
     text: str
+    name: str = field(default="the grammar", compare=False, repr=False)
+    """What errors call it: the name of its file, for example."""
 
     def __post_init__(self) -> None:
         """Raise InputError for another kind, and for what is no text."""
@@ -104,7 +106,7 @@ class Constraints:
         text = make[grammar.kind](grammar.text)
         if fault := matcher.validate_grammar(text, self._tokenizer):
             line = " ".join(fault.split())[:300]
-            raise InputError(f"the grammar ({grammar.kind}) cannot be used: {line}")
+            raise InputError(f"{grammar.name} ({grammar.kind}) cannot be used: {line}")
         return Constrained(
             [_Row(matcher(self._tokenizer, text, log_level=0), self._tokenizer, most) for most in prompts]
         )

@@ -13,24 +13,26 @@ from tokopt.arguments import LARGEST, check_integer, check_kind, check_text
 from tokopt.errors import InputError
 from tokopt.runtime.buffers import capacity
 from tokopt.runtime.chat import Message, choose_template, render_chat
-from tokopt.runtime.conversation import Chat, Going
+from tokopt.runtime.conversation import CHAT_TOKENS, Chat
 from tokopt.runtime.encode import encode
 from tokopt.runtime.engines.base import Stateful
 from tokopt.runtime.engines.kernels import Kernels
 from tokopt.runtime.format.manifest import Manifest, file_path
 from tokopt.runtime.format.schedule import emits_tokens
-from tokopt.runtime.generate import Draw, Generating, Limits, Report, Stream, Text
+from tokopt.runtime.generate import Draw, Generated, Generating, Limits, Report, Stream, Text
 from tokopt.runtime.grammar import Constraints, Grammar
 from tokopt.runtime.inputs import Interface, count_rows
 from tokopt.runtime.loop import Request, chunk_size, prompt_slots
 from tokopt.runtime.numerics import OutputCheck
-from tokopt.runtime.options import Checked, Options, PromptOptions, TokenOptions
+from tokopt.runtime.options import Checked, Options, PromptOptions, TextOptions, TokenOptions
 from tokopt.runtime.prompts import Prompt, each_prompt, stop_strings, token_ids
+from tokopt.runtime.reading import Continued, Fresh, Going
 from tokopt.runtime.sampling import (
     LogitBias,
     LogitsProcessor,
     MinTokens,
     Sampling,
+    Streams,
     TokenIds,
     log_probabilities,
 )
@@ -111,6 +113,18 @@ class LanguageModel:
         schemas, ``documents``, ``add_generation_prompt=False`` and those of its own, ``enable_thinking`` for example.
         Raises InputError when there is no such template, or it rejects the conversation or takes too much.
         """
+        text = self.chat_text(messages, template=template, continued=continued, **variables)
+        return self.tokenizer.encode_parts(text)
+
+    def chat_text(
+        self,
+        messages: Sequence[Message],
+        *,
+        template: str | None = None,
+        continued: str | None = None,
+        **variables: Any,
+    ) -> str:
+        """The text whose token ids :meth:`chat_prompt` gives."""
         for name, word in (("template", template), ("continued", continued)):
             if word is not None:
                 check_text(name, word)
@@ -120,7 +134,7 @@ class LanguageModel:
             templates["default"] = settings.chat_template
         chosen = choose_template(templates, template, tools=variables.get("tools") is not None)
         given = {**self._special_tokens(), "add_generation_prompt": continued is None, **variables}
-        return self.tokenizer.encode_parts(render_chat(chosen, messages, given, continued))
+        return render_chat(chosen, messages, given, continued)
 
     def _special_tokens(self) -> Mapping[str, str]:
         """What chat templates spell by name."""
@@ -156,9 +170,24 @@ class LanguageModel:
         """A conversation that :meth:`Chat.save` wrote; raises InputError for another artifact's, or a damaged file."""
         return Chat.open(self, path, variables)
 
-    def continuing(self, ids: Sequence[int], options: Options, going: Going) -> Generating:
-        """A generation from a prompt of which a request has read the beginning."""
-        return self._generating([ids], options, going)
+    def say_all(
+        self, chats: Sequence[Chat], contents: Sequence[str], **options: Unpack[TextOptions]
+    ) -> list[Generated]:
+        """The answers to a message of each of several chats, which write them together, in one batch.
+
+        Every chat reads what is new to it by itself; then each call of the program decodes for all of them, so that the
+        weights are read once. Answers and chats are those of ``chat.say(content, **options)`` one by one, with the same
+        seed, too. The options are for all chats; ``processors`` get a row for each that has a turn here. Raises
+        InputError as :meth:`Chat.say` does, and for a chat that is there twice, or is another model's; every chat is
+        then as it was.
+        """
+        return Chat.say_all(self, chats, contents, Options.of(options, TextOptions, CHAT_TOKENS))
+
+    def continuing(
+        self, prompts: Sequence[Sequence[int]], options: Options, going: Sequence[Going]
+    ) -> Generating:
+        """A generation from prompts of which requests have read the beginnings; each is as it would be alone."""
+        return self._generating(prompts, options, going)
 
     def generate(
         self,
@@ -214,7 +243,7 @@ class LanguageModel:
             raise InputError(
                 f"{self.path} draws its tokens itself and gives no probabilities; generate with it"
             )
-        ids = self._ids("the text", tokens, self._context)
+        ids = self._ids("the text", tokens, self.context)
         request, size = self.open(1, len(ids), inputs), chunk_size(self.manifest)
         found: list[np.ndarray] = []
         for start in range(0, len(ids), size):
@@ -240,9 +269,13 @@ class LanguageModel:
     # ------------------------------------------------------------------------------------------ requests
 
     def _generating(
-        self, prompts: Sequence[Prompt], options: Options, going: Going | None = None, samples: int = 1
+        self,
+        prompts: Sequence[Prompt],
+        options: Options,
+        going: Sequence[Going] = (),
+        samples: int = 1,
     ) -> Generating:
-        """A generation, all of whose arguments fit; ``going`` has read the beginning of its prompt.
+        """A generation, all of whose arguments fit; ``going`` have read the beginnings of its prompts.
 
         Each prompt is there ``samples`` times, one after the other.
         """
@@ -251,7 +284,7 @@ class LanguageModel:
             self.tokenizer  # noqa: B018  # stop strings need text
         checked = options.checked(self.settings.vocabulary)
         batch, sampling = len(prompts), checked.sampling
-        drawing = self._drawing(checked, options, batch) if self.draws else None
+        drawing = self._drawing(checked, options, batch, bool(going)) if self.draws else None
         texts = self._texts(prompts, stops, samples)
         shared = samples if drawing is None else 1
         feed = self._feed(batch // samples, options.inputs)
@@ -261,24 +294,23 @@ class LanguageModel:
             )
         longest = max(text.prompt for text in texts)
         slots, size = prompt_slots(self.manifest, longest, checked.most), chunk_size(self.manifest)
-        self.sessions.check_reading(batch // shared, min(longest, size), slots)
+        self.sessions.check_reading(1 if going else batch // shared, min(longest, size), slots)
         self.sessions.check_reading(batch, 1, slots)
-        draw = Draw(sampling, checked.processors, batch, self._laws(checked, options.grammar, texts))
+        streams = Streams(sampling.seed, batch, alone=bool(going))
+        draw = Draw(sampling, checked.processors, streams, self._laws(checked, options.grammar, texts))
         method = self._method(options, sampling)
         return Generating(
             texts,
-            Limits(checked.most, self._context, self.settings.eos),
+            Limits(checked.most, self.context, self.settings.eos),
             draw,
-            (lambda: self._request(batch // shared, slots, feed, drawing))
-            if going is None
-            else partial(going.request.resume, drawing),
+            Continued(going, drawing)
+            if going
+            else Fresh(partial(self._request, batch // shared, slots, feed, drawing), batch, shared),
             None if self._speculation is None else Trees(self._speculation, options.nodes),
             None
             if method is None
-            else HostSpeculation(method, sampling.temperature, draw.streams, self.settings.vocabulary),
-            0 if going is None else going.read,
+            else HostSpeculation(method, sampling.temperature, streams, self.settings.vocabulary),
             None if options.logprobs is None else Report(options.logprobs),
-            shared,
         )
 
     def _texts(self, prompts: Sequence[Prompt], stops: Sequence[str], samples: int) -> list[Text]:
@@ -286,7 +318,7 @@ class LanguageModel:
         texts: list[Text] = []
         for i, prompt in enumerate(prompts[::samples]):
             name = "the prompt" if len(prompts) == samples else f"prompt {i}"
-            ids = self._ids(name, prompt, self._context)
+            ids = self._ids(name, prompt, self.context)
             for _ in range(samples):
                 stream = TextStream(self.tokenizer, stops) if self.manifest.tokenizer else None
                 texts.append(Text(TokenIds(ids), len(ids), stream))
@@ -311,7 +343,7 @@ class LanguageModel:
         return Constraints(self.tokenizer.tokenizer.to_str(), self.settings.vocabulary, self.settings.eos)
 
     @property
-    def _context(self) -> int | None:
+    def context(self) -> int | None:
         """The most tokens of a text; None where it may go on."""
         return None if self.endless else self.settings.context
 
@@ -367,7 +399,7 @@ class LanguageModel:
             )
         return feed
 
-    def _drawing(self, checked: Checked, options: Options, batch: int) -> dict[str, np.ndarray]:
+    def _drawing(self, checked: Checked, options: Options, batch: int, alone: bool) -> dict[str, np.ndarray]:
         """How a model draws tokens that does so itself; raises InputError for what it cannot be told."""
         for name in ("processors", "grammar", "min_tokens", "logprobs"):
             if getattr(checked if name == "processors" else options, name):
@@ -375,7 +407,7 @@ class LanguageModel:
         for name in checked.sampling.changed():
             if name not in self._takes:
                 raise InputError(f"{self.path} draws its tokens itself, without {name}; leave {name} out")
-        return checked.sampling.drawing(batch)
+        return checked.sampling.drawing(batch, alone=alone)
 
     def _request(
         self,

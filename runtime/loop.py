@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
@@ -19,7 +19,7 @@ from tokopt.runtime.format.link import Port
 from tokopt.runtime.format.manifest import Manifest, ProgramEntry
 from tokopt.runtime.format.schedule import Entry, Schedule, Trigger
 from tokopt.runtime.format.signature import BATCH, SEVERAL, find_role, with_role
-from tokopt.runtime.format.state import slot_axis
+from tokopt.runtime.format.state import State, slot_axis
 from tokopt.runtime.sampling import Sampling
 
 PREFILL = 256
@@ -53,14 +53,22 @@ class Emission:
     seconds: float = 0.0
 
     def repeated(self, times: int) -> Emission:
-        """What a call would have given with every row so many times."""
-        arrays = {
-            name: getattr(self, name) for name in ("logits", "tokens", "count", "logprobs", "confidence")
-        }
-        return replace(
-            self,
-            **{name: None if array is None else array.repeat(times, 0) for name, array in arrays.items()},
-        )
+        """What a call would have given with every row so many times, but for neighbours."""
+        return Emission.joined([self], lambda arrays: arrays[0].repeat(times, 0))
+
+    @classmethod
+    def joined(
+        cls,
+        parts: Sequence[Emission],
+        join: Callable[[Sequence[np.ndarray]], np.ndarray] = np.concatenate,
+    ) -> Emission:
+        """What a call would have given for the rows of several, but for neighbours."""
+        made: dict[str, np.ndarray] = {}
+        for name in ("logits", "tokens", "count", "logprobs", "confidence"):
+            arrays = [getattr(part, name) for part in parts]
+            if arrays[0] is not None:
+                made[name] = join(arrays)
+        return cls(**made, seconds=sum(part.seconds for part in parts))
 
 
 @dataclass(frozen=True)
@@ -70,6 +78,58 @@ class Snapshot:
     states: Mapping[str, np.ndarray]
     links: Mapping[Port, np.ndarray]
     since: tuple[np.ndarray, ...]
+
+    @classmethod
+    def joined(cls, manifest: Manifest, parts: Sequence[Snapshot]) -> Snapshot:
+        """The rows of several requests of one model, each as it is there; raises InputError where they do not fit.
+
+        A table of what a model has seen follow what is one for all rows: the first one stands for all.
+        """
+        states = {
+            state.name: _joined_state(state, [part.states[state.name] for part in parts])
+            for state in manifest.states
+        }
+        lasting = [port for port in parts[0].links if _lasts(manifest, port)]
+        links = {port: _joined_links(port, [part.links[port] for part in parts]) for port in lasting}
+        since = tuple(map(np.concatenate, zip(*(part.since for part in parts), strict=True)))
+        return cls(states, links, since)
+
+
+def _joined_state(state: State, arrays: Sequence[np.ndarray]) -> np.ndarray:
+    """One state of several requests, with as many slots as the longest; free ones are as at the start of a request."""
+    if BATCH not in state.axes:
+        if state.kind != "table" and not all(np.array_equal(array, arrays[0]) for array in arrays):
+            raise InputError(
+                f"state {state.name!r} is one for all rows of a batch, and differs; let the texts go on one by one"
+            )
+        return arrays[0]
+    axis = slot_axis(state.axes)
+    if axis is not None:
+        place = state.axes.index(axis)
+        most = max(array.shape[place] for array in arrays)
+        free = [
+            [(0, most - array.shape[i] if i == place else 0) for i in range(array.ndim)] for array in arrays
+        ]
+        arrays = [
+            np.pad(array, width, constant_values=np.array(state.initial, array.dtype))
+            for array, width in zip(arrays, free, strict=True)
+        ]
+    return np.concatenate(arrays, state.axes.index(BATCH))
+
+
+def _joined_links(port: Port, arrays: Sequence[np.ndarray]) -> np.ndarray:
+    if len({array.shape[1:] for array in arrays}) > 1:
+        raise InputError(
+            f"{port.name!r} of program {port.program!r} has another size for every text; let them go on one by one"
+        )
+    return np.concatenate(arrays)
+
+
+def _lasts(manifest: Manifest, target: Port) -> bool:
+    """Whether a link's value is read by a later call than the one that made it."""
+    source = next(link.source.program for link in manifest.links if link.target == target)
+    readers = (entry.programs for entry in manifest.schedule.entries if target.program in entry.programs)
+    return any(source not in programs for programs in readers)
 
 
 @dataclass(frozen=True)
@@ -204,15 +264,17 @@ class Request:
             self._forget_bound()
         return self
 
-    def snapshot(self) -> Snapshot:
-        """A copy of everything that :meth:`restore` needs to go on from here."""
-        used, states = self.buffers.occupied(), dict[str, np.ndarray]()
+    def snapshot(self, row: int | None = None) -> Snapshot:
+        """A copy of everything that :meth:`restore` needs to go on from here; of one row, for a request of one."""
+        used, states = self.buffers.occupied(row), dict[str, np.ndarray]()
         for state in self.manifest.states:
-            axis, array = slot_axis(state.axes), self.buffers.read(state.name)
+            axis, array = slot_axis(state.axes), self.buffers.read(state.name, row)
             if axis is not None:
                 array = array.take(range(used[axis]), state.axes.index(axis))
             states[state.name] = array
-        return Snapshot(states, dict(self.links), tuple(counts.copy() for counts in self.since))
+        rows = slice(None) if row is None else slice(row, row + 1)
+        links = {port: array[rows] for port, array in self.links.items()}  # whose batch is in front, by law
+        return Snapshot(states, links, tuple(counts[rows].copy() for counts in self.since))
 
     def restore(self, snapshot: Snapshot) -> None:
         """Go back to where a request of this model and batch was."""
@@ -222,6 +284,26 @@ class Request:
         self.used = self.buffers.occupied()
         self._verified, self._told = 0, {}
         self._forget_bound()
+
+    @classmethod
+    def joined(cls, requests: Sequence[Request], drawing: Mapping[str, np.ndarray] | None = None) -> Request:
+        """A request with the rows of several that have read their prompts, each of which goes on as it would alone.
+
+        They are left as they are. Raises InputError for a schedule that does not tell rows apart, and when the states
+        do not fit into memory.
+        """
+        first = requests[0]
+        for trigger in first.schedule.triggers:
+            due = find_role(first.manifest.programs[trigger.program].inputs, "due")
+            if trigger.after == "tokens" and due is None:
+                raise InputError(
+                    f"program {trigger.program!r} works on all rows of a batch at once; let the texts go on one by one"
+                )
+        made = cls(
+            first.manifest, first.programs, sum(request.batch for request in requests), 0, None, drawing
+        )
+        made.restore(Snapshot.joined(first.manifest, [request.snapshot() for request in requests]))
+        return made
 
     def repeated(self, times: int) -> Request:
         """A request with every row so many times, each of which goes on by itself; this one is not to be used again."""

@@ -84,6 +84,10 @@ class Options:
         """The options that a caller gave, of those that are known; raises TypeError for others."""
         names = known.__optional_keys__
         for name in given:
+            if name == "samples":
+                raise TypeError(
+                    "samples belongs to generate, which gives several texts; leave it out where one is written"
+                )
             if name not in names:
                 raise TypeError(f"there is no option {name!r}; the options are {', '.join(sorted(names))}")
         options: dict[str, Any] = {"max_tokens": max_tokens, **given}

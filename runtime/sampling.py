@@ -275,16 +275,16 @@ class Sampling:
         """The names of the options that are not their defaults."""
         return (option.name for option in fields(self) if getattr(self, option.name) != option.default)
 
-    def drawing(self, batch: int) -> dict[str, np.ndarray]:
+    def drawing(self, batch: int, *, alone: bool = False) -> dict[str, np.ndarray]:
         """What a program that draws tokens itself is told, by role, a number for each row.
 
-        Without a seed one is taken from the system.
+        Without a seed one is taken from the system. ``alone``: every row draws what it would in a batch of one.
         """
-        values = {name: getattr(self, name) for name in DRAWING if hasattr(self, name)} | {
-            "seed": word(self.seed)
+        made = {
+            role: np.full(batch, getattr(self, role, 0) or 0, dtype) for role, (dtype, _) in DRAWING.items()
         }
-        made = {role: np.full(batch, values.get(role, 0), dtype) for role, (dtype, _) in DRAWING.items()}
-        return made | {"stream": np.arange(batch)}
+        streams = Streams(self.seed, batch, alone=alone)
+        return made | {"seed": streams.seeds, "stream": streams.rows}
 
 
 def _read_bias(given: object) -> tuple[tuple[int, float], ...]:
@@ -316,20 +316,22 @@ def word(seed: int | None) -> int:
 class Streams:
     """Random numbers for the rows of a batch, one for each token that is drawn; those of a drawing program."""
 
-    def __init__(self, seed: int | None, batch: int) -> None:
-        self._seed = np.full(batch, word(seed))
+    def __init__(self, seed: int | None, batch: int, *, alone: bool = False) -> None:
+        """``alone``: every row draws what it would in a batch of one, without a seed by one of its own."""
+        self.seeds = np.array([word(seed) for _ in range(batch)]) if alone else np.full(batch, word(seed))
+        self.rows = np.zeros(batch, np.int64) if alone else np.arange(batch)
         self._drawn = 0
 
     def numbers(self, row: int, counter: int, count: int, *, drafting: bool = False) -> NDArray[np.float32]:
         """The numbers ``counter .. counter + count - 1`` of a row; those for ``drafting`` are a stream of their own."""
-        stream = ~row if drafting else row
-        return uniforms(self._seed[row : row + 1], np.array([stream]), np.array([counter]), count)[0]
+        stream = ~self.rows[row : row + 1] if drafting else self.rows[row : row + 1]
+        return uniforms(self.seeds[row : row + 1], stream, np.array([counter]), count)[0]
 
     def next(self) -> NDArray[np.float32]:
         """The next number of every row [batch], in [0, 1)."""
-        counter = np.full(len(self._seed), self._drawn)
+        counter = np.full(len(self.seeds), self._drawn)
         self._drawn += 1
-        return uniforms(self._seed, np.arange(len(self._seed)), counter, 1)[:, 0]
+        return uniforms(self.seeds, self.rows, counter, 1)[:, 0]
 
 
 def choose(logits: Logits, temperature: float, streams: Streams) -> NDArray[np.int64]:

@@ -7,6 +7,7 @@ import math
 import re
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager
+from functools import cached_property
 from pathlib import Path
 from typing import Any, cast
 
@@ -85,10 +86,24 @@ class Tokenizer:
         with _faults("encode this text"):
             return self.tokenizer.encode(text, add_special_tokens=special).ids
 
-    def decode(self, ids: Sequence[int]) -> str:
-        """The text of token ids, without special tokens."""
+    def decode(self, ids: Sequence[int], *, special: bool = False) -> str:
+        """The text of token ids, without special tokens or with them."""
         with _faults("decode these tokens"):
-            return self.tokenizer.decode(list(ids), skip_special_tokens=True)
+            return self.tokenizer.decode(list(ids), skip_special_tokens=not special)
+
+    def parts_at(self, text: str, place: int) -> bool:
+        """Whether a special token begins there: what follows has the same tokens whatever is before it."""
+        return text.startswith(self._special, place)
+
+    @cached_property
+    def _special(self) -> tuple[str, ...]:
+        """The texts of special tokens that are found in every text, as it is, before anything else."""
+        known: dict[int, Any] = self.tokenizer.get_added_tokens_decoder()
+        return tuple(
+            token.content
+            for token in known.values()
+            if token.content and token.special and not token.normalized and not token.single_word
+        )
 
     def token(self, index: int) -> str:
         """How the vocabulary spells one token; empty when it has none."""

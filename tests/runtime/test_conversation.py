@@ -20,7 +20,7 @@ from tests.zoo.decoders import GROUPED, VOCABULARY, _hugging_face
 from tokopt.cli import main
 from tokopt.errors import InputError
 from tokopt.ir.format import Generation
-from tokopt.runtime import LanguageModel, Sampling, load
+from tokopt.runtime import Chat, LanguageModel, Sampling, load
 
 LETTERS = [chr(33 + i) for i in range(VOCABULARY)]
 
@@ -32,9 +32,11 @@ TEMPLATE = (
 FORGETFUL = TEMPLATE.replace("{{ m.content }}", "{{ m.content[:3] }}")
 """Renders answers shorter than they were written."""
 
-EVICTING = "h2o{budget=16 sinks=2 recent=4 every=4}"
+SPECULATING, SKIPPING = "speculate{nodes=4 depth=3}", "skipdecode{min=1 over=8}"
 
-PIPELINES = ("", "sample", "speculate{nodes=4 depth=3}", "verify", "skipdecode{min=1 over=8}", EVICTING)
+EVICTING, GROUPING = "h2o{budget=16 sinks=2 recent=4 every=4}", "kivi{group=8 residual=8 every=8}"
+
+PIPELINES = ("", "sample", SPECULATING, "verify", "int8_kv", SKIPPING, EVICTING, GROUPING)
 
 
 def tokenizer(letters: Sequence[str] = LETTERS, decoder: Any = None) -> str:
@@ -54,14 +56,14 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, LanguageModel]
     bundle = tokopt.capture_lm(model, tokenizer=tokenizer(), generation=about)
     made: dict[str, LanguageModel] = {}
     for place, pipeline in enumerate(PIPELINES):
-        done = tokopt.optimize(bundle, pipeline) if pipeline else bundle
+        done = tokopt.optimize(bundle, pipeline, calibration=["".join(LETTERS)]) if pipeline else bundle
         loaded = load(tokopt.export(done, folder / f"{place}.tokopt"), threads=1)
         assert isinstance(loaded, LanguageModel)
         made[pipeline] = loaded
     return made
 
 
-EXACT = [pipeline for pipeline in PIPELINES if pipeline not in (EVICTING, "skipdecode{min=1 over=8}")]
+EXACT = [pipeline for pipeline in PIPELINES if pipeline not in (EVICTING, GROUPING, SKIPPING)]
 """Where a token's cache does not depend on whether it was read or written."""
 
 
@@ -248,7 +250,7 @@ def test_a_stream_that_nobody_reads_leaves_the_cache(
 
 def test_a_stop_string_within_a_call_leaves_nothing_behind_it(models: dict[str, LanguageModel]) -> None:
     """Tokens that a call committed behind it are not in the conversation, nor in the cache."""
-    model = models["speculate{nodes=4 depth=3}"]
+    model = models[SPECULATING]
     whole = model.chat().say("abab", max_tokens=24)
     assert whole.text
     for letter in dict.fromkeys(whole.text):
@@ -302,6 +304,66 @@ def test_files_that_do_not_fit_are_refused(models: dict[str, LanguageModel], tmp
         save_file({**load_file(path), **change}, tmp_path / "damaged.chat", about)
         with pytest.raises(InputError, match="is damaged: state"):
             model.open_chat(tmp_path / "damaged.chat")
+
+
+# --- several chats ------------------------------------------------------------------------------------------
+
+TABLES = {"followers"}
+"""States that are one for all rows, in which a model notes what to propose: they change no token."""
+
+SAID = ("abcdefghijklmnopqr", "x", "hello")
+
+
+def talks(model: LanguageModel) -> list[Chat]:
+    """Chats of different lengths: with two turns behind it, none, and one."""
+    chats = [model.chat(), model.chat([{"role": "system", "content": "brief"}]), model.chat()]
+    chats[0].say("abcabcabcabcabcabcabcabc", max_tokens=7)
+    chats[0].say("y", max_tokens=2)
+    chats[2].say("world", max_tokens=3)
+    return chats
+
+
+def cache(chat: Chat, folder: Path) -> dict[str, np.ndarray]:
+    """The states of a chat, by name; of 8-bit entries in groups those that are read."""
+    chat.save(folder / "saved.chat")
+    found = load_file(folder / "saved.chat")
+    if "state.recent_length" in found:
+        old = int(found["state.length"][0] - found["state.recent_length"][0])
+        for name in found:
+            if name.endswith(("_codes", "_scale", "_zero")):
+                found[name] = found[name][:, :, :old]
+    return found
+
+
+TURNS: list[dict[str, Any]] = [
+    {"max_tokens": 9},
+    {"max_tokens": 9, "sampling": Sampling(1.0, seed=3), "stop": "abcdefghijklmno"},
+]
+"""Greedy; and drawn, where the texts end at different calls by one of several letters."""
+
+
+@pytest.mark.parametrize("pipeline", PIPELINES)
+@pytest.mark.parametrize("options", TURNS, ids=["greedy", "drawn"])
+def test_chats_that_take_a_turn_together_are_as_if_each_took_it_alone(
+    models: dict[str, LanguageModel], pipeline: str, options: dict[str, Any], tmp_path: Path
+) -> None:
+    """Answers, tokens, what is in the cache, and what follows from it: for chats of any length."""
+    model = models[pipeline]
+    alone, together = talks(model), talks(model)
+    wanted = [chat.say(content, **options) for chat, content in zip(alone, SAID, strict=True)]
+    found = model.say_all(together, SAID, **options)
+    assert found == wanted
+    for one, other in zip(alone, together, strict=True):
+        assert (other.messages, other.tokens) == (one.messages, one.tokens)
+        if not one.tokens:
+            continue
+        states = cache(one, tmp_path), cache(other, tmp_path)
+        assert states[0].keys() == states[1].keys()
+        for name in states[0]:
+            print(pipeline, name, [len(w.tokens) for w in wanted])
+            np.testing.assert_allclose(*(x[name] for x in states), rtol=1e-5, atol=1e-6, err_msg=name)
+    for one, other in zip(alone, together, strict=True):
+        assert one.say("and", max_tokens=7) == other.say("and", max_tokens=7)
 
 
 # --- the command ------------------------------------------------------------------------------------------

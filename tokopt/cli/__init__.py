@@ -12,11 +12,12 @@ from collections.abc import Sequence
 
 from tokopt import __version__
 from tokopt.cli.screen import Screen
+from tokopt.cli.verb import BAD_INPUT
 from tokopt.cli.verbs import VERBS, load_verb
 from tokopt.errors import PassRefused, TokoptError
 from tokopt.extras import explained
 
-BAD_INPUT, REFUSED, INTERRUPTED = 2, 3, 130
+REFUSED, INTERRUPTED = 3, 130
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 from tokopt.cli.screen import Screen
 
-OK, FAILED = 0, 1
-"""What an action returns: done, or a check failed."""
+OK, FAILED, BAD_INPUT = 0, 1, 2
+"""What an action returns: done, a check failed, or a part of its input was bad."""
 
 
 @dataclass(frozen=True)

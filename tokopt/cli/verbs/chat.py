@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from tokopt.cli.generation import add_sampling, load_language_model, read_sampling
 from tokopt.cli.options import add_artifact, add_backend, add_threads, positive
 from tokopt.cli.screen import Screen
-from tokopt.cli.verb import OK, Verb
+from tokopt.cli.verb import BAD_INPUT, OK, Verb
 from tokopt.errors import InputError, TokoptError
 
 if TYPE_CHECKING:
@@ -33,7 +33,10 @@ def add_options(parser: ArgumentParser) -> None:
 
 
 def run(args: Namespace, screen: Screen) -> int:
-    """Answer every line of the input, until it ends."""
+    """Answer every line of the input, until it ends.
+
+    A line that cannot be done is said, and the next one is read; where nobody types, the exit code says it, too.
+    """
     model = load_language_model(args)
     if args.open is not None and args.system is not None:
         raise InputError("a conversation that was saved has begun already; leave --system or --open out")
@@ -42,6 +45,7 @@ def run(args: Namespace, screen: Screen) -> int:
     sampling = read_sampling(args)
     if sys.stdin.isatty():
         screen.line("Type a message; /help lists what else there is, /quit ends.")
+    code = OK
     for line in _lines():
         if line == "/quit":
             break
@@ -51,11 +55,15 @@ def run(args: Namespace, screen: Screen) -> int:
             elif line:
                 _answer(chat, line, args.max_tokens, sampling, screen)
         except TokoptError as error:
-            if not sys.stdin.isatty():
+            if args.traceback:
                 raise
-            screen.line(f"tokopt: {error}")
+            if sys.stdin.isatty():
+                screen.line(f"tokopt: {error}")
+                continue
+            print(f"tokopt: error: {error}", file=sys.stderr)
+            code = BAD_INPUT
     screen.finish({"messages": chat.messages, "tokens": len(chat.tokens)})
-    return OK
+    return code
 
 
 def _lines() -> Iterator[str]:

@@ -158,10 +158,13 @@ def _grammar(args: Namespace) -> Grammar | None:
     from tokopt.runtime import Grammar
     from tokopt.runtime.text import read_text
 
-    if args.json_schema is not None:
-        return Grammar.json_schema(read_text(args.json_schema))
-    if args.grammar is not None:
-        return Grammar.lark(read_text(args.grammar))
+    for path, make in ((args.json_schema, Grammar.json_schema), (args.grammar, Grammar.lark)):
+        if path is None:
+            continue
+        try:
+            return replace(make(read_text(path)), name=path)
+        except InputError as error:
+            raise error if path in str(error) else InputError(f"{path}: {error}") from error
     return None if args.regex is None else Grammar.regex(args.regex)
 
 
