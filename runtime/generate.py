@@ -97,7 +97,7 @@ class Text:
     logprobs: list[float] = field(default_factory=list[float])
     top: list[dict[int, float]] = field(default_factory=list[dict[int, float]])
     cut: int = 0
-    """Tokens that a call committed behind the text's end."""
+    """Tokens that the text's last call committed behind its end."""
 
     @property
     def new(self) -> int:
@@ -379,6 +379,8 @@ class Generating:
         """Give the texts what follows them, as far as they go on; how many tokens each got."""
         before = [text.new for text in self.texts]
         for row, (text, following) in enumerate(zip(self.texts, tokens, strict=True)):
+            if text.finish:
+                continue
             for place, token in enumerate(following):
                 if text.finish:
                     text.cut += 1

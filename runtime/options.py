@@ -86,7 +86,7 @@ class Options:
         for name in given:
             if name == "samples":
                 raise TypeError(
-                    "samples belongs to generate, which gives several texts; leave it out where one is written"
+                    "samples is an option of generate alone; here one text is written, so leave it out"
                 )
             if name not in names:
                 raise TypeError(f"there is no option {name!r}; the options are {', '.join(sorted(names))}")

@@ -136,6 +136,11 @@ def test_a_grammar_is_read_from_its_file(
     assert "is no readable text" in complaint(capsys, 2, *command, option, tmp_path / "nope")
     (tmp_path / "file").write_text('{"type": "integer"}' if option == "--json-schema" else "start: /a/")
     assert "the model has none" in complaint(capsys, 2, *command, option, tmp_path / "file")
+    if option == "--json-schema":
+        (tmp_path / "file").write_text('{"type": ')
+        assert f"{tmp_path / 'file'}: the schema is no JSON" in complaint(
+            capsys, 2, *command, option, tmp_path / "file"
+        )
 
 
 def test_a_drafter_of_the_host_changes_no_token(
