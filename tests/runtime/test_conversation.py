@@ -496,7 +496,7 @@ def test_a_chat_in_the_middle_of_a_call_refuses_another(models: dict[str, Langua
         assert answer.result() == model.chat().say("abc", max_tokens=3)
     with pytest.raises(InputError, match=r"processor 0 .* another call is in the middle"):
         chat.say("x", processors=[lambda history, logits: chat.say("y") and logits])
-    stream = chat.stream("x", processors=[lambda history, logits: next(stream) and logits])
+    stream: Any = chat.stream("x", processors=[lambda history, logits: next(stream) and logits])
     with pytest.raises(InputError, match=r"processor 0 .* another call is in the middle"):
         next(stream)
 

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers
 from tokenizers import Tokenizer as Library
-from tokenizers import decoders, models, pre_tokenizers
 
 from tokopt.errors import ArtifactError
 from tokopt.runtime.text import TextStream, Tokenizer
@@ -26,6 +26,52 @@ def byte_tokenizer() -> Tokenizer:
 
 TOKENIZER = byte_tokenizer()
 texts = st.text(st.sampled_from("ab é✓🙂\n"), max_size=20)
+
+
+def merging_tokenizer(place: Any, normalizer: Any = None, **end: bool) -> Tokenizer:
+    """Pairs of letters are tokens, too; ``place`` is what a tokenizer of words does to the beginning of a text."""
+    letters = [*"ab", "\u2581", "\u0120"]
+    pairs = [(first, second) for first in letters for second in letters]
+    words = [*letters, *(first + second for first, second in pairs)]
+    library: Any = Library(models.BPE({word: i for i, word in enumerate(words)}, pairs))
+    library.normalizer, library.pre_tokenizer = normalizer, place
+    library.add_tokens([AddedToken("<end>", special=True, **end)])
+    return Tokenizer(library.to_str(), 99)
+
+
+SPACES = normalizers.Sequence([normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")])
+
+
+@pytest.mark.parametrize(
+    "tokenizer",
+    [
+        *(
+            merging_tokenizer(pre_tokenizers.ByteLevel(add_prefix_space=first, use_regex=words))
+            for first in (False, True)
+            for words in (False, True)
+        ),
+        *(
+            merging_tokenizer(pre_tokenizers.Metaspace(prepend_scheme=scheme, split=split))
+            for scheme in ("first", "always", "never")
+            for split in (False, True)
+        ),
+        merging_tokenizer(None, SPACES),
+        merging_tokenizer(None, SPACES, lstrip=True, rstrip=True),
+    ],
+)
+@given(before=st.text("ab ", max_size=6), after=st.text("ab ", max_size=6))
+def test_what_follows_a_special_token_is_spelled_alike_whatever_is_before_it(
+    tokenizer: Tokenizer, before: str, after: str
+) -> None:
+    text, rest = f"{before}<end>{after}", tokenizer.encode_parts(f"<end>{after}")
+    assert tokenizer.parts_at(text, len(before)) and not tokenizer.parts_at(text, len(before) + 1)
+    assert tokenizer.encode_parts(text)[-len(rest) :] == rest
+
+
+@pytest.mark.parametrize("how", [{"normalized": True}, {"single_word": True}])
+def test_a_special_token_that_is_not_found_everywhere_parts_nothing(how: dict[str, bool]) -> None:
+    tokenizer = merging_tokenizer(None, normalizers.Lowercase(), **how)
+    assert not tokenizer.parts_at("a<end>b", 1)
 
 
 @given(texts)
