@@ -1,9 +1,9 @@
 """How soon a chat answers: ``python -m benchmarks.chat``.
 
 SmolLM2-135M with the weights of its file (``keep_grid``) talks about pages of Python's documentation: messages of some
-200 tokens, answers of at most as many. Every turn of a chat, which reads what is new, takes turns with reading the
-whole conversation, as a model without a past does; the tokens of both answers are compared. Writes ``chat.json`` and
-``chat.md`` in ``benchmarks/results``.
+200 tokens, answers of at most as many. Every turn of a chat, which reads what is new, takes turns with reading all of
+the same tokens, as a model without a past does; the tokens of both answers are compared. Then several chats take their
+last turn one by one and together, in one batch. Writes ``chat.json`` and ``chat.md`` in ``benchmarks/results``.
 """
 
 from __future__ import annotations
@@ -26,6 +26,9 @@ MODEL, METHOD = "SmolLM2-135M-Instruct", "keep_grid"
 TURNS, TOKENS, ANSWER = 5, 400, 200
 """Turns; tokens of each with its answer, about; new tokens of an answer, at most."""
 
+CHATS, SHORT = 4, 64
+"""Chats that take a turn together, and new tokens of their answers, at most."""
+
 
 def messages(model: Any) -> list[str]:
     """What the user says: pages of the documentation."""
@@ -47,7 +50,7 @@ def turns(model: Any, rounds: int) -> list[dict[str, Any]]:
     found: list[dict[str, Any]] = []
     chat = model.chat()
     for message in messages(model):
-        prompt = model.chat_prompt([*chat.messages, {"role": "user", "content": message}])
+        prompt = chat.prompt(message)
         kept: list[float] = []
         whole: list[float] = []
         for _ in range(rounds):
@@ -70,12 +73,27 @@ def turns(model: Any, rounds: int) -> list[dict[str, Any]]:
     return found
 
 
+def together(model: Any, rounds: int) -> dict[str, Any]:
+    """New tokens per second of decoding of several chats, one by one and in one batch; whether answers are the same."""
+    said = messages(model)[:CHATS]
+    speeds: dict[str, list[float]] = {"alone": [], "together": []}
+    same = True
+    for _ in range(rounds):
+        alone = [model.chat().say(message, max_tokens=SHORT) for message in said]
+        joint = model.say_all([model.chat() for _ in said], said, max_tokens=SHORT)
+        seconds = sum(answer.statistics.decode_seconds for answer in alone)
+        speeds["alone"].append(sum(answer.statistics.new_tokens for answer in alone) / seconds)
+        speeds["together"].append(joint[0].statistics.tokens_per_second)
+        same = same and joint == alone
+    return {"chats": len(said), **{name: median(found) for name, found in speeds.items()}, "same": same}
+
+
 def markdown(report: dict[str, Any]) -> str:
     """The table."""
     lines = [
         f"# Time to the first token of a chat's turns: {MODEL}, `{METHOD}`",
         "",
-        "Milliseconds, medians; the chat reads what is new, and the other reads the whole conversation.",
+        "Milliseconds, medians; the chat reads what is new, and the other reads the same tokens, all of them.",
         "",
         "| turn | tokens | of them read by the chat | chat | reading all | ratio | same answer |",
         "|---" * 7 + "|",
@@ -85,6 +103,13 @@ def markdown(report: dict[str, Any]) -> str:
             f"| {place} | {turn['tokens']} | {turn['read']} | {1e3 * turn['chat']:.0f} | {1e3 * turn['whole']:.0f} | "
             f"{turn['chat'] / turn['whole']:.2f} | {'yes' if turn['same'] else 'no'} |"
         )
+    several = report["together"]
+    lines += [
+        "",
+        f"{several['chats']} chats, whose answers have at most {SHORT} tokens, write {several['alone']:.0f} tokens a "
+        f"second one by one and {several['together']:.0f} together (`say_all`), "
+        f"{'the same' if several['same'] else 'some other'} tokens.",
+    ]
     return "\n".join([*lines, "", "```json", json.dumps(report["machine"], indent=1), "```", ""])
 
 
@@ -97,7 +122,11 @@ def main() -> None:
     options = parser.parse_args()
     artifact(MODEL, "float32")  # which others are calibrated on
     model = load(artifact(MODEL, METHOD), threads=options.threads, verify=False)
-    report = {"turns": turns(model, options.rounds), "machine": describe(options.threads)}
+    report = {
+        "turns": turns(model, options.rounds),
+        "together": together(model, options.rounds),
+        "machine": describe(options.threads),
+    }
     text = markdown(report)
     write_atomically(RESULTS / "chat.json", lambda path: path.write_text(json.dumps(report, indent=1) + "\n"))
     write_atomically(RESULTS / "chat.md", lambda path: path.write_text(text))
