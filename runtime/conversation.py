@@ -111,7 +111,7 @@ class Chat:
         special token is in it or a stop string has cut it.
         """
         with self._using():
-            return self._asked(content)[1].ids
+            return list(self._asked(content)[1].ids)
 
     def say(self, content: str, **options: Unpack[TextOptions]) -> Generated:
         """The answer to a message of the user: what ``LanguageModel.generate`` gives for :meth:`prompt`.
@@ -161,7 +161,7 @@ class Chat:
         with self._using():
             if not self._messages:
                 raise InputError("there is nothing to read; begin the chat with messages")
-            ids = self._spell(self._messages, answer=False).ids
+            ids = self._fitting(self._spell(self._messages, answer=False)).ids
             if tuple(ids) == self._read:
                 return
             going = self._place(ids)
@@ -239,13 +239,16 @@ class Chat:
     def _asked(self, content: str) -> tuple[list[Message], Spelling]:
         """The conversation with a message of the user, and its tokens."""
         messages = [*self._messages, {"role": "user", "content": check_text("content", content)}]
-        return messages, self._spell(messages, answer=True)
+        return messages, self._fitting(self._spell(messages, answer=True))
 
     def _spell(self, messages: Sequence[Message], answer: bool) -> Spelling:
-        """The tokens of the conversation; raises InputError for more than the model takes."""
-        model = self.model
-        text = model.chat_text(messages, add_generation_prompt=answer, **self.variables)
-        made, most = spell(model.tokenizer, text, self._parts), model.context
+        """The tokens of the conversation."""
+        text = self.model.chat_text(messages, add_generation_prompt=answer, **self.variables)
+        return spell(self.model.tokenizer, text, self._parts)
+
+    def _fitting(self, made: Spelling) -> Spelling:
+        """The tokens that the model is to read; raises InputError for more than it takes."""
+        most = self.model.context
         if most is not None and len(made.ids) > most:
             raise InputError(
                 f"the chat would have {len(made.ids)} tokens and the model's context holds {most}; rewind it, say "

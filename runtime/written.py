@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import chain
 from typing import Protocol
 
@@ -40,7 +41,7 @@ class Spelling:
     rest: str
     tokens: tuple[int, ...]
 
-    @property
+    @cached_property
     def ids(self) -> list[int]:
         """All tokens."""
         return [*chain.from_iterable(part.tokens for part in self.parts), *self.tokens]

@@ -300,6 +300,23 @@ def test_what_is_refused_leaves_the_conversation_as_it_was(
         model.chat().read()
 
 
+def test_a_chat_that_filled_the_context_can_be_saved_and_rewound(
+    models: dict[str, LanguageModel], tmp_path: Path
+) -> None:
+    model = models[""]
+    chat = model.chat([{"role": "system", "content": "brief"}])
+    wanted = chat.say("abc", max_tokens=4)
+    chat.rewind()
+    assert chat.say("a" * 200).finish == "length" and len(chat.tokens) == 255
+    chat.save(tmp_path / "full.chat")
+    opened = model.open_chat(tmp_path / "full.chat")
+    for call in (chat, opened):
+        with pytest.raises(InputError, match=r"the chat would have .* holds 256; rewind it"):
+            call.say("abc")
+        call.rewind()
+        assert call.say("abc", max_tokens=4) == wanted
+
+
 def test_files_that_do_not_fit_are_refused(models: dict[str, LanguageModel], tmp_path: Path) -> None:
     """Another artifact's, none at all, and one that says more slots are used than there are."""
     path, model = tmp_path / "talk.chat", models[""]
