@@ -241,14 +241,14 @@ class Request:
         total, done = tokens.shape[1], 0
         emission = Emission()
         while done < total:
-            size = self._prompt_part(entry, total - done)
+            size = self._prompt_part(entry, positions[:, done:])
             part = slice(done, done + size)
             done += size
+            read = self._prompt_tokens(entry, positions[:, part])[:, -1]
             most = np.zeros(self.batch, np.int64)
             if done == total and limit is not None:
-                most = self.allowed(limit, size)
+                most = self.allowed(limit, read)
             emission = self.emit(entry, tokens[:, part], positions[:, part], LAST, most)
-            read = np.full(self.batch, tokens[:, part].shape[1])
             self._count([trigger.prompt for trigger in self._counting], read)
         if emission.count is not None:
             self._count([True] * len(self._counting), emission.count)
@@ -418,10 +418,10 @@ class Request:
         """Let a program that is bound to this request's buffers be the one that runs."""
         self.program = self._bound[name] = program
 
-    def allowed(self, limit: np.ndarray, prompt: int = 0) -> np.ndarray:
+    def allowed(self, limit: np.ndarray, prompt: np.ndarray | int = 0) -> np.ndarray:
         """``limit`` [batch], and no more than the tokens left to a row's next trigger.
 
-        ``prompt`` is how many of the prompt's tokens are read in the same call.
+        ``prompt`` is how many of the prompt's tokens are read in the same call, of all rows or [batch].
         """
         for trigger, since in zip(self._counting, self.since, strict=True):
             left = trigger.every - since - (prompt if trigger.prompt else 0)
@@ -454,8 +454,17 @@ class Request:
         assert tokens is not None
         return tokens.axes[1]
 
-    def _prompt_part(self, entry: Entry, left: int) -> int:
-        """How many of the tokens that are left are read in one call."""
+    def _prompt_tokens(self, entry: Entry, positions: np.ndarray) -> np.ndarray:
+        """How many tokens of a row there are up to each place [batch, n], as triggers count them.
+
+        Padding counts for a program of a fixed number of tokens alone, as it is there for a batch of one.
+        """
+        fixed = isinstance(self._tokens_axis(entry), int)
+        return (np.ones_like(positions) if fixed else positions != PADDING).cumsum(axis=1)
+
+    def _prompt_part(self, entry: Entry, positions: np.ndarray) -> int:
+        """How many of the places [batch, n] that are left are read in one call; no row passes its next trigger."""
+        left = positions.shape[1]
         axis, size = self._tokens_axis(entry), min(left, chunk_size(self.manifest))
         if self._reads_at_once(entry):
             most = axis if isinstance(axis, int) else self.manifest.programs[entry.program].ranges[axis].max
@@ -466,8 +475,12 @@ class Request:
             return left
         if isinstance(axis, int):
             return size
-        counts = zip(self._counting, self.since, strict=True)
-        return min([size, *(trigger.every - int(since.max()) for trigger, since in counts if trigger.prompt)])
+        tokens = self._prompt_tokens(entry, positions[:, :size])
+        for trigger, since in zip(self._counting, self.since, strict=True):
+            if trigger.prompt:
+                fits = (tokens <= (trigger.every - since)[:, None]).all(axis=0)
+                size = min(size, int(fits.sum()))
+        return size
 
     def _reads_at_once(self, entry: Entry) -> bool:
         links = (link for link in self.manifest.links if link.target.program in entry.programs)

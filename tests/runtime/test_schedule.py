@@ -244,14 +244,14 @@ def test_a_prompt_that_does_not_fit_into_one_call_is_refused(tmp_path: Path) -> 
         longer.generate([1] * 65, max_tokens=1, inputs={"images": IMAGES[:1]})
 
 
-def evicting(**more: Any) -> Manifest:
+def evicting(due: bool = False, **more: Any) -> Manifest:
     """One program that reads, and one that evicts every 5 tokens."""
     step = reader("rows", emits="logits")
     schedule = Schedule(
         (Entry("step", "prefill", "n"), Entry("step", "decode", "n")),
         (Trigger("evict", "tokens", 5, **more),),
     )
-    programs = {"step": step, "evict": evictor(due=False)}
+    programs = {"step": step, "evict": evictor(due=due)}
     return Manifest(programs, {}, schedule, STATES, generation=Generation(64, VOCABULARY))
 
 
@@ -262,6 +262,21 @@ def test_a_trigger_within_the_prompt_divides_it(tmp_path: Path, monkeypatch: pyt
     assert [size for role, size in reads if role == "prefill"] == [5, 5, 2]
     assert requests[0].buffers.read("turns").tolist() == [3]  # 12 tokens of the prompt, and 4 that were read
     assert list(got.tokens) == text([1], 1, 5)
+
+
+def test_a_trigger_within_prompts_comes_to_each_row_after_its_own_tokens(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Padding is none: a row of a batch has its turns as it has them alone."""
+    bounded = opened(tmp_path, evicting(due=True, prompt=True))
+    reads, requests = recorded_reads(monkeypatch), recorded(bounded, monkeypatch)
+    prompts = [[1] * size for size in (12, 9, 4)]
+    bounded.generate(prompts, max_tokens=5)
+    assert [size for role, size in reads if role == "prefill"] == [5, 3, 2, 2]
+    for prompt in prompts:
+        bounded.generate(prompt, max_tokens=5)
+    together, *alone = (request.buffers.read("turns").tolist() for request in requests)
+    assert together == [turns for (turns,) in alone] == [3, 2, 1]
 
 
 def test_an_endless_text_outgrows_the_context(tmp_path: Path) -> None:
