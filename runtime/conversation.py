@@ -228,7 +228,14 @@ class Chat:
     @staticmethod
     def _begin(model: Talking, said: Sequence[tuple[Chat, str]], options: Options) -> Generating:
         """Answers on their way; the conversations hold the messages from here on."""
-        asked = [chat._asked(content) for chat, content in said]
+        asked: list[tuple[list[Message], Spelling]] = []
+        for place, (chat, content) in enumerate(said):
+            try:
+                asked.append(chat._asked(content))
+            except InputError as error:
+                if len(said) == 1:
+                    raise
+                raise InputError(f"chat {place}: {error}") from error
         prompts = [spelling.ids for _, spelling in asked]
         places = [chat._place(ids) for (chat, _), ids in zip(said, prompts, strict=True)]
         going = model.continuing(prompts, options, places)

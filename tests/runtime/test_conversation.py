@@ -431,8 +431,8 @@ def test_what_fails_leaves_every_chat_as_it_was(models: dict[str, LanguageModel]
         (chats[0], ["x"], {}, "chats is"),
         (["x"], ["x"], {}, "an item of chats is"),
         (chats, "xyz", {}, "contents is"),
-        (chats, ["x", 5, "y"], {}, "content is 5"),
-        (chats, ["x", "a" * 300, "y"], {}, "the chat would have .* holds 256; rewind it"),
+        (chats, ["x", 5, "y"], {}, "chat 1: content is 5"),
+        (chats, ["x", "a" * 300, "y"], {}, "chat 1: the chat would have .* holds 256; rewind it"),
         (chats, SAID, {"max_tokens": -1}, "max_tokens"),
         (chats, SAID, {"processors": [lambda *_: 5]}, "processor 0"),
     ):
