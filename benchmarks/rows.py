@@ -102,11 +102,11 @@ def artifact(engine: Engine) -> Measure:
 def llama(engine: Engine) -> Measure:
     """A turn of llama.cpp, which gives the logits of every new token, too."""
     from benchmarks import timing
-    from benchmarks.peers.language import _llama
+    from benchmarks.peers.language import llama_model
 
     slots = engine.prompt + max(ROWS)
     given = timing.Engine(LLAMA, "llama.cpp", Path(engine.artifact), 1, slots, engine.threads)
-    model = _llama(given, logits_all=True)
+    model = llama_model(given, logits_all=True)
     model.eval((np.arange(engine.prompt) % 49152).tolist())
 
     def call(rows: int) -> float:

@@ -1,11 +1,12 @@
-"""Speculation on real prompts: ``python -m benchmarks.speculate``.
+"""Decoding with speculation against decoding without: ``python -m benchmarks.speculate``.
 
-SmolLM2-135M with the weights of its file (``keep_grid``), with three drafters and without speculation: completing code
-of Python's library, summarising and quoting its documentation, and chat, greedily and at temperature 0.7. Beside them
-llama.cpp without speculation and with its lookup in the prompt, where it is installed (extra ``peers``), on the same
-file. Every engine has its own process, and for each prompt they take turns. Finished parts are kept, so a run that was
-cut off goes on where it was. Writes ``speculate.json``, ``speculate.md``, ``speculate.png`` and
-``speculate-lengths.png`` in ``benchmarks/results``.
+SmolLM2-135M with the weights of its file (``keep_grid``), with the drafters of the program and those of the host, and
+without speculation: completing code of Python's library, summarising and quoting its documentation, and chat, greedily
+and at temperature 0.7. Beside them, greedily alone, the engines of :mod:`benchmarks.peers.writing` that are installed
+(extra ``peers``), two of them with and without a lookup in the prompt. What the outputs cost that ``verify`` adds for
+its host is measured apart. Every engine has its own process, and for each prompt they take turns. Finished parts are
+kept, so a run that was cut off goes on where it was. Writes ``speculate.json``, ``speculate.md``, ``speculate.png`` and
+``speculate-lengths.png`` in ``benchmarks/results``, or in ``--results``.
 """
 
 from __future__ import annotations
@@ -13,13 +14,13 @@ from __future__ import annotations
 import argparse
 import inspect
 import json
+import re
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, closing
+from dataclasses import dataclass
 from importlib import import_module
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -27,21 +28,40 @@ import numpy as np
 
 from benchmarks.kv.quality import documentation
 from benchmarks.machine import describe
+from benchmarks.peers import writing
 from benchmarks.progress import Progress
-from examples.data import cache_folder, smollm2, smollm2_gguf, write_atomically
+from examples.data import cache_folder, smollm2, write_atomically
 
 RESULTS = Path(__file__).parent / "results"
 
-ENGINES: Mapping[str, str] = {
-    "without": "keep_grid",
-    "token_recycling": "keep_grid,speculate{drafter=token_recycling}",
-    "prompt_lookup": "keep_grid,speculate",
-    "hybrid": "keep_grid,speculate{drafter=hybrid}",
-}
-"""Name in the tables -> pipeline; the first is what the others are compared with."""
 
-PEERS: tuple[str, ...] = ("llama.cpp", "llama.cpp with lookup") if find_spec("llama_cpp") else ()
-"""Timed greedily alone: their random numbers are others."""
+@dataclass(frozen=True)
+class Method:
+    """The pipeline of an artifact, and what its host drafts with, if it does."""
+
+    pipeline: str
+    drafter: str | None = None
+
+
+ENGINES: Mapping[str, Method] = {
+    "without": Method("keep_grid"),
+    "prompt_lookup": Method("keep_grid,speculate"),
+    "token_recycling": Method("keep_grid,speculate{drafter=token_recycling}"),
+    "hybrid": Method("keep_grid,speculate{drafter=hybrid}"),
+    "logitspec": Method("keep_grid,speculate{drafter=logitspec}"),
+    "suffix of the host": Method("keep_grid,verify", "suffix"),
+    "hybrid of the host": Method("keep_grid,verify", "hybrid"),
+    "logitspec of the host": Method("keep_grid,verify", "logitspec"),
+}
+"""Name in the tables -> method; the first is what the others are compared with."""
+
+HANDED: Mapping[str, Method] = {
+    "keep_grid": Method("keep_grid"),
+    "keep_grid,verify{neighbours=16}": Method("keep_grid,verify{neighbours=16}"),
+    "keep_grid,h2o": Method("keep_grid,h2o{budget=256}"),
+    "keep_grid,h2o,verify": Method("keep_grid,h2o{budget=256},verify"),
+}
+"""The same without a drafter: an artifact that hands nothing to its host, and one that does, in turns."""
 
 SOURCES = ("textwrap", "heapq", "bisect", "fnmatch", "shlex", "string", "calendar", "csv")
 QUESTIONS = (
@@ -55,12 +75,12 @@ QUESTIONS = (
     "Explain how a bicycle stays upright.",
 )
 KINDS = ("code", "summary", "quote", "chat")
-NEW, SHOWN, TEMPERATURES = 128, 160, (0.0, 0.7)
-"""New tokens; tokens of a source or document that a prompt shows; temperatures."""
+NEW, PROMPTS, SHOWN, TEMPERATURES = 128, 5, 160, (0.0, 0.7)
+"""New tokens; prompts of a kind; tokens of a source or document that a prompt shows; temperatures."""
 
 
 def prompts(model: Any) -> dict[str, list[list[int]]]:
-    """Token ids of eight prompts of each kind."""
+    """Token ids of up to eight prompts of each kind."""
     encode = model.tokenizer.encode
     sources = [encode(inspect.getsource(import_module(name))) for name in SOURCES]
     found = [text for text in documentation().split("\n\n") if len(text) > 500]
@@ -84,28 +104,19 @@ class Worker:
     """An engine in its own process, which answers a prompt with what its text took."""
 
     def __init__(self, name: str, threads: int) -> None:
-        path = smollm2_gguf() if name in PEERS else artifact(name)
-        command = [
-            sys.executable,
-            "-m",
-            "benchmarks.speculate",
-            "--serve",
-            name,
-            path,
-            "--threads",
-            str(threads),
-        ]
+        command = [sys.executable, "-m", "benchmarks.speculate", "--serve", name, "--threads", str(threads)]
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
-    def generate(self, ids: list[int], temperature: float) -> dict[str, Any]:
+    def generate(self, ids: list[int], temperature: float, tokens: int) -> dict[str, Any]:
         """Seconds and calls of decoding, and the tokens."""
         assert self.process.stdin and self.process.stdout
-        self.process.stdin.write(json.dumps([ids, temperature]) + "\n")
+        self.process.stdin.write(json.dumps([ids, temperature, tokens]) + "\n")
         self.process.stdin.flush()
-        line = self.process.stdout.readline()
+        while (line := self.process.stdout.readline()) and not line.startswith(ANSWER):
+            pass  # an engine's own messages
         if not line:
             raise RuntimeError(f"an engine ended with status {self.process.wait()}")
-        return json.loads(line)
+        return json.loads(line.removeprefix(ANSWER))
 
     def close(self) -> None:
         assert self.process.stdin
@@ -113,27 +124,35 @@ class Worker:
         self.process.wait(timeout=30)
 
 
-Answer = Callable[[list[int], float], dict[str, Any]]
-"""Token ids of a prompt and a temperature -> seconds of decoding, and the new tokens."""
+ANSWER = "answer: "
+"""What a line of an engine begins with that is an answer."""
+
+Answer = Callable[[list[int], float, int], dict[str, Any]]
+"""Token ids of a prompt, a temperature and the most new tokens -> seconds of decoding, and the new tokens."""
 
 
-def serve(name: str, path: str, threads: int) -> None:
+def serve(name: str, threads: int) -> None:
     """Answer every line on stdin; what an engine remembers of texts is empty at the start of each."""
-    answer = (llama if name in PEERS else tokopt_model)(name, path, threads)
+    answer = peer(name, threads) if name in writing.PEERS else tokopt_model(named(name), threads)
     for line in sys.stdin:
-        ids, temperature = json.loads(line)
-        print(json.dumps(answer(ids, temperature)), flush=True)
+        print(ANSWER + json.dumps(answer(*json.loads(line))), flush=True)
 
 
-def tokopt_model(name: str, path: str, threads: int) -> Answer:
+def named(name: str) -> Method:
+    """The method of an engine."""
+    return {**HANDED, **ENGINES}[name]
+
+
+def tokopt_model(method: Method, threads: int) -> Answer:
     """An artifact; it also says how many tokens its calls committed."""
     from tokopt.runtime import LanguageModel, Sampling, load
 
-    model = load(path, threads=threads, verify=False)
+    model = load(artifact(method.pipeline), threads=threads, verify=False)
     assert isinstance(model, LanguageModel)
 
-    def answer(ids: list[int], temperature: float) -> dict[str, Any]:
-        done = model.generate(ids, max_tokens=NEW, sampling=Sampling(temperature=temperature, seed=1))
+    def answer(ids: list[int], temperature: float, tokens: int) -> dict[str, Any]:
+        sampling = Sampling(temperature=temperature, seed=1)
+        done = model.generate(ids, max_tokens=tokens, sampling=sampling, drafter=method.drafter)
         took = done.statistics
         return {
             "seconds": took.decode_seconds,
@@ -145,39 +164,21 @@ def tokopt_model(name: str, path: str, threads: int) -> Answer:
     return answer
 
 
-def llama(name: str, path: str, threads: int) -> Answer:
-    """llama.cpp by its package for Python, whose lookup proposes ten tokens."""
-    from benchmarks import timing
-    from benchmarks.peers.language import _llama
-
-    options: dict[str, Any] = {}
-    if name != PEERS[0]:
-        speculative: Any = import_module("llama_cpp.llama_speculative")
-        options = {"draft_model": speculative.LlamaPromptLookupDecoding(), "logits_all": True}
-    model = _llama(timing.Engine(name, "llama.cpp", Path(path), 1, 2048, threads), **options)
-    stops = {model.token_eos(), *model.tokenize(b"<|im_end|>", add_bos=False, special=True)}
-
-    def answer(ids: list[int], temperature: float) -> dict[str, Any]:
-        tokens: list[int] = []
-        start = 0.0
-        for token in model.generate(ids, temp=temperature, top_k=0, top_p=1.0, min_p=0.0, repeat_penalty=1.0):
-            start = start or time.perf_counter()
-            tokens.append(token)
-            if len(tokens) == NEW or token in stops:
-                break
-        return {"seconds": time.perf_counter() - start, "tokens": tokens}
-
-    return answer
+def peer(name: str, threads: int) -> Answer:
+    """Another engine, greedily."""
+    written = writing.open_peer(name, writing.folder(), threads)
+    return lambda ids, temperature, tokens: written(ids, tokens)
 
 
-def artifact(name: str) -> Path:
-    """The artifact of an engine, built once in a process of its own."""
+def artifact(pipeline: str) -> Path:
+    """The artifact of a pipeline, built once in a process of its own."""
     folder = cache_folder() / "benchmark-speculate"
     folder.mkdir(exist_ok=True)
-    path = folder / f"{name}.tokopt"
+    path = folder / f"{re.sub(r'[^a-z0-9_]+', '-', pipeline).strip('-')}.tokopt"
     if not path.exists():
-        command = [sys.executable, "-m", "benchmarks.speculate", "--build", ENGINES[name], path]
-        subprocess.run(command, check=True)
+        print(f"building {pipeline}", file=sys.stderr, flush=True)
+        command = [sys.executable, "-m", "benchmarks.speculate", "--build", pipeline, path]
+        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
     return path
 
 
@@ -188,16 +189,39 @@ def build(pipeline: str, path: str) -> None:
     tokopt.export(tokopt.optimize(tokopt.capture_lm(smollm2()), pipeline), path)
 
 
-def measure(kind: str, texts: list[list[int]], temperature: float, threads: int) -> dict[str, list[Any]]:
+def prepare() -> None:
+    """What engines read, so that none builds it while others are timed."""
+    for method in (*ENGINES.values(), *HANDED.values()):
+        artifact(method.pipeline)
+    if writing.installed():
+        writing.folder()
+
+
+def startable(names: Sequence[str], threads: int) -> dict[str, str]:
+    """Why an engine does not write, by name; empty for one that does."""
+    found: dict[str, str] = {}
+    for name in names:
+        with closing(Worker(name, threads)) as worker:
+            try:
+                worker.generate([1, 2, 3], 0.0, 2)
+                found[name] = ""
+            except RuntimeError as error:
+                found[name] = str(error)
+    return found
+
+
+def measure(
+    engines: Sequence[str], texts: list[list[int]], temperature: float, tokens: int, threads: int
+) -> dict[str, list[Any]]:
     """What every engine took for each of the prompts."""
-    found: dict[str, list[Any]] = {name: [] for name in (*ENGINES, *(() if temperature else PEERS))}
+    found: dict[str, list[Any]] = {name: [] for name in engines}
     with ExitStack() as stack:
         workers = {name: stack.enter_context(closing(Worker(name, threads))) for name in found}
-        for worker in workers.values():
-            worker.generate(texts[0], temperature)  # the first allocates
+        for name, worker in workers.items():  # the first allocates, and tells tokopt how many nodes pay
+            worker.generate(texts[0], temperature, 2 if name in writing.PEERS else tokens)
         for ids in texts:
             for name, worker in workers.items():
-                found[name].append(worker.generate(ids, temperature))
+                found[name].append(worker.generate(ids, temperature, tokens))
     return found
 
 
@@ -228,13 +252,14 @@ def agreement(found: Mapping[str, list[Any]], name: str) -> str:
 
 
 def markdown(report: Mapping[str, Any]) -> str:
-    """A table for each temperature."""
+    """A table for each temperature, and one of what handing costs."""
+    first = report[f"{KINDS[0]}/{TEMPERATURES[0]}"]["without"]
     lines = ["# Speculation: SmolLM2-135M-Instruct, `keep_grid`", ""]
     lines += [
-        f"{NEW} new tokens after each of eight prompts of a kind. Speed: tokens/s of decoding over that of the "
-        "artifact without speculation, the median over prompts (the slowest); then tokens that a call commits, and on "
-        "how many prompts the text is the same: the artifact without speculation rounds attention in another order, "
-        "so that near ties go another way.",
+        f"{report['tokens']} new tokens after each of {len(first)} prompts of a kind. Speed: tokens/s of decoding over "
+        "that of the artifact without speculation, the median over prompts (the slowest); then tokens that a call "
+        "commits, and on how many prompts the text is the same: the artifact without speculation rounds attention in "
+        "another order, so that near ties go another way.",
         "",
         "![Speed by drafter and kind of prompt](speculate.png)",
         "",
@@ -251,14 +276,33 @@ def markdown(report: Mapping[str, Any]) -> str:
             for kind in KINDS:
                 found = report[f"{kind}/{temperature}"]
                 ratios, same = speeds(found, name), agreement(found, name)
-                said = "" if name in PEERS else f", {per_call(found, name):.2f}, {same}"
+                said = "" if name in writing.PEERS else f", {per_call(found, name):.2f}, {same}"
                 cells.append(f"{np.median(ratios):.2f} ({min(ratios):.2f}){said}")
             every = [r for kind in KINDS for r in speeds(report[f"{kind}/{temperature}"], name)]
             lines.append(f"| {name} | " + " | ".join(cells) + f" | {np.mean(every):.2f} |")
         plain = [own for kind in KINDS for own in report[f"{kind}/{temperature}"]["without"]]
-        rate = sum(len(own["tokens"]) for own in plain) / sum(own["seconds"] for own in plain)
+        rate = sum(len(own["tokens"]) - 1 for own in plain) / sum(own["seconds"] for own in plain)
         lines += ["", f"Without: {rate:.1f} tokens/s.", ""]
+    lines += _handing(report["handed"])
+    lines += [f"{name} is left out: {why}.\n" for name, why in report["peers"].items() if why]
     return "\n".join([*lines, "```json", json.dumps(report["machine"], indent=1), "```", ""])
+
+
+def _handing(found: Mapping[str, list[Any]]) -> list[str]:
+    """What the outputs cost that an artifact hands to a host which proposes nothing."""
+    lines = ["## What `verify` hands to its host", ""]
+    lines += [
+        "Tokens/s of decoding chats greedily without a drafter, over those of the pipeline without `verify`, which the "
+        "row above names: the median over prompts (the slowest). `h2o` has a cache of 256 tokens here.",
+        "",
+        "| pipeline | speed |",
+        "|---|---|",
+    ]
+    names = list(found)
+    for plain, handing in zip(names[::2], names[1::2], strict=True):
+        ratios = speeds({name: found[name] for name in (plain, handing)}, handing)
+        lines += [f"| `{plain}` | 1 |", f"| `{handing}` | {np.median(ratios):.3f} ({min(ratios):.3f}) |"]
+    return [*lines, ""]
 
 
 def draw(report: Mapping[str, Any], path: Path) -> None:
@@ -272,12 +316,15 @@ def draw(report: Mapping[str, Any], path: Path) -> None:
     for axis, temperature in zip(axes, TEMPERATURES, strict=True):
         for place, name in enumerate(names):
             heights = [np.median(speeds(report[f"{kind}/{temperature}"], name)) for kind in KINDS]
-            axis.bar(np.arange(len(KINDS)) + 0.27 * (place - 1), heights, 0.25, label=name)
+            middle = place - (len(names) - 1) / 2
+            axis.bar(
+                np.arange(len(KINDS)) + 0.85 / len(names) * middle, heights, 0.8 / len(names), label=name
+            )
         axis.axhline(1, color="black", linewidth=0.8)
         axis.set_xticks(range(len(KINDS)), KINDS)
         axis.set_title(f"temperature {temperature:g}")
     axes[0].set_ylabel("speed over decoding without")
-    axes[0].legend()
+    axes[0].legend(fontsize=7)
     figure.savefig(path, dpi=110, format="png")
     pyplot.close(figure)
 
@@ -288,7 +335,12 @@ def draw_lengths(report: Mapping[str, Any], path: Path) -> None:
 
     names = list(ENGINES)[1:]
     figure, grid = pyplot.subplots(
-        len(names), len(KINDS), figsize=(11, 6), sharex=True, sharey=True, constrained_layout=True
+        len(names),
+        len(KINDS),
+        figsize=(11, 1.6 * len(names)),
+        sharex=True,
+        sharey=True,
+        constrained_layout=True,
     )
     for row, name in zip(grid, names, strict=True):
         for axis, kind in zip(row, KINDS, strict=True):
@@ -308,39 +360,57 @@ def draw_lengths(report: Mapping[str, Any], path: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.speculate", description=__doc__)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--serve", nargs=2, metavar=("NAME", "FILE"), help="be the process of one engine")
+    parser.add_argument("--tokens", type=int, default=NEW, help=f"new tokens (default: {NEW})")
+    parser.add_argument(
+        "--prompts", type=int, default=PROMPTS, help=f"prompts of a kind, 8 at most (default: {PROMPTS})"
+    )
+    parser.add_argument("--results", type=Path, default=RESULTS, metavar="FOLDER")
+    parser.add_argument("--serve", metavar="NAME", help="be the process of one engine")
     parser.add_argument(
         "--build", nargs=2, metavar=("PIPELINE", "ARTIFACT"), help="write one engine's artifact"
     )
     options = parser.parse_args()
     if options.serve:
-        name, file = options.serve
-        serve(name, file, options.threads)
-        return
-    if options.build:
-        pipeline, file = options.build
-        build(pipeline, file)
-        return
+        serve(options.serve, options.threads)
+    elif options.build:
+        build(*options.build)
+    else:
+        write(options.results, measure_all(options.prompts, options.tokens, options.threads), options.threads)
+
+
+def measure_all(count: int, tokens: int, threads: int) -> dict[str, Any]:
+    """Every part; those that another run finished are taken from it."""
     from tokopt.runtime import load
 
-    folder = cache_folder() / "benchmark-speculate"
+    prepare()
+    folder = cache_folder() / "benchmark-speculate" / f"{count}x{tokens}"
     folder.mkdir(parents=True, exist_ok=True)
     progress = Progress(folder)
-    given = prompts(load(artifact("without"), verify=False))
+    peers = progress.once("peers", lambda: startable(writing.installed(), threads))
+    writes = [name for name, why in peers.items() if not why]
+    given = prompts(load(artifact(ENGINES["without"].pipeline), verify=False))
+
+    def part(key: str, engines: Sequence[str], kind: str, temperature: float) -> None:
+        print(key, file=sys.stderr, flush=True)
+        texts = given[kind][:count]
+        progress.once(key, lambda: measure(engines, texts, temperature, tokens, threads))
+
     for temperature in TEMPERATURES:
         for kind in KINDS:
-            print(f"{kind}, temperature {temperature:g}", file=sys.stderr, flush=True)
-            texts = given[kind]
-            progress.once(
-                f"{kind}/{temperature}",
-                lambda k=kind, t=texts, c=temperature: measure(k, t, c, options.threads),
-            )
-    report = {"machine": describe(options.threads), **progress.values}
+            part(f"{kind}/{temperature}", [*ENGINES, *([] if temperature else writes)], kind, temperature)
+    part("handed", list(HANDED), "chat", 0.0)
+    return {"tokens": tokens, **progress.values}
+
+
+def write(results: Path, measured: dict[str, Any], threads: int) -> None:
+    """The table, the pictures, and all that was measured."""
+    report = {"machine": describe(threads), **measured}
     text = markdown(report)
-    write_atomically(RESULTS / "speculate.json", lambda path: path.write_text(json.dumps(report) + "\n"))
-    write_atomically(RESULTS / "speculate.md", lambda path: path.write_text(text))
-    write_atomically(RESULTS / "speculate.png", lambda path: draw(report, path))
-    write_atomically(RESULTS / "speculate-lengths.png", lambda path: draw_lengths(report, path))
+    results.mkdir(parents=True, exist_ok=True)
+    write_atomically(results / "speculate.json", lambda path: path.write_text(json.dumps(report) + "\n"))
+    write_atomically(results / "speculate.md", lambda path: path.write_text(text))
+    write_atomically(results / "speculate.png", lambda path: draw(report, path))
+    write_atomically(results / "speculate-lengths.png", lambda path: draw_lengths(report, path))
     print(text)
 
 

@@ -119,7 +119,7 @@ Read = Callable[[list[int]], NDArray[np.float32]]
 
 def llama_logits(engine: Engine) -> Read:
     """All logits of one evaluation."""
-    model = _llama(engine, logits_all=True)
+    model = llama_model(engine, logits_all=True)
 
     def read(ids: list[int]) -> NDArray[np.float32]:
         model.reset()
@@ -223,7 +223,7 @@ def _transformers(engine: Engine) -> tuple[Any, Callable[[Any], tuple[Any, Any]]
 
 def llama_call(engine: Engine) -> Callable[[], object]:
     """Decoding after the prompt; what lies behind it in the cache is dropped by the next evaluation."""
-    model = _llama(engine)
+    model = llama_model(engine)
     model.eval(_prompt(engine)[0].tolist())
     first = _likeliest(model)
 
@@ -238,7 +238,7 @@ def llama_call(engine: Engine) -> Callable[[], object]:
 
 def llama_read(engine: Engine) -> Callable[[], object]:
     """The prompt, from an empty cache."""
-    model, prompt = _llama(engine), _prompt(engine)[0].tolist()
+    model, prompt = llama_model(engine), _prompt(engine)[0].tolist()
 
     def call() -> None:
         model.reset()
@@ -252,7 +252,8 @@ def _likeliest(model: Any) -> int:
     return int(np.ctypeslib.as_array(pointer, shape=(model.n_vocab(),)).argmax())
 
 
-def _llama(engine: Engine, **options: Any) -> Any:
+def llama_model(engine: Engine, **options: Any) -> Any:
+    """The file of an engine by llama.cpp's package for Python."""
     llama_cpp: Any = importlib.import_module("llama_cpp")
 
     # Without this, repacked kernels are chosen that some virtual machines announce and do not have.
@@ -295,15 +296,16 @@ def genai_call(engine: Engine) -> Callable[[], object]:
 def genai_read(engine: Engine) -> Callable[[], object]:
     """The prompt, by a new generator."""
     prompt = _prompt(engine).astype(np.int32)
-    make = _genai_maker(engine)
+    make = genai_maker(engine)
     return lambda: make().append_tokens(prompt)
 
 
 def _genai(engine: Engine) -> Any:
-    return _genai_maker(engine)()
+    return genai_maker(engine)()
 
 
-def _genai_maker(engine: Engine) -> Callable[[], Any]:
+def genai_maker(engine: Engine) -> Callable[[], Any]:
+    """What makes generators, each with an empty cache."""
     genai: Any = importlib.import_module("onnxruntime_genai")
 
     config = genai.Config(str(engine.artifact))
@@ -339,11 +341,7 @@ def _openvino_genai(engine: Engine, new: int) -> Callable[[], Any]:
 
     openvino_genai: Any = importlib.import_module("openvino_genai")
 
-    pipeline = openvino_genai.LLMPipeline(
-        str(engine.artifact),
-        "CPU",
-        {"INFERENCE_NUM_THREADS": engine.threads, "INFERENCE_PRECISION_HINT": "f32"},
-    )
+    pipeline = openvino_pipeline(engine)
     prompt, config = _prompt(engine), openvino_genai.GenerationConfig(max_new_tokens=new, ignore_eos=True)
 
     def run() -> Any:
@@ -352,6 +350,14 @@ def _openvino_genai(engine: Engine, new: int) -> Callable[[], Any]:
         return pipeline.generate(openvino_genai.TokenizedInputs(*given), config).perf_metrics
 
     return run
+
+
+def openvino_pipeline(engine: Engine, **options: Any) -> Any:
+    """The file of an engine by OpenVINO GenAI, in float32."""
+    openvino_genai: Any = importlib.import_module("openvino_genai")
+
+    settings = {"INFERENCE_NUM_THREADS": engine.threads, "INFERENCE_PRECISION_HINT": "f32"}
+    return openvino_genai.LLMPipeline(str(engine.artifact), "CPU", {**settings, **options})
 
 
 # --- tokopt -----------------------------------------------------------------------------------------------
