@@ -25,6 +25,8 @@ from tokopt.runtime.text import TextStream
 
 Item = TypeVar("Item")
 
+UNCHANGED = Lossless(True)
+
 
 @dataclass(frozen=True)
 class Statistics:
@@ -82,7 +84,7 @@ class Generated:
     statistics: Statistics = field(default_factory=Statistics, compare=False, repr=False)
     logprobs: tuple[float, ...] | None = field(default=None, compare=False, repr=False)
     top_logprobs: tuple[Mapping[int, float], ...] | None = field(default=None, compare=False, repr=False)
-    lossless: Lossless = field(default=Lossless(True), compare=False, repr=False)
+    lossless: Lossless = field(default=UNCHANGED, compare=False, repr=False)
 
 
 @dataclass
@@ -275,15 +277,17 @@ class Generating:
         trees: Trees | None = None,
         host: HostSpeculation | None = None,
         report: Report | None = None,
+        lossless: Lossless = UNCHANGED,
     ) -> None:
         """``reading`` makes the request, once there is something to do, and reads the prompts.
 
-        ``trees`` belong to a model that speculates, and ``host`` proposes to one that verifies. ``begun`` says that
-        reading has begun, and ``calling`` that a call is on its way, or was left by an exception: the request may then
-        hold more or less than the texts say. ``request`` is there once the prompts are read.
+        ``trees`` belong to a model that speculates, and ``host`` proposes to one that verifies. ``lossless`` is
+        what is said of the texts. ``begun`` says that reading has begun, and ``calling`` that a call is on its way, or
+        was left by an exception: the request may then hold more or less than the texts say. ``request`` is there once
+        the prompts are read.
         """
         self.texts, self.limits, self.draw, self.trees, self.host = texts, limits, draw, trees, host
-        self.report, self.reading = report, reading
+        self.report, self.reading, self.lossless = report, reading, lossless
         read = [text.prompt - held for text, held in zip(texts, reading.held, strict=True)]
         self.statistics = Statistics(sum(read))
         self.request = cast("Request | None", None)
@@ -305,10 +309,9 @@ class Generating:
         text = self.texts[row]
         shown = "".join(text.pieces) if text.stream else None
         logprobs = tuple(text.logprobs) if text.logprobs else None
-        kept = Lossless(True) if self.host is None else self.host.method.lossless
         top = tuple(text.top) if self.report is not None and self.report.top else None
         new = tuple(text.history[text.prompt :])
-        return Generated(new, shown, text.finish, self.statistics, logprobs, top, kept)
+        return Generated(new, shown, text.finish, self.statistics, logprobs, top, self.lossless)
 
     def __iter__(self) -> Iterator[None]:
         """Yield whenever the texts that are not finished have new tokens."""

@@ -19,7 +19,7 @@ from tokopt.runtime.engines.base import Stateful
 from tokopt.runtime.engines.kernels import Kernels
 from tokopt.runtime.format.manifest import Manifest, file_path
 from tokopt.runtime.format.schedule import emits_tokens
-from tokopt.runtime.generate import Draw, Generated, Generating, Limits, Report, Stream, Text
+from tokopt.runtime.generate import UNCHANGED, Draw, Generated, Generating, Limits, Report, Stream, Text
 from tokopt.runtime.grammar import Constraints, Grammar
 from tokopt.runtime.inputs import Interface, count_rows
 from tokopt.runtime.loop import Request, chunk_size, prompt_slots
@@ -40,6 +40,7 @@ from tokopt.runtime.selftest import TaskCheck, run_selftests
 from tokopt.runtime.speculation.calls import Speculation, Trees
 from tokopt.runtime.speculation.drafters.base import Drafter
 from tokopt.runtime.speculation.host import HostSpeculation, Method
+from tokopt.runtime.speculation.lossless import Lossless
 from tokopt.runtime.speculation.named import Verification, make_drafter, read_rule
 from tokopt.runtime.speculation.rules.base import Rule
 from tokopt.runtime.text import TextStream, Tokenizer, read_tokenizer
@@ -311,7 +312,13 @@ class LanguageModel:
             if method is None
             else HostSpeculation(method, sampling.temperature, streams, self.settings.vocabulary),
             None if options.logprobs is None else Report(options.logprobs),
+            self._own_lossless(options.nodes) if method is None else method.lossless,
         )
+
+    def _own_lossless(self, nodes: int | None) -> Lossless:
+        """Whether texts follow the model's distribution where calls get so many nodes and no host proposes."""
+        entry = self.manifest.schedule.decode(nodes)
+        return Lossless(False, entry.lossy) if entry is not None and entry.lossy else UNCHANGED
 
     def _texts(self, prompts: Sequence[Prompt], stops: Sequence[str], samples: int) -> list[Text]:
         """A text for every prompt, each of which is there ``samples`` times, one after the other."""

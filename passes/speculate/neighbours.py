@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.fx import Node
+from torch.fx import GraphModule, Node
 
 from tokopt.analysis.constants import constants, evaluate
 from tokopt.errors import PassRefused
@@ -23,26 +23,33 @@ def give_neighbours(edit: ProgramEdit, count: int, name: str) -> None:
     Raises PassRefused where the tokens are looked up in no table.
     """
     tokens, graph = edit.of_role("tokens"), edit.module.graph
-    table = _table(edit, tokens)
-    if count >= len(table):
-        raise PassRefused(f"each of its {len(table)} tokens has fewer than {count} neighbours")
-    near = put_parameter(edit.module, graph.output_node(), None, nearest(table, count))
+    near = nearest_to(edit.module, graph.output_node(), embeddings(edit.module, tokens), count)
     with graph.inserting_before(graph.output_node()):
-        found = call(graph, _looked_up, near, tokens, like=tokens)
+        found = call(graph, looked_up, near, tokens, like=tokens)
     edit.outputs.append(TensorSpec(name, "int64", (), "neighbours"))
     edit.results.append(found)
 
 
-def _table(edit: ProgramEdit, tokens: Node) -> Tensor:
-    """The embeddings [vocabulary, channels] of the tokens."""
-    known = constants(edit.module.graph)
-    for node in edit.module.graph.nodes:
+def nearest_to(module: GraphModule, reader: Node, table: Tensor, count: int) -> Node:
+    """A parameter in front of ``reader``: the ``count`` tokens nearest to each by their embeddings in a ``table``.
+
+    Raises PassRefused where there are not so many.
+    """
+    if count >= len(table):
+        raise PassRefused(f"each of its {len(table)} tokens has fewer than {count} neighbours")
+    return put_parameter(module, reader, None, nearest(table, count))
+
+
+def embeddings(module: GraphModule, tokens: Node) -> Tensor:
+    """The embeddings [vocabulary, channels] of the tokens; raises PassRefused where they are looked up in no table."""
+    known = constants(module.graph)
+    for node in module.graph.nodes:
         if not is_call(node, aten.embedding) or operand_at(node, 0) not in known:
             continue
         index = operand_at(node, 1)
         while index is not tokens and len(above := tensor_inputs(index)) == 1:
             index = above[0]  # a view of them
-        table = evaluate(edit.module, operand_at(node, 0), {}) if index is tokens else None
+        table = evaluate(module, operand_at(node, 0), {}) if index is tokens else None
         if table is not None and table.is_floating_point():  # codes alone say no distance
             return table.float()
     raise PassRefused("its tokens are looked up in no table, by which some would be near others")
@@ -58,5 +65,6 @@ def nearest(table: Tensor, count: int) -> Tensor:
     return torch.cat(found).int()
 
 
-def _looked_up(near: Tensor, tokens: Tensor) -> Tensor:
+def looked_up(near: Tensor, tokens: Tensor) -> Tensor:
+    """The neighbours of tokens [batch, tokens] in a table of them."""
     return near[tokens].long()

@@ -28,7 +28,9 @@ from tokopt.passes.speculate.committed import (
     refuse_links,
     require_logits,
 )
-from tokopt.passes.speculate.drafters import Drafter, load_drafter
+from tokopt.passes.speculate.drafters import Drafter, Verified, load_drafter
+from tokopt.passes.speculate.lossy import Lantern, LossyRule, Typical
+from tokopt.passes.speculate.neighbours import embeddings, looked_up, nearest_to
 from tokopt.passes.speculate.observed import Observation, observe_path
 from tokopt.passes.speculate.tree import (
     Tree,
@@ -37,9 +39,10 @@ from tokopt.passes.speculate.tree import (
     best_first,
     chain,
     is_chain,
+    path_to,
     tree,
 )
-from tokopt.pipeline.base import Context, Pass, PassResult, Refusal
+from tokopt.pipeline.base import Context, Pass, PassResult, Refusal, options
 from tokopt.rewrite.cache import ProgramEdit, language_program
 from tokopt.rewrite.edit import call, close_graph, inline_nodes, new_graph, open_graph
 
@@ -50,6 +53,12 @@ CONFIDENCE = "confidence"
 
 MOST = 64
 """Nodes of a tree at most."""
+
+NEAREST = 1024
+"""Neighbours of a token at most."""
+
+OPTIONS = {"lantern": ("delta", "neighbours"), "typical": ("epsilon", "alpha")}
+"""Rule -> the options that say how it accepts."""
 
 
 @dataclass(frozen=True)
@@ -64,6 +73,11 @@ class Speculate(Pass):
     A token is drawn with the random number of its place in the text, whatever was proposed. So the text is that of
     ``sample`` for the same seed, greedy or not, up to what the rounding of calls with several tokens changes.
 
+    With another rule to ``accept`` by, the text is not that of the model: ``typical`` takes proposals above a threshold
+    (Medusa, arXiv 2401.10774: ``epsilon``, ``alpha``), ``lantern`` lets a token stand for its ``neighbours`` as far as
+    ``delta`` goes (arXiv 2410.03355). At temperature 0 both write the greedy text. Above, what is written depends on how
+    many nodes calls get.
+
     ``drafter``: ``prompt_lookup``, ``token_recycling`` (arXiv 2408.08696), ``hybrid``, which is lookup where the text
     repeats itself and recycling elsewhere, or ``logitspec`` (arXiv 2507.01449). ``depth`` bounds the tree's levels.
 
@@ -74,16 +88,45 @@ class Speculate(Pass):
     drafter: Literal["prompt_lookup", "token_recycling", "hybrid", "logitspec"] = "prompt_lookup"
     nodes: int = 8
     depth: int = 8
+    accept: Literal["same_text", "typical", "lantern"] = "same_text"
+    delta: float = 0.1
+    neighbours: int = 16
+    epsilon: float = 0.09
+    alpha: float = 0.3
 
     name: ClassVar[str] = "speculate"
     semantics: ClassVar[Semantics] = "lossless"
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for option, most in (("nodes", MOST), ("depth", 8)):
+        for option, most in (("nodes", MOST), ("depth", 8), ("neighbours", NEAREST)):
             value = getattr(self, option)
             if not 1 <= value <= most:
                 raise PassError(f"{self.name}: {option}={value} must be 1 to {most}")
+        for option in ("delta", "epsilon", "alpha"):
+            value = getattr(self, option)
+            if not 0 < value <= 1:
+                raise PassError(f"{self.name}: {option}={value:g} must be above 0 and at most 1")
+        for rule, own in OPTIONS.items():
+            given = [
+                o.name for o in options(type(self)) if o.name in own and getattr(self, o.name) != o.default
+            ]
+            if given and rule != self.accept:
+                raise PassError(
+                    f"{self.name}: {given[0]} is for accept={rule}; leave it out, or accept by that rule"
+                )
+
+    @property
+    def promise(self) -> Semantics:
+        """Of a rule that changes the text, that of no text."""
+        return "lossless" if self.accept == "same_text" else "approximate"
+
+    def rule(self, nodes: int) -> LossyRule | None:
+        """What accepts tokens of a tree of so many nodes; None for the tokens that the model draws itself."""
+        if self.accept == "same_text":
+            return None
+        lantern = Lantern(nodes, self.delta, self.neighbours)
+        return lantern if self.accept == "lantern" else Typical(self.epsilon, self.alpha)
 
     def requires(self, bundle: Bundle) -> None:
         """Language models whose one program gives logits."""
@@ -95,25 +138,29 @@ class Speculate(Pass):
         assert bundle.generation is not None
         step = bundle.programs[name]
         parents = best_first(drafter.rates, drafter.fade, self.nodes, self.depth, drafter.below)
+        rule = self.rule(len(parents))
         try:
             refuse_links(step)
             drawing = SampleTokens().run(bundle, context).bundle
             memory = tuple(_named(drafter.states(bundle.generation), drawing))
             made = _Speculation(
-                step, drawing.programs[name], drawing, memory, drafter, chain=is_chain(parents)
+                step, drawing.programs[name], drawing, memory, drafter, rule, chain=is_chain(parents)
             )
             speculating = made.program()
         except PassRefused as reason:
             return PassResult(bundle, 0, (), (Refusal(name, str(reason)),))
         added = fresh("speculate", bundle.programs)
-        entries = (*bundle.schedule.entries, Entry(added, "decode", NODES, parents))
+        lossy = "" if rule is None else rule.lossy
+        # What is drawn alone is drawn by the program that reads; another rule decides of every token.
+        kept = [e for e in bundle.schedule.entries if e.role != "decode" or rule is None or rule.draws]
+        entries = (*kept, Entry(added, "decode", NODES, parents, lossy=lossy))
         made = replace(
             drawing,
             programs={**drawing.programs, name: _reading(drawing, name, memory, drafter), added: speculating},
             states=(*drawing.states, *memory),
             schedule=replace(bundle.schedule, entries=entries),
         )
-        return PassResult(made, 1)
+        return PassResult(made, 1, (lossy,) if lossy else ())
 
 
 def _named(states: Iterable[State], bundle: Bundle) -> Iterator[State]:
@@ -197,11 +244,13 @@ class _Speculation:
         bundle: Bundle,
         memory: Sequence[State],
         drafter: Drafter,
+        rule: LossyRule | None,
         *,
         chain: bool,
     ) -> None:
         """``bundle`` has the states of ``drawn``, and ``memory`` are those of the drafter."""
         self.step, self.drawn, self.memory, self.drafter, self.chain = step, drawn, memory, drafter, chain
+        self.rule = rule
         self.states = {state.name: state for state in (*bundle.states, *memory)}
         assert bundle.generation is not None
         self.context = None if bundle.schedule.endless else bundle.generation.context
@@ -221,12 +270,12 @@ class _Speculation:
         """Raises PassRefused where what rejected tokens left behind could not be taken back."""
         made = _Outputs()
         memory = [self.by_state[state.name] for state in self.memory]
-        proposed, limit, *told = self._insert(
+        proposed, read, limit, *told = self._insert(
             partial(_propose, self.drafter, chain if self.chain else tree, self.context),
             *self._of_roles("tokens", "positions", "parent", "limit"),
             *memory,
         )
-        known = self._run_model(proposed, *told)
+        known = self._run_model(read, *told)
         results = {
             spec.name: known[node]
             for spec, node in zip(self.step.outputs, graph_results(self.model.graph), strict=True)
@@ -236,9 +285,7 @@ class _Speculation:
         assert counter is not None
         place, drawing = self._of_roles("positions", "parent"), self._of_roles(*DRAWING)
         given = (logits, proposed, self.by_state[counter], *place, limit, *drawing)
-        tokens, count, logprobs, number, path, there = self._insert(
-            _commit_chain if self.chain else _commit, *given
-        )
+        tokens, count, logprobs, number, path, there = self._insert(*self._committing(read), *given)
         made.add(TensorSpec("next_tokens", "int64", (BATCH, NODES), "tokens"), tokens)
         made.add(TensorSpec("count", "int64", (BATCH,), "count"), count)
         made.add(TensorSpec("logprobs", "float32", (BATCH, NODES), "logprobs"), logprobs)
@@ -248,7 +295,7 @@ class _Speculation:
         self._observe_path(made, known, path, count)
         made.give(self.states[counter], number)
         sure, *noted = self._insert(
-            partial(_observe, self.drafter), proposed, logits, tokens, count, there, path, *memory
+            partial(_observe, self.drafter), read, logits, tokens, count, there, path, *memory
         )
         made.add(_confidence(CONFIDENCE), sure)
         for state, node in zip(self.memory, noted, strict=True):
@@ -299,6 +346,18 @@ class _Speculation:
         )
         return known
 
+    def _committing(self, read: Node) -> tuple[Any, ...]:
+        """What decides which tokens are committed, and what it is given first."""
+        if self.rule is None:
+            return (_commit_chain if self.chain else _commit,)
+        function = partial(_commit_by_rule, self.rule, chain if self.chain else tree)
+        if not self.rule.neighbours:
+            return function, read
+        named = zip(self.step.inputs, placeholders(self.model), strict=True)
+        table = embeddings(self.model, next(node for spec, node in named if spec.role == "tokens"))
+        near = nearest_to(self.module, read, table, self.rule.neighbours)
+        return function, self._insert(looked_up, near, read)
+
     def _observe_path(self, made: _Outputs, known: Mapping[Node, Node], path: Node, count: Node) -> None:
         """What the model remembers after the committed tokens alone."""
         observation = self.observation
@@ -347,11 +406,12 @@ def _propose(
     parent: Tensor,
     limit: Tensor,
     *memory: Tensor,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Tokens [batch, nodes] of the tree, how many may be committed [batch], then what the model is told.
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Tokens [batch, nodes] of the tree, -1 for none; what the model reads of them, and is told beside.
 
-    That is the nodes' positions, who sees whom, and the rows whose logits are wanted: all. Nodes deeper than a row may
-    commit have no position: it might lie beyond the ``context``, where a model with learned positions has none.
+    Between them how many may be committed [batch]. It is told the nodes' positions, who sees whom, and the rows whose
+    logits are wanted: all. Nodes deeper than a row may commit have no position: it might lie beyond the ``context``,
+    where a model with learned positions has none.
     """
     shape = shaped(parent)
     proposed = drafter.propose(tokens[:, 0], positions[:, 0], shape, *memory)
@@ -360,7 +420,7 @@ def _propose(
     there = (positions >= 0) & ((shape.depth[None] < limit[:, None]) | (shape.depth == 0))
     places = torch.where(there, positions + shape.depth, -1)
     mask = shape.sees[None].expand(tokens.shape[0], -1, -1)
-    return proposed, limit, places, mask, shape.index
+    return proposed, proposed.clamp_min(0), limit, places, mask, shape.index
 
 
 def _commit(
@@ -407,6 +467,35 @@ def _commit_chain(
     return tokens, count, logprobs, counter + count, index[None].expand(proposed.shape[0], -1), there
 
 
+def _commit_by_rule(
+    rule: LossyRule,
+    shaped: Callable[[Tensor], Tree],
+    near: Tensor,
+    logits: Tensor,
+    proposed: Tensor,
+    counter: Tensor,
+    positions: Tensor,
+    parent: Tensor,
+    limit: Tensor,
+    *drawing: Tensor,
+) -> tuple[Tensor, ...]:
+    """What :func:`_commit` returns where a rule decides; ``near`` [batch, nodes, neighbours] as it asks for them."""
+    *how, seed, stream = drawing
+    shape, wide = shaped(parent), logits.float()
+    uniform = ops.uniforms(seed, stream, counter, proposed.shape[1])
+    p = ops.truncated_softmax(wide, *how)
+    node, token, used = rule.decide(shape, proposed, near, p, uniform, limit)
+    count = torch.where(limit > 0, shape.depth[node] + 1, 0)
+    path = path_to(shape, node)
+    inside, there = _places(shape.index, positions, count)
+    following = proposed.gather(1, torch.cat([path[:, 1:], path[:, :1]], 1))
+    chosen = torch.where(shape.index[None] == count[:, None] - 1, token[:, None], following)
+    tokens = torch.where(inside, chosen, 0)
+    known = ops.gather_tokens(wide.log_softmax(-1), path, 1)
+    logprobs = known.gather(2, tokens.clamp_min(0)[:, :, None])[:, :, 0]
+    return tokens, count, logprobs, counter + torch.where(limit > 0, used, 0), path, there
+
+
 def _places(index: Tensor, positions: Tensor, count: Tensor) -> tuple[Tensor, Tensor]:
     """Which places of the path are committed [batch, nodes], and the positions of their tokens, -1 behind them."""
     inside = index[None] < count[:, None]
@@ -446,6 +535,7 @@ def _observe(
 ) -> tuple[Tensor, ...]:
     """The confidence after what was committed, and the memory."""
     newest = (count - 1).clamp_min(0)[:, None]
-    noted = drafter.observe(tokens, logits, committed, places, path.gather(1, newest)[:, 0], *memory)
+    verified = Verified(tokens, logits, committed, places, path.gather(1, newest)[:, 0])
+    noted = drafter.observe(verified, *memory)
     root = committed.gather(1, newest)[:, 0]
     return drafter.confidence(root, *noted), *noted

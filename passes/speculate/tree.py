@@ -70,13 +70,22 @@ def accepted(shape: Tree, tokens: Tensor, chosen: Tensor, limit: Tensor) -> tupl
     than ``limit`` [batch] tokens allow: the path's nodes but the root, and the choice after the last. Behind the end
     the path has node 0; a row with a limit of 0 commits nothing.
     """
-    right = (tokens == chosen[:, shape.up]) | (shape.index == 0)
-    wrong = (shape.sees[None] & ~right[:, None, :]).sum(-1)
-    fits = (wrong == 0) & (shape.depth[None] < limit.clamp_min(1)[:, None])
+    fits = fitting(shape, tokens == chosen[:, shape.up], limit)
     best = torch.where(fits, shape.depth[None], -1).argmax(-1)
-    on_path = shape.sees[best][:, None, :] & (shape.depth[None, None, :] == shape.index[None, :, None])
-    path = (on_path * shape.index).sum(-1)
-    return path, torch.where(limit > 0, shape.depth[best] + 1, 0)
+    return path_to(shape, best), torch.where(limit > 0, shape.depth[best] + 1, 0)
+
+
+def fitting(shape: Tree, right: Tensor, limit: Tensor) -> Tensor:
+    """Which nodes [batch, nodes] are ``right`` with all their ancestors, the root apart, and not deeper than ``limit``
+    [batch] tokens allow."""
+    wrong = (shape.sees[None] & ~(right | (shape.index == 0))[:, None, :]).sum(-1)
+    return (wrong == 0) & (shape.depth[None] < limit.clamp_min(1)[:, None])
+
+
+def path_to(shape: Tree, node: Tensor) -> Tensor:
+    """The path [batch, nodes] from the root to a node [batch]; behind its end it has node 0."""
+    on_path = shape.sees[node][:, None, :] & (shape.depth[None, None, :] == shape.index[None, :, None])
+    return (on_path * shape.index).sum(-1)
 
 
 def best_first(

@@ -128,6 +128,7 @@ def _check_tree(entry: Entry, program: Signature) -> None:
         (parent is not None) == bool(entry.tree),
         f"{where} has a tree and its program takes none, or the other way round",
     )
+    require(bool(entry.tree) or not entry.lossy, f"{where} has no tree, and says how it accepts one")
     if parent is None:
         return
     require(

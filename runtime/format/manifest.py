@@ -57,6 +57,7 @@ from tokopt.runtime.format.reader import (
     read_object,
     read_optional,
     read_relative,
+    read_text,
     short,
 )
 from tokopt.runtime.format.schedule import AFTER, ENTRY_ROLES, Entry, Schedule, Trigger
@@ -293,7 +294,7 @@ def _schedule(value: Json, where: str) -> Schedule:
 
 
 def _entry(value: Json, where: str) -> Entry:
-    entry = read_object(value, where, "program role slots", "tree then since depth")
+    entry = read_object(value, where, "program role slots", "tree then since depth lossy")
     slots = read_axis(entry["slots"], f"{where}.slots")
     role = read_choice(entry["role"], f"{where}.role", ENTRY_ROLES)
     tree = read_items(entry.get("tree", []), f"{where}.tree", _parent)
@@ -301,7 +302,8 @@ def _entry(value: Json, where: str) -> Entry:
     since = read_integer(entry.get("since", 0), f"{where}.since", 0, MAX_SIZE)
     depth = read_integer(entry.get("depth", 0), f"{where}.depth", 0, _MAX_LAYERS)
     program = read_name(entry["program"], f"{where}.program")
-    return Entry(program, role, slots, tree, then, since, depth)
+    lossy = read_text(entry.get("lossy", ""), f"{where}.lossy")
+    return Entry(program, role, slots, tree, then, since, depth, lossy)
 
 
 def _parent(value: Json, where: str) -> int:

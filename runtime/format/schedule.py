@@ -34,6 +34,9 @@ class Entry:
 
     ``depth`` is for models in stages: how many of the model's blocks are computed once the program has run, those of
     the entries before it included. 0 says nothing of it.
+
+    ``lossy`` is for a program that proposes tokens: a sentence that says how the rule by which it accepts them changes
+    the text. Empty: it does not, however many tokens are proposed.
     """
 
     program: str
@@ -43,6 +46,7 @@ class Entry:
     then: tuple[str, ...] = ()
     since: int = 0
     depth: int = 0
+    lossy: str = ""
 
     @property
     def programs(self) -> tuple[str, ...]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,16 +12,22 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.runtime.speculation.toys import Scripted, next_script, rows, toy
 from tokopt.errors import PassError
 from tokopt.ir.format import Generation
 from tokopt.passes import Speculate
-from tokopt.passes.speculate.drafters import DRAFTERS, load_drafter
+from tokopt.passes.speculate.drafters import DRAFTERS, Verified, load_drafter
 from tokopt.passes.speculate.drafters.token_recycling import LEVELS
+from tokopt.passes.speculate.lossy import Lantern, LossyRule, Typical
 from tokopt.passes.speculate.tree import accepted, accepted_in_chain, best_first, chain, is_chain, tree
 from tokopt.runtime.speculation.draft import Draft, Drawn
-from tokopt.runtime.speculation.drafters.base import Verified
+from tokopt.runtime.speculation.drafters.base import Verified as HostVerified
 from tokopt.runtime.speculation.drafters.token_recycling import TokenRecycling
-from tokopt.runtime.speculation.rules.base import Accepted
+from tokopt.runtime.speculation.host import shallow
+from tokopt.runtime.speculation.lossless import lossless
+from tokopt.runtime.speculation.rules.base import Accepted, Rule
+from tokopt.runtime.speculation.rules.lantern import Lantern as HostLantern
+from tokopt.runtime.speculation.rules.typical import Typical as HostTypical
 from tokopt.runtime.speculation.tree import Tree as Plan
 
 GENERATION = Generation(context=40, vocabulary=12)
@@ -135,8 +143,10 @@ def test_prompt_lookup_copies_what_followed(text: list[int]) -> None:
     got = drafter.propose(root, torch.tensor([size - 1]), chain, *held)
     if words:
         assert got[0].tolist() == [text[-1], *(after * 3)[:3]]
+    else:
+        assert got[0].tolist() == [text[-1], -1, -1, -1]
     places, last = torch.arange(size)[None], torch.tensor([size - 1])
-    again = drafter.observe(got, NO_LOGITS, torch.tensor([text]), places, last, *held)
+    again = drafter.observe(Verified(got, NO_LOGITS, torch.tensor([text]), places, last), *held)
     assert all(map(torch.equal, held, again))  # what is committed is text as any other
 
 
@@ -149,7 +159,7 @@ def test_logitspec_goes_on_from_every_candidate(text: list[int], seed: int, veri
     tokens, places = torch.tensor([text]), torch.arange(size)[None]
     if verified:
         last = torch.tensor([2])
-        held = drafter.observe(tokens, logits, tokens, places, last, *memory("logitspec"))
+        held = drafter.observe(Verified(tokens, logits, tokens, places, last), *memory("logitspec"))
     else:
         held = drafter.read(tokens, places, logits[:, 2:3], *memory("logitspec"))
     shape, root = tree(torch.tensor([-1, 0, 0, 0, 1, 2, 3, 4, 5, 6])), torch.tensor([text[-1]])
@@ -158,7 +168,7 @@ def test_logitspec_goes_on_from_every_candidate(text: list[int], seed: int, veri
     chains = [(after * 3)[:3]] if words else []
     for token in [t for t in logits[0, 2].argsort(descending=True).tolist() if t != text[-1]]:
         _, behind = copied([*text, token])
-        chains.append([token, *([*(behind * 2), 0, 0][:2])])
+        chains.append([token, *([*(behind * 2), -1, -1][:2])])
     (got,) = drafter.propose(root, torch.tensor([size - 1]), shape, *held).tolist()
     assert [got[0], *zip(got[1:4], got[4:7], got[7:10], strict=True)] == [text[-1], *map(tuple, chains[:3])]
 
@@ -169,7 +179,7 @@ def test_recycling_proposes_the_followers_it_has_seen() -> None:
     tokens = torch.tensor([[1, 2, 1]])
     logits = torch.randn(1, 3, 12, generator=torch.Generator().manual_seed(0))
     none = torch.full((1, 3), -1)
-    (table,) = drafter.observe(tokens, logits, tokens, none, torch.tensor([0]), table)
+    (table,) = drafter.observe(Verified(tokens, logits, tokens, none, torch.tensor([0])), table)
     order = logits[0].argsort(-1, descending=True)[:, :8].int()
     assert torch.equal(table[1], order[2]) and torch.equal(table[2], order[1])
     assert not table[3:].any() and not table[0].any()
@@ -195,11 +205,11 @@ def test_a_host_and_a_program_recycle_alike(up: list[int], seed: int) -> None:
         logits = generator.standard_normal((len(tokens), 12), np.float32)
         accepted = Accepted(np.array([0]), tokens[:1])
         draft = Draft(verified, tokens, Drawn.DETERMINISTIC)
-        host.write(Verified(draft, accepted, np.argsort(-logits, axis=1)[:, :8]))
+        host.write(HostVerified(draft, accepted, np.argsort(-logits, axis=1)[:, :8]))
         given = torch.from_numpy(tokens)[None]
         none = torch.full_like(given, -1)
         last = torch.tensor([0])
-        (table,) = drafter.observe(given, torch.from_numpy(logits)[None], given, none, last, table)
+        (table,) = drafter.observe(Verified(given, torch.from_numpy(logits)[None], given, none, last), table)
     np.testing.assert_array_equal(table.numpy(), host.table)
     got = drafter.propose(torch.tensor([5]), torch.tensor([0]), tree(torch.tensor(up)), table)[0].numpy()
     shallow = plan.depth <= LEVELS
@@ -228,3 +238,106 @@ def test_a_table_is_small() -> None:
 def test_options_out_of_range_are_refused(option: str, value: int) -> None:
     with pytest.raises(PassError, match=rf"{option}={value} must be 1 to"):
         Speculate(**{option: value})  # type: ignore[arg-type]
+
+
+# --- lossy rules ------------------------------------------------------------------------------------------
+
+
+class Numbered(Scripted):
+    """Keeps a random number by which every decision would fall as it does."""
+
+    def __init__(self, script: list[int]) -> None:
+        super().__init__(script)
+        self.numbers: list[float] = []
+
+    def bernoulli(self, probability: float) -> bool:
+        taken = super().bernoulli(probability)
+        self.numbers.append(probability / 2 if taken else (1 + probability) / 2)
+        return taken
+
+    def draw(self, distribution: np.ndarray) -> int:
+        token = super().draw(distribution)
+        self.numbers.append(float(distribution[:token].sum() + distribution[token] / 2))
+        return token
+
+
+def every_outcome(rule: Rule, draft: Draft, p: np.ndarray) -> Iterator[tuple[Accepted, Numbered]]:
+    """All that a host's rule may accept of a draft, with its decisions."""
+    script: list[int] | None = []
+    while script is not None:
+        decisions = Numbered(script)
+        yield rule.verify(draft, p, decisions), decisions
+        script = next_script(decisions.taken, decisions.counts)
+
+
+SHAPES = ([-1, 0, 1, 2], [-1, 0, 0, 0], [-1, 0, 0, 1, 1, 2], [-1, 0, 1, 0, 3], [-1])
+"""Trees: a chain, siblings, both, children before their parent's younger siblings, the root alone."""
+
+
+@pytest.mark.parametrize("up", SHAPES, ids=str)
+@pytest.mark.parametrize("seed", range(4))
+def test_lossy_rules_of_a_program_are_those_of_a_host(up: list[int], seed: int) -> None:
+    """For every way in which decisions may fall, which are all that an output's probability is made of.
+
+    Tokens that siblings share, zeros in a distribution, fewer tokens than the tree is deep, and trees of fewer nodes
+    than a program has at most. Of lantern at most ``delta`` moves.
+    """
+    source, size, delta = np.random.default_rng(seed), 6, (0.05, 0.3, 0.6, 1.0)[seed]
+    tokens, target = source.integers(0, size, len(up)), toy(size, seed, zeros=0.2)
+    twins = [any(up[j] == up[i] and tokens[j] == tokens[i] for j in range(i)) for i in range(len(up))]
+    near = np.stack([[t for t in source.permutation(size) if t != token][:3] for token in range(size)])
+    whole = Draft(Plan(np.array(up)), tokens, Drawn.DETERMINISTIC)
+    tree_, kept = whole.tree.keep(~np.array(twins))
+    p = rows(target, whole).astype(np.float32)
+    for limit in (2, len(up) + 1):
+        cut, inner = shallow(Draft(tree_, tokens[kept], Drawn.DETERMINISTIC), limit)
+        places = kept[inner]
+        for host, rule in (
+            (HostLantern(near, delta), Lantern(len(up) + 2, delta, 3)),
+            (HostTypical(0.3, 0.5), Typical(0.3, 0.5)),
+        ):
+            wanted = list(every_outcome(host, cut, p[places]))
+            count = len(wanted)
+            numbers = np.full((count, len(up)), 0.5, np.float32)
+            for row, (_, decisions) in zip(numbers, wanted, strict=True):
+                row[: len(decisions.numbers)] = decisions.numbers
+            given = torch.from_numpy(tokens)[None].expand(count, -1)
+            decided = rule.decide(
+                tree(torch.tensor(up)),
+                given,
+                torch.from_numpy(near)[given],
+                torch.from_numpy(p)[None].expand(count, -1, -1),
+                torch.from_numpy(numbers),
+                torch.full((count,), limit),
+            )
+            first = np.zeros(size)
+            for (made, decisions), node, token, used in zip(wanted, *decided, strict=True):
+                path = whole.tree.path(int(node))
+                assert path == tuple(places[made.path])
+                text = [*tokens[list(path[1:])], int(token)]
+                assert text == made.tokens.tolist() and int(used) == len(decisions.numbers)
+                first[text[0]] += decisions.probability
+            if isinstance(rule, Lantern):
+                assert np.abs(first - target((int(tokens[0]),))).sum() / 2 <= delta + 1e-6
+
+
+@pytest.mark.parametrize(
+    ("rule", "host"), [(Lantern(8, 0.2, 4), HostLantern(delta=0.2)), (Typical(0.3, 0.5), HostTypical())]
+)
+def test_a_program_says_as_its_host_how_a_text_changes(rule: LossyRule, host: Rule) -> None:
+    assert rule.lossy == lossless(host, Drawn.DETERMINISTIC).reason
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"delta": 0.2}, "delta is for accept=lantern"),
+        ({"accept": "lantern", "alpha": 0.2}, "alpha is for accept=typical"),
+        ({"accept": "lantern", "delta": 0.0}, "delta=0 must be above 0"),
+        ({"accept": "typical", "epsilon": 1.5}, "epsilon=1.5 must be above 0 and at most 1"),
+        ({"accept": "lantern", "neighbours": 0}, "neighbours=0 must be 1 to"),
+    ],
+)
+def test_options_of_another_rule_are_refused(given: dict[str, Any], said: str) -> None:
+    with pytest.raises(PassError, match=said):
+        Speculate(**given)

@@ -126,6 +126,11 @@ class Pass:
                 )
 
     @property
+    def promise(self) -> Semantics:
+        """The semantics with these options, where it depends on them."""
+        return self.semantics
+
+    @property
     def data_free(self) -> bool:
         """Whether the pass does to a program what it does to the one without reduced tokens: it reads weights alone."""
         return False

@@ -128,7 +128,7 @@ def _run_one(step: Pass, bundle: Bundle, context: Context) -> tuple[Bundle, Pass
     after = _remembering(step, bundle, result.bundle)
     verify_bundle(after)
     applied = AppliedPass(
-        str(step), result.matches, step.semantics, result.notes + tuple(map(str, result.refusals))
+        str(step), result.matches, step.promise, result.notes + tuple(map(str, result.refusals))
     )
     after = replace(after, history=bundle.history + (applied,))
     seconds = time.perf_counter() - start

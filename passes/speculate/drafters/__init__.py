@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from importlib import import_module
 from typing import Protocol
 
@@ -10,6 +11,21 @@ from torch import Tensor
 
 from tokopt.ir.format import Generation, State
 from tokopt.passes.speculate.tree import Tree
+
+
+@dataclass(frozen=True)
+class Verified:
+    """A verified tree: its ``tokens`` [batch, nodes] and the ``logits`` [batch, nodes, vocabulary] after each.
+
+    ``committed`` [batch, nodes] are tokens at the positions ``places``, which are -1 behind the last, chosen after the
+    node ``last`` [batch].
+    """
+
+    tokens: Tensor
+    logits: Tensor
+    committed: Tensor
+    places: Tensor
+    last: Tensor
 
 
 class Drafter(Protocol):
@@ -47,23 +63,11 @@ class Drafter(Protocol):
         ...
 
     def propose(self, root: Tensor, position: Tensor, shape: Tree, *memory: Tensor) -> Tensor:
-        """Tokens of all nodes [batch, nodes] int64 below the ``root`` [batch] at ``position`` [batch]."""
+        """Tokens of all nodes [batch, nodes] int64 below the ``root`` [batch] at ``position`` [batch]; -1 for none."""
         ...
 
-    def observe(
-        self,
-        tokens: Tensor,
-        logits: Tensor,
-        committed: Tensor,
-        places: Tensor,
-        last: Tensor,
-        *memory: Tensor,
-    ) -> Sequence[Tensor]:
-        """Take note of a verified tree.
-
-        ``tokens`` [batch, nodes] and the ``logits`` [batch, nodes, vocabulary] after each; ``committed`` [batch, nodes]
-        tokens at the positions ``places``, which are -1 behind the last, drawn after the node ``last`` [batch].
-        """
+    def observe(self, verified: Verified, *memory: Tensor) -> Sequence[Tensor]:
+        """Take note of a verified tree."""
         ...
 
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from tokopt.ir.format import Generation, State
+from tokopt.passes.speculate.drafters import Verified
 from tokopt.passes.speculate.drafters.prompt_lookup import PromptLookup, following
 from tokopt.passes.speculate.drafters.token_recycling import LEVELS, WIDTH, TokenRecycling
 from tokopt.passes.speculate.tree import Tree
@@ -57,18 +58,9 @@ class Hybrid:
             tokens = torch.where(shape.index == 0, tokens, proposed)
         return tokens
 
-    def observe(
-        self,
-        tokens: Tensor,
-        logits: Tensor,
-        committed: Tensor,
-        places: Tensor,
-        last: Tensor,
-        *memory: Tensor,
-    ) -> Sequence[Tensor]:
+    def observe(self, verified: Verified, *memory: Tensor) -> Sequence[Tensor]:
         """Both observe."""
-        given = (tokens, logits, committed, places, last)
-        return [*self.text.observe(*given, *memory[:-1]), *self.table.observe(*given, memory[-1])]
+        return [*self.text.observe(verified, *memory[:-1]), *self.table.observe(verified, memory[-1])]
 
 
 DRAFTER = Hybrid()

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from tokopt.ir.format import BATCH, Generation, State
 from tokopt.kernels import ops
+from tokopt.passes.speculate.drafters import Verified
 from tokopt.passes.speculate.drafters.prompt_lookup import PromptLookup, following
 from tokopt.passes.speculate.tree import Tree
 
@@ -57,23 +58,15 @@ class LogitSpec:
         place = (branch[None] - own[:, None].long()).clamp_max(WIDTH - 1)
         guessed = continued(position, shape, place.clamp_min(0), likely, text[0])
         tokens = torch.where(place >= 0, guessed, following(position, shape, *text))
-        return torch.where(shape.index == 0, root[:, None], tokens.clamp_min(0))
+        return torch.where(shape.index == 0, root[:, None], tokens)
 
-    def observe(
-        self,
-        tokens: Tensor,
-        logits: Tensor,
-        committed: Tensor,
-        places: Tensor,
-        last: Tensor,
-        *memory: Tensor,
-    ) -> Sequence[Tensor]:
+    def observe(self, verified: Verified, *memory: Tensor) -> Sequence[Tensor]:
         """The committed tokens are text; the candidates are those beside the last of them."""
         *text, likely = memory
-        noted = self.text.observe(tokens, logits, committed, places, last, *text)
-        count = (places >= 0).sum(1)
-        root = committed.gather(1, (count - 1).clamp_min(0)[:, None])[:, 0]
-        after = ops.gather_tokens(logits, last[:, None], 1)[:, 0]
+        noted = self.text.observe(verified, *text)
+        count = (verified.places >= 0).sum(1)
+        root = verified.committed.gather(1, (count - 1).clamp_min(0)[:, None])[:, 0]
+        after = ops.gather_tokens(verified.logits, verified.last[:, None], 1)[:, 0]
         found = candidates(after, root).to(likely.dtype)
         return [*noted, torch.where(count[:, None] > 0, found, likely)]
 

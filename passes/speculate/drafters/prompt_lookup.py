@@ -10,6 +10,7 @@ from torch import Tensor
 
 from tokopt.ir.format import BATCH, Generation, State
 from tokopt.kernels import ops
+from tokopt.passes.speculate.drafters import Verified
 from tokopt.passes.speculate.tree import Tree
 
 
@@ -45,21 +46,14 @@ class PromptLookup:
         return memory[1][:, 1]
 
     def propose(self, root: Tensor, position: Tensor, shape: Tree, *memory: Tensor) -> Tensor:
-        """The tokens after the place; -1 stands for none and becomes token 0."""
-        copied = following(position, shape, *memory).clamp_min(0)
+        """The tokens after the place, if there is one."""
+        agreed = self.confidence(root, *memory) > 0
+        copied = torch.where(agreed[:, None], following(position, shape, *memory), -1)
         return torch.where(shape.index == 0, root[:, None], copied)
 
-    def observe(
-        self,
-        tokens: Tensor,
-        logits: Tensor,
-        committed: Tensor,
-        places: Tensor,
-        last: Tensor,
-        *memory: Tensor,
-    ) -> Sequence[Tensor]:
+    def observe(self, verified: Verified, *memory: Tensor) -> Sequence[Tensor]:
         """As when reading what was committed."""
-        return self.read(committed, places, logits, *memory)
+        return self.read(verified.committed, verified.places, verified.logits, *memory)
 
 
 def written(text: Tensor, tokens: Tensor, places: Tensor) -> Tensor:

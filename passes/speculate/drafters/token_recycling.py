@@ -10,6 +10,7 @@ from torch import Tensor
 
 from tokopt.ir.format import Generation, State
 from tokopt.kernels import ops
+from tokopt.passes.speculate.drafters import Verified
 from tokopt.passes.speculate.tree import Tree
 
 WIDTH = 8
@@ -53,19 +54,11 @@ class TokenRecycling:
             tokens = torch.where(shape.index == 0, tokens, follower)
         return tokens
 
-    def observe(
-        self,
-        tokens: Tensor,
-        logits: Tensor,
-        committed: Tensor,
-        places: Tensor,
-        last: Tensor,
-        *memory: Tensor,
-    ) -> Sequence[Tensor]:
+    def observe(self, verified: Verified, *memory: Tensor) -> Sequence[Tensor]:
         """Write the likeliest followers of every node."""
         (table,) = memory
-        found = ops.likeliest(logits, WIDTH).flatten(0, 1).to(table.dtype)
-        nodes = tokens.flatten()
+        found = ops.likeliest(verified.logits, WIDTH).flatten(0, 1).to(table.dtype)
+        nodes = verified.tokens.flatten()
         index = torch.arange(nodes.shape[0])
         last = torch.where(nodes[:, None] == nodes[None, :], index[None, :], -1).amax(1)
         return [table.index_put((nodes,), found[last])]
