@@ -81,8 +81,8 @@ def main() -> None:
     for trial in found.trials:
         quality = trial.quality.get(found.floor.measure)
         outcome = trial.reason or f"{trial.speedup:.2f}x at {found.floor.measure} {quality:.4f}"
-        print(f"{trial.pipeline:48} {outcome}")
-    print("best:", found.winner.pipeline if found.winner else f"no gain at {found.floor}")
+        print(f"{trial.text:48} {outcome}")
+    print("best:", found.winner.text if found.winner else f"no gain at {found.floor}")
 
 
 if __name__ == "__main__":

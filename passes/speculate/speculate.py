@@ -28,7 +28,7 @@ from tokopt.passes.speculate.committed import (
     refuse_links,
     require_logits,
 )
-from tokopt.passes.speculate.drafters import Drafter, Verified, load_drafter
+from tokopt.passes.speculate.drafters import Drafter, Verified, learns_by_reading, load_drafter
 from tokopt.passes.speculate.lossy import Lantern, LossyRule, Typical
 from tokopt.passes.speculate.neighbours import embeddings, looked_up, nearest_to
 from tokopt.passes.speculate.observed import Observation, observe_path
@@ -75,8 +75,8 @@ class Speculate(Pass):
 
     With another rule to ``accept`` by, the text is not that of the model: ``typical`` takes proposals above a threshold
     (Medusa, arXiv 2401.10774: ``epsilon``, ``alpha``), ``lantern`` lets a token stand for its ``neighbours`` as far as
-    ``delta`` goes (arXiv 2410.03355). At temperature 0 both write the greedy text. Above, what is written depends on how
-    many nodes calls get.
+    ``delta`` goes (arXiv 2410.03355). At temperature 0 both write the greedy text. Above, it depends on how many nodes
+    calls get.
 
     ``drafter``: ``prompt_lookup``, ``token_recycling`` (arXiv 2408.08696), ``hybrid``, which is lookup where the text
     repeats itself and recycling elsewhere, or ``logitspec`` (arXiv 2507.01449). ``depth`` bounds the tree's levels.
@@ -205,7 +205,7 @@ def _confidence(name: str) -> TensorSpec:
 
 def _noting(memory: Sequence[State]) -> list[State]:
     """The states that learn of what is read."""
-    return [state for state in memory if state.kind != "table"]
+    return [state for state in memory if learns_by_reading(state)]
 
 
 @dataclass
@@ -519,7 +519,9 @@ def _read(
     place = torch.where(count[:, None] > 0, positions[:, -1:] + 1, -1)
     noted = drafter.read(torch.cat([tokens, drawn], 1), torch.cat([positions, place], 1), logits, *memory)
     new = iter(noted)
-    after = [old if state.kind == "table" else next(new) for state, old in zip(states, memory, strict=True)]
+    after = [
+        next(new) if learns_by_reading(state) else old for state, old in zip(states, memory, strict=True)
+    ]
     return drafter.confidence(drawn[:, 0], *after), *noted
 
 

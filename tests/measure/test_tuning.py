@@ -23,6 +23,7 @@ from tests.zoo.blocks import Encoder, FunctionalAttention, PreNormBlock
 from tests.zoo.entries import randomize
 from tokopt.errors import InputError
 from tokopt.measure import text_times, tuning
+from tokopt.measure.candidate import Candidate
 from tokopt.measure.judge import FEATURES, PREDICTIONS, Floor, judge
 from tokopt.measure.space import default_space
 from tokopt.measure.timing import interleaved_times
@@ -149,7 +150,14 @@ def test_search_combines_what_reached_the_floor(
     assert found.trials[3].reason == "keep_grid changed nothing; tokopt optimize says why"
     assert found.winner is found.trials[-1]
     kept = sorted(path.name for path in (tmp_path / "t").iterdir())
-    assert kept == ["best.tokopt", "original.tokopt", "pareto.png", "pipeline.txt", "trials.json"]
+    assert kept == [
+        "best.tokopt",
+        "options.txt",
+        "original.tokopt",
+        "pareto.png",
+        "pipeline.txt",
+        "trials.json",
+    ]
     assert found.winner is not None
     text = (tmp_path / "t/pipeline.txt").read_text().strip()
     assert text == found.winner.pipeline
@@ -274,7 +282,7 @@ def test_exits_are_timed_on_the_samples(
     timed: list[list[dict[str, Any]]] = []
 
     def times(paths: list[str], *rest: Any) -> Iterator[tuple[float, float]]:
-        *_, feeds, _ = rest
+        *_, feeds, _, _ = rest
         timed.append(feeds)
         yield (2.0, 1.0)
 
@@ -388,8 +396,10 @@ def test_a_model_that_speculates_is_timed_by_what_it_writes(monkeypatch: pytest.
     """After the first half of each text in turn, as far back as the prompt goes; the seconds of a token."""
     written: list[tuple[list[int], int]] = []
 
-    def generate(self: LanguageModel, ids: np.ndarray, *, max_tokens: int, inputs: object) -> Any:
-        assert not self.settings.eos and not inputs
+    def generate(
+        self: LanguageModel, ids: np.ndarray, *, max_tokens: int, inputs: object, drafter: object
+    ) -> Any:
+        assert not self.settings.eos and not inputs and drafter is None
         written.append((ids.tolist(), max_tokens))
         return SimpleNamespace(statistics=SimpleNamespace(decode_seconds=6.0, new_tokens=4))
 
@@ -401,13 +411,18 @@ def test_a_model_that_speculates_is_timed_by_what_it_writes(monkeypatch: pytest.
 
 
 def test_drafters_are_searched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What speculates has the quality of the pipeline without, and is timed on the judging samples."""
-    assert "speculate{drafter=hybrid}" in default_space(decoder("hand_rotary"))[-1]
+    """What speculates has the quality of the pipeline without, and is timed on the judging samples.
+
+    What verifies is timed with its host's drafter, which is said beside its pipeline.
+    """
+    assert {"speculate{drafter=hybrid}", "verify --drafter suffix"} < set(
+        default_space(decoder("hand_rotary"))[-1]
+    )
     given: list[Any] = []
 
     def times(paths: list[str], *rest: Any) -> Iterator[tuple[float, float]]:
-        given.append(rest[-1])
-        yield ([1.4, 1.2, 1.7][len(given) - 1], 1.0)
+        given.append(rest[-2:])
+        yield ([1.4, 1.2, 1.3, 1.7, 1.8][len(given) - 1], 1.0)
 
     def export(made: tokopt.Bundle, path: Path, **options: Any) -> None:
         shutil.copytree(artifact("llama").path, path)  # any artifact, which may be moved
@@ -422,13 +437,48 @@ def test_drafters_are_searched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         [prompt(24, seed=i) for i in range(4)],
         tmp_path / "t",
         floor="KL<=5",
-        candidates=[["streaming{budget=0.5}"], ["speculate{drafter=prompt_lookup}"]],
+        candidates=[
+            ["streaming{budget=0.5}"],
+            ["speculate{drafter=prompt_lookup}", "verify  --drafter suffix", "speculate{accept=typical}"],
+        ],
         machine=Machine(threads=1, prompt=16),
     )
-    evicting, alone, both = found.trials
-    assert found.winner == both and both.quality == evicting.quality != alone.quality
-    assert alone.quality["KL"] == 0
-    assert given[0] == [] and [len(texts) for texts in given[1:]] == [2, 2]
+    evicting, alone, hosted, lossy, both, verifying = found.trials
+    assert both.quality == evicting.quality != alone.quality and alone.quality["KL"] == 0
+    assert given[0] == ([], "")
+    assert [(len(texts), drafter) for texts, drafter in given[1:]] == [(2, ""), (2, "suffix")] * 2
+    assert (hosted.pipeline, hosted.drafter) == ("verify", "suffix") and "'typical' is lossy" in lossy.reason
+    assert found.winner == verifying and both.text == "streaming{budget=0.5},speculate"
+    assert found.as_dict()["winner"] == "streaming{budget=0.5},verify --drafter suffix"
+    texts = [(tmp_path / "t" / name).read_text() for name in ("pipeline.txt", "options.txt")]
+    assert texts == ["streaming{budget=0.5},verify\n", "--drafter suffix\n"]
+
+
+def test_a_hosts_drafter_is_timed_where_the_model_verifies(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The model itself, with which it takes turns, writes without one."""
+    drafters: list[str | None] = []
+
+    def generate(self: LanguageModel, ids: np.ndarray, *, drafter: str | None, **options: Any) -> Any:
+        drafters.append(drafter)
+        return SimpleNamespace(statistics=SimpleNamespace(decode_seconds=6.0, new_tokens=4))
+
+    monkeypatch.setattr(LanguageModel, "generate", generate)
+    timer = text_times.WritingTimer(({"tokens": np.array([[1, 2, 3]])},), 2, 1, 9, "suffix")
+    for passes in ("", "verify{neighbours=6}"):
+        timer.open(str(artifact("llama", passes).path))()
+    assert drafters == [None, "suffix"]
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("verify --drafter sufix", "'sufix' is no drafter; choose from suffix,"),
+        ("speculate --drafter suffix", "a host drafts for a pipeline that ends with verify"),
+    ],
+)
+def test_a_drafter_of_no_host_is_refused(text: str, said: str) -> None:
+    with pytest.raises(InputError, match=said):
+        Candidate.parse(text)
 
 
 def test_language_model_is_tuned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

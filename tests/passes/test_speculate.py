@@ -15,11 +15,13 @@ from hypothesis import strategies as st
 from tests.runtime.speculation.toys import Scripted, next_script, rows, toy
 from tokopt.errors import PassError
 from tokopt.ir.format import Generation
+from tokopt.ir.program import TensorSpec
 from tokopt.passes import Speculate
-from tokopt.passes.speculate.drafters import DRAFTERS, Verified, load_drafter
+from tokopt.passes.speculate.drafters import DRAFTERS, Verified, learns_by_reading, load_drafter
 from tokopt.passes.speculate.drafters.token_recycling import LEVELS
 from tokopt.passes.speculate.lossy import Lantern, LossyRule, Typical
 from tokopt.passes.speculate.tree import accepted, accepted_in_chain, best_first, chain, is_chain, tree
+from tokopt.runtime.selftest import compared
 from tokopt.runtime.speculation.draft import Draft, Drawn
 from tokopt.runtime.speculation.drafters.base import Verified as HostVerified
 from tokopt.runtime.speculation.drafters.token_recycling import TokenRecycling
@@ -222,10 +224,18 @@ def test_padding_and_what_is_not_committed_leave_no_trace(name: str) -> None:
     tokens, none = torch.tensor([[3, 4]]), torch.full((1, 2), -1)
     read = iter(drafter.read(tokens, none, torch.zeros(1, 1, 12), *held))
     states = load_drafter(name).states(GENERATION)
-    after = [old if s.kind == "table" else next(read) for s, old in zip(states, held, strict=True)]
+    after = [next(read) if learns_by_reading(s) else old for s, old in zip(states, held, strict=True)]
     assert drafter.confidence(tokens[:, 0], *after).tolist() == [0]
     for state, old, new in zip(states, held, after, strict=True):
         assert state.name == "repeat" or torch.equal(new, old)
+
+
+@pytest.mark.parametrize("name", DRAFTERS)
+def test_what_is_nearly_tied_is_compared_by_no_self_test(name: str) -> None:
+    """Which tokens are the likeliest of many depends on rounding; which tokens were written does not."""
+    states = load_drafter(name).states(GENERATION)
+    outputs = [TensorSpec(state.name, state.dtype, state.axes, "state", state.name) for state in states]
+    assert set(compared(outputs, states)) <= {"text", "repeat"}
 
 
 def test_a_table_is_small() -> None:

@@ -21,9 +21,12 @@ FEWEST = 4
 _TOKENS = ("tome{target=0.75}", "tome{target=0.5}", "tome{target=0.35}", "tome{target=0.25}")
 _PRODUCTS = ("int8", "smoothquant,int8{activations=static}", "rtn{bits=8}")
 _EVICTIONS = ("streaming{budget=0.5}", "h2o{budget=0.5}", "expected_attention{budget=0.5}")
-_DRAFTERS = tuple(
-    f"speculate{{drafter={name}}}" for name in ("prompt_lookup", "hybrid", "token_recycling", "logitspec")
+_DRAFTERS = (
+    *(f"speculate{{drafter={name}}}" for name in ("prompt_lookup", "hybrid", "token_recycling", "logitspec")),
+    *(f"verify --drafter {name}" for name in ("suffix", "hybrid")),
 )
+"""Inside the program, and of the host where it has others."""
+
 _WEIGHTS = ("keep_grid", "rtn{bits=8}", "gptq{group=16 order=true}", "rtn")
 
 

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from itertools import cycle
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -112,13 +113,14 @@ class WritingTimer:
 
     What a model that speculates takes depends on what it writes, and it learns how many nodes pay, so that texts are
     continued for real, greedily, and past end tokens. ``texts`` are inputs by name, the token ids among them; of their
-    first half the last ``prompt`` tokens are read.
+    first half the last ``prompt`` tokens are read. To a model that verifies a ``drafter`` of the host proposes.
     """
 
     texts: tuple[Mapping[str, np.ndarray], ...]
     prompt: int
     threads: int | None = None
     tokens: int = WRITTEN
+    drafter: str = ""
 
     def open(self, path: str) -> Callable[[], float]:
         """Open an artifact."""
@@ -126,6 +128,7 @@ class WritingTimer:
         assert isinstance(model, LanguageModel)
         model.settings = replace(model.settings, eos=())
         names, turns = [tensor.name for tensor in model.interface.inputs], cycle(self.texts)
+        drafter = self.drafter if model.manifest.schedule.commit is not None else ""
 
         def measure() -> float:
             given = dict(next(turns))
@@ -133,7 +136,8 @@ class WritingTimer:
             (text,) = given.values()
             ids = np.asarray(text).reshape(-1)
             ids = ids[: max(len(ids) // 2, 1)][-self.prompt :]
-            done = model.generate(ids, max_tokens=self.tokens, inputs=inputs or None).statistics
+            options: Any = {"max_tokens": self.tokens, "inputs": inputs or None, "drafter": drafter or None}
+            done = model.generate(ids, **options).statistics
             return done.decode_seconds / max(done.new_tokens - 1, 1)  # the first is read off the prompt
 
         return measure

@@ -159,17 +159,19 @@ def interleaved_times(
     backend: Backend = "onnxruntime",
     feeds: Sequence[Feed] = (),
     texts: Sequence[Feed] = (),
+    drafter: str = "",
 ) -> Iterator[tuple[float, ...]]:
     """Yield, per round, the seconds that each artifact took: an encoder for its stored example, repeated or cut to
     ``batch``, or for all of ``feeds`` where they are given; a language model for one token of those that it decodes
-    after ``prompt`` of them, or of those that it writes after ``texts`` where they are given.
+    after ``prompt`` of them, or of those that it writes after ``texts`` where they are given, with a ``drafter`` of
+    the host where it verifies.
 
     They take turns as :func:`interleaved` says.
     """
     if prompt is None:
         return interleaved(paths, rounds, EncoderTimer(batch, threads, backend, tuple(feeds)))
     if texts:
-        return interleaved(paths, rounds, WritingTimer(tuple(texts), prompt, threads))
+        return interleaved(paths, rounds, WritingTimer(tuple(texts), prompt, threads, drafter=drafter))
     return interleaved(paths, rounds, DecodeTimer(prompt, threads))
 
 

@@ -34,6 +34,7 @@ from tokopt.artifact import export
 from tokopt.errors import InputError, TokoptError
 from tokopt.ir.bundle import Bundle, check_bundle
 from tokopt.ir.format import BATCH
+from tokopt.measure.candidate import Candidate
 from tokopt.measure.judge import FEATURES, OWN, PREDICTIONS, Floor, judge
 from tokopt.measure.space import default_space
 from tokopt.measure.timing import Feed, interleaved_times, open_runner
@@ -56,7 +57,8 @@ class Trial:
     """One candidate: its quality, and its speed as a ratio to the model itself; or the reason why there is none.
 
     ``speedup`` is the median of the rounds' ratios and ``quartiles`` are theirs. ``milliseconds`` are the median of a
-    batch of an encoder, or of a token that a language model decodes.
+    batch of an encoder, or of a token that a language model decodes. ``drafter`` is the host's, of a pipeline that ends
+    with ``verify``; :attr:`text` names both.
     """
 
     pipeline: str
@@ -66,6 +68,12 @@ class Trial:
     milliseconds: float | None = None
     megabytes: float | None = None
     reason: str = ""
+    drafter: str = ""
+
+    @property
+    def text(self) -> str:
+        """The candidate, as it was given."""
+        return str(Candidate(self.pipeline, self.drafter))
 
 
 @dataclass(frozen=True)
@@ -101,8 +109,8 @@ class Tuning:
         """A JSON-ready form."""
         return {
             "floor": str(self.floor),
-            "winner": self.winner.pipeline if self.winner else None,
-            "front": [trial.pipeline for trial in self.front],
+            "winner": self.winner.text if self.winner else None,
+            "front": [trial.text for trial in self.front],
             "trials": [asdict(trial) for trial in self.trials],
             "untried": list(self.untried),
         }
@@ -142,13 +150,13 @@ def tune(
 
     Samples of even places calibrate, the others judge. ``floor`` is a :class:`~tokopt.measure.judge.Floor` in words, by
     default ``cosine>=0.99`` or ``KL<=0.05``. ``candidates`` replaces :func:`~tokopt.measure.space.default_space`: kinds
-    of methods, of which a pipeline takes at most one each. ``metric`` is called with the folder of every candidate's
-    artifact, and a floor can speak of it: ``metric>=0.8``. No trial begins after ``minutes``. ``progress`` is called
-    with a line per step.
+    of methods, of which a pipeline takes at most one each; ``"verify --drafter suffix"`` is one for whose artifact the
+    host drafts. ``metric`` is called with the folder of every candidate's artifact, and a floor can speak of it:
+    ``metric>=0.8``. No trial begins after ``minutes``. ``progress`` is called with a line per step.
 
     ``folder`` keeps what was measured (``trials.json``), so that the same search goes on where it stopped; the winner's
-    artifact (``best.tokopt``), its pipeline (``pipeline.txt``, empty when nothing gains) and, with matplotlib, the
-    picture ``pareto.png``.
+    artifact (``best.tokopt``), its pipeline (``pipeline.txt``, empty when nothing gains), the options with which
+    ``tokopt generate`` runs it (``options.txt``, mostly empty) and, with matplotlib, the picture ``pareto.png``.
 
     Raises InputError for fewer than two samples, a bad floor or candidate, a batch that the model cannot run, a folder
     of another search, and one in which another process searches.
@@ -177,41 +185,42 @@ def tune(
     usual = "KL<=0.05" if generates else "cosine>=0.99"
     wanted = Floor.parse(check_text("floor", floor) or usual, (*measures, *([OWN] if metric else [])))
     # One spelling of each; a misspelt candidate is refused before anything runs.
-    kinds = [[str(parse(text)) for text in kind] for kind in candidates or default_space(bundle)]
+    kinds = [[Candidate.parse(text) for text in kind] for kind in candidates or default_space(bundle)]
     say = progress or (lambda line: None)
     with alone(folder):
         search = _Search(bundle, samples, folder, machine, metric, say)
         return _run(search, kinds, wanted, minutes)
 
 
-def _run(search: _Search, kinds: Sequence[Sequence[str]], wanted: Floor, minutes: float) -> Tuning:
+def _run(search: _Search, kinds: Sequence[Sequence[Candidate]], wanted: Floor, minutes: float) -> Tuning:
     end = time.monotonic() + 60 * minutes
     untried: list[str] = []
-    for text in _candidates(kinds, search.trials, wanted):
-        if text in search.trials:
+    for candidate in _candidates(kinds, search.trials, wanted):
+        if str(candidate) in search.trials:
             continue
         if time.monotonic() >= end:
-            untried.append(text)
+            untried.append(str(candidate))
             continue
-        search.try_one(text, wanted)
+        search.try_one(candidate, wanted)
     found = Tuning(wanted, tuple(search.trials.values()), tuple(untried))
     search.finish(found)
     return found
 
 
-def _candidates(kinds: Sequence[Sequence[str]], trials: Mapping[str, Trial], floor: Floor) -> Iterator[str]:
+def _candidates(
+    kinds: Sequence[Sequence[Candidate]], trials: Mapping[str, Trial], floor: Floor
+) -> Iterator[Candidate]:
     """Single methods; then combinations of those that reached the floor, the most promising first."""
     for kind in kinds:
         yield from kind
-    combined: list[tuple[tuple[str, ...], float]] = [((), 1.0)]
+    combined: list[tuple[tuple[Candidate, ...], float]] = [((), 1.0)]
     for kind in kinds:
-        good = [trials[text] for text in kind if text in trials and _reaches(trials[text], floor)]
-        combined += [
-            ((*parts, t.pipeline), speed * (t.speedup or 0.0)) for parts, speed in combined for t in good
-        ]
-    pairs = [(",".join(parts), speed) for parts, speed in combined if len(parts) > 1]
-    for text, _ in sorted(pairs, key=lambda pair: -pair[1]):
-        yield text
+        known = [(one, trials[str(one)]) for one in kind if str(one) in trials]
+        good = [(one, trial.speedup or 0.0) for one, trial in known if _reaches(trial, floor)]
+        combined += [((*parts, one), speed * own) for parts, speed in combined for one, own in good]
+    pairs = [(Candidate.joined(parts), speed) for parts, speed in combined if len(parts) > 1]
+    for candidate, _ in sorted(pairs, key=lambda pair: -pair[1]):
+        yield candidate
 
 
 def _reaches(trial: Trial, floor: Floor) -> bool:
@@ -244,13 +253,13 @@ class _Search:
         if machine.batch is not None and not bundle.schedule.generates:
             open_runner(self.baseline, machine.threads).example(machine.batch)  # refuses what cannot run
 
-    def try_one(self, text: str, floor: Floor) -> None:
+    def try_one(self, candidate: Candidate, floor: Floor) -> None:
         """Measure one candidate and keep what was found."""
-        path = self.folder / "candidate.tokopt"
+        path, text = self.folder / "candidate.tokopt", str(candidate)
         try:
-            trial = self._measure(text, path)
+            trial = self._measure(candidate, path)
         except TokoptError as error:
-            trial = Trial(text, reason=str(error))
+            trial = Trial(candidate.pipeline, reason=str(error), drafter=candidate.drafter)
         best = Tuning(floor, tuple(self.trials.values())).winner
         self.trials[text] = trial
         if Tuning(floor, tuple(self.trials.values())).winner not in (None, best):
@@ -271,34 +280,40 @@ class _Search:
         content = {"search": self.key, "best": self.best, "trials": rows}
         _write(self.folder / "trials.json", json.dumps(content, indent=1))
 
-    def _measure(self, text: str, path: Path) -> Trial:
+    def _measure(self, candidate: Candidate, path: Path) -> Trial:
+        text, pipeline, drafter = str(candidate), candidate.pipeline, candidate.drafter
         self.say(f"{text}: optimizing")
-        made = optimize(self.bundle, text, calibration=self.calibration)
+        made = optimize(self.bundle, pipeline, calibration=self.calibration)
         idle = [step.text for step in made.history[len(self.bundle.history) :] if not step.matches]
         if idle:
-            return Trial(text, reason=f"{', '.join(idle)} changed nothing; tokopt optimize says why")
+            reason = f"{', '.join(idle)} changed nothing; tokopt optimize says why"
+            return Trial(pipeline, reason=reason, drafter=drafter)
+        proposing = made.schedule.proposing
+        if proposing is not None and proposing.lossy:
+            raise InputError(f"no quality is known of it: {proposing.lossy}; leave accept out")
         self.say(f"{text}: exporting")
         export(made, path, overwrite=True)
         self.say(f"{text}: judging and timing")
-        quality = self._judged(text, made, path)
+        quality = self._judged(pipeline, made, path)
         if self.metric is not None:
             quality[OWN] = float(self.metric(path))
         prompt = self.machine.prompt if self.bundle.schedule.generates else None
         paths = [str(self.baseline), str(path)]
         machine, feeds = self.machine, self._feeds() if made.exits else []
-        texts = self._texts() if made.schedule.proposing else []
+        texts = self._texts() if proposing is not None or drafter else []
         timed = interleaved_times(
-            paths, ROUNDS, machine.batch, machine.threads, prompt, "onnxruntime", feeds, texts
+            paths, ROUNDS, machine.batch, machine.threads, prompt, "onnxruntime", feeds, texts, drafter
         )
         rounds = list(timed)
         low, middle, high = np.quantile([before / after for before, after in rounds], [0.25, 0.5, 0.75])
         return Trial(
-            text,
+            pipeline,
             quality,
             speedup=float(middle),
             quartiles=(float(low), float(high)),
             milliseconds=1e3 * statistics.median(after for _, after in rounds) / (len(feeds) or 1),
             megabytes=sum(file.stat().st_size for file in path.iterdir()) / 1e6,
+            drafter=drafter,
         )
 
     def _judged(self, text: str, made: Bundle, path: Path) -> dict[str, float]:
@@ -349,14 +364,16 @@ class _Search:
 
     def finish(self, found: Tuning) -> None:
         """Write the winning pipeline, its artifact if another floor chose it, and the picture."""
-        winner = found.winner.pipeline if found.winner else ""
+        best = found.winner
+        winner, pipeline = (best.text, best.pipeline) if best else ("", "")
         if not winner:
             self._replace(remove_artifact, "")
         elif winner != self.best or not (self.folder / "best.tokopt").exists():
             self.say(f"{winner}: exporting the best again")
-            made = optimize(self.bundle, winner, calibration=self.calibration)
+            made = optimize(self.bundle, pipeline, calibration=self.calibration)
             self._replace(lambda best: export(made, best, overwrite=True), winner)
-        _write(self.folder / "pipeline.txt", f"{winner}\n" if winner else "")
+        _write(self.folder / "pipeline.txt", f"{pipeline}\n" if winner else "")
+        _write(self.folder / "options.txt", f"--drafter {best.drafter}\n" if best and best.drafter else "")
         if find_spec("matplotlib") is None:
             self.say("pareto.png needs matplotlib; install tokopt[bench]")
         else:
@@ -382,7 +399,7 @@ class _Search:
             stored = json.loads(path.read_text(encoding="utf-8"))
             if stored["search"] == self.key:
                 self.best = stored["best"]
-                return {row["pipeline"]: _trial(row) for row in stored["trials"]}
+                return {trial.text: trial for trial in map(_trial, stored["trials"])}
         except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
             raise InputError(f"{path} is damaged ({error}); remove it, or choose another folder") from error
         raise InputError(
@@ -411,7 +428,7 @@ def _draw(found: Tuning, path: Path) -> None:
     for trial in timed:
         point = trial.speedup or 0.0, trial.quality[found.floor.measure]
         axes.plot(*point, "o", color="tab:green" if trial is found.winner else "tab:blue")
-        axes.annotate(trial.pipeline, point, textcoords="offset points", xytext=(5, 4), fontsize=7)
+        axes.annotate(trial.text, point, textcoords="offset points", xytext=(5, 4), fontsize=7)
     front = [(trial.speedup or 0.0, trial.quality[found.floor.measure]) for trial in found.front]
     axes.plot(*zip(*front, strict=True), color="tab:blue", alpha=0.4) if front else None
     axes.axhline(found.floor.limit, linestyle="--", color="gray", label=f"floor: {found.floor}")

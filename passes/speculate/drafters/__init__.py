@@ -9,7 +9,7 @@ from typing import Protocol
 
 from torch import Tensor
 
-from tokopt.ir.format import Generation, State
+from tokopt.ir.format import BATCH, Generation, State
 from tokopt.passes.speculate.tree import Tree
 
 
@@ -50,8 +50,8 @@ class Drafter(Protocol):
     def read(self, tokens: Tensor, positions: Tensor, logits: Tensor, *memory: Tensor) -> Sequence[Tensor]:
         """Take note of tokens [batch, n] of the text, the newest last; -1 is the position of padding.
 
-        The newest was drawn from ``logits`` [batch, 1, vocabulary]. Of the states of kind ``table``, which learn of
-        verified trees alone, nothing is returned.
+        The newest was drawn from ``logits`` [batch, 1, vocabulary]. Nothing is returned of states that do not learn of
+        what is read, see :func:`learns_by_reading`.
         """
         ...
 
@@ -69,6 +69,11 @@ class Drafter(Protocol):
     def observe(self, verified: Verified, *memory: Tensor) -> Sequence[Tensor]:
         """Take note of a verified tree."""
         ...
+
+
+def learns_by_reading(state: State) -> bool:
+    """Whether a drafter's state takes note of what is read; a table that rows share learns of verified trees alone."""
+    return state.kind != "table" or BATCH in state.axes
 
 
 DRAFTERS = ("prompt_lookup", "token_recycling", "hybrid", "logitspec")

@@ -33,8 +33,8 @@ class LogitSpec:
     text: PromptLookup = field(default_factory=PromptLookup)
 
     def states(self, generation: Generation) -> Sequence[State]:
-        """Those of the lookup, and the candidates, -1 where there are none."""
-        return (*self.text.states(generation), State("likely", "history", "int32", (BATCH, WIDTH), -1))
+        """Those of the lookup, and the candidates, -1 where there are none: a table, since some are nearly tied."""
+        return (*self.text.states(generation), State("likely", "table", "int32", (BATCH, WIDTH), -1))
 
     def read(self, tokens: Tensor, positions: Tensor, logits: Tensor, *memory: Tensor) -> Sequence[Tensor]:
         """Write the text, and keep the candidates in the place of its last token."""

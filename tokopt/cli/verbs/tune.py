@@ -66,7 +66,7 @@ def run(args: Namespace, screen: Screen) -> int:
     measures = next((list(t.quality) for t in found.trials if t.quality), [])
     rows = [
         (
-            trial.pipeline,
+            trial.text,
             f"{trial.speedup:.2f}x" if trial.speedup else "",
             "{:.2f} to {:.2f}".format(*trial.quartiles) if trial.quartiles else "",
             trial.milliseconds,
@@ -83,6 +83,8 @@ def run(args: Namespace, screen: Screen) -> int:
         screen.line(f"No gain: nothing reaches {found.floor} and is faster than the model itself.")
     else:
         screen.line(f"{found.winner.pipeline}  ({args.output}/best.tokopt)")
+        if found.winner.drafter:
+            screen.line(f"tokopt generate {args.output}/best.tokopt PROMPT --drafter {found.winner.drafter}")
     screen.finish(found.as_dict())
     return OK if found.winner else FAILED
 
