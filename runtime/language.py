@@ -85,6 +85,11 @@ class LanguageModel:
         return None if self._speculation is None else len(self._speculation.tree)
 
     @property
+    def lossless(self) -> Lossless:
+        """Whether the texts of a model that speculates follow the model's own distribution; of any other they do."""
+        return self._own_lossless(None)
+
+    @property
     def kernels(self) -> Kernels:
         """What is used of tokopt's own CPU kernels, and why not."""
         return self.sessions.kernels

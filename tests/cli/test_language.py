@@ -16,8 +16,10 @@ from tests.zoo.decoders import DECODERS, GROUPED, VOCABULARY, _hugging_face
 from tokopt.cli import main
 from tokopt.cli.screen import Screen
 from tokopt.cli.verbs.generate import check_lossless
+from tokopt.errors import InputError
 from tokopt.runtime import LanguageModel, Sampling, load
 from tokopt.runtime.generate import Generated
+from tokopt.runtime.speculation.lossless import Lossless
 
 
 def tokenizer() -> Library:
@@ -164,6 +166,8 @@ class Unfaithful:
 
     proposed: tuple[int, ...]
     nodes: int = 8
+    lossless: Lossless = Lossless(True)
+    path: str = "here"
 
     def generate(self, *_: object, nodes: int, **__: object) -> Generated:
         return Generated(self.proposed if nodes > 1 else (5, 3, 8), "", "length")
@@ -183,6 +187,14 @@ def test_a_text_that_speculation_changes_is_found(
     model: Any = Unfaithful(proposed)
     assert check_lossless(model, "a", Sampling(), {"max_tokens": 3}, Screen(False)) == code
     assert said in capsys.readouterr().out
+
+
+def test_a_text_that_a_rule_changes_is_not_compared() -> None:
+    model: Any = Unfaithful((5, 3), lossless=Lossless(False, "the rule 'typical' is lossy"))
+    with pytest.raises(
+        InputError, match="than plain decoding does, since the rule 'typical' is lossy; make it without"
+    ):
+        check_lossless(model, "a", Sampling(), {"max_tokens": 3}, Screen(False))
 
 
 @pytest.mark.parametrize("verb", ["inspect", "verify"])

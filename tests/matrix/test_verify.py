@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from functools import cache
 from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 import numpy as np
 import pytest
@@ -22,6 +22,7 @@ from tests.passes.test_speculate import copied
 from tests.runtime.renaming import random_words, renamed
 from tests.zoo.decoders import CONTEXT, VOCABULARY
 from tokopt.errors import InputError, PassError
+from tokopt.passes import Speculate
 from tokopt.passes.speculate.drafters import DRAFTERS as IN_GRAPH
 from tokopt.passes.speculate.neighbours import nearest
 from tokopt.runtime import LanguageModel, Sampling, load
@@ -481,7 +482,7 @@ def table() -> str:
             drawn = make_drafter(host, VOCABULARY, rule).drawn
             kept = "lossless" if lossless(rule, drawn).holds else "lossy"
             refused = rule.reads_q and drawn is Drawn.DETERMINISTIC
-            inside = ", graph" * (name == "same_text" and host in IN_GRAPH)
+            inside = ", graph" * (name in get_args(get_type_hints(Speculate)["accept"]) and host in IN_GRAPH)
             cells.append("-" if refused else f"{kept}{inside}")
         lines.append(f"| `{name}` | {' | '.join(cells)} |")
     return "\n".join(lines)

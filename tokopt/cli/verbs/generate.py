@@ -230,11 +230,10 @@ def _two_ways(
                 f"{model.path} does not speculate by itself, so there is nothing to check; name a --drafter if it was "
                 "made with the pass verify"
             )
-        proposing = model.manifest.schedule.proposing
-        if proposing is not None and proposing.lossy:
+        if not model.lossless.holds:
             raise InputError(
-                f"{model.path} writes other texts than plain decoding does ({proposing.lossy}); leave accept out of "
-                "speculate"
+                f"{model.path} writes other texts than plain decoding does, since {model.lossless.reason}; make it "
+                "without accept"
             )
         return {"nodes": model.nodes}, {"nodes": 1}
     if drafting["accept"] not in SAME:
