@@ -118,7 +118,11 @@ class Typical:
     alpha: float
 
     draws: ClassVar[bool] = False
-    neighbours: ClassVar[int] = 0
+
+    @property
+    def neighbours(self) -> int:
+        """It knows of none."""
+        return 0
 
     @property
     def lossy(self) -> str:
