@@ -44,6 +44,16 @@ def test_speculation_changes_no_token(name: str, passes: str, pass_: str, sampli
             assert fast.generate(given, max_tokens=60, sampling=sampling, nodes=nodes) == want
 
 
+@pytest.mark.filterwarnings("ignore:.*about none was accepted")
+def test_candidates_of_the_last_place_change_no_token() -> None:
+    """A tree of a lookup and of candidates beside it, of rows that have one, none, and nothing yet."""
+    plain, fast = artifact("llama"), artifact("llama", "speculate{drafter=logitspec nodes=12}")
+    given = [prompt(7) * 6, prompt(3, seed=3), prompt(1)]
+    for sampling in OPTIONS[:2]:
+        want = plain.generate(given, max_tokens=40, sampling=sampling)
+        assert fast.generate(given, max_tokens=40, sampling=sampling, nodes=12) == want
+
+
 def test_renumbered_positions_are_kept() -> None:
     """Positions count from a state that grows as slots are renumbered: committed slots hold what was written."""
     passes, ids = "streaming{budget=48 rerotate=true every=16}", prompt(17)

@@ -25,10 +25,15 @@ class LogitSpec:
     Candidates are the tokens that were likely in the place of the last one and were not drawn. A candidate's chain goes
     on with what followed the newest place where the text's end, with the candidate behind it, occurred. Where the end
     of the text never occurred, the candidates take its branch as well.
+
+    The rates are what ``python -m benchmarks.drafts logitspec`` measures: a candidate is right at one place of a hundred
+    or two, so that trees of few nodes are chains.
     """
 
-    rates: list[float] = field(default_factory=lambda: [0.5, 0.12, 0.07, 0.05, 0.04, 0.03, 0.02, 0.02, 0.01])
-    below: list[float] | None = field(default_factory=lambda: [0.6])
+    rates: list[float] = field(
+        default_factory=lambda: [0.37, 0.02, 0.014, 0.014, 0.01, 0.01, 0.01, 0.007, 0.007]
+    )
+    below: list[float] | None = field(default_factory=lambda: [0.65])
     fade: float = 1.0
     text: PromptLookup = field(default_factory=PromptLookup)
 
