@@ -26,8 +26,8 @@ class LogitSpec:
     on with what followed the newest place where the text's end, with the candidate behind it, occurred. Where the end
     of the text never occurred, the candidates take its branch as well.
 
-    The rates are what ``python -m benchmarks.drafts logitspec`` measures: a candidate is right at one place of a hundred
-    or two, so that trees of few nodes are chains.
+    The rates are what ``python -m benchmarks.drafts logitspec`` measures: a candidate is right at one place of a
+    hundred or two, so that trees of few nodes are chains.
     """
 
     rates: list[float] = field(
