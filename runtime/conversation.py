@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -207,7 +207,7 @@ class Chat:
     # --------------------------------------------------------------------------------------------- turns
 
     @contextmanager
-    def _alone(self) -> Iterator[None]:
+    def _alone(self) -> Generator[None]:
         """Raise InputError where another call uses the chat."""
         if not self._lock.acquire(blocking=False):
             raise InputError(
@@ -219,7 +219,7 @@ class Chat:
             self._lock.release()
 
     @contextmanager
-    def _using(self) -> Iterator[None]:
+    def _using(self) -> Generator[None]:
         """Have the chat alone, where the last answer has come to its end."""
         with self._alone():
             self._settle()
