@@ -123,6 +123,7 @@ def test_what_a_language_model_cannot_read_is_refused(sample: Any, reason: str) 
     [
         ("a text", "is a text, and the model takes input; give its tensors"),
         ([], "has nothing, the model takes input"),
+        ((torch.zeros(2, 8), torch.zeros(2, 8)), "one behind the inputs looks like them"),
         ({"inputs": np.zeros((2, 8), np.float32)}, "has inputs, the model takes input"),
         ({"input": torch.zeros(2, 8), "attention_mask": torch.tensor([1, 0])}, "takes no attention_mask"),
     ],

@@ -97,7 +97,7 @@ PIPELINES = {
     ),
     "strict": Argument(optimized("strict"), ["no", None, 1, []], [True, False]),
     "calibration": Argument(
-        optimized("calibration"), [5, "text", b"text", True], [None, [], iter([]), [X], (X,)]
+        optimized("calibration"), [5, b"text", True], [None, [], iter([]), [X], (X,), "text", Path("text")]
     ),
     "context": Argument(optimized("context"), [5, "strict", {}, [], True, Context], [None, Context()]),
     "context and": Argument(

@@ -100,7 +100,16 @@ def good() -> Json:
     ]
     doc["schedule"] = {
         "entries": [
-            {"program": "see", "role": "encode", "slots": 0, "tree": [], "then": [], "since": 0, "depth": 2},
+            {
+                "program": "see",
+                "role": "encode",
+                "slots": 0,
+                "tree": [],
+                "then": [],
+                "since": 0,
+                "depth": 2,
+                "lossy": "",
+            },
             {
                 "program": "step",
                 "role": "prefill",
@@ -109,8 +118,18 @@ def good() -> Json:
                 "then": [],
                 "since": 0,
                 "depth": 0,
+                "lossy": "",
             },
-            {"program": "step", "role": "decode", "slots": 1, "tree": [], "then": [], "since": 0, "depth": 0},
+            {
+                "program": "step",
+                "role": "decode",
+                "slots": 1,
+                "tree": [],
+                "then": [],
+                "since": 0,
+                "depth": 0,
+                "lossy": "",
+            },
         ],
         "triggers": [{"program": "evict", "after": "tokens", "every": 8, "prompt": True}],
         "endless": True,

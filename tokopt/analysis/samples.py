@@ -130,13 +130,21 @@ def _tokens(bundle: Bundle) -> str:
 
 
 def _parts(bundle: Bundle, sample: Array | Sequence[Array]) -> Sequence[Array]:
-    """Tensors in the order of the bundle's inputs; labels may follow them."""
+    """Tensors in the order of the bundle's inputs; labels may follow them, which look like none of them."""
     if isinstance(sample, (Tensor, np.ndarray)):
         return [sample]
     takes = "tensors by name, in their order, or one alone"
     parts = check_items("a calibration sample", sample, takes)
-    ids = bundle.schedule.generates and len(bundle.inputs) == 1
-    return [cast(Array, sample)] if ids and not _are_tensors(parts) else parts
+    count = len(bundle.inputs)
+    if bundle.schedule.generates and count == 1 and not _are_tensors(parts):
+        return [cast(Array, sample)]
+    shapes = [np.shape(cast(np.ndarray, part)) for part in parts] if _are_tensors(parts) else []
+    if any(shape in shapes[:count] for shape in shapes[count:]):
+        raise InputError(
+            f"a calibration sample has {len(parts)} tensors of which one behind the inputs looks like them, and the "
+            f"model takes {', '.join(bundle.inputs)}; give tensors by name"
+        )
+    return parts
 
 
 def _are_tensors(parts: Sequence[object]) -> bool:
