@@ -70,7 +70,9 @@ def attach_functions(model: ir.Model) -> None:
     while called := called - {name for _, name, _ in model.functions}:
         body = deserialize_function(forms[min(called)].to_function_proto())
         model.functions[body.identifier()] = body
-        called |= _called(body)
+        if inner := _called(body):
+            body.opset_imports.setdefault("tokopt", 1)  # onnxscript forgets it for calls in branches
+        called |= inner
     # Ops that are in both opsets mean the same in both; an engine wants one version throughout.
     newest = max([model.opset_imports[""], *(body.opset_imports[""] for body in model.functions.values())])
     for part in (model.graph, *model.functions.values()):

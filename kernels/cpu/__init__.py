@@ -23,6 +23,7 @@ OPS = frozenset(
     {
         "CachedAttention",
         "DrawTokens",
+        "ExpertLinear",
         "Int8Linear",
         "LatestRepeat",
         "MoveEntries",

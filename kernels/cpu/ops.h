@@ -15,6 +15,7 @@ constexpr int VERSION = 2;
 void* const* registered();
 
 const OrtCustomOp* quantized_linear(Isa isa);
+const OrtCustomOp* expert_linear(Isa isa);
 const OrtCustomOp* cached_attention(Isa isa, bool codes);
 const OrtCustomOp* int8_linear(Isa isa);
 const OrtCustomOp* draw_tokens(Isa isa);

@@ -14,7 +14,6 @@
 #endif
 
 namespace tokopt {
-namespace {
 
 constexpr int TILE = 16;       // outputs that are interleaved
 constexpr size_t CHUNK = 32;   // inputs, the smallest group
@@ -141,30 +140,7 @@ INLINE int32_t four(const int8_t* q) {
     return dword;
 }
 
-#include "plain.h"
-#if X86
-#include "x86.h"
-#elif ARM
-#include "arm.h"
-#endif
+// What multiplies `rows` rows fastest: kernels.h defines it.
+const Code& code(Isa isa, size_t rows);
 
-// What multiplies `rows` rows fastest.
-const Code& code(Isa isa, size_t rows) {
-    switch (isa) {
-#if AMX
-        case Isa::AMX_INT8: return rows > avx512_vnni::CODE.rows ? amx_int8::CODE : avx512_vnni::CODE;
-#endif
-#if X86
-        case Isa::AVX2: return avx2::CODE;
-        case Isa::AVX_VNNI: return avx_vnni::CODE;
-        case Isa::AVX512_VNNI: return avx512_vnni::CODE;
-#endif
-#if ARM
-        case Isa::NEON: return neon::CODE;
-#endif
-        default: return (void)rows, plain::CODE;
-    }
-}
-
-}  // namespace
 }  // namespace tokopt

@@ -10,7 +10,6 @@
 #include "code.h"
 
 namespace tokopt {
-namespace {
 
 // Constant inputs of a node, as ONNX has them.
 struct Source {
@@ -28,7 +27,7 @@ struct Source {
 };
 
 // What a session needs no more once its weight is packed.
-void release(const Source& from) {
+inline void release(const Source& from) {
     const Sizes& sizes = from.sizes;
     const size_t numbers = sizes.out * sizes.groups();
     give_back(from.codes, sizes.out * sizes.row_bytes());
@@ -38,7 +37,7 @@ void release(const Source& from) {
 }
 
 // Codes of group `g` of tile `t`, in lines of 64 bytes.
-void pack_codes(const uint8_t* from, const Sizes& sizes, size_t t, size_t g, uint8_t* into) {
+inline void pack_codes(const uint8_t* from, const Sizes& sizes, size_t t, size_t g, uint8_t* into) {
     const size_t bytes = sizes.group * sizes.bits / 8;  // of one output
     for (size_t o = 0; o < sizes.valid(t); ++o) {
         const uint8_t* row = from + ((sizes.output(t) + o) * sizes.groups() + g) * bytes;
@@ -58,7 +57,7 @@ void pack_codes(const uint8_t* from, const Sizes& sizes, size_t t, size_t g, uin
 }
 
 // Numbers of group `g` of tile `t`, or zero where the tile is beyond the last output.
-void pack_numbers(const uint8_t* from, const Sizes& sizes, size_t bytes, size_t t, size_t g, uint8_t* into) {
+inline void pack_numbers(const uint8_t* from, const Sizes& sizes, size_t bytes, size_t t, size_t g, uint8_t* into) {
     for (size_t o = 0; o < sizes.valid(t); ++o)
         std::memcpy(into + o * bytes, from + ((sizes.output(t) + o) * sizes.groups() + g) * bytes, bytes);
 }
@@ -122,5 +121,4 @@ class Weight {
     const Packed memory;
 };
 
-}  // namespace
 }  // namespace tokopt

@@ -10,14 +10,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from tokopt.analysis.calibration import Moments, Site, collect
-from tokopt.analysis.linears import Linear, matches
+from tokopt.analysis.linears import Experts, Linear, matches
 from tokopt.analysis.weights import Weights
 from tokopt.errors import PassError, PassRefused
 from tokopt.ir.bundle import Bundle
@@ -166,8 +166,12 @@ class Quantization(Pass):
     """Linears in fewer bits; ``only`` and ``skip`` choose them by patterns of their module path.
 
     A tied output projection is untied and quantized; embeddings, convolutions and routers, whose outputs choose experts
-    by rank, stay, and a note says so. Weights of other products (all experts in one, recurrent layers) are refused.
+    by rank, stay, and a note says so. Weights of other products (recurrent layers, and experts where the method does not
+    take them) are refused.
     """
+
+    takes_experts: ClassVar[bool] = False
+    """Whether weights of experts are quantized, as one matrix of all of them."""
 
     only: tuple[str, ...] = ()
     skip: tuple[str, ...] = ()
@@ -221,7 +225,7 @@ class Quantization(Pass):
         if not linears:
             return PassResult(bundle, 0, weights.note, tuple(refusals))
         known = self._moments(Site(bundle, name, module), linears, context)
-        self.prepare(module, linears, known)
+        self.prepare(module, [one for one in linears if not isinstance(one, Experts)], known)
         bits = self.bits_of(module, linears, known)
         sizes = [0, 0]
         errors: list[tuple[float, str]] = []
@@ -244,8 +248,11 @@ class Quantization(Pass):
 
     def _sites(self, module: GraphModule, weights: Weights) -> tuple[list[Linear], list[Refusal]]:
         linears: list[Linear] = []
-        refusals = [Refusal(one.path, one.reason) for one in weights.unknown(self.only, self.skip)]
-        for linear in weights.linears:
+        experts = weights.experts if self.takes_experts else ()
+        taken = {one.node for one in experts}
+        unknown = [one for one in weights.unknown(self.only, self.skip) if one.node not in taken]
+        refusals = [Refusal(one.path, one.reason) for one in unknown]
+        for linear in (*weights.linears, *experts):
             if not matches(linear.path, self.only, self.skip):
                 continue
             if fault := self.fault(linear.matrix(module)):
@@ -268,8 +275,11 @@ class WeightQuantization(Quantization):
     ``average`` above ``bits`` gives the layers whose output suffers most 8 bits, until the average over all weights
     reaches it; how much they suffer is measured on the calibration inputs, or else on the weights.
 
-    Rules. The weight is a float32 parameter and its inputs a multiple of the group; other linears are refused.
+    Rules. The weight is a float32 parameter and its inputs a multiple of the group; other linears are refused. Experts
+    are quantized, too; what a method learns of inputs, it learns of those of all experts together.
     """
+
+    takes_experts: ClassVar[bool] = True
 
     bits: int = 4
     group: int = 32
@@ -364,6 +374,9 @@ def put_weight(
     operands = [put_parameter(module, linear.node, None, part) for part in parts]
     with graph.inserting_before(linear.node):
         weight = call(graph, expand, *operands, *options, like=linear.node)
-        if linear.transposed:
+        if isinstance(linear, Experts):
+            shape = [*linear.weight.meta["val"].shape]
+            weight = call(graph, aten.view.default, weight, shape, like=linear.node)
+        elif linear.transposed:
             weight = call(graph, aten.t.default, weight, like=linear.node)
     linear.node.update_arg(linear.place, weight)

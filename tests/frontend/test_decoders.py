@@ -11,7 +11,7 @@ import tokopt
 from tests.zoo.decoders import HandWritten
 from tokopt.errors import PassRefused
 from tokopt.frontend.decoder import Cache
-from tokopt.frontend.experts import every_expert
+from tokopt.frontend.experts import experts_as_ops
 from tokopt.frontend.language import capture_lm
 from tokopt.frontend.sight import Sight
 
@@ -57,7 +57,7 @@ def test_experts_without_a_loop_give_what_the_model_gives() -> None:
     ids, before = torch.randint(97, (2, 11)), model.config._experts_implementation
     with torch.no_grad():
         wanted = model(input_ids=ids).logits
-        with every_expert(model):
+        with experts_as_ops(model):
             torch.testing.assert_close(model(input_ids=ids).logits, wanted, rtol=1e-4, atol=1e-5)
             assert model.config._experts_implementation != before
     assert model.config._experts_implementation == before

@@ -5,6 +5,7 @@
 #include <cstdlib>
 #include <vector>
 
+#include "../../kernels/quantized_linear/kernels.h"
 #include "../../kernels/quantized_linear/weight.h"
 
 using namespace tokopt;

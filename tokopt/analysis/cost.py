@@ -12,6 +12,7 @@ from tokopt.analysis.blocks import find_sites
 from tokopt.ir.bundle import Bundle
 from tokopt.ir.graph import aten, is_call, is_tensor, operand_at, sizes
 from tokopt.ir.program import Program
+from tokopt.kernels import ops
 
 
 @dataclass(frozen=True)
@@ -78,6 +79,8 @@ def node_flops(node: Node, sizes: SizesOf = sizes) -> int:
         return 2 * out * math.prod(sizes(operand_at(node, 1))[1:])
     if is_call(node, aten.scaled_dot_product_attention):
         return 4 * out * sizes(operand_at(node, 1))[-2]
+    if is_call(node, ops.expert_linear):
+        return 2 * out * sizes(operand_at(node, 0))[-1]
     return 0
 
 

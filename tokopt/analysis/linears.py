@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.fx import Graph, GraphModule, Node
 
 from tokopt.analysis.constants import constants, evaluate
-from tokopt.ir.graph import aten, is_call, module_path
+from tokopt.ir.graph import ancestors, aten, is_call, module_path, parameter_path
 from tokopt.kernels import ops
 
 EXPANDING = (ops.dequantize_weight, ops.dequantize_float8)
@@ -53,6 +53,34 @@ class Linear:
         """The weight [out, in], detached."""
         weight = evaluate(module, self.weight, {})
         return weight.T if self.transposed else weight
+
+
+@dataclass(frozen=True)
+class Experts(Linear):
+    """``tokopt::expert_linear``: its matrix is those of all experts one below another, [experts x out, in]."""
+
+    @property
+    def path(self) -> str:
+        """The dotted path of the parameter in the user's model: a module of experts has two."""
+        sources = (node for node in (self.weight, *ancestors(self.weight)) if node.op == "get_attr")
+        return next(map(parameter_path, sources), super().path)
+
+    def matrix(self, module: GraphModule) -> Tensor:
+        """The weight [experts x out, in], detached."""
+        return evaluate(module, self.weight, {}).flatten(0, 1)
+
+
+def find_experts(graph: Graph) -> list[Experts]:
+    """Every product with weights of chosen experts, in execution order, that are parameters or follow from them."""
+    known = float_constants(graph)
+    found = [_experts(node) for node in graph.nodes if is_call(node, ops.expert_linear)]
+    return [one for one in found if one.weight in known]
+
+
+def _experts(node: Node) -> Experts:
+    given = node.args[0]
+    assert isinstance(given, Node)
+    return Experts(node, given, 2, transposed=False)
 
 
 def find_linears(graph: Graph) -> list[Linear]:

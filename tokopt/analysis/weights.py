@@ -10,8 +10,9 @@ from typing import Literal
 import torch
 from torch.fx import Graph, Node
 
-from tokopt.analysis.linears import Linear, find_linears, float_constants, matches
+from tokopt.analysis.linears import Experts, Linear, find_experts, find_linears, float_constants, matches
 from tokopt.ir.graph import aten, describe, is_call, parameter_path, reaches
+from tokopt.kernels import ops
 
 Use = Literal["product", "convolution", "embedding"]
 
@@ -26,6 +27,7 @@ _PRODUCTS = (
         aten.gru,
         aten.rnn_tanh,
         aten.rnn_relu,
+        ops.expert_linear,
     ),
 )
 
@@ -95,10 +97,14 @@ class OtherWeight:
 
 @dataclass(frozen=True)
 class Weights:
-    """The weights of a graph: linear layers, those of them that are routers set apart, and others."""
+    """The weights of a graph: linear layers, those of them that are routers set apart, experts, and others.
+
+    The experts' weights are among the ``others``, too: those of passes that know linear layers alone.
+    """
 
     linears: tuple[Linear, ...]
     routers: tuple[Linear, ...]
+    experts: tuple[Experts, ...]
     others: tuple[OtherWeight, ...]
 
     @classmethod
@@ -107,7 +113,7 @@ class Weights:
         linears = find_linears(graph)
         routers = find_routers(linears)
         rest = tuple(linear for linear in linears if linear not in routers)
-        return cls(rest, routers, other_weights(graph, linears))
+        return cls(rest, routers, tuple(find_experts(graph)), other_weights(graph, linears))
 
     def unknown(self, only: tuple[str, ...], skip: tuple[str, ...]) -> list[OtherWeight]:
         """Weights of products that are no linear layers, among those that the patterns choose."""

@@ -1,8 +1,7 @@
-"""Mixtures of experts in a form that has no loop over what the router chose: every expert, weighted by the router.
+"""Mixtures of experts as ops: a product with the weights of the chosen experts is one ``tokopt::expert_linear``.
 
 transformers multiplies each token with the experts that it was given to, group by group, which no graph of fixed
-operators does. Here all experts see every token, and what the router did not choose counts nothing: the same sum, at
-the cost of all experts.
+operators does. The op takes what the router chose as data, so that what it costs is left to whoever computes it.
 """
 
 # transformers is untyped.
@@ -17,11 +16,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-_NAME = "tokopt_every_expert"
+from tokopt.kernels import ops
+
+_NAME = "tokopt_expert_linear"
 
 
 @contextmanager
-def every_expert(model: nn.Module) -> Iterator[None]:
+def experts_as_ops(model: nn.Module) -> Iterator[None]:
     """A model whose experts are computed without a loop; as it was afterwards."""
     configs = _configs(model)
     if not configs:
@@ -29,7 +30,7 @@ def every_expert(model: nn.Module) -> Iterator[None]:
         return
     from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
-    ALL_EXPERTS_FUNCTIONS.register(_NAME, _sum_of_all)
+    ALL_EXPERTS_FUNCTIONS.register(_NAME, _sum_of_chosen)
     before = [config._experts_implementation_internal for config in configs]
     try:
         for config in configs:
@@ -46,22 +47,23 @@ def _configs(model: nn.Module) -> list[Any]:
     return list(found.values())
 
 
-def _sum_of_all(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+def _sum_of_chosen(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
     """Tokens [tokens, hidden], their experts and weights [tokens, k] -> [tokens, hidden]."""
     into = "gate_up_proj" if self.has_gate else "up_proj"
-    inner = _multiply(self, into, hidden_states)
+    inner = _multiply(self, into, hidden_states[:, None], top_k_index)
     inner = self._apply_gate(inner) if self.has_gate else self.act_fn(inner)
-    made = _multiply(self, "down_proj", inner)
+    made = _multiply(self, "down_proj", inner, top_k_index)
     if self.has_post_expert_norm:
         made = self.post_expert_norm(made)
-    experts = torch.arange(made.shape[0], device=made.device)
-    chosen = top_k_index[..., None] == experts  # an index past the last expert is none
-    share = torch.where(chosen, top_k_weights[..., None].to(made.dtype), 0.0).sum(1)
-    return (made * share.T[..., None]).sum(0).to(hidden_states.dtype)
+    return (made * top_k_weights[..., None].to(made.dtype)).sum(1).to(hidden_states.dtype)
 
 
-def _multiply(experts: Any, name: str, values: Tensor) -> Tensor:
-    """[tokens, in] or [experts, tokens, in] -> [experts, tokens, out]."""
+def _multiply(experts: Any, name: str, values: Tensor, chosen: Tensor) -> Tensor:
+    """[tokens, k or 1, in] -> [tokens, k, out]; 0 for an index past the last expert, which is none."""
     weight = getattr(experts, name)
-    made = torch.matmul(values, weight if experts.is_transposed else weight.transpose(-1, -2))
-    return made + getattr(experts, f"{name}_bias")[:, None] if experts.has_bias else made
+    made = ops.expert_linear(values, chosen, weight.transpose(-1, -2) if experts.is_transposed else weight)
+    if not experts.has_bias:
+        return made
+    bias = getattr(experts, f"{name}_bias")
+    known = (chosen < len(bias))[..., None]
+    return torch.where(known, made + bias[chosen.clamp(max=len(bias) - 1)], 0.0)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from tokopt.errors import CaptureError
 from tokopt.frontend.decoder import Cache
-from tokopt.frontend.experts import every_expert
+from tokopt.frontend.experts import experts_as_ops
 from tokopt.frontend.positions import first_position, placed
 from tokopt.frontend.replay import Reading, reproduces
 from tokopt.frontend.rope import fixed_frequencies
@@ -143,7 +143,7 @@ def _sights(name: str, config: Any) -> dict[str, Sight]:
 def traceable(model: Any) -> Iterator[None]:
     """A model whose rotary frequencies are fixed, whose attention is one op and whose experts are no loop; all is as it
     was afterwards."""
-    with fixed_frequencies(model), _fused_attention(model), every_expert(model):
+    with fixed_frequencies(model), _fused_attention(model), experts_as_ops(model):
         yield
 
 

@@ -34,10 +34,11 @@ from tokopt.ir.graph import (
 )
 from tokopt.ir.program import Program, TensorSpec
 from tokopt.ir.shapes import Shapes
+from tokopt.kernels import ops
 from tokopt.rewrite.edit import after, call, close_graph
 
 _PRODUCTS = (
-    *(aten.linear, aten.addmm, aten.mm, aten._int_mm, aten.einsum, aten.baddbmm),
+    *(aten.linear, aten.addmm, aten.mm, aten._int_mm, aten.einsum, aten.baddbmm, ops.expert_linear),
     *(aten.embedding, aten.convolution, aten.conv1d, aten.conv2d, aten.conv3d),
 )
 """Operators whose work is worth doing once."""

@@ -31,11 +31,7 @@ def quantized_linear(bits: int, given: Sequence[str], opset: int, gate: str = ""
     second: ``silu``, ``gelu`` or ``gelu_tanh``.
     """
     body = Body(INPUTS)
-    x, codes, scale = (body.inputs[name] for name in INPUTS[:3])
-    zero, minimum = (body.inputs[name] if name in given else None for name in ("zero", "minimum"))
-    weight = body.blocks(bits, body.after(x, codes), scale, zero, minimum)
-    matrix = body.op("Reshape", [weight, body.constant((0, -1), np.int64)])
-    y = body.op("MatMul", [x, body.op("Transpose", [matrix], perm=[1, 0])])
+    y = _product(body, body.inputs["x"], bits, given)
     if "bias" in given:
         y = body.op("Add", [y, body.inputs["bias"]])
     attributes = [ir.Attr(name, ir.AttributeType.INT, None) for name in ("bits", "group")]
@@ -45,6 +41,55 @@ def quantized_linear(bits: int, given: Sequence[str], opset: int, gate: str = ""
     return ir.Function(
         DOMAIN, OP, overload(bits, given, gate), graph=body.graph([y], opset), attributes=attributes
     )
+
+
+EXPERT_INPUTS = ("x", "chosen", "codes", "scale", "zero", "minimum", "bias", "share")
+
+
+def expert_linear(bits: int, given: Sequence[str], opset: int, gate: str = "", *, flat: bool) -> ir.Function:
+    """The body of ``ExpertLinear`` with the optional inputs ``given``, of ``zero`` and ``share``.
+
+    It multiplies with all experts. ``flat`` says that x is [tokens, in], and not [tokens, k or 1, in].
+    """
+    body = Body(EXPERT_INPUTS)
+    x, chosen = body.inputs["x"], body.inputs["chosen"]
+    if flat:
+        x = body.op("Unsqueeze", [x, body.constant((1,), np.int64)])
+    every = _product(body, x, bits, given)
+    attributes = [ir.Attr(name, ir.AttributeType.INT, None) for name in ("bits", "group", "experts")]
+    experts = body.op("Constant", [], value_int=ir.RefAttr("value_int", "experts", ir.AttributeType.INT))
+    y = _taken(body, every, chosen, experts)
+    if gate:
+        y = _gated(body, y, gate)
+        attributes.append(ir.Attr("gate", ir.AttributeType.STRING, None))
+    if "share" in given:
+        share = body.op("Unsqueeze", [body.inputs["share"], body.constant((1,), np.int64)])
+        y = body.op("Squeeze", [body.op("MatMul", [share, y]), body.constant((1,), np.int64)])
+    name = "_".join([overload(bits, given, gate), *(["flat"] if flat else [])])
+    return ir.Function(DOMAIN, "ExpertLinear", name, graph=body.graph([y], opset), attributes=attributes)
+
+
+def _product(body: Body, x: ir.Value, bits: int, given: Sequence[str]) -> ir.Value:
+    """``x`` times the weight that the inputs of a body describe."""
+    codes, scale = body.inputs["codes"], body.inputs["scale"]
+    zero, minimum = (body.inputs[name] if name in given else None for name in ("zero", "minimum"))
+    weight = body.blocks(bits, body.after(x, codes), scale, zero, minimum)
+    matrix = body.op("Reshape", [weight, body.constant((0, -1), np.int64)])
+    return body.op("MatMul", [x, body.op("Transpose", [matrix], perm=[1, 0])])
+
+
+def _taken(body: Body, every: ir.Value, chosen: ir.Value, experts: ir.Value) -> ir.Value:
+    """What the chosen experts made [tokens, k, out] of what all made [tokens, k or 1, experts x out]."""
+    count = body.op("Reshape", [experts, body.constant((1,), np.int64)])
+    outputs = body.op("Div", [body.op("Shape", [every], start=2, end=3), count])
+    shape = body.op("Concat", [body.op("Shape", [every], start=0, end=2), count, outputs], axis=0)
+    split = body.op("Reshape", [every, shape])
+    zero, one = (body.constant(number, np.int64) for number in (0, 1))
+    place = body.op("Range", [zero, experts, one])
+    last = body.constant((2,), np.int64)
+    own = body.op("Equal", [body.op("Unsqueeze", [chosen, last]), place])
+    row = body.op("Unsqueeze", [body.op("Cast", [own], to=ir.DataType.FLOAT), last])
+    return body.op("Squeeze", [body.op("MatMul", [row, split]), last])
 
 
 def _gated(body: Body, both: ir.Value, gate: str) -> ir.Value:

@@ -30,6 +30,7 @@ from tokopt.ir.export import axis_names, user_inputs
 from tokopt.ir.memory import trim
 from tokopt.ir.program import Program
 from tokopt.lower.onnx.embedding import EmbeddingOfHead
+from tokopt.lower.onnx.experts import place_experts
 from tokopt.lower.onnx.fusions import MergeProducts, MergeSums
 from tokopt.lower.onnx.real_tokens import assume_real_tokens
 from tokopt.lower.onnx.rule import Outcome, apply_rule
@@ -121,6 +122,7 @@ def lower(
     with _quiet():
         simplify(model)
     expand_rotary_tables(model)
+    place_experts(model)
     pack_weights(model)
     for outcome in (apply_rule(MergeProducts(), model.graph), apply_rule(MergeSums(), model.graph)):
         if report is not None and outcome.candidates:
