@@ -222,6 +222,23 @@ def sampling_world() -> dict[str, Callable[[dict], Tensor]]:
     }
 
 
+def expert_world(experts: int, *, shared: bool) -> dict[str, Callable[[dict], Tensor]]:
+    """As many tokens as the world has choose as many experts as it has rows, some of which are none."""
+
+    def floats(world: dict, *shape: int) -> Tensor:
+        return torch.randn(shape, generator=world["generator"])
+
+    def chosen(world: dict) -> Tensor:
+        k, tokens = world["size"].shape
+        return torch.randint(-1, experts + 1, (tokens, k), generator=world["generator"])
+
+    def x(world: dict) -> Tensor:
+        k, tokens = world["size"].shape
+        return floats(world, tokens, 1 if shared else k, 5)
+
+    return {"x": x, "chosen": chosen, "weight": lambda world: floats(world, experts, 4, 5)}
+
+
 CASES = (
     Case("attention_mass", {"scale": 0.5}, inputs=attention_world(1), most=lambda free: free - 1),
     Case("attention_mass", {"scale": 2.0}, inputs=attention_world(4), most=lambda free: free - 1),
@@ -255,6 +272,8 @@ CASES = (
     Case("dequantize_int8", inputs=int8_world()),
     Case("dequantize_weight", {"group": 4}, inputs=weight_world(4)),
     Case("dequantize_weight", {"group": 1}, inputs=weight_world(1)),
+    Case("expert_linear", inputs=expert_world(3, shared=False)),
+    Case("expert_linear", inputs=expert_world(64, shared=True)),  # few tokens, and many
     Case("fake_quantize", {"scale": 0.25, "zero": 0}),
     Case("fake_quantize", {"scale": 0.0078125, "zero": -128}),
     Case("fake_float8", {"scale": 0.25}),

@@ -268,6 +268,15 @@ def dequantize_weight(codes: np.ndarray, scale: np.ndarray, zero: np.ndarray, gr
     return weight.astype(np.float32)
 
 
+def expert_linear(x: np.ndarray, chosen: np.ndarray, weight: np.ndarray) -> np.ndarray:
+    made = np.zeros((*chosen.shape, weight.shape[1]))
+    for token, place in np.ndindex(chosen.shape):
+        if 0 <= chosen[token, place] < len(weight):
+            row = x[token, place if x.shape[1] > 1 else 0].astype(np.float64)
+            made[token, place] = weight[chosen[token, place]].astype(np.float64) @ row
+    return made.astype(np.float32)
+
+
 def quantize_int8(x: np.ndarray, scale: np.ndarray) -> np.ndarray:
     codes = np.zeros(x.shape, np.int8)
     for b, h, s, c in np.ndindex(x.shape):

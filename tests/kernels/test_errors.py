@@ -46,6 +46,13 @@ BAD = {
         "window=-1 is negative",
     ),
     "keep rank": (lambda: ops.keep_slots(METRIC[0], SIZE > 0, INDEX[:, 0], 0, 0), "used [batch, slots]"),
+    "experts rank": (lambda: ops.expert_linear(METRIC, INDEX, SIZE), "weight [experts, out, in], got 3, 2 and 2"),
+    "experts inputs": (
+        lambda: ops.expert_linear(METRIC, INDEX, METRIC[..., :3]),
+        "x has 4 inputs and weight 3",
+    ),
+    "experts tokens": (lambda: ops.expert_linear(METRIC[:1], INDEX, METRIC), "x has 1 tokens and chosen 2"),
+    "experts rows": (lambda: ops.expert_linear(METRIC, INDEX, METRIC), "x has 9 rows for each token"),
     "weight groups": (
         lambda: ops.dequantize_weight(INDEX.byte(), SIZE[:, :1], INDEX[:, :1].byte(), 2),
         "3 inputs are not 1 groups of 2",
