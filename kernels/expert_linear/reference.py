@@ -34,14 +34,6 @@ def expert_linear(x: Tensor, chosen: Tensor, weight: Tensor) -> Tensor:
     return y
 
 
-def every_expert_linear(x: Tensor, chosen: Tensor, weight: Tensor) -> Tensor:
-    """The same, of operators whose sizes do not depend on what was chosen: at the cost of all experts."""
-    check(x, chosen, weight)
-    experts, outputs, inputs = weight.shape
-    every = torch.nn.functional.linear(x, weight.reshape(experts * outputs, inputs))
-    return take_expert(every, chosen, experts)
-
-
 def take_expert(every: Tensor, chosen: Tensor, experts: int) -> Tensor:
     """Of what all experts made [tokens, k or 1, experts x out], what the chosen one did: [tokens, k, out]."""
     own = chosen[..., None] == torch.arange(experts, device=chosen.device)

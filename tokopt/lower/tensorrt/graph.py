@@ -3,6 +3,7 @@
 - Model-local functions are inlined, and no value is called ``_...``: the builder confuses such names.
 - Slots of the cache have a fixed number where an optimisation profile says so: only such a cache is written in place.
 - Bytes of a cache are floats between inputs and outputs: the builder takes them nowhere else.
+- All experts are multiplied with: no size depends on what was chosen.
 - Caches that are no floats are scattered: ``TensorScatter`` takes floats alone.
 - Quantization has positive steps and no zero points. What is not so is moved out of the quantized product, where it
   is a constant, or a product of the inputs' sums over the blocks of the weight; the product itself keeps 8 or 4 bits.
@@ -19,6 +20,7 @@ from onnx_ir.passes import common as passes
 from onnx_ir.serde import deserialize_function
 from onnxscript import INT8, OnnxFunction
 
+from tokopt.kernels.expert_linear.onnx import every_expert_linear
 from tokopt.kernels.opset import FLOAT, INT64, TOKOPT, TensorType, op, script
 from tokopt.lower.onnx.embedding import expand_embeddings
 from tokopt.lower.onnx.nodes import array, input_at, maker
@@ -39,6 +41,8 @@ def rewrite_for_tensorrt(model: ir.Model, fixed: Mapping[str, int]) -> None:
             _write_by_index(model, node)
         elif node.domain == "tokopt" and node.op_type == "move_entries":
             _call(model, node, move_entries_by_index)
+        elif node.domain == "tokopt" and node.op_type == "expert_linear":
+            _call(model, node, every_expert_linear)
         elif node.domain == "tokopt" and node.op_type == "fake_quantize":
             _centre(model, node)
     for node in list(model.graph):

@@ -11,13 +11,14 @@ from functools import partial
 
 import torch
 from torch import Tensor
-from torch.fx import GraphModule, Node
+from torch.fx import Graph, GraphModule, Node
 
 from tokopt.analysis.constants import constants, evaluate
 from tokopt.analysis.linears import EXPANDING, Linear, as_linear
 from tokopt.ir.graph import aten, is_call
 from tokopt.ir.program import Program
 from tokopt.kernels import ops
+from tokopt.kernels.expert_linear.reference import take_expert
 from tokopt.rewrite.edit import after, call, close_graph, open_graph, put_parameter
 
 LARGEST = {4: 7, 8: 127}
@@ -87,6 +88,9 @@ def _positive(scale: Tensor) -> Tensor:
 def symmetric_products(program: Program) -> Program:
     """The same program, its quantized products by :func:`expand_weight` and ``tokopt::fake_quantize`` around zero."""
     module = open_graph(program)
+    for node in list(module.graph.nodes):
+        if is_call(node, ops.expert_linear):
+            _multiply_all(module.graph, node)
     fixed = constants(module.graph)
     for node in list(module.graph.nodes):
         if is_call(node, ops.fake_quantize) and node.args[2]:
@@ -98,6 +102,21 @@ def symmetric_products(program: Program) -> Program:
         elif is_call(node, ops.cache_write) and node.meta["val"].dtype == torch.int8:
             _write_as_floats(module, node)
     return close_graph(program, module)
+
+
+def _multiply_all(graph: Graph, node: Node) -> None:
+    """A product with chosen experts as one with all of them: TensorRT has no sizes that depend on what was chosen."""
+    x, chosen, weight = node.args
+    assert isinstance(weight, Node)
+    experts, outputs, inputs = weight.meta["val"].shape
+    whole = weight.args[0] if is_call(weight, aten.view) else None
+    with graph.inserting_before(node):
+        if not is_call(whole, *EXPANDING):
+            whole = call(graph, torch.reshape, weight, [experts * outputs, inputs], like=node)
+        every = call(graph, torch.nn.functional.linear, x, whole, like=node)
+        made = call(graph, take_expert, every, chosen, experts, like=node)
+    node.replace_all_uses_with(made)
+    graph.erase_node(node)
 
 
 def _quantized(linear: Linear) -> Node | None:
