@@ -1,0 +1,124 @@
+"""Mixtures of experts in an artifact: what is fused, what it computes, and what it goes together with."""
+
+from __future__ import annotations
+
+import collections
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+import torch
+
+import tokopt
+from tests.shared import once
+from tokopt.kernels import cpu
+from tokopt.runtime import LanguageModel, load
+from tokopt.runtime.format.manifest import OWN, PORTABLE
+from tokopt.runtime.numerics import nmse
+from tokopt.runtime.sampling import log_probabilities
+
+EXPERTS, CHOSEN, VOCABULARY = 5, 2, 61
+built = pytest.mark.skipif(cpu.library() is None, reason="the CPU kernels are not built")
+PROMPTS = [np.random.default_rng(seed).integers(0, VOCABULARY, 19).tolist() for seed in range(2)]
+
+
+@cache
+def mixture(biased: bool) -> Any:
+    """A mixture like Mixtral, or like gpt-oss: with biases, interleaved gates, and weights the other way round."""
+    from transformers import GptOssConfig, GptOssForCausalLM, MixtralConfig, MixtralForCausalLM
+
+    torch.manual_seed(0)
+    sizes: dict[str, Any] = {
+        "vocab_size": VOCABULARY,
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "num_local_experts": EXPERTS,
+        "num_experts_per_tok": CHOSEN,
+        "max_position_embeddings": 128,
+    }
+    if biased:
+        model = GptOssForCausalLM(GptOssConfig(**sizes, head_dim=16, rope_parameters=None))
+        for name, weight in model.named_parameters():
+            if name.endswith("bias"):
+                torch.nn.init.normal_(weight)
+    else:
+        model = MixtralForCausalLM(MixtralConfig(**sizes))
+    return model.eval()
+
+
+@cache
+def bundle(biased: bool) -> tokopt.Bundle:
+    return tokopt.capture_lm(mixture(biased))
+
+
+@cache
+def optimized(passes: str, biased: bool = False) -> tokopt.Bundle:
+    if not passes:
+        return bundle(biased)
+    return tokopt.optimize(bundle(biased), passes, strict=True, calibration=[torch.tensor(PROMPTS)])
+
+
+def artifact(passes: str, biased: bool = False) -> Path:
+    key = "".join(letter if letter.isalnum() else "-" for letter in passes)
+    return once(f"experts-{biased}-{key}.tokopt", lambda path: tokopt.export(optimized(passes, biased), path))
+
+
+def opened(passes: str, *, biased: bool = False, kernels: bool = True) -> LanguageModel:
+    model = load(artifact(passes, biased), threads=1, kernels=kernels)
+    assert isinstance(model, LanguageModel)
+    return model
+
+
+def kinds(path: Path, form: str) -> collections.Counter[str]:
+    file = load(path, threads=1).manifest.programs["step"].files[form]
+    return collections.Counter(node.op_type for node in onnx.load(path / file, load_external_data=False).graph.node)
+
+
+@pytest.mark.parametrize("passes", ["rtn{bits=4}", "rtn{bits=8 symmetric=true}"])
+def test_products_of_experts_are_one_op_with_their_gate_and_their_sum(passes: str) -> None:
+    portable, own = (kinds(artifact(passes), form) for form in (PORTABLE, OWN))
+    assert portable["take_expert"] == 2 and portable["DequantizeLinear"] == 5  # all experts are one weight
+    assert own["ExpertLinear"] == 2 and own["QuantizedLinear"] == 3
+    assert not {"take_expert", "MatMul", "Sigmoid", "DequantizeLinear"} & set(own)
+
+
+def test_other_gates_stay_outside() -> None:
+    own = kinds(artifact("rtn{bits=4}", biased=True), OWN)
+    assert own["ExpertLinear"] == 2 and own["Sigmoid"] == 1
+
+
+@pytest.mark.parametrize("biased", [False, True])
+def test_many_tokens_and_single_ones_are_what_the_model_computes(biased: bool) -> None:
+    """They take other ways through the experts."""
+    ids, model = torch.tensor([PROMPTS[0]]), opened("", biased=biased)
+    with torch.no_grad():
+        logits = mixture(biased)(input_ids=ids, use_cache=False).logits[0].log_softmax(-1)
+    wanted = logits[:-1].gather(1, ids[0, 1:, None])[:, 0].numpy()
+    np.testing.assert_allclose(model.score(PROMPTS[0]), wanted, atol=1e-4)
+    request, one_by_one = model.open(1, 32), []
+    for place, token in enumerate(PROMPTS[0][:-1]):
+        made = request.step(np.array([[token]]), np.array([[place]])).logits
+        assert made is not None
+        one_by_one.append(log_probabilities(made[0], [PROMPTS[0][place + 1]])[0])
+    np.testing.assert_allclose(one_by_one, wanted, atol=1e-4)
+
+
+@built
+def test_the_kernel_computes_what_the_portable_form_does() -> None:
+    own, other = (opened("rtn{bits=4}", kernels=kernels).score(PROMPTS[0]) for kernels in (True, False))
+    assert nmse(other, own) < 1e-3
+
+
+@built
+def test_a_text_of_a_batch_is_what_it_is_alone() -> None:
+    """Beside an eviction and a cache in 8 bits, too."""
+    model = opened("rtn{bits=4},h2o{budget=16 every=4},int8_kv")
+    together = model.generate(PROMPTS, max_tokens=12)
+    assert [one.tokens for one in together] == [model.generate(p, max_tokens=12).tokens for p in PROMPTS]
+
