@@ -273,7 +273,7 @@ CASES = (
     Case("dequantize_weight", {"group": 4}, inputs=weight_world(4)),
     Case("dequantize_weight", {"group": 1}, inputs=weight_world(1)),
     Case("expert_linear", inputs=expert_world(3, shared=False)),
-    Case("expert_linear", inputs=expert_world(64, shared=True)),  # few tokens, and many
+    Case("expert_linear", inputs=expert_world(64, shared=True)),
     Case("fake_quantize", {"scale": 0.25, "zero": 0}),
     Case("fake_quantize", {"scale": 0.0078125, "zero": -128}),
     Case("fake_float8", {"scale": 0.25}),
