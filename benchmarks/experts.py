@@ -35,7 +35,11 @@ INNERS = (1792, 704)
 """Channels of one expert: Mixtral's 3.5 times the hidden ones, and fewer."""
 
 METHODS: Mapping[str, str] = {"float32": "", "4 bits": "rtn{bits=4}"}
-MODELS: Mapping[str, int] = {"dense, the active parameters": CHOSEN, "mixture": 0, "dense, all parameters": EXPERTS}
+MODELS: Mapping[str, int] = {
+    "dense, the active parameters": CHOSEN,
+    "mixture": 0,
+    "dense, all parameters": EXPERTS,
+}
 """Model -> how many experts' parameters its layers have; 0 for the mixture itself."""
 
 DENSE, MIXTURE, ALL = MODELS
@@ -103,7 +107,9 @@ def timer(engine: Engine) -> Callable[[], Mapping[str, float]]:
     def measure() -> Mapping[str, float]:
         request = model.open(1, slots)
         request.prefill([ids[:PROMPT].tolist()])
-        single = [call(request, PROMPT + i, 1) for i in range(TOKENS)][TOKENS // 4 :]  # caches are cold at first
+        single = [call(request, PROMPT + i, 1) for i in range(TOKENS)][
+            TOKENS // 4 :
+        ]  # caches are cold at first
         several = [call(request, PROMPT + TOKENS + i * ROWS, ROWS) for i in range(8)][2:]
         request = model.open(1, slots)
         clock = time.perf_counter()
@@ -179,8 +185,8 @@ def markdown(report: Mapping[str, Any]) -> str:
     lines = ["# What a mixture of experts costs", ""]
     lines += [
         f"Random weights; {LAYERS} layers of {HIDDEN} channels, {EXPERTS} experts of which {CHOSEN} are chosen, "
-        f"{VOCABULARY} tokens in the vocabulary. Milliseconds, and in brackets the ratio to the dense model with as many "
-        "active parameters on the same engine.",
+        f"{VOCABULARY} tokens in the vocabulary. Milliseconds, and in brackets the ratio to the dense model with as "
+        "many active parameters on the same engine.",
         "",
     ]
     for inner in INNERS:

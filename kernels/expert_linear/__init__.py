@@ -1,4 +1,4 @@
-"""tokopt::expert_linear, and ``tokopt.cpu::ExpertLinear``: products with the weights of the experts that were chosen."""
+"""tokopt::expert_linear, and ``tokopt.cpu::ExpertLinear``: products with weights of the experts that were chosen."""
 
 from __future__ import annotations
 

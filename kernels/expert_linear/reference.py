@@ -60,7 +60,7 @@ def check(x: Tensor, chosen: Tensor, weight: Tensor) -> None:
     )
     refuse(
         x.shape[0] != chosen.shape[0],
-        f"tokopt::expert_linear: x has {x.shape[0]} tokens and chosen {chosen.shape[0]}; pass both for the same tokens.",
+        f"tokopt::expert_linear: x has {x.shape[0]} tokens and chosen {chosen.shape[0]}; pass both for as many.",
     )
     refuse(
         x.shape[1] not in (1, chosen.shape[1]),

@@ -166,8 +166,8 @@ class Quantization(Pass):
     """Linears in fewer bits; ``only`` and ``skip`` choose them by patterns of their module path.
 
     A tied output projection is untied and quantized; embeddings, convolutions and routers, whose outputs choose experts
-    by rank, stay, and a note says so. Weights of other products (recurrent layers, and experts where the method does not
-    take them) are refused.
+    by rank, stay, and a note says so. Weights of other products (recurrent layers, and experts where the method does
+    not take them) are refused.
     """
 
     takes_experts: ClassVar[bool] = False

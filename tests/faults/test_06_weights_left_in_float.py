@@ -97,7 +97,9 @@ def test_a_language_model_of_experts(text: str) -> None:
     experts = ["down_proj", "gate_up_proj"]
     named = [note for note in done.notes if "no linear layer" in note]
     assert done.matches == 5 + 2 * (text == "rtn{group=16}")  # attention, the output projection, and experts
-    assert sorted(note.split(": ")[0].rpartition(".")[2] for note in named) == (experts if done.matches == 5 else [])
+    assert sorted(note.split(": ")[0].rpartition(".")[2] for note in named) == (
+        experts if done.matches == 5 else []
+    )
     assert any("the router" in note for note in done.notes)
 
 

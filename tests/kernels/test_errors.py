@@ -46,7 +46,10 @@ BAD = {
         "window=-1 is negative",
     ),
     "keep rank": (lambda: ops.keep_slots(METRIC[0], SIZE > 0, INDEX[:, 0], 0, 0), "used [batch, slots]"),
-    "experts rank": (lambda: ops.expert_linear(METRIC, INDEX, SIZE), "weight [experts, out, in], got 3, 2 and 2"),
+    "experts rank": (
+        lambda: ops.expert_linear(METRIC, INDEX, SIZE),
+        "weight [experts, out, in], got 3, 2 and 2",
+    ),
     "experts inputs": (
         lambda: ops.expert_linear(METRIC, INDEX, METRIC[..., :3]),
         "x has 4 inputs and weight 3",

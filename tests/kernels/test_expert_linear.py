@@ -1,4 +1,4 @@
-"""The experts' linear on every instruction set: each row with the weights that it chose, sharing, bad input, sanitizers."""
+"""The experts' linear on every instruction set: rows meet what they chose; sharing, bad input, sanitizers."""
 
 from __future__ import annotations
 
@@ -67,7 +67,11 @@ class Experts:
         graph = helper.make_graph(
             [node],
             "experts",
-            [helper.make_tensor_value_info(name, kind, None) for name, kind in kinds.items() if name in inputs],
+            [
+                helper.make_tensor_value_info(name, kind, None)
+                for name, kind in kinds.items()
+                if name in inputs
+            ],
             [helper.make_tensor_value_info("y", TensorProto.FLOAT, None)],
             [numpy_helper.from_array(array, name) for name, array in constants.items()],
         )

@@ -77,7 +77,9 @@ def opened(passes: str, *, biased: bool = False, kernels: bool = True) -> Langua
 
 def kinds(path: Path, form: str) -> collections.Counter[str]:
     file = load(path, threads=1).manifest.programs["step"].files[form]
-    return collections.Counter(node.op_type for node in onnx.load(path / file, load_external_data=False).graph.node)
+    return collections.Counter(
+        node.op_type for node in onnx.load(path / file, load_external_data=False).graph.node
+    )
 
 
 @pytest.mark.parametrize("passes", ["rtn{bits=4}", "rtn{bits=8 symmetric=true}"])
@@ -121,4 +123,3 @@ def test_a_text_of_a_batch_is_what_it_is_alone() -> None:
     model = opened("rtn{bits=4},h2o{budget=16 every=4},int8_kv")
     together = model.generate(PROMPTS, max_tokens=12)
     assert [one.tokens for one in together] == [model.generate(p, max_tokens=12).tokens for p in PROMPTS]
-

@@ -121,7 +121,7 @@ def _alike(x: ir.Value) -> ir.Value:
 
 
 def _summed(taken: ir.Node) -> tuple[ir.Node, ir.Value] | None:
-    """The sum over the experts of a token of what they made, times their shares [tokens, k]; None where there is none."""
+    """The sum over a token's experts of what they made times their shares [tokens, k]; None where there is none."""
     made = taken.outputs[0]
     scaled = only_reader(made, "Mul")
     if scaled is None:

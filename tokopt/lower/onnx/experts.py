@@ -34,7 +34,11 @@ def place_experts(model: ir.Model) -> None:
 def _transposed(value: ir.Value) -> ir.Value | None:
     """The weight [experts, out, in] that is read as ``value``."""
     turn = value.producer()
-    if turn is None or turn.op_type != "Transpose" or list(turn.attributes["perm"].as_ints()) != OTHER_WAY_ROUND:
+    if (
+        turn is None
+        or turn.op_type != "Transpose"
+        or list(turn.attributes["perm"].as_ints()) != OTHER_WAY_ROUND
+    ):
         return None
     return input_at(turn, 0)
 
