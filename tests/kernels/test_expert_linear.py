@@ -51,7 +51,7 @@ class Experts:
         for token, place in np.ndindex(chosen.shape):
             if 0 <= chosen[token, place] < self.count:
                 row = x[token] if x.ndim == 2 else x[token, place]
-                made[token, place] = naive(self.alone(chosen[token, place]), row[None])[0]
+                made[token, place] = naive(self.alone(int(chosen[token, place])), row[None])[0]
         return made
 
     def model(self, *, share: bool = False, **attributes: int) -> ModelProto:
