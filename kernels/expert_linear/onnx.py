@@ -28,16 +28,20 @@ def expert_linear(x: FLOAT, chosen: INT64, weight: FLOAT) -> FLOAT:
     nothing = op.Expand(op.CastLike(0, x), op.Concat(op.Shape(pairs), outputs, axis=0))
     experts = op.Range(0, op.Squeeze(op.Shape(weight, start=0, end=1)), 1)
 
+    wanted = op.ReduceMax(
+        op.Cast(op.Equal(pairs, op.Unsqueeze(experts, [1])), to=INT64.dtype), [1], keepdims=0
+    )
+
     @graph()
-    def with_expert(made: FLOAT[...], expert: INT64, matrix: FLOAT[...]) -> FLOAT[...]:
-        hit = op.Equal(pairs, expert)
-        if op.Cast(op.ReduceMax(op.Cast(hit, to=INT64.dtype), keepdims=0), to=BOOL.dtype):
-            after = multiplied(made, rows, op.NonZero(hit), readers, matrix)
+    def with_expert(made: FLOAT[...], expert: INT64, hit: BOOL, matrix: FLOAT[...]) -> FLOAT[...]:
+        if hit:
+            after = multiplied(made, rows, op.NonZero(op.Equal(pairs, expert)), readers, matrix)
         else:
             after = op.Identity(made)
         return after
 
-    made = op.Scan(nothing, experts, weight, body=with_expert, num_scan_inputs=2)
+    hits = op.Cast(wanted, to=BOOL.dtype)
+    made = op.Scan(nothing, experts, hits, weight, body=with_expert, num_scan_inputs=3)
     return op.Reshape(made, op.Concat(op.Shape(chosen), outputs, axis=0))
 
 
