@@ -152,6 +152,14 @@ def test_a_row_that_is_not_finite_spoils_no_other() -> None:
     assert np.isnan(got[4]).all() and nmse(got[others], want[others]) < 1e-11
 
 
+def test_an_expert_that_nobody_chose_is_not_read() -> None:
+    own, spoiled = experts(4), experts(4).linear.constants["scale"].copy()
+    spoiled[18:36] = np.nan  # of expert 1
+    x, chosen = random_rows(1, 9, own.linear), np.random.default_rng(0).choice([0, 2, 3], (9, 2))
+    got = Experts(own.linear.but(scale=spoiled), 4).run({"x": x, "chosen": chosen})
+    assert nmse(got, own.want(x, chosen)) < 1e-11
+
+
 def test_sessions_share_packed_weights() -> None:
     gc.collect()
     before, own = packed_bytes(), experts(4, 64)

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.functional import normalize, pad, scaled_dot_product_attention
 
 from tests.kernels import naive
-from tests.kernels.forms import CASES, FORMS, Case, float8_world, world
+from tests.kernels.forms import CASES, FORMS, Case, expected, float8_world, world
 from tokopt.kernels import ops
 
 MATCHING = [case for case in CASES if case.op.endswith("_match")]
@@ -228,3 +228,13 @@ def test_gather_keeps_every_dtype_bit_for_bit():
         x = normal(1, 3, 4).to(dtype)
         assert torch.equal(ops.gather_tokens(x, index, 1), x[:, [2, 0]])
     assert np.array_equal(ops.gather_tokens(torch.eye(3)[None], index, 2)[0].numpy(), np.eye(3)[:, [2, 0]])
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_an_expert_that_nobody_chose_is_not_read(form: str) -> None:
+    case = next(case for case in CASES if case.op == "expert_linear")
+    arguments = world(case, 2, 9, 0, seed=0)
+    arguments["chosen"] = arguments["chosen"] % 2 * 2
+    want = expected(case, arguments)
+    arguments["weight"][1] = torch.nan
+    np.testing.assert_allclose(FORMS[form](case, arguments)[0], want[0], rtol=1e-5, atol=1e-6)
