@@ -9,12 +9,15 @@ from typing import Any
 
 import numpy as np
 import onnx
+import onnx_ir as ir
+import onnxruntime
 import pytest
 import torch
 
 import tokopt
 from tests.shared import once
 from tokopt.kernels import cpu
+from tokopt.lower.tensorrt.graph import rewrite_for_tensorrt
 from tokopt.runtime import LanguageModel, load
 from tokopt.runtime.format.manifest import OWN, PORTABLE
 from tokopt.runtime.numerics import nmse
@@ -123,3 +126,18 @@ def test_a_text_of_a_batch_is_what_it_is_alone() -> None:
     model = opened("rtn{bits=4},h2o{budget=16 every=4},int8_kv")
     together = model.generate(PROMPTS, max_tokens=12)
     assert [one.tokens for one in together] == [model.generate(p, max_tokens=12).tokens for p in PROMPTS]
+
+
+@pytest.mark.parametrize("passes", ["", "rtn{bits=4}"])
+def test_tensorrt_multiplies_with_all_experts(passes: str) -> None:
+    """No size depends on what was chosen, and the result is the same."""
+    model = ir.external_data.load_to_model(ir.load(artifact(passes) / "step.onnx"))
+    rewrite_for_tensorrt(model, {})
+    assert not {"Scan", "If", "NonZero"} & {node.op_type for node in model.graph.all_nodes()}
+    program = optimized(passes).main
+    fed = dict(zip([spec.name for spec in program.inputs], program.example, strict=True))
+    session = onnxruntime.InferenceSession(ir.to_proto(model).SerializeToString())
+    (logits,) = session.run(["logits"], {name: value.numpy() for name, value in fed.items()})
+    with torch.no_grad():
+        wanted = program.module(*program.example)[0]
+    assert nmse(wanted.numpy(), np.asarray(logits)) < 1e-4

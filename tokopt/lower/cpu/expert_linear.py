@@ -59,16 +59,16 @@ class ExpertLinear(Rule[_Site]):
             raise Unfit("its weight is not constant")
         if blocks.group not in GROUPS:
             raise Unfit(f"its weight has blocks of {blocks.group}, not of 32, 64 or 128")
-        x = input_at(product, 0)
-        if x.dtype not in (ir.DataType.FLOAT, None):
+        if input_at(product, 0).dtype not in (ir.DataType.FLOAT, None):
             raise Unfit("what it multiplies is not float32")
+        x = _rows(input_at(product, 0))
         gate = gate_of(taken)
         if gate is not None:
-            return _Site(_alike(x), taken, gate.end, blocks, gate.activation, None)
+            return _Site(x, taken, gate.end, blocks, gate.activation, None)
         summed = _summed(taken)
         if summed is not None:
-            return _Site(_alike(x), taken, summed[0], blocks, "", summed[1])
-        return _Site(_alike(x), taken, taken, blocks, "", None)
+            return _Site(x, taken, summed[0], blocks, "", summed[1])
+        return _Site(x, taken, taken, blocks, "", None)
 
     def fuse(self, graph: ir.Graph, site: _Site) -> None:
         """One node, whose body the file holds."""
@@ -107,17 +107,15 @@ class ExpertLinear(Rule[_Site]):
         take_over(made, old)
 
 
-def _alike(x: ir.Value) -> ir.Value:
+def _rows(x: ir.Value) -> ir.Value:
     """The rows [tokens, in] that ``x`` [tokens, 1, in] is a view of: the kernel takes either."""
     view = x.producer()
-    given = input_at(view, 0) if view is not None and view.op_type in ("Unsqueeze", "Reshape") else None
-    same = (
-        given is not None
-        and (given.shape is not None and x.shape is not None)
-        and (len(given.shape), len(x.shape)) == (2, 3)
-        and x.shape[1] == 1
-    )
-    return given if same and given is not None else x
+    if view is None or view.domain or view.op_type not in ("Unsqueeze", "Reshape"):
+        return x
+    given = input_at(view, 0)
+    if given.shape is None or x.shape is None or (len(given.shape), len(x.shape)) != (2, 3):
+        return x
+    return given if x.shape[1] == 1 and given.shape[1] == x.shape[2] else x
 
 
 def _summed(taken: ir.Node) -> tuple[ir.Node, ir.Value] | None:
