@@ -143,12 +143,19 @@ std::shared_ptr<const Weight> shared(const Source& from) {
     // Never destroyed: a session may outlive the library's own static objects.
     static auto& mutex = *new std::mutex;
     static auto& known = *new std::multimap<uint64_t, std::weak_ptr<const Weight>>;
+    static size_t room = 64;
     const uint64_t key = from.hash();
     const std::lock_guard<std::mutex> lock(mutex);
-    for (auto place = known.begin(); place != known.end();) {
+    const auto alike = known.equal_range(key);
+    for (auto place = alike.first; place != alike.second; ++place) {
         const std::shared_ptr<const Weight> weight = place->second.lock();
-        if (weight && place->first == key && weight->holds(from)) return weight;
-        place = weight ? std::next(place) : known.erase(place);  // no session is left that had it
+        if (weight && weight->holds(from)) return weight;
+    }
+    if (known.size() >= room) {  // not for each of many weights: those that no session has any more
+        for (auto place = known.begin(); place != known.end();) {
+            place = place->second.expired() ? known.erase(place) : std::next(place);
+        }
+        room = 2 * known.size() + 64;
     }
     auto weight = std::make_shared<const Weight>(from);
     known.emplace(key, weight);

@@ -1,4 +1,4 @@
-// The kernels for Arm. Included by code.h.
+// The kernels for Arm. Included by kernels.h.
 
 #if defined(__clang__)
 #define ARM_TARGET "dotprod"

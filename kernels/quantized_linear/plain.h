@@ -1,4 +1,4 @@
-// The kernels in plain C, for every processor. Included by code.h.
+// The kernels in plain C, for every processor. Included by kernels.h.
 
 namespace plain {
 #define TARGET

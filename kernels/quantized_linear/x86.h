@@ -1,4 +1,4 @@
-// The kernels for x86. Included by code.h.
+// The kernels for x86. Included by kernels.h.
 
 // Keeps a vector in a register, and the order of the sums that led to it: reordered, they would need many more.
 #define KEEP(vector) asm volatile("" : "+x"(vector))
