@@ -7,6 +7,8 @@ from functools import cache
 from pathlib import Path
 
 import pytest
+import torch
+from torch import Tensor, nn
 
 import tokopt
 from tests.matrix.language import bundle as decoder
@@ -15,6 +17,7 @@ from tokopt.analysis.cost import node_bytes
 from tokopt.ir.bundle import Bundle
 from tokopt.ir.format import Schedule
 from tokopt.ir.graph import aten, is_call, sizes
+from tokopt.kernels import ops
 from tokopt.measure.forecast import forecast, occupied
 from tokopt.measure.machine import KINDS, ROWS, Machine
 from tokopt.measure.roofline import Roofline, predict_seconds
@@ -79,6 +82,32 @@ def test_weights_take_what_the_artifact_takes(pipeline: str, tmp_path: Path) -> 
     made = quantized("llama", pipeline) if pipeline else decoder("llama")
     stored = (tokopt.export(made, tmp_path / "a.tokopt", check=False) / "weights.data").stat().st_size
     assert Roofline(made.main).weight_bytes == pytest.approx(stored, rel=0.15)
+
+
+class Chosen(nn.Module):
+    """Tokens [tokens, 32] and the two experts that each chose."""
+
+    def __init__(self, experts: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(experts, 48, 32))
+
+    def forward(self, x: Tensor, chosen: Tensor) -> Tensor:
+        return ops.expert_linear(x[:, None], chosen, self.weight)
+
+
+@pytest.mark.parametrize("pipeline", ["", "rtn{group=16}"])
+def test_of_experts_those_that_are_chosen_are_read(pipeline: str) -> None:
+    few, many = (
+        tokopt.optimize(made, pipeline) if pipeline else made
+        for count in (4, 16)
+        for made in [
+            tokopt.capture(Chosen(count), (torch.randn(3, 32), torch.zeros(3, 2, dtype=torch.int64)))
+        ]
+    )
+    one, several = ({few.main.inputs[0].axes[0]: count} for count in (1, 8))
+    times = [Roofline(model.main).seconds(NARROW, sizes) for model in (few, many) for sizes in (one, several)]
+    assert times[0] == pytest.approx(times[2], rel=1e-6)  # of a single token two, however many there are
+    assert times[3] > 1.5 * times[1]
 
 
 def test_of_an_embedding_only_the_rows_taken_are_read() -> None:

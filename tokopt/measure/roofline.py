@@ -50,7 +50,8 @@ def predict_exits(bundle: Bundle, machine: Machine) -> dict[int, float]:
 class _Product:
     """A product of ``given`` with a parameter: what engines compute, and the bytes of the weight as it is stored.
 
-    ``weight`` is the parameter's node, or the one that expands it from ``codes``.
+    ``weight`` is the parameter's node, or the one that expands it from ``codes``. Of its ``experts`` those are read
+    that are chosen.
     """
 
     node: Node
@@ -60,6 +61,7 @@ class _Product:
     numbers: int
     stored: int
     codes: Tensor | None = None
+    experts: int = 1
 
 
 class Roofline:
@@ -78,7 +80,7 @@ class Roofline:
             codes = product.codes
             if codes is None:
                 continue
-            self.fused |= {product.weight, *(user for user in product.weight.users if is_call(user, aten.t))}
+            self.fused |= {product.weight, *(user for user in product.weight.users if is_call(user, *_TURNS))}
             if product.kind == "4 bits" and id(codes) not in halved:
                 halved.add(id(codes))
                 self.weight_bytes -= codes.numel() // 2
@@ -101,10 +103,16 @@ class Roofline:
         return total
 
 
+_TURNS = (aten.t, aten.transpose, aten.view)
+"""What stands between a weight and its product: an axis for the experts, too."""
+
+
 def _operands(node: Node) -> tuple[object, object] | None:
     """The activation and the weight of a product, if the node is one."""
     if is_call(node, aten.linear, aten.mm, aten.matmul):
         return node.args[0], node.args[1]
+    if is_call(node, ops.expert_linear):
+        return node.args[0], node.args[2]
     return (node.args[1], node.args[2]) if is_call(node, aten.addmm) else None
 
 
@@ -116,11 +124,13 @@ def _product(module: GraphModule, node: Node) -> _Product | None:
     given, weight = _operands(node) or (None, None)
     if not isinstance(given, Node) or not isinstance(weight, Node):
         return None
-    if is_call(weight, aten.t, aten.transpose):
+    experts = sizes(weight)[0] if is_call(node, ops.expert_linear) else 1
+    if is_call(weight, *_TURNS):
         weight = operand_at(weight, 0)
     numbers = math.prod(sizes(weight))
     if weight.op == "get_attr":
-        return _Product(node, given, weight, "float", numbers, numbers * weight.meta["val"].element_size())
+        stored = numbers * weight.meta["val"].element_size()
+        return _Product(node, given, weight, "float", numbers, stored, experts=experts)
     if not is_call(weight, ops.dequantize_weight):
         return None
     codes, scale, zero = (evaluate(module, operand_at(weight, place), {}) for place in range(3))
@@ -129,13 +139,18 @@ def _product(module: GraphModule, node: Node) -> _Product | None:
     kind: Kind = "4 bits" if four else "8 bits"
     if weight.args[3] == codes.shape[1] and is_call(given, ops.fake_quantize):
         kind = "bytes"
-    return _Product(node, given, weight, kind, numbers, stored, codes)
+    return _Product(node, given, weight, kind, numbers, stored, codes, experts)
 
 
 def _product_seconds(product: _Product, machine: Machine, shape: SizesOf) -> float:
     given, made = shape(product.given), shape(product.node)
-    moved = product.stored + 4 * (math.prod(given) + math.prod(made))
-    work = machine.product(product.kind, math.prod(given[:-1]), product.numbers)
+    rows, part = math.prod(given[:-1]), 1.0
+    if product.experts > 1:  # the rows of those that are chosen, evenly
+        pairs = math.prod(made[:-1])
+        chosen = min(pairs, product.experts)
+        rows, part = math.ceil(pairs / max(chosen, 1)), chosen / product.experts
+    moved = product.stored * part + 4 * (math.prod(given) + math.prod(made))
+    work = machine.product(product.kind, rows, product.numbers * part)
     return max(work, moved / machine.bytes) + _LAUNCH
 
 
