@@ -52,10 +52,10 @@ class ProductQuantization(Quantization):
     def apply(self, module: GraphModule, linear: Linear, bits: int, moments: Moments | None) -> StoredWeight:
         """Quantize the weight, and the input in front of it."""
         quantized, rounding = self.quantize(module, linear), self.rounding(moments)
-        node, graph = linear.node, module.graph
-        made = call_once(node, rounding.function, linear.input, *rounding.options)
+        node, given, graph = linear.node, linear.given, module.graph
+        made = call_once(node, rounding.function, given, *rounding.options)
         if moments is not None:
-            node.replace_input_with(linear.input, made)
+            node.replace_input_with(given, made)
             return quantized
         rounded, scale = made
         with graph.inserting_before(node):

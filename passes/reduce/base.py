@@ -19,7 +19,15 @@ from torch.fx import Graph, GraphModule, Node
 
 from tokopt.analysis.blocks import Block, NoBlock, find_blocks
 from tokopt.analysis.streams import Stream, Streams, find_streams
-from tokopt.analysis.token_axis import Seed, TokenTrace, prefix_tokens, trace_tokens
+from tokopt.analysis.token_axis import (
+    Attend,
+    Restore,
+    Seed,
+    TokenTrace,
+    met,
+    prefix_tokens,
+    trace_tokens,
+)
 from tokopt.errors import PassError, PassRefused, UnsupportedModelError
 from tokopt.ir.bundle import Bundle
 from tokopt.ir.export import axis_names, placeholders
@@ -257,17 +265,18 @@ class Proved:
     trace: TokenTrace
 
     def meets(self, other: Proved) -> bool:
-        """Whether a value holds the tokens of both streams, or an operator would change for both."""
-        ours, theirs = (
-            {edit.node for edit in one.trace.edits if edit.node.op != "output"} for one in (self, other)
+        """Whether an operator would change for both streams, in ways that do not add up."""
+        ours, theirs = ({edit.node: type(edit) for edit in one.trace.edits} for one in (self, other))
+        return any(
+            ours[node] is not theirs[node] or ours[node] not in (Attend, Restore)
+            for node in ours.keys() & theirs.keys()
         )
-        return bool(self.trace.labels.keys() & other.trace.labels.keys() or ours & theirs)
 
     def fault(self, method: TokenReduction, before: Sequence[Proved]) -> str | None:
         """Why the method cannot reduce this stream beside those ``before``."""
-        met = next((other for other in before if self.meets(other)), None)
-        if met is not None:
-            return f"its tokens meet those of {met.where}, which are reduced on their own"
+        other = next((other for other in before if self.meets(other)), None)
+        if other is not None:
+            return met(other.where)
         return method.objection(self.plan.prefix(self.trace, method), self.plan.dynamic)
 
     def note(self, method: TokenReduction) -> str:
@@ -294,9 +303,10 @@ def _prove(
     *earlier, method = methods
     for number, stream in enumerate(streams.streams):
         where = _WHOLE if len(streams.streams) == 1 else common_prefix(b.site.path for b in stream) or _WHOLE
+        others = {node: one.where for one in proved for node in one.trace.labels}
         reason = failed.get(number)
         try:
-            plan, trace, impossible = Plan.make(methods, streams, stream).prove(graph)
+            plan, trace, impossible = Plan.make(methods, streams, stream).prove(graph, others)
             one = Proved(number, where, plan, trace)
             if reason is None and plan.reduced_blocks(len(earlier)):
                 reason = one.fault(method, proved)
@@ -304,7 +314,7 @@ def _prove(
             errors.append(error)
             reason = str(error)
         if reason is not None:
-            plan, trace, _ = Plan.make(earlier, streams, stream).prove(graph)
+            plan, trace, _ = Plan.make(earlier, streams, stream).prove(graph, others)
             one, impossible = Proved(number, where, plan, trace), [Refusal(where, reason)]
         refusals += impossible
         proved += [one] if plan.steps else []
@@ -378,11 +388,20 @@ class Plan:
         """Whether the number of tokens is a symbol."""
         return bool(self.steps) and not isinstance(_tokens(self.steps[0].block), int)
 
-    def prove(self, graph: Graph) -> tuple[Plan, TokenTrace, list[Refusal]]:
-        """Drop blocks until the token axis can be followed from every remaining one to the outputs."""
-        plan, refusals = self, []
+    def prove(
+        self, graph: Graph, others: Mapping[Node, str]
+    ) -> tuple[Plan, TokenTrace, list[Refusal]]:
+        """Drop blocks until the token axis can be followed from every remaining one to the outputs.
+
+        ``others`` are the nodes that hold tokens of streams that are reduced too, and where each of these is.
+        """
+        taken = {b: where for b in self.stream for node in b.reads if (where := others.get(node)) is not None}
+        gone = dict.fromkeys(step.block for step in self.steps if step.block in taken)
+        refusals = [Refusal(block.label, met(taken[block])) for block in gone]
+        plan = replace(self, steps=tuple(step for step in self.steps if step.block not in taken))
+        within = [block.site.node for block in self.stream]
         while True:
-            trace = trace_tokens(graph, plan.seeds())
+            trace = trace_tokens(graph, plan.seeds(), within=within, others=others)
             if not trace.obstacles:
                 return plan._checked(trace), trace, refusals
             obstacle = trace.obstacles[0]

@@ -100,6 +100,12 @@ class Block:
         return self.token_axis
 
     @property
+    def reads(self) -> tuple[Node, ...]:
+        """What a reduction in the block looks at."""
+        mask = () if self.site.mask is None else (self.site.mask,)
+        return (self.stream, self.residual, self.site.query, self.site.key, *mask)
+
+    @property
     def label(self) -> str:
         """How notes and refusals name the block: ``block 3 (encoder.layer.3.attention)``."""
         return f"block {self.index}" + (f" ({self.site.path})" if self.site.path else "")

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.fx import Graph, GraphModule, Node
 
 from tokopt.analysis.constants import constants, evaluate
-from tokopt.ir.graph import ancestors, aten, is_call, module_path, parameter_path
+from tokopt.ir.graph import ancestors, aten, is_call, module_path, operand_at, parameter_path
 from tokopt.kernels import ops
 
 EXPANDING = (ops.dequantize_weight, ops.dequantize_float8)
@@ -21,14 +21,19 @@ EXPANDING = (ops.dequantize_weight, ops.dequantize_float8)
 class Linear:
     """``x @ W.T`` with ``W`` [out, in].
 
-    ``place`` is the position of the weight among the node's arguments; ``transposed`` says that it is [in, out]
-    (``addmm``, ``matmul``).
+    ``input`` is x as it was found, which another linear may have made; ``place`` is the position of the weight among the
+    node's arguments; ``transposed`` says that it is [in, out] (``addmm``, ``matmul``).
     """
 
     node: Node
     input: Node
     place: int
     transposed: bool
+
+    @property
+    def given(self) -> Node:
+        """The node of x, as it is now."""
+        return operand_at(self.node, self.place - 1)
 
     @property
     def weight(self) -> Node:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -88,10 +88,14 @@ class Side:
 
 @dataclass(frozen=True)
 class Attend:
-    """``node`` is an attention whose keys are tokens of the stream: weigh every key by the tokens it stands for."""
+    """``node`` is an attention whose keys are tokens of the stream: weigh every key by the tokens it stands for.
+
+    ``mask_axes`` are those of its mask, of ``mask_rank`` axes, that hold tokens.
+    """
 
     node: Node
     mask_axes: tuple[TokenAxis, ...]
+    mask_rank: int
     stage: int
 
 
@@ -141,6 +145,11 @@ class TokenTrace:
     obstacles: list[Obstacle] = field(default_factory=list)
 
 
+def met(where: str) -> str:
+    """Why tokens that meet those of another stream cannot be followed."""
+    return f"its tokens meet those of {where}, which are reduced on their own"
+
+
 class _Cannot(Exception):
     """Raised by a rule that cannot follow the token axis."""
 
@@ -156,22 +165,35 @@ class Seed:
 Seeds = Mapping[Node, Seed]
 
 
-def trace_tokens(graph: Graph, seeds: Seeds, *, reduce: bool = True) -> TokenTrace:
+def trace_tokens(
+    graph: Graph,
+    seeds: Seeds,
+    *,
+    reduce: bool = True,
+    within: Collection[Node] = (),
+    others: Mapping[Node, str] | None = None,
+) -> TokenTrace:
     """Follow the token axis downstream of ``seeds``.
 
     With ``reduce`` every seed is a place where the axis gets shorter, so a seed downstream of another starts a
-    new stage. Without it the trace only says where the axis goes.
+    new stage. Without it the trace only says where the axis goes. ``within`` are the attentions of the stream: past the
+    last of them, an op that cannot work on fewer tokens gets all of them back. ``others`` are the nodes that hold the
+    tokens of streams that get shorter too, and where each of these is: no node can follow two.
     """
-    tracer = _Tracer(seeds, reduce)
+    tracer = _Tracer(seeds, reduce, frozenset(within), others or {})
     for node in graph.nodes:
         tracer.visit(node)
     return tracer.trace
 
 
 class _Tracer:
-    def __init__(self, seeds: Seeds, reduce: bool) -> None:
+    def __init__(
+        self, seeds: Seeds, reduce: bool, within: frozenset[Node], others: Mapping[Node, str]
+    ) -> None:
         self.seeds = seeds
         self.reduce = reduce
+        self.within = within
+        self.others = others
         self.trace = TokenTrace()
         self.labels = self.trace.labels
         self.stage = 0
@@ -188,6 +210,8 @@ class _Tracer:
         marks = len(self.trace.edits), self.trace.fixed
         try:
             label = self.rule(node)
+            if label is not None and label.axes and node in self.others:
+                raise _Cannot(met(self.others[node]))
         except _Cannot as reason:
             del self.trace.edits[marks[0] :]
             self.trace.fixed = marks[1]
@@ -209,13 +233,11 @@ class _Tracer:
         self.labels[node] = Label((TokenAxis(seed.axis),), self.stage)
 
     def stop(self, node: Node, reason: str) -> None:
-        """An op that cannot work on fewer tokens: give it all of them back if it is past the last attention."""
+        """An op that cannot work on fewer tokens: give it all of them back if it is past the stream's last attention."""
         downstream = [node]
         for n in downstream:
             downstream.extend(u for u in value_users(n) if u not in downstream)
-        if not self.reduce or any(
-            n in self.seeds or is_call(n, aten.scaled_dot_product_attention) for n in downstream
-        ):
+        if not self.reduce or any(n in self.seeds or n in self.within for n in downstream):
             self.trace.obstacles.append(Obstacle(node, reason))
             return
         for operand in dict.fromkeys(node.all_input_nodes):
@@ -368,24 +390,25 @@ class _Tracer:
             raise _Cannot("keys and values hold different tokens")
         if argument(node, 5, "is_causal", False):
             raise _Cannot("causal attention")
-        stage = self.stage_of([query, key, value])
         mask = argument(node, 3, "attn_mask")
-        if k is not None or isinstance(mask, Node):
-            self.trace.edits.append(Attend(node, self.mask_axes(mask, q, k, rank), stage))
+        if isinstance(mask, Node) and mask in self.labels:
+            raise _Cannot("the attention mask is computed from the tokens")
+        stage = self.stage_of([query, key, value])
+        axes, mask_rank = self.mask_axes(mask, q, k)
+        if k is not None or axes:
+            self.trace.edits.append(Attend(node, axes, mask_rank, stage))
         return q if q is not None else Label((), stage)
 
-    def mask_axes(self, mask: object, q: Label | None, k: Label | None, rank: int) -> tuple[TokenAxis, ...]:
-        """The axes of an attention mask ``[..., queries, keys]`` that hold all tokens."""
+    def mask_axes(self, mask: object, q: Label | None, k: Label | None) -> tuple[tuple[TokenAxis, ...], int]:
+        """The axes of an attention mask ``[..., queries, keys]`` that hold all tokens, and its rank."""
         if not isinstance(mask, Node):
-            return ()
-        if mask in self.labels:
-            raise _Cannot("the attention mask is computed from the tokens")
+            return (), 0
         mask_rank = len(sizes(mask))
-        found = []
+        found = list[TokenAxis]()
         for label, dim in ((q, mask_rank - 2), (k, mask_rank - 1)):
             if label is not None and dim >= 0 and sizes(mask)[dim] != 1:
                 found.append(replace(label.axes[0], dim=dim))
-        return tuple(found)
+        return tuple(found), mask_rank
 
     def reshape(self, node: Node) -> Label:
         operand = node.args[0]

@@ -22,7 +22,7 @@ from torch.fx._lazy_graph_module import _use_lazy_graph_module
 from torch.fx.experimental.symbolic_shapes import ConstraintViolationError, free_unbacked_symbols
 
 from tokopt.errors import CaptureError
-from tokopt.ir.graph import describe, results
+from tokopt.ir.graph import describe, drop_asserts, results
 from tokopt.ir.mutation import drop_write_backs, without_mutation
 from tokopt.ir.program import AxisRange, Program, TensorSpec
 
@@ -37,12 +37,13 @@ def unlifted(exported: torch.export.ExportedProgram) -> GraphModule:
 
 
 def copied(module: GraphModule) -> GraphModule:
-    """A copy of the graph, without dead code, that shares parameters and buffers with ``module``.
+    """A copy of the graph, without dead code and asserts, that shares parameters and buffers with ``module``.
 
     Its Python is only written when it is called.
     """
     graph = Graph()
     graph.output(graph.graph_copy(module.graph, {}))
+    drop_asserts(graph)
     graph.eliminate_dead_code()
     return LazyGraphModule(module, graph)
 

@@ -132,14 +132,16 @@ def results(graph: Graph) -> list[Node]:
 
 
 def drop_dead(graph: Graph) -> None:
-    """Delete the nodes that nothing reads, also those that torch takes for random: a program draws no numbers.
-
-    What asserts dtypes is no reader: they are derived anew when the graph is closed.
-    """
-    for node in list(graph.nodes):
-        if is_call(node, aten._assert_tensor_metadata):
-            graph.erase_node(node)
+    """Delete the nodes that nothing reads, also those that torch takes for random: a program draws no numbers."""
+    drop_asserts(graph)
     graph.eliminate_dead_code(lambda node: node.is_impure(impure_random=False))
+
+
+def drop_asserts(graph: Graph) -> None:
+    """Delete what asserts dtypes, which are derived anew when the graph is closed, or values, which no artifact does."""
+    for node in list(graph.nodes):
+        if is_call(node, aten._assert_tensor_metadata, aten._assert_scalar):
+            graph.erase_node(node)
 
 
 def module_path(node: Node) -> str:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -282,7 +282,9 @@ class TokenRewriter:
         query, key = node.args[:2]
         assert isinstance(query, Node) and isinstance(key, Node)
         if isinstance(mask, Node) and edit.mask_axes:
-            mask = self._take(mask, edit.mask_axes, edit.stage, sizes(query))
+            grown = len(sizes(mask)) - edit.mask_rank  # where another stream's tokens were taken before
+            axes = tuple(replace(axis, dim=axis.dim + grown) for axis in edit.mask_axes)
+            mask = self._take(mask, axes, edit.stage, sizes(query))
         label = labels.get(key)
         if label is not None and stage.proportional:
             folded = sizes(query)[0] // self.batch

@@ -83,10 +83,10 @@ class MergeSums(Rule[_Sums]):
     def candidates(self, graph: ir.Graph) -> Iterator[Candidate]:
         """Every split whose first part is added to a part of another one."""
         for node in list(graph):
-            user = _only_user(node.outputs[0], "Add") if node.op_type == "Split" else None
+            user = _only_user(node.outputs[0], "Add") if _has_sizes(node) else None
             other = _other(user, node.outputs[0])
             second = other.producer() if other is not None else None
-            if second is not None and second is not node and second.op_type == "Split":
+            if second is not None and second is not node and _has_sizes(second):
                 yield (node, second)
 
     def match(self, graph: ir.Graph, candidate: Candidate) -> _Sums:
@@ -108,6 +108,11 @@ class MergeSums(Rule[_Sums]):
         whole = _insert(graph, before, "Add", [site.split.inputs[0], site.other.inputs[0]])
         sizes = [int(size) for size in array(site.split.inputs[1])]
         _split(graph, before, whole, [node.outputs[0] for node in site.sums], sizes)
+
+
+def _has_sizes(node: ir.Node) -> bool:
+    """Whether a node is a split whose parts have sizes of their own, not one into equal parts."""
+    return node.op_type == "Split" and len(node.inputs) > 1
 
 
 def _kind(weight: ir.Value) -> _Kind | None:
