@@ -388,9 +388,7 @@ class Plan:
         """Whether the number of tokens is a symbol."""
         return bool(self.steps) and not isinstance(_tokens(self.steps[0].block), int)
 
-    def prove(
-        self, graph: Graph, others: Mapping[Node, str]
-    ) -> tuple[Plan, TokenTrace, list[Refusal]]:
+    def prove(self, graph: Graph, others: Mapping[Node, str]) -> tuple[Plan, TokenTrace, list[Refusal]]:
         """Drop blocks until the token axis can be followed from every remaining one to the outputs.
 
         ``others`` are the nodes that hold tokens of streams that are reduced too, and where each of these is.

@@ -194,6 +194,10 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "CLIPTextModel": {"eos_token_id": 2},
     "EsmModel": {"vocab_size": VOCABULARY},
     "EsmcModel": {"num_key_value_heads": 4},
+    **{
+        name: {"num_key_value_heads": 4}
+        for name in ("Nemotron3DiarizationAudioModel", "Nemotron3_5TranscribeAsrAudioModel")
+    },
     "LukeModel": {"entity_vocab_size": 20, "entity_emb_size": 16},
     "ReformerModel": {"axial_pos_embds_dim": (16, 48), "axial_pos_shape": (16, 20)},
     "RoCBertModel": {"pronunciation_vocab_size": 20, "shape_vocab_size": 20},

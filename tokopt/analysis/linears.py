@@ -21,8 +21,8 @@ EXPANDING = (ops.dequantize_weight, ops.dequantize_float8)
 class Linear:
     """``x @ W.T`` with ``W`` [out, in].
 
-    ``input`` is x as it was found, which another linear may have made; ``place`` is the position of the weight among the
-    node's arguments; ``transposed`` says that it is [in, out] (``addmm``, ``matmul``).
+    ``input`` is x as it was found, and another linear may have made it; ``place`` is the position of the weight among
+    the node's arguments; ``transposed`` says that it is [in, out] (``addmm``, ``matmul``).
     """
 
     node: Node

@@ -233,7 +233,7 @@ class _Tracer:
         self.labels[node] = Label((TokenAxis(seed.axis),), self.stage)
 
     def stop(self, node: Node, reason: str) -> None:
-        """An op that cannot work on fewer tokens: give it all of them back if it is past the stream's last attention."""
+        """An op that cannot work on fewer tokens: past the last attention of the stream, give it all of them back."""
         downstream = [node]
         for n in downstream:
             downstream.extend(u for u in value_users(n) if u not in downstream)

@@ -33,7 +33,7 @@ from tokopt.kernels import ops
 from tokopt.rewrite.edit import call, close_graph, open_graph, put_parameter
 
 _NO_OPS = (aten.dropout, aten.clone, aten.contiguous, aten.alias, aten.detach)
-_UNKNOWN = (aten.erfinv, aten.special_erfinv, aten.special_ndtri)
+_UNKNOWN = (aten.erfinv, aten.special_erfinv, aten.special_ndtri, aten.upsample_bicubic2d)
 _HIDDEN = -1e4  # additive masks at or below this hide a key
 
 
@@ -95,7 +95,7 @@ def _drop_casts(module: GraphModule) -> bool:
 
 
 def _fold_constants(module: GraphModule) -> bool:
-    """Compute what no engine can where it is computed of constants alone."""
+    """Compute what no engine can, or not in every layout, where it is computed of constants alone."""
     found = [node for node in module.graph.nodes if is_call(node, *_UNKNOWN)]
     fixed = [node for node in found if all(n.op != "placeholder" for n in ancestors(node))]
     for node in fixed:

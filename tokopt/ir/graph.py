@@ -138,7 +138,7 @@ def drop_dead(graph: Graph) -> None:
 
 
 def drop_asserts(graph: Graph) -> None:
-    """Delete what asserts dtypes, which are derived anew when the graph is closed, or values, which no artifact does."""
+    """Delete what asserts dtypes, derived anew when the graph is closed, and values, which no artifact looks at."""
     for node in list(graph.nodes):
         if is_call(node, aten._assert_tensor_metadata, aten._assert_scalar):
             graph.erase_node(node)
