@@ -66,18 +66,128 @@ def towers() -> tuple[Towers, Bundle]:
     return model, tokopt.capture(model, (IMAGES, TEXTS), dynamic=DYNAMIC)
 
 
-@cache
-def alone(tower: str) -> Bundle:
-    model = towers()[0]
-    return tokopt.capture(getattr(model, tower), (IMAGES if tower == "vision" else TEXTS,))
+def exactly(got: Tensor, wanted: Tensor) -> None:
+    torch.testing.assert_close(got, wanted, rtol=0, atol=1e-12)
+
+
+def reduced(model: nn.Module, text: str, *inputs: Tensor) -> tuple[Tensor, ...]:
+    """What a model in float64 gives after a pass."""
+    doubled = tuple(one.double() for one in inputs)
+    bundle = tokopt.capture(model.double(), doubled, dynamic={})
+    return tokopt.optimize(bundle, text, strict=True)(*doubled)
 
 
 @pytest.mark.parametrize("text", ["tome{r=2},divprune{r=1}", "tome{r=[3,0,2,1]}"])
 def test_both_towers_give_what_each_gives_alone(text: str) -> None:
-    vision, other, _ = tokopt.optimize(towers()[1], text, strict=True)(IMAGES, TEXTS)
+    model = randomize(Towers())
+    vision, other, both = reduced(model, text, IMAGES, TEXTS)
     for got, tower, inputs, counts in ((vision, "vision", IMAGES, "[3,0]"), (other, "text", TEXTS, "[2,1]")):
-        (wanted,) = tokopt.optimize(alone(tower), text.replace("[3,0,2,1]", counts), strict=True)(inputs)
-        torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-6)
+        (wanted,) = reduced(getattr(model, tower), text.replace("[3,0,2,1]", counts), inputs)
+        exactly(got, wanted)
+    exactly(both, vision @ other.T)
+
+
+class Tokens(nn.Module):
+    """Tokens through two blocks, and all of them out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.Sequential(*blocks())
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.blocks(tokens)
+
+
+class Meeting(nn.Module):
+    """Two streams, and what becomes of them where they meet."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.other = Tokens(), Tokens()
+
+    def meet(self, one: Tensor, other: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def forward(self, one: Tensor, other: Tensor) -> Tensor:
+        return self.meet(self.one(one), self.other(other))
+
+
+class LateInteraction(Meeting):
+    """Every token of the one finds the most alike of the other (ColBERT, 2020)."""
+
+    def meet(self, one: Tensor, other: Tensor) -> Tensor:
+        return (one @ other.mT).amax(-1).sum(-1)
+
+
+class Fusion(Meeting):
+    """A third stream, of both."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fusion = nn.Sequential(*blocks(1))
+
+    def meet(self, one: Tensor, other: Tensor) -> Tensor:
+        return self.fusion(torch.cat([one, other], 1))[:, 0]
+
+
+class Chosen(Meeting):
+    """A third stream, whose attention sees the tokens that the one says."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.projection = nn.Linear(WIDTH, 3 * WIDTH)
+
+    def meet(self, one: Tensor, other: Tensor) -> Tensor:
+        query, key, value = self.projection(other)[:, None].chunk(3, -1)
+        shown = (one.mean(-1) > 0)[:, None, None].expand(-1, 1, other.shape[1], -1)
+        return (other + F.scaled_dot_product_attention(query, key, value, shown)[:, 0]).mean(1)
+
+
+@pytest.mark.parametrize("kind", [LateInteraction, Fusion])
+def test_where_streams_meet_each_is_what_it_gives_alone(kind: type[Meeting]) -> None:
+    """With all of its tokens back."""
+    model, other = randomize(kind()), TEXTS.flip(1)
+    (got,) = reduced(model, "tome{r=2 layers=[0,1,2,3]}", TEXTS, other)
+    wanted = model.meet(
+        *(reduced(part, "tome{r=2}", x)[0] for part, x in ((model.one, TEXTS), (model.other, other)))
+    )
+    exactly(got, wanted)
+    assert not torch.allclose(got, model(TEXTS.double(), other.double()), rtol=1e-3)
+
+
+def test_a_stream_that_chooses_what_another_attends_to_is_reduced_and_the_other_is_not() -> None:
+    """Its tokens are the keys of a mask, in their places."""
+    model, other = randomize(Chosen()), TEXTS.flip(1).double()
+    bundle = tokopt.capture(model.double(), (TEXTS.double(), other))
+    made = tokopt.optimize(bundle, "tome{r=2 layers=[0,1,2,3]}")
+    assert made.history[-1].matches == 2
+    assert any("its tokens meet those of one.blocks" in note for note in made.history[-1].notes)
+    (one,) = reduced(model.one, "tome{r=2}", TEXTS)
+    exactly(made(TEXTS.double(), other)[0], model.meet(one, model.other(other)))
+
+
+class Beside(FunctionalAttention):
+    """Attention, and a convolution over tokens beside it (ConvBERT, 2020)."""
+
+    def __init__(self) -> None:
+        super().__init__(WIDTH, 2)
+        self.convolution = nn.Conv1d(WIDTH, WIDTH, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) + self.convolution(x.transpose(1, 2)).transpose(1, 2)
+
+
+def test_a_block_that_reads_the_tokens_of_another_stream_is_refused() -> None:
+    """Its attention has fewer tokens than its stream, which got them back for the convolution."""
+    model = nn.Sequential(*(PreNormBlock(WIDTH, 48, Beside()) for _ in range(2)))
+    bundle = tokopt.capture(randomize(model).double(), (TEXTS.double(),))
+    made = tokopt.optimize(bundle, "tome{r=2}")
+    assert made.history[-1].matches == 1
+    met = "block 1 (1.attention): its tokens meet those of 0.attention"
+    assert any(note.startswith(met) for note in made.history[-1].notes)
+    exactly(made(TEXTS.double())[0], tokopt.optimize(bundle, "tome{r=2 layers=[0]}")(TEXTS.double())[0])
+    with pytest.raises(PassRefused, match="its tokens meet those of"):
+        tokopt.optimize(bundle, "tome{r=2}", strict=True)
 
 
 def test_a_tower_without_enough_tokens_is_refused_on_its_own() -> None:
@@ -120,11 +230,14 @@ def test_one_encoder_that_is_called_twice() -> None:
 
 
 class Cross(FunctionalAttention):
-    """Attention of ``x`` to ``memory``."""
+    """Attention of ``x`` to ``memory``, where ``shown`` [batch, queries, keys] says so."""
 
-    def forward(self, x: Tensor, memory: Tensor) -> Tensor:  # type: ignore[override]
+    def forward(self, x: Tensor, memory: Tensor, shown: Tensor | None = None) -> Tensor:  # type: ignore[override]
         (query, _, _), (_, key, value) = self.split(x), self.split(memory)
-        return self.out(F.scaled_dot_product_attention(query, key, value).transpose(1, 2).reshape(x.shape))
+        mask = None if shown is None else shown[:, None]
+        return self.out(
+            F.scaled_dot_product_attention(query, key, value, mask).transpose(1, 2).reshape(x.shape)
+        )
 
 
 class Decoding(nn.Module):
@@ -135,19 +248,28 @@ class Decoding(nn.Module):
         self.encoder, self.cross = nn.Sequential(*blocks()), Cross(WIDTH, 2)
         self.first, self.second = blocks()
 
-    def forward(self, memory: Tensor, targets: Tensor) -> Tensor:
+    def forward(self, memory: Tensor, targets: Tensor, shown: Tensor | None = None) -> Tensor:
         x = self.first(targets)
-        x = x + self.cross(x, self.encoder(memory))
+        x = x + self.cross(x, self.encoder(memory), shown)
         return self.second(x).mean(1)
 
 
-def test_merging_equal_tokens_changes_nothing_across_streams() -> None:
-    """Every token stands twice in both streams; the pairs merge, and the attention between counts each twice."""
-    memory, targets = (TEXTS[:3, start : start + 4].repeat_interleave(2, 1) for start in (0, 5))
-    bundle = tokopt.capture(randomize(Decoding()), (memory, targets))
+@pytest.mark.parametrize("masked", [False, True])
+def test_merging_equal_tokens_changes_nothing_across_streams(masked: bool) -> None:
+    """Every token stands twice in both streams; the pairs merge, and the attention between counts each twice.
+
+    A mask of the attention between loses queries with the one stream and keys with the other.
+    """
+    memory, targets = (TEXTS[:3, start : start + 4].repeat_interleave(2, 1).double() for start in (0, 5))
+    inputs = [memory, targets]
+    if masked:
+        shown = torch.rand(3, 4, 4, generator=torch.Generator().manual_seed(3)) > 0.4
+        inputs += [(shown | torch.eye(4).bool()).repeat_interleave(2, 1).repeat_interleave(2, 2)]
+    bundle = tokopt.capture(randomize(Decoding()).double(), tuple(inputs))
     made = tokopt.optimize(bundle, "tome{r=4 layers=[0,2]}", strict=True)
     assert made.history[-1].matches == 2
-    torch.testing.assert_close(made(memory, targets)[0], bundle(memory, targets)[0], rtol=1e-4, atol=1e-5)
+    # the logarithm of a size is a float32
+    torch.testing.assert_close(made(*inputs)[0], bundle(*inputs)[0], rtol=1e-5, atol=1e-6)
     assert any(
         note.startswith("cross: cross attention")
         for note in tokopt.optimize(bundle, "tome{r=1}").history[-1].notes

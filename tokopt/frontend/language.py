@@ -36,7 +36,7 @@ from tokopt.errors import CaptureError
 from tokopt.frontend.arguments import check_module, check_tokenizer
 from tokopt.frontend.hugging_face import HuggingFace, traceable
 from tokopt.frontend.imaginary import InReal
-from tokopt.frontend.module import evaluation, explain
+from tokopt.frontend.module import evaluation, explain, place_in_model, says
 from tokopt.frontend.normalize import normalize
 from tokopt.frontend.positions import first_position
 from tokopt.frontend.pretrained import load_pretrained
@@ -209,9 +209,9 @@ def _tried(model: nn.Module, run: Callable[[], Result], when: str = "on a text o
     except CaptureError as error:
         raise CaptureError(f"{type(model).__name__} cannot be captured: {error}") from error
     except Exception as error:
-        reason = " ".join(str(error).split())[:200]
         raise CaptureError(
-            f"{type(model).__name__} fails {when}: {type(error).__name__}: {reason}"
+            f"{type(model).__name__} fails {when}{place_in_model(error)}; capture_lm takes models that run there "
+            f"as they are ({says(error)})"
         ) from error
 
 

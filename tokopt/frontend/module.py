@@ -6,7 +6,9 @@ Not named ``capture.py``: once imported, a module ``tokopt.capture`` would hide 
 from __future__ import annotations
 
 import inspect
+import os
 import re
+import traceback
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -16,6 +18,7 @@ import torch
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 from torch.utils import _pytree as pytree
 
+from tokopt import errors
 from tokopt.arguments import check_path
 from tokopt.errors import ArtifactError, CaptureError, InputError
 from tokopt.frontend.arguments import check_axes, check_example, check_tokenizer
@@ -105,6 +108,7 @@ def capture(
             raise CaptureError("capture needs example inputs; pass them as capture(model, (images,))")
         axes = _named_axes(names, example, dynamic)
         example = _grow_example(example, axes)
+        _check_sizes(names, example, axes)
         inputs = tuple(
             TensorSpec(name, dtype_name(t.dtype), tuple(a or s for a, s in zip(ax, t.shape, strict=True)))
             for name, t, ax in zip(names, example, axes, strict=True)
@@ -315,6 +319,21 @@ def _grow_example(
     return tuple(grown)
 
 
+def _check_sizes(
+    names: list[str], example: tuple[torch.Tensor, ...], axes: list[tuple[str | None, ...]]
+) -> None:
+    """An axis of one name has one size."""
+    known: dict[str, tuple[str, int]] = {}
+    for name, tensor, named in zip(names, example, axes, strict=True):
+        for axis, size in zip(named, tensor.shape, strict=True):
+            other, found = known.setdefault(axis, (name, size)) if axis else (name, size)
+            if found != size:
+                raise InputError(
+                    f"axis {axis!r} is {found} in {other!r} and {size} in {name!r}; give them names of their own in "
+                    "dynamic, or an example of one size"
+                )
+
+
 _OWN = ("/imaginary.py",)
 """Files of tokopt that a model's functions run through."""
 
@@ -352,5 +371,31 @@ def explain(error: Exception, model: torch.nn.Module, inputs: tuple[TensorSpec, 
         if f"({axis})" in text or f"'{axis}'" in text:
             first = text.strip().splitlines()[0]
             return f"{name} cannot be captured with axis {axis!r} dynamic{where}: {first}"
-    first = next((row for row in text.splitlines() if row.strip()), type(error).__name__)
-    return f"{name} cannot be captured{where}: {type(error).__name__}: {first.strip()}"
+    where = where or place_in_model(error)
+    if "expected to contain only concrete integers" in text:
+        return (
+            f"{name} cannot be captured{where}: an operator there takes sizes that are fixed alone; leave "
+            f"{', '.join(map(repr, axes))} out of dynamic"
+        )
+    return (
+        f"{name} cannot be captured{where}: torch.export does not follow what the model does there; write it in "
+        f"another way, or capture a part of the model without it ({says(error)})"
+    )
+
+
+def place_in_model(error: BaseException) -> str:
+    """`` (at file:line)``: the innermost line of the model's code that an error went through; empty without one."""
+    frames = [frame.filename for frame in traceback.extract_tb(error.__traceback__)]
+    ours, torchs = (str(Path(file).resolve().parent) + os.sep for file in (errors.__file__, torch.__file__))
+    inside = next((place for place, file in enumerate(frames) if file.startswith(ours)), len(frames))
+    lines = [
+        f" (at {Path(frame.filename).name}:{frame.lineno})"
+        for frame in traceback.extract_tb(error.__traceback__)[inside:]
+        if not frame.filename.startswith((ours, torchs, "<"))
+    ]
+    return lines[-1] if lines else ""
+
+
+def says(error: BaseException) -> str:
+    """The kind of an error and the beginning of what it says, in a line."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:120]}"
