@@ -12,13 +12,24 @@ import onnx_ir as ir
 from onnx_ir.passes import common as passes
 from onnxscript.optimizer import _constant_folding as folding
 from onnxscript.rewriter import RewriteRule, onnx_fusions, rewrite
+from onnxscript.rewriter._pattern_ir import Constant
 from onnxscript.rewriter.rules import common as rules
 
+
+def _without_effect(operation: str, neutral: float) -> RewriteRule:
+    """An operation with its neutral element is its operand.
+
+    onnxscript's own rules also take what is close to it: they drop the epsilon that keeps a division from zero.
+    """
+    element = Constant(neutral, rel_tol=0.0, abs_tol=0.0)
+    return RewriteRule(lambda op, x: getattr(op, operation)(x, element), lambda op, x: op.Identity(x))
+
+
 RULES: Mapping[str, tuple[RewriteRule, ...]] = {
-    "Add": (rules.add_0_rule,),
-    "Sub": (rules.sub_0_rule,),
-    "Mul": (rules.mul_by_1_rule,),
-    "Div": (rules.div_by_1_rule,),
+    "Add": (_without_effect("Add", 0.0),),
+    "Sub": (_without_effect("Sub", 0.0),),
+    "Mul": (_without_effect("Mul", 1.0),),
+    "Div": (_without_effect("Div", 1.0),),
     "Cast": (
         rules.cast_cast_rule,
         rules.no_op_cast_rule,
