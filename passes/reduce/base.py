@@ -16,6 +16,8 @@ from typing import Any, ClassVar, Literal, TypeGuard
 
 import torch
 from torch.fx import Graph, GraphModule, Node
+from torch.utils._sympy.numbers import int_oo
+from torch.utils._sympy.value_ranges import ValueRanges, bound_sympy
 
 from tokopt.analysis.blocks import Block, NoBlock, find_blocks
 from tokopt.analysis.streams import Stream, Streams, find_streams
@@ -30,7 +32,7 @@ from tokopt.analysis.token_axis import (
 )
 from tokopt.errors import PassError, PassRefused, UnsupportedModelError
 from tokopt.ir.bundle import Bundle
-from tokopt.ir.export import axis_names, placeholders
+from tokopt.ir.export import axis_names, placeholders, spell
 from tokopt.ir.graph import ancestors, common_prefix, size_hint
 from tokopt.ir.program import AxisRange, Program, Reductions
 from tokopt.ir.shapes import Shapes
@@ -304,9 +306,10 @@ def _prove(
     for number, stream in enumerate(streams.streams):
         where = _WHOLE if len(streams.streams) == 1 else common_prefix(b.site.path for b in stream) or _WHOLE
         others = {node: one.where for one in proved for node in one.trace.labels}
+        beyond = [block.site.node for block in streams.blocks if block not in stream]
         reason = failed.get(number)
         try:
-            plan, trace, impossible = Plan.make(methods, streams, stream).prove(graph, others)
+            plan, trace, impossible = Plan.make(methods, streams, stream).prove(graph, others, beyond)
             one = Proved(number, where, plan, trace)
             if reason is None and plan.reduced_blocks(len(earlier)):
                 reason = one.fault(method, proved)
@@ -314,7 +317,7 @@ def _prove(
             errors.append(error)
             reason = str(error)
         if reason is not None:
-            plan, trace, _ = Plan.make(earlier, streams, stream).prove(graph, others)
+            plan, trace, _ = Plan.make(earlier, streams, stream).prove(graph, others, beyond)
             one, impossible = Proved(number, where, plan, trace), [Refusal(where, reason)]
         refusals += impossible
         proved += [one] if plan.steps else []
@@ -388,18 +391,20 @@ class Plan:
         """Whether the number of tokens is a symbol."""
         return bool(self.steps) and not isinstance(_tokens(self.steps[0].block), int)
 
-    def prove(self, graph: Graph, others: Mapping[Node, str]) -> tuple[Plan, TokenTrace, list[Refusal]]:
+    def prove(
+        self, graph: Graph, others: Mapping[Node, str], beyond: Sequence[Node]
+    ) -> tuple[Plan, TokenTrace, list[Refusal]]:
         """Drop blocks until the token axis can be followed from every remaining one to the outputs.
 
-        ``others`` are the nodes that hold tokens of streams that are reduced too, and where each of these is.
+        ``others`` are the nodes that hold tokens of streams that are reduced too, and where each of these is;
+        ``beyond`` the attentions of other streams' blocks.
         """
         taken = {b: where for b in self.stream for node in b.reads if (where := others.get(node)) is not None}
         gone = dict.fromkeys(step.block for step in self.steps if step.block in taken)
         refusals = [Refusal(block.label, met(taken[block])) for block in gone]
         plan = replace(self, steps=tuple(step for step in self.steps if step.block not in taken))
-        within = [block.site.node for block in self.stream]
         while True:
-            trace = trace_tokens(graph, plan.seeds(), within=within, others=others)
+            trace = trace_tokens(graph, plan.seeds(), beyond=beyond, others=others)
             if not trace.obstacles:
                 return plan._checked(trace), trace, refusals
             obstacle = trace.obstacles[0]
@@ -499,18 +504,39 @@ def _tokens(block: Block) -> Size:
 
 def _raise_minimum(program: Program, module: GraphModule, plan: Plan, trace: TokenTrace) -> Program:
     """The program, open as ``module``, with the smallest size of its token axis raised to what the plan needs."""
-    symbol = str(_tokens(plan.steps[0].block))
-    axis = axis_names(placeholders(module), program.inputs).get(symbol)
-    if axis is None:
-        raise PassError(
-            f"the number of tokens depends on the input's size ({symbol}); capture with a fixed input size"
-        )
-    known = program.ranges[axis]
-    lowest = max(known.min, plan.shortest(trace))
+    expression = _tokens(plan.steps[0].block).node.expr
+    names = axis_names(placeholders(module), program.inputs)
+    varying = sorted(names[str(symbol)] for symbol in expression.free_symbols)
+    if len(varying) > 1:
+        raise PassError(_varies(expression, names, varying, "is of several axes"))
+    (axis,) = varying
+    (symbol,) = expression.free_symbols
+    known, needed = program.ranges[axis], plan.shortest(trace)
+    lowest = _example_size(program, axis)
+    while lowest > known.min and expression.subs(symbol, lowest - 1) >= needed:
+        lowest -= 1
+    proved = bound_sympy(expression, {symbol: ValueRanges(lowest, known.max or int_oo)})
+    if proved.lower < needed:
+        raise PassError(_varies(expression, names, varying, "may fall where the axis grows"))
     bounds = AxisRange(lowest, known.max)
     Shapes.attached(module).narrow(axis, bounds)
     ranges = {**program.ranges, axis: bounds}
     return replace(program, ranges=ranges)
+
+
+def _varies(expression: object, names: Mapping[str, str], axes: Sequence[str], how: str) -> str:
+    """Why a number of tokens cannot vary, and what to do."""
+    shown = " or ".join(map(repr, axes))
+    return f"the number of tokens, {spell(expression, names)}, {how}; leave {shown} out of dynamic"
+
+
+def _example_size(program: Program, axis: str) -> int:
+    """How long an axis is in the example."""
+    return next(
+        tensor.shape[spec.axes.index(axis)]
+        for spec, tensor in zip(program.inputs, program.example, strict=True)
+        if axis in spec.axes
+    )
 
 
 def _reduce(step: Step, prefix: int, depth: float, tokens: Tokens) -> Assignment:

@@ -101,6 +101,9 @@ class Tokens(nn.Module):
 class Meeting(nn.Module):
     """Two streams, and what becomes of them where they meet."""
 
+    one: Tokens
+    other: Tokens
+
     def __init__(self) -> None:
         super().__init__()
         self.one, self.other = Tokens(), Tokens()
@@ -146,7 +149,8 @@ class Chosen(Meeting):
 @pytest.mark.parametrize("kind", [LateInteraction, Fusion])
 def test_where_streams_meet_each_is_what_it_gives_alone(kind: type[Meeting]) -> None:
     """With all of its tokens back."""
-    model, other = randomize(kind()), TEXTS.flip(1)
+    model, other = kind(), TEXTS.flip(1)
+    randomize(model)
     (got,) = reduced(model, "tome{r=2 layers=[0,1,2,3]}", TEXTS, other)
     wanted = model.meet(
         *(reduced(part, "tome{r=2}", x)[0] for part, x in ((model.one, TEXTS), (model.other, other)))
@@ -157,7 +161,8 @@ def test_where_streams_meet_each_is_what_it_gives_alone(kind: type[Meeting]) -> 
 
 def test_a_stream_that_chooses_what_another_attends_to_is_reduced_and_the_other_is_not() -> None:
     """Its tokens are the keys of a mask, in their places."""
-    model, other = randomize(Chosen()), TEXTS.flip(1).double()
+    model, other = Chosen(), TEXTS.flip(1).double()
+    randomize(model)
     bundle = tokopt.capture(model.double(), (TEXTS.double(), other))
     made = tokopt.optimize(bundle, "tome{r=2 layers=[0,1,2,3]}")
     assert made.history[-1].matches == 2

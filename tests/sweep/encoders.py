@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -99,6 +99,8 @@ def _same(artifact: Model, made: Bundle, form: Form, limit: float) -> Ending:
     def wanted(inputs: Inputs) -> list[Tensor]:
         return list(made(*inputs.values()))
 
+    least = max((bounds.min for axis, bounds in made.main.ranges.items() if axis != "batch"), default=0)
+    form = replace(form, calls=tuple((rows, max(length, least)) for rows, length in form.calls))
     ending = compared(artifact, form, wanted, limit)
     if ending.outcome == WRONG:
         ending = compared(artifact, form, wanted, max(limit, 2 * _chosen_otherwise(made, form)))

@@ -170,17 +170,17 @@ def trace_tokens(
     seeds: Seeds,
     *,
     reduce: bool = True,
-    within: Collection[Node] = (),
+    beyond: Collection[Node] = (),
     others: Mapping[Node, str] | None = None,
 ) -> TokenTrace:
     """Follow the token axis downstream of ``seeds``.
 
     With ``reduce`` every seed is a place where the axis gets shorter, so a seed downstream of another starts a
-    new stage. Without it the trace only says where the axis goes. ``within`` are the attentions of the stream: past the
-    last of them, an op that cannot work on fewer tokens gets all of them back. ``others`` are the nodes that hold the
-    tokens of streams that get shorter too, and where each of these is: no node can follow two.
+    new stage. Without it the trace only says where the axis goes. An op that cannot work on fewer tokens gets all of
+    them back past the last attention, those ``beyond``, of other streams' blocks, not counted. ``others`` are the nodes
+    that hold the tokens of streams that get shorter too, and where each of these is: no node can follow two.
     """
-    tracer = _Tracer(seeds, reduce, frozenset(within), others or {})
+    tracer = _Tracer(seeds, reduce, frozenset(beyond), others or {})
     for node in graph.nodes:
         tracer.visit(node)
     return tracer.trace
@@ -188,11 +188,11 @@ def trace_tokens(
 
 class _Tracer:
     def __init__(
-        self, seeds: Seeds, reduce: bool, within: frozenset[Node], others: Mapping[Node, str]
+        self, seeds: Seeds, reduce: bool, beyond: frozenset[Node], others: Mapping[Node, str]
     ) -> None:
         self.seeds = seeds
         self.reduce = reduce
-        self.within = within
+        self.beyond = beyond
         self.others = others
         self.trace = TokenTrace()
         self.labels = self.trace.labels
@@ -237,7 +237,8 @@ class _Tracer:
         downstream = [node]
         for n in downstream:
             downstream.extend(u for u in value_users(n) if u not in downstream)
-        if not self.reduce or any(n in self.seeds or n in self.within for n in downstream):
+        attends = (n for n in downstream if is_call(n, aten.scaled_dot_product_attention))
+        if not self.reduce or any(n in self.seeds for n in downstream) or not self.beyond.issuperset(attends):
             self.trace.obstacles.append(Obstacle(node, reason))
             return
         for operand in dict.fromkeys(node.all_input_nodes):

@@ -194,7 +194,7 @@ def user_inputs(exported: torch.export.ExportedProgram) -> list[Node]:
     return [node for node in exported.graph.nodes if node.op == "placeholder" and node.name in names]
 
 
-def spell(size: torch.SymInt, names: Mapping[str, str]) -> str:
+def spell(size: object, names: Mapping[str, str]) -> str:
     """A size as an expression of named axes (``"tokens - 4"``), which ``names`` gives by symbol."""
     # A symbol may begin with another's name: s7 and s73.
     return re.sub(r"\bs\d+\b", lambda symbol: names.get(symbol[0], symbol[0]), str(size))
