@@ -11,6 +11,8 @@ import tokopt
 from tests.matrix.language import bundle
 from tests.matrix.test_matrix import captured
 from tests.zoo import ZOO
+from tests.zoo.blocks import FunctionalAttention, PreNormBlock
+from tests.zoo.entries import randomize
 from tokopt.errors import PassError, PassRefused, TokoptError, UnsupportedModelError
 from tokopt.ir.bundle import Bundle
 from tokopt.passes import PASSES, load_pass
@@ -213,3 +215,34 @@ def test_a_reduced_bundle_that_was_saved_is_refused(tmp_path: Path) -> None:
     path = tokopt.export(tokopt.optimize(captured("vit"), "tome{r=3}"), tmp_path / "a.tokopt", target="torch")
     with pytest.raises(PassRefused, match="reduced before it was calibrated or saved"):
         tokopt.optimize(tokopt.open_bundle(path), "tome{r=1}", strict=True)
+
+
+class Striding(torch.nn.Module):
+    """Frames [batch, channels, frames], every other one of which becomes a token."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stride = torch.nn.Conv1d(4, 32, 3, stride=2)
+        self.blocks = torch.nn.Sequential(
+            *(PreNormBlock(32, 48, FunctionalAttention(32, 2)) for _ in range(2))
+        )
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.blocks(self.stride(x).transpose(1, 2)).mean(1)
+
+
+@pytest.mark.parametrize("text", ["tome{r=3}", "tome{keep=0.7}"])
+def test_tokens_may_be_computed_from_an_axis(text: str) -> None:
+    """Inputs of every length that is allowed give what they give at that length alone; those too short are refused."""
+    model = Striding()
+    randomize(model).double()
+    sounds = [torch.randn(2, 4, n, generator=torch.Generator().manual_seed(n)).double() for n in (41, 25, 70)]
+    frames = tokopt.capture(model, (sounds[0],), dynamic={"x": ("batch", None, "frames")})
+    made = tokopt.optimize(frames, text, strict=True)
+    shortest = made.main.ranges["frames"].min
+    assert shortest > 3 and f"inputs need frames >= {shortest}" in made.history[-1].notes
+    for sound in (*sounds, sounds[2][:, :, :shortest]):
+        alone = tokopt.optimize(tokopt.capture(model, (sound,)), text, strict=True)
+        torch.testing.assert_close(made(sound)[0], alone(sound)[0], rtol=0, atol=1e-12)
+    with pytest.raises(TokoptError, match="frames"):
+        made(sounds[0][:, :, : shortest - 1])

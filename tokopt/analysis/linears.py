@@ -65,6 +65,11 @@ class Experts(Linear):
     """``tokopt::expert_linear``: its matrix is those of all experts one below another, [experts x out, in]."""
 
     @property
+    def given(self) -> Node:
+        """The node of x, as it is now."""
+        return operand_at(self.node, 0)
+
+    @property
     def path(self) -> str:
         """The dotted path of the parameter in the user's model: a module of experts has two."""
         sources = (node for node in (self.weight, *ancestors(self.weight)) if node.op == "get_attr")
