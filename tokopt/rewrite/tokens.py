@@ -317,12 +317,19 @@ class TokenRewriter:
     def _restore(self, edit: Restore) -> None:
         if any(axis.dim == 0 for axis in edit.axes):
             raise PassRefused(f"{describe(edit.node)}: it needs all tokens on the first axis")
+        folded, rest = divmod(sizes(edit.operand)[0], self.batch)
+        if rest:
+            raise PassRefused(
+                f"{describe(edit.node)}: it needs all tokens of what has no batch on the first axis"
+            )
         operand = self._now(edit.operand)
         full = operand
         for axis in edit.axes:
             if axis.stop is None:
                 source = self.stages[edit.stage - 1].source
-                full = self._call(_restore_axis, full, source, axis.dim, axis.start, like=edit.operand)
+                full = self._call(
+                    _restore_axis, full, source, axis.dim, axis.start, folded, like=edit.operand
+                )
         if edit.node.op == "output":
             outputs = edit.node.args[0]
             assert isinstance(outputs, (tuple, list))
@@ -448,5 +455,6 @@ def _weighted_sum(
     return (x * _column(weight, x, dim)).sum(dim, keepdim)
 
 
-def _restore_axis(x: Tensor, source: Tensor, dim: int, start: int) -> Tensor:
+def _restore_axis(x: Tensor, source: Tensor, dim: int, start: int, folded: int) -> Tensor:
+    source = source.repeat_interleave(folded, 0) if folded > 1 else source
     return ops.gather_tokens(x, source[:, start:] - start if start else source, dim)
