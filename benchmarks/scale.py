@@ -134,7 +134,7 @@ def write_models(size: Size, folder: Path) -> None:
         model.to(getattr(torch, dtype)).save_pretrained(folder / dtype)
 
 
-def build(folder: Path, artifact: Path) -> dict[str, Any]:
+def build(model: Path, artifact: Path, passes: str) -> dict[str, Any]:
     """Capture, optimise and export in this process."""
     watch = Watch()
     with watch.stage("imports"):
@@ -149,9 +149,9 @@ def build(folder: Path, artifact: Path) -> dict[str, Any]:
         torch.set_num_threads(2)
         transformers.logging.set_verbosity_error()
     with watch.stage("capture"):
-        bundle = tokopt.capture_lm(folder)
+        bundle = tokopt.capture_lm(model)
     with watch.stage("optimize"):
-        bundle = tokopt.optimize(bundle, PASSES)
+        bundle = tokopt.optimize(bundle, passes)
     with watch.stage("export"):
         tokopt.export(bundle, artifact, overwrite=True)
     return {name: asdict(stage) for name, stage in watch.stages.items()}
@@ -176,20 +176,32 @@ def measure(name: str, dtype: str, root: Path) -> dict[str, Any]:
     if not (folder / dtype / "config.json").exists():
         write_models(size, folder)
     artifact = folder / f"{dtype}.tokopt"
+    found = in_processes(folder / dtype, artifact, PASSES)
+    shutil.rmtree(artifact)
+    return {"parameters": size.parameters, **found}
+
+
+def in_processes(model: Path, artifact: Path, passes: str) -> dict[str, Any]:
+    """The stages of a model, of which one process builds and another one runs, and the bytes of its artifact."""
     stages: dict[str, Any] = {}
-    for what, path in (("--build", folder / dtype), ("--first", artifact)):
+    for what, path in (("--build", model), ("--first", artifact)):
         command = [sys.executable, "-m", "benchmarks.scale", what, str(path), "--artifact", str(artifact)]
+        command += ["--passes", passes]
         done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
         stages |= json.loads(done.stdout.splitlines()[-1])
-    stored = sum(file.stat().st_size for file in artifact.iterdir())
-    shutil.rmtree(artifact)
-    return {"parameters": size.parameters, "artifact": stored, "stages": stages}
+    return {"artifact": sum(file.stat().st_size for file in artifact.iterdir()), "stages": stages}
 
 
 # --- the report -----------------------------------------------------------------------------------------------
 
 
 COUNTED = ("capture", "optimize", "export", "load", "first token")
+
+
+HEAD = (
+    f"| model | weights, GiB | {' | '.join(COUNTED)} | in all | of all cores | artifact, GiB |",
+    "|---" * (len(COUNTED) + 5) + "|",
+)
 
 
 def markdown(report: Mapping[str, Any]) -> str:
@@ -208,16 +220,15 @@ def markdown(report: Mapping[str, Any]) -> str:
         if not rows:
             continue
         lines += ["", f"## Weights stored in {dtype}", ""]
-        lines += [f"| model | weights, GiB | {' | '.join(COUNTED)} | in all | of all cores | artifact, GiB |"]
-        lines += ["|---" * (len(COUNTED) + 5) + "|"]
-        lines += [_row(key.split()[0], row) for key, row in rows.items()]
+        lines += HEAD
+        lines += [row_of(key.split()[0], row) for key, row in rows.items()]
     base = next(iter(report["models"].values()))["stages"]
     lines += ["", f"Imports alone take {base['imports']['peak'] / GIB:.2f} GiB when a model is built, and "]
     lines[-1] += f"{base['runtime']['peak'] / GIB:.2f} GiB when an artifact is run."
     return "\n".join([*lines, "", "```json", json.dumps(report["machine"], indent=1), "```", ""])
 
 
-def _row(name: str, row: Mapping[str, Any]) -> str:
+def row_of(name: str, row: Mapping[str, Any]) -> str:
     weights, stages = 4 * row["parameters"], row["stages"]
     cells = []
     for key in COUNTED:
@@ -241,9 +252,10 @@ def main() -> None:
     parser.add_argument("--build", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--first", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--artifact", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--passes", default=PASSES, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.build is not None:
-        print(json.dumps(build(options.build, options.artifact)))
+        print(json.dumps(build(options.build, options.artifact, options.passes)))
         return
     if options.first is not None:
         print(json.dumps(first_token(options.first)))
@@ -255,7 +267,7 @@ def main() -> None:
     for name in options.sizes:
         for dtype in options.dtypes:
             found = progress.once(f"{name} {dtype}", lambda n=name, d=dtype: measure(n, d, root))
-            print(_row(f"{name} {dtype}", found), file=sys.stderr, flush=True)
+            print(row_of(f"{name} {dtype}", found), file=sys.stderr, flush=True)
     report = {"machine": describe(2), "models": progress.values}
     write_atomically(
         options.results / "scale.json", lambda path: path.write_text(json.dumps(report, indent=1) + "\n")
