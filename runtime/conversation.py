@@ -198,6 +198,10 @@ class Chat:
         chat = cls(model, saved.messages, variables)
         chat._request = model.open(1, len(saved.place.tokens))
         chat._request.restore(saved.place.snapshot)
+        for part in saved.parts:
+            answers = chat._messages[part.messages - 1 : part.messages]
+            if not (answers and part.spells(model.tokenizer, answers[0].get("content"))):
+                raise InputError(f"{path} is damaged: the tokens of an answer are not those of its text")
         chat._read, chat._parts = saved.place.tokens, tuple(saved.parts)
         return chat
 

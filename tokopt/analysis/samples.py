@@ -115,6 +115,10 @@ def _masked(bundle: Bundle, given: Mapping[str, Array]) -> Iterator[dict[str, Te
             f"a calibration sample has token ids of shape {list(tokens.shape)} and a mask of {list(mask.shape)}; "
             "give both as [texts, tokens]"
         )
+    if not bool(((mask == 0) | (mask == 1)).all()):
+        raise InputError(
+            "a calibration sample has a mask of other numbers than 1 for a token and 0 for padding; give such a mask"
+        )
     if bool(mask.all()):
         yield _named(bundle, {name: tokens})
         return
@@ -138,13 +142,21 @@ def _parts(bundle: Bundle, sample: Array | Sequence[Array]) -> Sequence[Array]:
     count = len(bundle.inputs)
     if bundle.schedule.generates and count == 1 and not _are_tensors(parts):
         return [cast(Array, sample)]
-    shapes = [np.shape(cast(np.ndarray, part)) for part in parts] if _are_tensors(parts) else []
-    if any(shape in shapes[:count] for shape in shapes[count:]):
+    if _are_tensors(parts) and any(_alike(bundle, one, parts[:count]) for one in parts[count:]):
         raise InputError(
             f"a calibration sample has {len(parts)} tensors of which one behind the inputs looks like them, and the "
             f"model takes {', '.join(bundle.inputs)}; give tensors by name"
         )
     return parts
+
+
+def _alike(bundle: Bundle, part: object, inputs: Sequence[object]) -> bool:
+    """Whether what follows the inputs may be one of them: a tensor of the shape of one, or another text."""
+    if not isinstance(part, (Tensor, np.ndarray)):
+        return False
+    shapes = [np.shape(cast(np.ndarray, one)) for one in inputs if isinstance(one, (Tensor, np.ndarray))]
+    text = bundle.schedule.generates and len(inputs) == 1 and part.ndim == len(shapes[0])
+    return tuple(part.shape) in shapes or text
 
 
 def _are_tensors(parts: Sequence[object]) -> bool:
@@ -172,7 +184,10 @@ def _unlike(bundle: Bundle, given: Mapping[str, object]) -> InputError:
 
 def _array(name: str, value: Array) -> Tensor:
     try:
-        return torch.as_tensor(value if isinstance(value, Tensor) else np.asarray(value))
+        made = torch.as_tensor(value if isinstance(value, Tensor) else np.asarray(value))
+        if made.layout != torch.strided or made.is_meta:
+            raise TypeError("it has no numbers in rows")
+        return made
     except (TypeError, ValueError, RuntimeError) as error:
         raise InputError(
             f"a calibration sample gives a {type(value).__name__} for {name!r} that is no array of numbers; give a "
@@ -203,6 +218,7 @@ def _token_ids(ids: Tensor, vocabulary: int) -> Tensor:
     """Ids of one text or of several [batch, tokens]."""
     ids = ids[None] if ids.ndim == 1 else ids
     whole = not (ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool)
+    ids = ids.long() if whole else ids  # files of tokens hold uint16, of which torch finds no largest one
     if (
         not whole
         or ids.ndim != 2
@@ -212,4 +228,4 @@ def _token_ids(ids: Tensor, vocabulary: int) -> Tensor:
         raise InputError(
             f"a calibration sample of shape {list(ids.shape)} is no text: give token ids below {vocabulary}"
         )
-    return ids.long()
+    return ids
