@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from transformers import BatchEncoding
 
 import tokopt
+from tests.ir.toys import chained
 from tests.matrix import language
 from tests.runtime.test_conversation import tokenizer
 from tokopt.analysis.calibration import Moments
@@ -167,3 +168,20 @@ def test_what_gives_no_numbers_calibrates_nothing(number: float) -> None:
     """A scale of such inputs would be arbitrary, and no error would say so."""
     with pytest.raises(InputError, match="gives a layer inputs that are NaN or infinite"):
         Moments.empty(8).add(torch.full((2, 8), number))
+
+
+def test_a_text_takes_its_row_of_what_is_read_beside_it() -> None:
+    """Images, for example: of a padded batch every text has its own."""
+    bundle = chained()
+    shapes = {name: spec.axes[1:] for name, spec in bundle.inputs.items() if spec.role == "input"}
+    beside = {
+        name: torch.arange(2.0).reshape(2, *(1 for _ in axes)).expand(2, *axes)
+        for name, axes in shapes.items()
+    }
+    ids = torch.tensor([[0, 3, 5], [2, 1, 4]])
+    batch = {"input_ids": ids, "attention_mask": torch.tensor([[0, 1, 1], [1, 1, 1]]), **beside}
+    texts = list(read_samples(bundle, [batch]))
+    assert [given["tokens"].tolist() for given in texts] == [[[3, 5]], [[2, 1, 4]]]
+    for name, value in beside.items():
+        assert [given[name].unique().tolist() for given in texts] == [[0.0], [1.0]], name
+        assert torch.equal(texts[1][name], value[1:])

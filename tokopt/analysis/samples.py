@@ -13,6 +13,7 @@ from torch import Tensor
 from tokopt.arguments import check_items
 from tokopt.errors import InputError
 from tokopt.ir.bundle import Bundle
+from tokopt.ir.format import BATCH
 from tokopt.ir.graph import dtype_name
 from tokopt.ir.program import TensorSpec
 from tokopt.progress import track
@@ -106,8 +107,9 @@ def _masked(bundle: Bundle, given: Mapping[str, Array]) -> Iterator[dict[str, Te
     ids = given.get(name, given.get("input_ids"))
     if ids is None:
         raise _unlike(bundle, given)
-    if _MASK not in given:
-        yield _named(bundle, {name: ids})
+    rest = {other: given[other] for other in bundle.inputs if other != name and other in given}
+    if _MASK not in given or _MASK in rest:
+        yield _named(bundle, {**rest, name: ids})
         return
     tokens, mask = _array(name, ids), _array(_MASK, given[_MASK])
     if tokens.shape != mask.shape or tokens.ndim not in (1, 2):
@@ -120,10 +122,18 @@ def _masked(bundle: Bundle, given: Mapping[str, Array]) -> Iterator[dict[str, Te
             "a calibration sample has a mask of other numbers than 1 for a token and 0 for padding; give such a mask"
         )
     if bool(mask.all()):
-        yield _named(bundle, {name: tokens})
+        yield _named(bundle, {**rest, name: tokens})
         return
-    for row, kept in zip(torch.atleast_2d(tokens), torch.atleast_2d(mask), strict=True):
-        yield _named(bundle, {name: row[kept.bool()]})
+    for place, (row, kept) in enumerate(zip(torch.atleast_2d(tokens), torch.atleast_2d(mask), strict=True)):
+        yield _named(bundle, {**_row(bundle, rest, place), name: row[kept.bool()]})
+
+
+def _row(bundle: Bundle, given: Mapping[str, Array], place: int) -> dict[str, Array]:
+    """What tensors hold of one text of a batch; those without an axis for texts are for all of them."""
+    return {
+        name: _array(name, value)[place : place + 1] if BATCH in bundle.inputs[name].axes[:1] else value
+        for name, value in given.items()
+    }
 
 
 def _tokens(bundle: Bundle) -> str:
