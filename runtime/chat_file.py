@@ -86,13 +86,22 @@ def read_chat(path: Path, artifact: Path, manifest: Manifest) -> Saved:
         tokens, messages, parts = arrays["tokens"], json.loads(about["messages"]), about["parts"]
     except InputError:
         raise
-    except (safetensors.SafetensorError, OSError, LookupError, RecursionError, TypeError, ValueError) as error:
+    except (
+        safetensors.SafetensorError,
+        OSError,
+        LookupError,
+        RecursionError,
+        TypeError,
+        ValueError,
+    ) as error:
         line = " ".join(str(error).split())[:200]
         raise InputError(f"{path} is no chat that was saved ({type(error).__name__}: {line})") from error
     _check_snapshot(path, manifest, snapshot)
     if tokens.ndim != 1 or tokens.dtype != np.int64:
         raise InputError(f"{path} is damaged: its tokens are {tokens.dtype}{list(tokens.shape)}")
-    if not (isinstance(messages, list) and all(isinstance(one, dict) for one in cast(list[object], messages))):
+    if not (
+        isinstance(messages, list) and all(isinstance(one, dict) for one in cast(list[object], messages))
+    ):
         raise InputError(f"{path} is damaged: its messages are no list of them")
     place = Place(tuple(tokens.tolist()), snapshot)
     return Saved(place, cast(list[Message], messages), _parts(path, manifest, parts))
