@@ -170,13 +170,20 @@ def test_what_gives_no_numbers_calibrates_nothing(number: float) -> None:
         Moments.empty(8).add(torch.full((2, 8), number))
 
 
+def beside_tokens(bundle: Bundle) -> list[tuple[Any, Tensor]]:
+    """What a bundle takes beside tokens, and an example of each."""
+    known = [
+        pair for made in bundle.programs.values() for pair in zip(made.inputs, made.example, strict=True)
+    ]
+    return [(spec, value) for spec, value in known if spec.role == "input"]
+
+
 def test_a_text_takes_its_row_of_what_is_read_beside_it() -> None:
     """Images, for example: of a padded batch every text has its own."""
     bundle = chained()
-    shapes = {name: spec.axes[1:] for name, spec in bundle.inputs.items() if spec.role == "input"}
     beside = {
-        name: torch.arange(2.0).reshape(2, *(1 for _ in axes)).expand(2, *axes)
-        for name, axes in shapes.items()
+        spec.name: torch.stack([torch.full_like(value[0], row) for row in (0, 1)])
+        for spec, value in beside_tokens(bundle)
     }
     ids = torch.tensor([[0, 3, 5], [2, 1, 4]])
     batch = {"input_ids": ids, "attention_mask": torch.tensor([[0, 1, 1], [1, 1, 1]]), **beside}

@@ -629,7 +629,8 @@ def test_a_file_in_which_other_tokens_stand_for_an_answer_is_refused(
         save_file({**arrays, **given}, damaged, {**about, **told})
         with pytest.raises(InputError, match="is damaged"):
             spelling.open_chat(damaged)
-    chat.messages[1]["content"] = "other"
+    answer: Any = chat.messages[1]
+    answer["content"] = "other"
     chat.save(path)
     assert spelling.open_chat(path).prompt("x") == chat.prompt("x")
 
