@@ -21,6 +21,7 @@ from tokopt.analysis.calibration import Moments
 from tokopt.analysis.samples import read_samples
 from tokopt.errors import InputError
 from tokopt.ir.bundle import Bundle
+from tokopt.passes.quantize.base import in_parts
 
 IDS = [3, 1, 4, 1, 5, 9, 2, 6]
 OTHER = [5, 3, 5]
@@ -192,3 +193,13 @@ def test_a_text_takes_its_row_of_what_is_read_beside_it() -> None:
     for name, value in beside.items():
         assert [given[name].unique().tolist() for given in texts] == [[0.0], [1.0]], name
         assert torch.equal(texts[1][name], value[1:])
+
+
+def test_a_search_counts_the_texts_that_hold_something(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="tuning needs at least two samples"):
+        tokopt.tune(speaker(), ["", "abc"], tmp_path / "t", candidates=[["rtn"]])
+
+
+@pytest.mark.parametrize("shape", [(0, 32), (4, 0), (1, 32), (3, 1)])
+def test_a_weight_in_parts_is_that_weight(shape: tuple[int, int]) -> None:
+    assert torch.equal(torch.cat(in_parts(torch.ones(shape))), torch.ones(shape))
