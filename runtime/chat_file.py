@@ -10,7 +10,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import safetensors
@@ -83,16 +83,28 @@ def read_chat(path: Path, artifact: Path, manifest: Manifest) -> Saved:
             {port: arrays[f"link.{place}"] for place, port in enumerate(ports)},
             tuple(arrays[f"since.{i}"] for i in range(sum(name.startswith("since.") for name in arrays))),
         )
-        tokens = tuple(arrays["tokens"].tolist())
-        messages = json.loads(about["messages"])
-        parts = about["parts"]
+        tokens, messages, parts = arrays["tokens"], json.loads(about["messages"]), about["parts"]
     except InputError:
         raise
-    except (safetensors.SafetensorError, OSError, LookupError, TypeError, ValueError) as error:
+    except (
+        safetensors.SafetensorError,
+        OSError,
+        LookupError,
+        RecursionError,
+        TypeError,
+        ValueError,
+    ) as error:
         line = " ".join(str(error).split())[:200]
         raise InputError(f"{path} is no chat that was saved ({type(error).__name__}: {line})") from error
     _check_snapshot(path, manifest, snapshot)
-    return Saved(Place(tokens, snapshot), messages, _parts(path, manifest, parts))
+    if tokens.ndim != 1 or tokens.dtype != np.int64:
+        raise InputError(f"{path} is damaged: its tokens are {tokens.dtype}{list(tokens.shape)}")
+    if not (
+        isinstance(messages, list) and all(isinstance(one, dict) for one in cast(list[object], messages))
+    ):
+        raise InputError(f"{path} is damaged: its messages are no list of them")
+    place = Place(tuple(tokens.tolist()), snapshot)
+    return Saved(place, cast(list[Message], messages), _parts(path, manifest, parts))
 
 
 def _parts(path: Path, manifest: Manifest, text: str) -> list[Part]:
@@ -106,7 +118,7 @@ def _parts(path: Path, manifest: Manifest, text: str) -> list[Part]:
 
     try:
         return [part(**given) for given in json.loads(text)]
-    except (TypeError, ValueError) as error:
+    except (RecursionError, TypeError, ValueError) as error:
         line = " ".join(str(error).split())[:200]
         raise InputError(f"{path} is damaged: its answers have no tokens ({line})") from error
 
@@ -141,6 +153,8 @@ def _check_snapshot(path: Path, manifest: Manifest, snapshot: Snapshot) -> None:
             raise _damaged(
                 path, lengths[state.occupancy.state], f"for {most} slots {used.tolist()} used ones"
             )
+    if not set(snapshot.links) <= {link.target for link in manifest.links}:
+        raise InputError(f"{path} is damaged: it has values of links that the model does not have")
     counting = [trigger for trigger in manifest.schedule.triggers if trigger.after == "tokens"]
     if len(snapshot.since) != len(counting) or any(
         counts.shape != (1,) or counts.dtype != np.int64 for counts in snapshot.since

@@ -6,6 +6,7 @@ import threading
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path
 from typing import Any, Protocol, Unpack
 
@@ -189,7 +190,10 @@ class Chat:
             if self._request is None or not self._read:
                 raise InputError("nothing was read yet; say something, or call read, and save then")
             place = Place(self._read, self._request.snapshot())
-            write_chat(check_path("path", path), self.model.path, Saved(place, self._messages, self._parts))
+            parts = list(
+                takewhile(self._spelled, self._parts)
+            )  # a caller may have edited what messages gives
+            write_chat(check_path("path", path), self.model.path, Saved(place, self._messages, parts))
 
     @classmethod
     def open(cls, model: Talking, path: str | Path, variables: Mapping[str, Any]) -> Chat:
@@ -198,6 +202,8 @@ class Chat:
         chat = cls(model, saved.messages, variables)
         chat._request = model.open(1, len(saved.place.tokens))
         chat._request.restore(saved.place.snapshot)
+        if not all(map(chat._spelled, saved.parts)):
+            raise InputError(f"{path} is damaged: the tokens of an answer are not those of its text")
         chat._read, chat._parts = saved.place.tokens, tuple(saved.parts)
         return chat
 
@@ -252,6 +258,11 @@ class Chat:
         """The tokens of the conversation."""
         text = self.model.chat_text(messages, add_generation_prompt=answer, **self.variables)
         return spell(self.model.tokenizer, text, self._parts)
+
+    def _spelled(self, part: Part) -> bool:
+        """Whether a part is a spelling of the conversation up to one of its messages."""
+        answers = self._messages[part.messages - 1 : part.messages]
+        return bool(answers) and part.spells(self.model.tokenizer, answers[0].get("content"))
 
     def _fitting(self, made: Spelling) -> Spelling:
         """The tokens that the model is to read; raises InputError for more than it takes."""

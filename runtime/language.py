@@ -183,9 +183,9 @@ class LanguageModel:
 
         Every chat reads what is new to it by itself; then each call of the program decodes for all of them, so that the
         weights are read once. Answers and chats are those of ``chat.say(content, **options)`` one by one, with the same
-        seed, too. The options are for all chats; ``processors`` get a row for each that has a turn here. Raises
-        InputError as :meth:`Chat.say` does, and for a chat that is there twice, or is another model's; every chat is
-        then as it was.
+        seed, too, save that those of a lossy rule depend on what is proposed, by a table that rows share for example.
+        The options are for all chats; ``processors`` get a row for each that has a turn here. Raises InputError as
+        :meth:`Chat.say` does, and for a chat that is there twice, or is another model's; every chat is then as it was.
         """
         return Chat.say_all(self, chats, contents, Options.of(options, TextOptions, CHAT_TOKENS))
 

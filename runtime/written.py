@@ -32,6 +32,14 @@ class Part:
     text: str
     tokens: tuple[int, ...]
 
+    def spells(self, tokenizer: Encoder, answer: object) -> bool:
+        """Whether its tokens are what a tokenizer makes of its text up to this answer, and a spelling of that."""
+        if not isinstance(answer, str) or not self.text.endswith(answer):
+            return False
+        ids = tokenizer.encode_parts(self.text.removesuffix(answer))
+        read, written = list(self.tokens[: len(ids)]), self.tokens[len(ids) :]
+        return read == ids and tokenizer.decode(written, special=True) == answer
+
 
 @dataclass(frozen=True)
 class Spelling:

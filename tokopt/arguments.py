@@ -143,8 +143,10 @@ def check_callable(name: str, value: object, takes: str) -> Callable[..., Any]:
 
 
 def check_iterable(name: str, value: object, takes: str) -> Iterable[Any]:
-    """What gives items one by one, once or several times; neither a text nor bytes."""
-    alone = isinstance(value, (str, bytes, bytearray)) or (is_array(value) and getattr(value, "ndim", 0) == 0)
+    """What gives items one by one, once or several times; neither a text, nor bytes, nor a mapping, which has names."""
+    alone = isinstance(value, (str, bytes, bytearray, Mapping)) or (
+        is_array(value) and getattr(value, "ndim", 0) == 0
+    )
     if alone or not isinstance(value, Iterable):
         raise wrong(name, value, takes)
     return cast("Iterable[Any]", value)

@@ -118,7 +118,7 @@ PART = 1 << 18
 
 def in_parts(weight: Tensor) -> tuple[Tensor, ...]:
     """Consecutive rows of a matrix, of about :data:`PART` numbers together."""
-    return weight.split(max(1, PART // weight.shape[1]))
+    return weight.split(max(1, PART // max(1, weight.shape[1])))
 
 
 def expanded(codes: Tensor, scale: Tensor, zero: Tensor, group: int, exponent: float) -> Tensor:

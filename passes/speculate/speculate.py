@@ -75,8 +75,8 @@ class Speculate(Pass):
 
     With another rule to ``accept`` by, the text is not that of the model: ``typical`` takes proposals above a threshold
     (Medusa, arXiv 2401.10774: ``epsilon``, ``alpha``), ``lantern`` lets a token stand for its ``neighbours`` as far as
-    ``delta`` goes (arXiv 2410.03355). At temperature 0 both write the greedy text. Above, it depends on how many nodes
-    calls get.
+    ``delta`` goes (arXiv 2410.03355). At temperature 0 both write the greedy text. Above, it depends on what is
+    proposed: on how many nodes calls get, and with ``token_recycling`` and ``hybrid`` on the other rows of a batch.
 
     ``drafter``: ``prompt_lookup``, ``token_recycling`` (arXiv 2408.08696), ``hybrid``, which is lookup where the text
     repeats itself and recycling elsewhere, or ``logitspec`` (arXiv 2507.01449). ``depth`` bounds the tree's levels.
@@ -107,6 +107,10 @@ class Speculate(Pass):
             value = getattr(self, option)
             if not 0 < value <= 1:
                 raise PassError(f"{self.name}: {option}={value:g} must be above 0 and at most 1")
+        if self.nodes == 1 and self.accept != "same_text":
+            raise PassError(
+                f"{self.name}: nodes=1 proposes nothing that accept={self.accept} could accept; give at least 2 nodes"
+            )
         for rule, own in OPTIONS.items():
             given = [
                 o.name for o in options(type(self)) if o.name in own and getattr(self, o.name) != o.default

@@ -14,11 +14,14 @@ from torch.utils.data import DataLoader, TensorDataset
 from transformers import BatchEncoding
 
 import tokopt
+from tests.ir.toys import chained
 from tests.matrix import language
 from tests.runtime.test_conversation import tokenizer
+from tokopt.analysis.calibration import Moments
 from tokopt.analysis.samples import read_samples
 from tokopt.errors import InputError
 from tokopt.ir.bundle import Bundle
+from tokopt.passes.quantize.base import in_parts
 
 IDS = [3, 1, 4, 1, 5, 9, 2, 6]
 OTHER = [5, 3, 5]
@@ -111,6 +114,13 @@ def test_optimize_takes_a_file_and_a_loader(tmp_path: Path) -> None:
         ({"input_ids": [IDS], "attention_mask": [[1] * 7]}, r"ids of shape \[1, 8\] and a mask of \[1, 7\]"),
         ({"labels": [IDS]}, "has labels, the model takes tokens"),
         ({}, "has nothing, the model takes tokens"),
+        ([torch.tensor(IDS), torch.tensor(OTHER)], "one behind the inputs looks like them"),
+        ([np.array([IDS]), np.array([OTHER])], "one behind the inputs looks like them"),
+        (
+            {"input_ids": [IDS], "attention_mask": [[0.0] * 3 + [-1e9] * 5]},
+            "other numbers than 1 for a token",
+        ),
+        ({"input_ids": [IDS], "attention_mask": [[float("nan")] * 8]}, "other numbers than 1 for a token"),
     ],
 )
 def test_what_a_language_model_cannot_read_is_refused(sample: Any, reason: str) -> None:
@@ -124,6 +134,8 @@ def test_what_a_language_model_cannot_read_is_refused(sample: Any, reason: str) 
         ("a text", "is a text, and the model takes input; give its tensors"),
         ([], "has nothing, the model takes input"),
         ((torch.zeros(2, 8), torch.zeros(2, 8)), "one behind the inputs looks like them"),
+        ((torch.zeros(2, 8).to_sparse(), [[1], [2, 3]]), "no array of numbers"),
+        (torch.zeros(2, 8, device="meta"), "no array of numbers"),
         ({"inputs": np.zeros((2, 8), np.float32)}, "has inputs, the model takes input"),
         ({"input": torch.zeros(2, 8), "attention_mask": torch.tensor([1, 0])}, "takes no attention_mask"),
     ],
@@ -136,3 +148,58 @@ def test_what_an_encoder_cannot_read_is_refused(sample: Any, reason: str) -> Non
 def test_a_bundle_without_a_tokenizer_says_so() -> None:
     with pytest.raises(InputError, match="no tokenizer to read text with"):
         tensors(language.bundle("llama"), ["abc"])
+
+
+def test_ids_are_of_any_type_of_whole_numbers() -> None:
+    """Files of tokens hold uint16."""
+    for kind in (np.uint8, np.uint16, np.uint32, np.uint64, np.int32):
+        assert tensors(speaker(), [np.array(IDS, kind)]) == [[[IDS]]]
+    with pytest.raises(InputError, match="give token ids below"):
+        tensors(speaker(), [np.array([2**64 - 1], np.uint64)])
+
+
+def test_labels_that_are_no_tensors_are_left_out() -> None:
+    x = torch.zeros(2, 8)
+    for label in ([[1], [2, 3]], None, {"a": 1}, ["a", "b"]):
+        assert tensors(encoder(), [(x, label)]) == [[x.tolist()]]
+
+
+@pytest.mark.parametrize("number", [float("nan"), float("inf")])
+def test_what_gives_no_numbers_calibrates_nothing(number: float) -> None:
+    """A scale of such inputs would be arbitrary, and no error would say so."""
+    with pytest.raises(InputError, match="gives a layer inputs that are NaN or infinite"):
+        Moments.empty(8).add(torch.full((2, 8), number))
+
+
+def beside_tokens(bundle: Bundle) -> list[tuple[Any, Tensor]]:
+    """What a bundle takes beside tokens, and an example of each."""
+    known = [
+        pair for made in bundle.programs.values() for pair in zip(made.inputs, made.example, strict=True)
+    ]
+    return [(spec, value) for spec, value in known if spec.role == "input"]
+
+
+def test_a_text_takes_its_row_of_what_is_read_beside_it() -> None:
+    """Images, for example: of a padded batch every text has its own."""
+    bundle = chained()
+    beside = {
+        spec.name: torch.stack([torch.full_like(value[0], row) for row in (0, 1)])
+        for spec, value in beside_tokens(bundle)
+    }
+    ids = torch.tensor([[0, 3, 5], [2, 1, 4]])
+    batch = {"input_ids": ids, "attention_mask": torch.tensor([[0, 1, 1], [1, 1, 1]]), **beside}
+    texts = list(read_samples(bundle, [batch]))
+    assert [given["tokens"].tolist() for given in texts] == [[[3, 5]], [[2, 1, 4]]]
+    for name, value in beside.items():
+        assert [given[name].unique().tolist() for given in texts] == [[0.0], [1.0]], name
+        assert torch.equal(texts[1][name], value[1:])
+
+
+def test_a_search_counts_the_texts_that_hold_something(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="tuning needs at least two samples"):
+        tokopt.tune(speaker(), ["", "abc"], tmp_path / "t", candidates=[["rtn"]])
+
+
+@pytest.mark.parametrize("shape", [(0, 32), (4, 0), (1, 32), (3, 1)])
+def test_a_weight_in_parts_is_that_weight(shape: tuple[int, int]) -> None:
+    assert torch.equal(torch.cat(in_parts(torch.ones(shape))), torch.ones(shape))

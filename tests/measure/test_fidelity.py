@@ -59,3 +59,25 @@ def test_next_tokens() -> None:
 def test_no_samples() -> None:
     with pytest.raises(InputError, match="no sample to compare on"):
         fidelity(captured(1), captured(1), [])
+
+
+class Added(nn.Module):
+    """The sum of two inputs [batch, 2]."""
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        return x + y
+
+
+def test_what_says_nothing_of_two_models_is_refused() -> None:
+    """Each gave a number: of the names of a mapping, of a row that stood for all, or of what is none."""
+    speaks, x = language.bundle("llama"), torch.ones(2, 2)
+    rows = {"x": {0: "batch"}, "y": {0: "batch"}}
+    added = tokopt.capture(Added(), (x, x), dynamic=rows)
+    for given, samples, reason in (
+        (speaks, {"input_ids": [1, 2, 3]}, "samples is .*, it must be a list of inputs"),
+        (speaks, [[1], [2]], "every sample is of one token"),
+        (added, [(x, x[:1])], "'y' has the size 1 along 'batch', and 'x' has 2; give them one size"),
+        (added, [(x, x * math.nan)], "gives NaN for a sample"),
+    ):
+        with pytest.raises(InputError, match=reason):
+            fidelity(given, given, samples)

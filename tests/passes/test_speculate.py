@@ -364,6 +364,8 @@ def test_a_program_says_as_its_host_how_a_text_changes(rule: LossyRule, host: Ru
 @pytest.mark.parametrize(
     ("given", "said"),
     [
+        ({"accept": "lantern", "nodes": 1}, "nodes=1 proposes nothing that accept=lantern could accept"),
+        ({"accept": "typical", "nodes": 1}, "nodes=1 proposes nothing that accept=typical could accept"),
         ({"delta": 0.2}, "delta is for accept=lantern"),
         ({"accept": "lantern", "alpha": 0.2}, "alpha is for accept=typical"),
         ({"accept": "lantern", "delta": 0.0}, "delta=0 must be above 0"),

@@ -608,6 +608,33 @@ def test_a_file_whose_answers_have_no_tokens_is_refused(spelling: LanguageModel,
             spelling.open_chat(tmp_path / "damaged.chat")
 
 
+def test_a_file_in_which_other_tokens_stand_for_an_answer_is_refused(
+    spelling: LanguageModel, tmp_path: Path
+) -> None:
+    """The model would read another text than is shown; so it is with messages, tokens and links that are none."""
+    path, damaged, chat = tmp_path / "talk.chat", tmp_path / "damaged.chat", spelling.chat()
+    written(chat, "abc", "XY")
+    chat.save(path)
+    arrays = load_file(path)
+    with safetensors.safe_open(path, "numpy") as file:
+        about = file.metadata()
+    part = json.loads(about["parts"])[0]
+    lies = [{"tokens": part["tokens"][::-1]}, {"tokens": part["tokens"][:-1]}, {"tokens": [5]}]
+    lies += [{"text": ""}, {"text": "abd!#xy"}, {"messages": 9}, {"messages": 0}, {"messages": 1}]
+    changes = [({"parts": json.dumps([{**part, **lie}])}, {}) for lie in lies]
+    changes += [({"messages": text}, {}) for text in ("5", "null", "[5]", "{}")]
+    changes += [({"parts": "[" * 99999}, {}), ({"links": '[["a", "b"]]'}, {"link.0": np.zeros(1)})]
+    changes += [({}, {"tokens": tokens}) for tokens in (np.zeros((2, 2), np.int64), np.zeros(2))]
+    for told, given in changes:
+        save_file({**arrays, **given}, damaged, {**about, **told})
+        with pytest.raises(InputError, match="is damaged"):
+            spelling.open_chat(damaged)
+    answer: Any = chat.messages[1]
+    answer["content"] = "other"
+    chat.save(path)
+    assert spelling.open_chat(path).prompt("x") == chat.prompt("x")
+
+
 # --- the command ------------------------------------------------------------------------------------------
 
 

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.fx import GraphModule, Interpreter, Node
 
 from tokopt.analysis.samples import Sample, read_samples
+from tokopt.errors import InputError
 from tokopt.ir.bundle import Bundle
 from tokopt.ir.graph import sizes
 
@@ -37,12 +38,16 @@ class Moments:
         return cls(torch.zeros(channels, channels), torch.zeros(channels), torch.zeros(channels))
 
     def add(self, x: Tensor) -> None:
-        """Count further inputs [..., in]."""
+        """Count further inputs [..., in]; raises InputError for NaN and infinite ones, which say nothing of a layer."""
         x = x.detach().float().flatten(0, -2)
         before, self.rows = self.rows, self.rows + x.shape[0]
         self.gram.mul_(before / self.rows).addmm_(x.T, x, alpha=1 / self.rows)
         self.mean.mul_(before / self.rows).add_(x.abs().sum(0), alpha=1 / self.rows)
         self.largest = torch.maximum(self.largest, x.abs().amax(0))
+        if not bool(self.largest.isfinite().all()):
+            raise InputError(
+                "a calibration sample gives a layer inputs that are NaN or infinite; give samples of finite numbers"
+            )
         self.low, self.high = min(self.low, float(x.min())), max(self.high, float(x.max()))
 
 

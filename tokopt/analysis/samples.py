@@ -13,6 +13,7 @@ from torch import Tensor
 from tokopt.arguments import check_items
 from tokopt.errors import InputError
 from tokopt.ir.bundle import Bundle
+from tokopt.ir.format import BATCH
 from tokopt.ir.graph import dtype_name
 from tokopt.ir.program import TensorSpec
 from tokopt.progress import track
@@ -106,8 +107,9 @@ def _masked(bundle: Bundle, given: Mapping[str, Array]) -> Iterator[dict[str, Te
     ids = given.get(name, given.get("input_ids"))
     if ids is None:
         raise _unlike(bundle, given)
-    if _MASK not in given:
-        yield _named(bundle, {name: ids})
+    rest = {other: given[other] for other in bundle.inputs if other != name and other in given}
+    if _MASK not in given or _MASK in rest:
+        yield _named(bundle, {**rest, name: ids})
         return
     tokens, mask = _array(name, ids), _array(_MASK, given[_MASK])
     if tokens.shape != mask.shape or tokens.ndim not in (1, 2):
@@ -115,11 +117,23 @@ def _masked(bundle: Bundle, given: Mapping[str, Array]) -> Iterator[dict[str, Te
             f"a calibration sample has token ids of shape {list(tokens.shape)} and a mask of {list(mask.shape)}; "
             "give both as [texts, tokens]"
         )
+    if not bool(((mask == 0) | (mask == 1)).all()):
+        raise InputError(
+            "a calibration sample has a mask of other numbers than 1 for a token and 0 for padding; give such a mask"
+        )
     if bool(mask.all()):
-        yield _named(bundle, {name: tokens})
+        yield _named(bundle, {**rest, name: tokens})
         return
-    for row, kept in zip(torch.atleast_2d(tokens), torch.atleast_2d(mask), strict=True):
-        yield _named(bundle, {name: row[kept.bool()]})
+    for place, (row, kept) in enumerate(zip(torch.atleast_2d(tokens), torch.atleast_2d(mask), strict=True)):
+        yield _named(bundle, {**_row(bundle, rest, place), name: row[kept.bool()]})
+
+
+def _row(bundle: Bundle, given: Mapping[str, Array], place: int) -> dict[str, Array]:
+    """What tensors hold of one text of a batch; those without an axis for texts are for all of them."""
+    return {
+        name: _array(name, value)[place : place + 1] if BATCH in bundle.inputs[name].axes[:1] else value
+        for name, value in given.items()
+    }
 
 
 def _tokens(bundle: Bundle) -> str:
@@ -138,13 +152,21 @@ def _parts(bundle: Bundle, sample: Array | Sequence[Array]) -> Sequence[Array]:
     count = len(bundle.inputs)
     if bundle.schedule.generates and count == 1 and not _are_tensors(parts):
         return [cast(Array, sample)]
-    shapes = [np.shape(cast(np.ndarray, part)) for part in parts] if _are_tensors(parts) else []
-    if any(shape in shapes[:count] for shape in shapes[count:]):
+    if _are_tensors(parts) and any(_alike(bundle, one, parts[:count]) for one in parts[count:]):
         raise InputError(
             f"a calibration sample has {len(parts)} tensors of which one behind the inputs looks like them, and the "
             f"model takes {', '.join(bundle.inputs)}; give tensors by name"
         )
     return parts
+
+
+def _alike(bundle: Bundle, part: object, inputs: Sequence[object]) -> bool:
+    """Whether what follows the inputs may be one of them: a tensor of the shape of one, or another text."""
+    if not isinstance(part, (Tensor, np.ndarray)):
+        return False
+    shapes = [np.shape(cast(np.ndarray, one)) for one in inputs if isinstance(one, (Tensor, np.ndarray))]
+    text = bundle.schedule.generates and len(inputs) == 1 and part.ndim == len(shapes[0])
+    return tuple(part.shape) in shapes or text
 
 
 def _are_tensors(parts: Sequence[object]) -> bool:
@@ -172,7 +194,10 @@ def _unlike(bundle: Bundle, given: Mapping[str, object]) -> InputError:
 
 def _array(name: str, value: Array) -> Tensor:
     try:
-        return torch.as_tensor(value if isinstance(value, Tensor) else np.asarray(value))
+        made = torch.as_tensor(value if isinstance(value, Tensor) else np.asarray(value))
+        if made.layout != torch.strided or made.is_meta:
+            raise TypeError("it has no numbers in rows")
+        return made
     except (TypeError, ValueError, RuntimeError) as error:
         raise InputError(
             f"a calibration sample gives a {type(value).__name__} for {name!r} that is no array of numbers; give a "
@@ -203,6 +228,7 @@ def _token_ids(ids: Tensor, vocabulary: int) -> Tensor:
     """Ids of one text or of several [batch, tokens]."""
     ids = ids[None] if ids.ndim == 1 else ids
     whole = not (ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool)
+    ids = ids.long() if whole else ids  # files of tokens hold uint16, of which torch finds no largest one
     if (
         not whole
         or ids.ndim != 2
@@ -212,4 +238,4 @@ def _token_ids(ids: Tensor, vocabulary: int) -> Tensor:
         raise InputError(
             f"a calibration sample of shape {list(ids.shape)} is no text: give token ids below {vocabulary}"
         )
-    return ids.long()
+    return ids

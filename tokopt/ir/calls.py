@@ -88,6 +88,7 @@ class Calls:
 
 def check_sizes(program: Program, given: Sequence[Tensor]) -> None:
     """A graph is right for the sizes that it was captured for, and for others computes something else."""
+    sizes: dict[str, tuple[int, str]] = {}
     for spec, tensor in zip(program.inputs, given, strict=True):
         if tensor.ndim != len(spec.axes):
             raise InputError(f"{spec.name!r} has {tensor.ndim} axes, and the program takes {spec}")
@@ -97,6 +98,11 @@ def check_sizes(program: Program, given: Sequence[Tensor]) -> None:
                 most = "any number" if bounds.max is None else bounds.max
                 raise InputError(
                     f"{spec.name!r} has the size {size} along {axis!r}, and the program takes {bounds.min} to {most}"
+                )
+            known, other = sizes.setdefault(str(axis), (size, spec.name))
+            if size != known:
+                raise InputError(
+                    f"{spec.name!r} has the size {size} along {axis!r}, and {other!r} has {known}; give them one size"
                 )
 
 

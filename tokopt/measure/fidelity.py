@@ -49,7 +49,7 @@ def fidelity(before: Bundle, after: Bundle, samples: Iterable[Sample]) -> Featur
     """Compare two bundles on samples (those of :mod:`tokopt.analysis.samples`).
 
     A language model reads every text at once: what its cache would evict later does not show here. Raises
-    InputError for samples that do not fit, and when there are none.
+    InputError for samples that do not fit, when there are none, and where the first bundle gives NaN.
     """
     check_bundle("before", before)
     check_bundle("after", after)
@@ -62,6 +62,8 @@ def fidelity(before: Bundle, after: Bundle, samples: Iterable[Sample]) -> Featur
     if not before.schedule.generates:
         error = ratio(float(table[:, 1].sum()), float(table[:, 2].sum()))
         return Features(float(table[:, 0].mean()), float(table[:, 0].min()), error)
+    if not len(table):
+        raise InputError("every sample is of one token, which nothing follows; give longer texts")
     kl, top1, first, second = map(float, table.mean(0))
     return NextTokens(kl, top1, math.exp(first), math.exp(second))
 
@@ -87,4 +89,8 @@ def _predictions(before: Bundle, after: Bundle, given: dict[str, Tensor]) -> np.
 def _first_outputs(before: Bundle, after: Bundle, given: dict[str, Tensor]) -> tuple[np.ndarray, np.ndarray]:
     """The first outputs of both bundles, in float64."""
     wanted, got = (next(iter(bundle.outputs(given).values())) for bundle in (before, after))
+    if bool(wanted.isnan().any()):
+        raise InputError(
+            "the model before the passes gives NaN for a sample, to which nothing compares; give other samples"
+        )
     return wanted.double().numpy(force=True), got.double().numpy(force=True)

@@ -174,10 +174,7 @@ def tune(
         check_callable("metric", metric, "a function of the folder of an artifact")
     if progress is not None:
         check_callable("progress", progress, "a function of a line of text")
-    if len(samples) < 2:
-        raise InputError(
-            "tuning needs at least two samples, one to calibrate with and one to judge by; give more"
-        )
+    _check_count(samples)
     generates = bundle.schedule.generates
     if generates and machine.batch not in (None, 1):
         raise InputError("tuning times a language model one text at a time; leave the batch out")
@@ -227,6 +224,13 @@ def _reaches(trial: Trial, floor: Floor) -> bool:
     return trial.speedup is not None and trial.speedup >= 1.0 and floor.holds(trial.quality)
 
 
+def _check_count(samples: Sequence[object]) -> None:
+    if len(samples) < 2:
+        raise InputError(
+            "tuning needs at least two samples, one to calibrate with and one to judge by; give more"
+        )
+
+
 class _Search:
     """One search and its folder."""
 
@@ -242,6 +246,7 @@ class _Search:
         self.bundle, self.folder, self.machine, self.say = bundle, folder, machine, say
         self.metric = metric
         named = [given for sample in samples for given in tensors_of(bundle, sample)]
+        _check_count(named)  # an empty text is no sample
         self.calibration, self.judged = named[::2], named[1::2]
         self.baseline, self.best = folder / "original.tokopt", ""
         self.key = self._key(named)
