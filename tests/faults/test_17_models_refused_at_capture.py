@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import tokopt
+from tests.zoo import ZOO
 from tests.zoo.decoders import HandRotary
 from tokopt.errors import CaptureError
 from tokopt.frontend.language import capture_lm
@@ -153,3 +154,12 @@ def test_numbers_made_from_values_are_captured() -> None:
     x = torch.randn(2, 3)
     bundle = tokopt.capture(Scaled(), (x, torch.tensor(2.0)), dynamic={})
     torch.testing.assert_close(bundle(x, torch.tensor(3.0))[0], 3 * x)
+
+
+def test_numbers_made_from_values_are_no_part_of_what_is_traced_later() -> None:
+    """Graphs with the same axes share symbols, so a pass on another model failed."""
+    x = torch.randn(2, 3)
+    tokopt.optimize(tokopt.capture(Scaled(), (x, torch.tensor(2.0)), dynamic={}), "int8")
+    entry = ZOO["vit"]
+    bundle = tokopt.capture(entry.build(), (), entry.inputs(), dynamic={})
+    assert tokopt.optimize(bundle, "tome{r=2}").history[-1].matches

@@ -509,7 +509,7 @@ def test_what_cannot_be_is_refused(pipeline: str, reason: str) -> None:
         ("vit", [], "the calibration data is empty"),
         ("vit", iter(()), "the calibration data is empty"),
         ("vit", [torch.zeros(2, 3, 9, 9)], r"has shape \[2, 3, 9, 9\] for 'pixel_values'"),
-        ("vit", [(torch.zeros(2, 3, 24, 24),) * 2], "has 2 tensors, the model takes pixel_values"),
+        ("vit", [(torch.zeros(2, 3, 24, 24),) * 2], "looks like them, and the model takes pixel_values"),
         ("llama", [[]], "is no text"),
         ("llama", [[0, 97]], "give token ids below 97"),
     ],

@@ -331,7 +331,10 @@ class Shapes:
         def run() -> Any:
             # Without Python's dispatcher some operators take symbols for the example's sizes.
             with torch.no_grad(), self.active(), enable_python_dispatcher():
-                return function(*args, **kwargs)
+                value = function(*args, **kwargs)
+            # Numbers that it read off tensors are in its value, and the next trace would look for them in its own.
+            self.symbols.env.pending_fresh_unbacked_symbols.clear()
+            return value
 
         question = (function, described(args), described(tuple(kwargs.items())))
         return self.once(question, run, free_unbacked_symbols)
