@@ -3,9 +3,9 @@
 
 const MEMORY = 128; // calls after which what was accepted counts e times less
 const DOUBT = 3; // calls that count as much as what is believed without experience
-const TIMES = 15; // calls of a size over which the median of the seconds is taken
+const TIMES = 15; // calls of a size over which the lower quartile of the seconds is taken
 const ENOUGH = 3; // calls of a size without which its seconds are not known
-const STALE = 256; // calls after which a size is tried once more, times what it costs beside the cheapest
+const STALE = 256; // calls after which a size is tried once more, times what it costs beside the cheapest; after fewer where fewer are known
 
 const depthOf = (depths, size) => Math.max(...depths.slice(0, size));
 
@@ -88,11 +88,15 @@ export class MeasuredNodes {
     const known = new Map();
     for (const [nodes, times] of this.seconds) {
       const sorted = [...times].sort((a, b) => a - b);
-      if (times.length >= ENOUGH) known.set(nodes, sorted[Math.floor((times.length - 1) / 2)]);
+      if (times.length >= ENOUGH) known.set(nodes, sorted[Math.floor((times.length - 1) / 4)]);
     }
     if (!known.size) return 1;
     const own = known.get(size);
-    if (own && this.calls - this.last.get(size) < (STALE * own) / Math.min(...known.values())) return own;
+    if (own) {
+      const beside = Math.min(own / Math.min(...known.values()), size); // nodes cost no more than calls
+      const count = this.seconds.get(size).length;
+      if (this.calls - this.last.get(size) < (STALE * beside * count) / TIMES) return own;
+    }
     const fewer = [...known.keys()].filter((nodes) => nodes < size);
     const least = Math.min(...known.keys());
     return fewer.length ? known.get(Math.max(...fewer)) : (known.get(least) * size) / least;

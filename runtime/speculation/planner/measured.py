@@ -14,13 +14,14 @@ DOUBT = 3
 """Calls that count as much as what is believed without experience."""
 
 TIMES = 15
-"""Calls of a size over which the median of the seconds is taken."""
+"""Calls of a size over which the lower quartile of the seconds is taken: what disturbs a call makes it longer."""
 
 ENOUGH = 3
 """Calls of a size without which its seconds are not known: the first ones allocate memory."""
 
 STALE = 256
-"""Calls, times what a size costs beside the cheapest, after which it is tried once more: the machine may change."""
+"""Calls, times what a size costs beside the cheapest, after which it is tried once more: the machine may change. After
+fewer where fewer of its calls are known: those may all have been disturbed."""
 
 
 @dataclass(frozen=True)
@@ -136,13 +137,15 @@ class MeasuredNodes:
     def _cost(self, size: int) -> float:
         """Seconds of a call; where they are not known, or not since long, those of fewer nodes: it cannot be less."""
         known = {
-            nodes: sorted(times)[(len(times) - 1) // 2]
+            nodes: sorted(times)[(len(times) - 1) // 4]
             for nodes, times in self.seconds.items()
             if len(times) >= ENOUGH
         }
         if not known:
             return 1.0
-        if size in known and self.calls - self.last[size] < STALE * known[size] / min(known.values()):
-            return known[size]
+        if size in known:
+            beside = min(known[size] / min(known.values()), size)  # nodes cost no more than calls
+            if self.calls - self.last[size] < STALE * beside * len(self.seconds[size]) / TIMES:
+                return known[size]
         fewer = [nodes for nodes in known if nodes < size]
         return known[max(fewer)] if fewer else known[min(known)] * size / min(known)
