@@ -12,20 +12,19 @@ from __future__ import annotations
 
 import argparse
 import json
-import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack, closing
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import numpy as np
 
 from benchmarks.machine import describe
 from benchmarks.progress import Progress
+from benchmarks.worker import Worker, answer_all, medians
 from examples.data import cache_folder, write_atomically
 
 RESULTS = Path(__file__).parent / "results"
@@ -57,36 +56,15 @@ class Engine:
     threads: int
 
 
-class Worker:
-    """An engine in its own process, which answers every line with the seconds of one turn."""
-
-    def __init__(self, engine: Engine) -> None:
-        self.engine = engine
-        command = [sys.executable, "-m", "benchmarks.experts", "--serve", json.dumps(asdict(engine))]
-        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-        self.turn()  # the first allocates
-
-    def turn(self) -> dict[str, float]:
-        """Seconds by measure."""
-        assert self.process.stdin and self.process.stdout
-        self.process.stdin.write("\n")
-        self.process.stdin.flush()
-        line = self.process.stdout.readline()
-        if not line:
-            raise RuntimeError(f"{self.engine.name} ended with status {self.process.wait()}")
-        return json.loads(line)
-
-    def close(self) -> None:
-        assert self.process.stdin
-        self.process.stdin.close()
-        self.process.wait(timeout=30)
+def worker(engine: Engine) -> Worker:
+    """An engine in its own process, which answers with the seconds of one turn."""
+    return Worker(engine.name, "benchmarks.experts", "--serve", json.dumps(asdict(engine)))
 
 
 def serve(engine: Engine) -> None:
-    """Answer every line on stdin with a turn."""
+    """Answer with a turn."""
     measure = timer(engine)
-    for _ in sys.stdin:
-        print(json.dumps(dict(measure())), flush=True)
+    answer_all(lambda _: dict(measure()))
 
 
 def timer(engine: Engine) -> Callable[[], Mapping[str, float]]:
@@ -117,17 +95,6 @@ def timer(engine: Engine) -> Callable[[], Mapping[str, float]]:
         return dict(zip(MEASURES, (*typical, prompt), strict=True))
 
     return measure
-
-
-def compare(engines: Sequence[Engine], rounds: int) -> dict[str, dict[str, float]]:
-    """Median seconds by engine and measure; the engines take turns."""
-    turns: dict[str, list[dict[str, float]]] = {engine.name: [] for engine in engines}
-    with ExitStack() as stack:
-        workers = [stack.enter_context(closing(Worker(engine))) for engine in engines]
-        for _ in range(rounds):
-            for worker in workers:
-                turns[worker.engine.name].append(worker.turn())
-    return {name: {key: median(turn[key] for turn in own) for key in MEASURES} for name, own in turns.items()}
 
 
 def artifact(folder: Path, model: str, method: str, inner: int) -> Path:
@@ -226,8 +193,8 @@ def main() -> None:
     for inner in options.inners:
         for method in options.methods:
             print(f"{method}, experts of {inner} channels", file=sys.stderr, flush=True)
-            made = engines(folder, method, inner, options.threads)
-            progress.once(f"{inner}/{method}", lambda own=made: compare(own, options.rounds))
+            made = [partial(worker, one) for one in engines(folder, method, inner, options.threads)]
+            progress.once(f"{inner}/{method}", lambda own=made: medians(own, options.rounds))
     report = json.loads(json.dumps({"machine": describe(options.threads), **progress.values}))
     text = markdown(report)
     write_atomically(

@@ -12,21 +12,20 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack, closing
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import numpy as np
 
 from benchmarks.machine import describe
 from benchmarks.progress import Progress
+from benchmarks.worker import Worker, answer_all, medians
 from examples.data import cache_folder, smollm2_gguf, write_atomically
 from tokopt.kernels import cpu
 
@@ -52,41 +51,17 @@ class Engine:
     threads: int
 
 
-class Worker:
-    """An engine in its own process, which answers every line with one turn."""
-
-    def __init__(self, engine: Engine) -> None:
-        self.engine = engine
-        environment = dict(os.environ)
-        if engine.name in cpu.isas():
-            environment["TOKOPT_ISA"] = engine.name
-        command = [sys.executable, "-m", "benchmarks.rows", "--serve", json.dumps(asdict(engine))]
-        self.process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
-        )
-        self.turn()  # the first allocates
-
-    def turn(self) -> dict[int, float]:
-        """Seconds by rows."""
-        assert self.process.stdin and self.process.stdout
-        self.process.stdin.write("\n")
-        self.process.stdin.flush()
-        line = self.process.stdout.readline()
-        if not line:
-            raise RuntimeError(f"{self.engine.name} ended with status {self.process.wait()}")
-        return {int(rows): seconds for rows, seconds in json.loads(line).items()}
-
-    def close(self) -> None:
-        assert self.process.stdin
-        self.process.stdin.close()
-        self.process.wait(timeout=30)
+def worker(engine: Engine) -> Worker:
+    """An engine in its own process, which answers with one turn."""
+    forced = {"TOKOPT_ISA": engine.name} if engine.name in cpu.isas() else {}
+    serving = ("--serve", json.dumps(asdict(engine)))
+    return Worker(engine.name, "benchmarks.rows", *serving, environment={**os.environ, **forced})
 
 
 def serve(engine: Engine) -> None:
-    """Answer every line on stdin with a turn."""
+    """Answer with a turn."""
     measure = {LLAMA: llama, READ: reading}.get(engine.name, artifact)(engine)
-    for _ in sys.stdin:
-        print(json.dumps(dict(measure())), flush=True)
+    answer_all(lambda _: dict(measure()))
 
 
 def artifact(engine: Engine) -> Measure:
@@ -150,17 +125,6 @@ def reading(engine: Engine) -> Measure:
         return {rows: call(rows) for rows in ROWS}
 
     return measure
-
-
-def compare(engines: Sequence[Engine], rounds: int) -> dict[str, dict[int, float]]:
-    """Median seconds by engine and rows; the engines take turns."""
-    turns: dict[str, list[dict[int, float]]] = {engine.name: [] for engine in engines}
-    with ExitStack() as stack:
-        workers = [stack.enter_context(closing(Worker(engine))) for engine in engines]
-        for _ in range(rounds):
-            for worker in workers:
-                turns[worker.engine.name].append(worker.turn())
-    return {name: {rows: median(turn[rows] for turn in own) for rows in ROWS} for name, own in turns.items()}
 
 
 def engines(method: str, prompt: int, threads: int) -> list[Engine]:
@@ -252,8 +216,8 @@ def main() -> None:
     for method in METHODS if options.only is None else (options.only,):
         for prompt in PROMPTS:
             print(f"{method}, after {prompt} tokens", file=sys.stderr, flush=True)
-            made = engines(method, prompt, options.threads)
-            progress.once(f"{method}/{prompt}", lambda own=made: compare(own, options.rounds))
+            made = [partial(worker, one) for one in engines(method, prompt, options.threads)]
+            progress.once(f"{method}/{prompt}", lambda own=made: medians(own, options.rounds))
     report = json.loads(json.dumps({"machine": describe(options.threads), **progress.values}))
     text = markdown(report)
     write_atomically(RESULTS / "rows.json", lambda path: path.write_text(json.dumps(report, indent=1) + "\n"))

@@ -30,6 +30,7 @@ from benchmarks.kv.quality import documentation
 from benchmarks.machine import describe
 from benchmarks.peers import writing
 from benchmarks.progress import Progress
+from benchmarks.worker import Worker, answer_all
 from examples.data import cache_folder, smollm2, write_atomically
 
 RESULTS = Path(__file__).parent / "results"
@@ -100,42 +101,19 @@ def prompts(model: Any) -> dict[str, list[list[int]]]:
     }
 
 
-class Worker:
-    """An engine in its own process, which answers a prompt with what its text took."""
+def worker(name: str, threads: int) -> Worker:
+    """An engine in its own process; asked for a text (ids, temperature, tokens) it says what that took."""
+    return Worker(name, "benchmarks.speculate", "--serve", name, "--threads", str(threads))
 
-    def __init__(self, name: str, threads: int) -> None:
-        command = [sys.executable, "-m", "benchmarks.speculate", "--serve", name, "--threads", str(threads)]
-        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-
-    def generate(self, ids: list[int], temperature: float, tokens: int) -> dict[str, Any]:
-        """Seconds and calls of decoding, and the tokens."""
-        assert self.process.stdin and self.process.stdout
-        self.process.stdin.write(json.dumps([ids, temperature, tokens]) + "\n")
-        self.process.stdin.flush()
-        while (line := self.process.stdout.readline()) and not line.startswith(ANSWER):
-            pass  # an engine's own messages
-        if not line:
-            raise RuntimeError(f"an engine ended with status {self.process.wait()}")
-        return json.loads(line.removeprefix(ANSWER))
-
-    def close(self) -> None:
-        assert self.process.stdin
-        self.process.stdin.close()
-        self.process.wait(timeout=30)
-
-
-ANSWER = "answer: "
-"""What a line of an engine begins with that is an answer."""
 
 Answer = Callable[[list[int], float, int], dict[str, Any]]
 """Token ids of a prompt, a temperature and the most new tokens -> seconds of decoding, and the new tokens."""
 
 
 def serve(name: str, threads: int) -> None:
-    """Answer every line on stdin; what an engine remembers of texts is empty at the start of each."""
+    """Answer with texts; what an engine remembers of them is empty at the start of each."""
     answer = peer(name, threads) if name in writing.PEERS else tokopt_model(named(name), threads)
-    for line in sys.stdin:
-        print(ANSWER + json.dumps(answer(*json.loads(line))), flush=True)
+    answer_all(lambda question: answer(*question))
 
 
 def named(name: str) -> Method:
@@ -201,9 +179,9 @@ def startable(names: Sequence[str], threads: int) -> dict[str, str]:
     """Why an engine does not write, by name; empty for one that does."""
     found: dict[str, str] = {}
     for name in names:
-        with closing(Worker(name, threads)) as worker:
+        with closing(worker(name, threads)) as own:
             try:
-                worker.generate([1, 2, 3], 0.0, 2)
+                own.ask([[1, 2, 3], 0.0, 2])
                 found[name] = ""
             except RuntimeError as error:
                 found[name] = str(error)
@@ -216,12 +194,12 @@ def measure(
     """What every engine took for each of the prompts."""
     found: dict[str, list[Any]] = {name: [] for name in engines}
     with ExitStack() as stack:
-        workers = {name: stack.enter_context(closing(Worker(name, threads))) for name in found}
-        for name, worker in workers.items():  # the first allocates, and tells tokopt how many nodes pay
-            worker.generate(texts[0], temperature, 2 if name in writing.PEERS else tokens)
+        workers = {name: stack.enter_context(closing(worker(name, threads))) for name in found}
+        for name, own in workers.items():  # the first allocates, and tells tokopt how many nodes pay
+            own.ask([texts[0], temperature, 2 if name in writing.PEERS else tokens])
         for ids in texts:
-            for name, worker in workers.items():
-                found[name].append(worker.generate(ids, temperature, tokens))
+            for name, own in workers.items():
+                found[name].append(own.ask([ids, temperature, tokens]))
     return found
 
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -21,6 +20,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from benchmarks.worker import Worker, answer_all
 
 CALLS = {
     "session": "benchmarks.timing:session_call",
@@ -86,39 +87,22 @@ class Disturbed(RuntimeError):
     """Too few turns were free of drift to report a number."""
 
 
-class Worker:
-    """An engine in its own process."""
+class Turns:
+    """The turns of an engine in its own process."""
 
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
-        command = [
-            sys.executable,
-            "-m",
-            "benchmarks.timing",
-            json.dumps({**vars(engine), "artifact": str(engine.artifact)}),
-        ]
-        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-        self.calls = 1
-        warm = self._ask(3)
-        self.calls = max(1, min(50, round(0.4 / min(warm))))
+        given = json.dumps({**vars(engine), "artifact": str(engine.artifact)})
+        self.worker = Worker(engine.name, "benchmarks.timing", given)
+        self.calls = max(1, min(50, round(0.4 / min(self.worker.ask(3)))))
 
     def turn(self) -> list[float]:
         """Seconds of each call of one turn; a short call is made once before, to bring the caches back."""
-        return self._ask(self.calls + 1)[1:] if self.calls > 1 else self._ask(1)
-
-    def _ask(self, calls: int) -> list[float]:
-        assert self.process.stdin and self.process.stdout
-        self.process.stdin.write(f"{calls}\n")
-        self.process.stdin.flush()
-        line = self.process.stdout.readline()
-        if not line:
-            raise RuntimeError(f"the engine {self.engine.name} ended with status {self.process.wait()}")
-        return json.loads(line)
+        return self.worker.ask(self.calls + 1)[1:] if self.calls > 1 else self.worker.ask(1)
 
     def close(self) -> None:
-        assert self.process.stdin
-        self.process.stdin.close()
-        self.process.wait(timeout=30)
+        """Have the process end."""
+        self.worker.close()
 
 
 @dataclass
@@ -142,7 +126,7 @@ def compare(engines: Sequence[Engine], rounds: int) -> list[Timing]:
     """Time every engine against the first; raises Disturbed when too many turns of one drifted."""
     series = [_Series() for _ in engines]
     with ExitStack() as stack:
-        workers = [stack.enter_context(closing(Worker(engine))) for engine in engines]
+        workers = [stack.enter_context(closing(Turns(engine))) for engine in engines]
         before = workers[0].turn()
         while waiting := [pair for pair in zip(workers, series, strict=True) if len(pair[1].turns) < rounds]:
             for worker, own in waiting:
@@ -214,16 +198,16 @@ def _texts(engine: Engine) -> list[Any]:
 
 
 def _serve(engine: Engine) -> None:
-    """Answer every count on stdin with that many timings, as one JSON line."""
+    """Answer every count with that many timings."""
     module, function = CALLS[engine.kind].split(":")
     call = getattr(import_module(module), function)(engine)
-    for line in sys.stdin:
-        times = []
-        for _ in range(int(line)):
-            start = time.perf_counter()
-            own = call()
-            times.append(own if isinstance(own, float) else time.perf_counter() - start)
-        print(json.dumps(times), flush=True)
+
+    def timed() -> float:
+        start = time.perf_counter()
+        own = call()
+        return own if isinstance(own, float) else time.perf_counter() - start
+
+    answer_all(lambda count: [timed() for _ in range(count)])
 
 
 if __name__ == "__main__":

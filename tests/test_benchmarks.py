@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,6 +19,7 @@ pytest.importorskip("rich")
 
 from tokenizers import Tokenizer
 
+import benchmarks
 import tokopt
 from benchmarks import cpu_attention, machine, timing
 from benchmarks.peers.report import fastest_ratio, floors
@@ -23,6 +27,7 @@ from benchmarks.peers.report import markdown as peers_markdown
 from benchmarks.quality import predict
 from benchmarks.quantize import MODELS
 from benchmarks.vision import FULL, QUICK, Scale, with_options
+from benchmarks.worker import Worker, medians
 from examples import data
 from examples.tune import library_text
 from tests.commands import inputs
@@ -75,7 +80,7 @@ def _timings(
     monkeypatch: pytest.MonkeyPatch, slowness: list[float], rounds: int
 ) -> tuple[timing.Timing, timing.Timing]:
     """A control that takes 4 seconds, and an engine that takes 2."""
-    monkeypatch.setattr(timing, "Worker", _Machine(slowness))
+    monkeypatch.setattr(timing, "Turns", _Machine(slowness))
     engines = [timing.Engine(str(size), "", Path(), 1, size, 1) for size in (4, 2)]
     control, engine = timing.compare(engines, rounds)
     return control, engine
@@ -232,3 +237,31 @@ def test_every_kernel_that_is_timed_runs(monkeypatch: pytest.MonkeyPatch) -> Non
     for table in (cpu_attention.attending, cpu_attention.encoders_attending):
         lines = list(table(called, 1))
         assert all(any(f"`{isa}`" in line for line in lines) for isa in cpu_attention.vectors())
+
+
+ECHO = """
+import sys
+from benchmarks.worker import answer_all
+
+def answer(question):
+    print("a message of the engine")
+    return {"twice": 2 * question if question else 1.0} if question != "end" else sys.exit(3)
+
+answer_all(answer)
+"""
+
+
+def test_engines_answer_from_processes_of_their_own(tmp_path: Path) -> None:
+    """What else they print is no answer, they take turns, and one that ends is named with its status."""
+    (tmp_path / "echo.py").write_text(ECHO)
+    paths = os.pathsep.join([str(tmp_path), str(Path(benchmarks.__file__).parents[1])])
+
+    def echo(name: str) -> Worker:
+        return Worker(name, "echo", environment={**os.environ, "PYTHONPATH": paths})
+
+    answers = medians([partial(echo, "one"), partial(echo, "other")], 3)
+    assert answers == {"one": {"twice": 1.0}, "other": {"twice": 1.0}}
+    with closing(echo("mine")) as worker:
+        assert worker.ask([1, "a"]) == {"twice": [1, "a", 1, "a"]}
+        with pytest.raises(RuntimeError, match="the engine mine ended with status 3"):
+            worker.ask("end")

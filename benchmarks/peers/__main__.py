@@ -21,7 +21,7 @@ from benchmarks.machine import describe
 from benchmarks.peers import language, limits, vision
 from benchmarks.peers.report import markdown
 from benchmarks.progress import Progress
-from benchmarks.timing import Engine, Worker, compare
+from benchmarks.timing import Engine, Turns, compare
 from examples.data import cache_folder, write_atomically
 
 TEXT = quantize.WINDOW
@@ -115,7 +115,7 @@ def _startable(progress: Progress, engines: list[Engine]) -> list[Engine]:
     """Those that start; why the others do not is kept."""
     found, reasons = [], dict(progress.values.get("language/missing", {}))
     for engine in engines:
-        outcome = _or_reason(lambda e=engine: Worker(e).close() or {})
+        outcome = _or_reason(lambda e=engine: Turns(e).close() or {})
         if "reason" in outcome:
             reasons[engine.name] = outcome["reason"]
         else:
