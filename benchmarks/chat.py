@@ -18,8 +18,8 @@ from typing import Any
 
 from benchmarks.kv.quality import documentation
 from benchmarks.machine import describe
+from benchmarks.progress import write_report
 from benchmarks.quantize import artifact
-from examples.data import write_atomically
 
 RESULTS = Path(__file__).parent / "results"
 MODEL, METHOD = "SmolLM2-135M-Instruct", "keep_grid"
@@ -128,8 +128,7 @@ def main() -> None:
         "machine": describe(options.threads),
     }
     text = markdown(report)
-    write_atomically(RESULTS / "chat.json", lambda path: path.write_text(json.dumps(report, indent=1) + "\n"))
-    write_atomically(RESULTS / "chat.md", lambda path: path.write_text(text))
+    write_report(RESULTS, "chat", report, text)
     print(text)
 
 

@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.machine import describe
+from benchmarks.progress import write_report
 from benchmarks.timing import Engine, Timing, compare
 from examples.data import cache_folder, smollm2, write_atomically
 
@@ -237,10 +238,7 @@ def main() -> None:
     timings = {p: [asdict(t) for t in measure(folder, p, options.threads, options.rounds)] for p in PROMPTS}
     report = {"machine": describe(options.threads), "prompts": timings}
     RESULTS.mkdir(exist_ok=True)
-    write_atomically(
-        RESULTS / "decode.json", lambda path: path.write_text(json.dumps(report, indent=1) + "\n")
-    )
-    write_atomically(RESULTS / "decode.md", lambda path: path.write_text(markdown(report)))
+    write_report(RESULTS, "decode", report, markdown(report))
     print(markdown(report))
 
 

@@ -39,7 +39,7 @@ from benchmarks.exit_points import (
     operating_point,
 )
 from benchmarks.machine import describe
-from benchmarks.progress import Progress
+from benchmarks.progress import Progress, write_report
 from benchmarks.timing import Disturbed, Engine, compare
 from examples.data import (
     cache_folder,
@@ -496,10 +496,7 @@ def main() -> None:
         report["tasks"] |= progress.values[asked]
     text = markdown(report)
     options.output.mkdir(parents=True, exist_ok=True)
-    write_atomically(
-        options.output / "exit.json", lambda path: path.write_text(json.dumps(report, indent=1) + "\n")
-    )
-    write_atomically(options.output / "exit.md", lambda path: path.write_text(text))
+    write_report(options.output, "exit", report, text)
     write_atomically(options.output / "exit.png", lambda path: draw(report, path))
     print(text)
 

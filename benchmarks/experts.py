@@ -23,9 +23,9 @@ from typing import Any
 import numpy as np
 
 from benchmarks.machine import describe
-from benchmarks.progress import Progress
+from benchmarks.progress import Progress, write_report
 from benchmarks.worker import Worker, answer_all, medians
-from examples.data import cache_folder, write_atomically
+from examples.data import cache_folder
 
 RESULTS = Path(__file__).parent / "results"
 LAYERS, HIDDEN, HEADS, KEY_HEADS, VOCABULARY = 16, 512, 8, 2, 8192
@@ -197,10 +197,7 @@ def main() -> None:
             progress.once(f"{inner}/{method}", lambda own=made: medians(own, options.rounds))
     report = json.loads(json.dumps({"machine": describe(options.threads), **progress.values}))
     text = markdown(report)
-    write_atomically(
-        options.results / "experts.json", lambda path: path.write_text(json.dumps(report, indent=1) + "\n")
-    )
-    write_atomically(options.results / "experts.md", lambda path: path.write_text(text))
+    write_report(options.results, "experts", report, text)
     print(text)
 
 

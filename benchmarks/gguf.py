@@ -17,8 +17,9 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.machine import describe
+from benchmarks.progress import write_report
 from benchmarks.scale import GIB, HEAD, RESULTS, in_processes, row_of
-from examples.data import cache_folder, write_atomically
+from examples.data import cache_folder
 
 PASSES = "keep_grid"
 PROMPT = "Write a function in Python that returns the first n prime numbers, and explain how it works."
@@ -99,10 +100,7 @@ def main() -> None:
     folder.mkdir(parents=True, exist_ok=True)
     models = {file.stem: measure(file, folder / f"{file.stem}.tokopt") for file in options.files}
     report = {"machine": describe(2), "models": models}
-    write_atomically(
-        options.results / "gguf.json", lambda path: path.write_text(json.dumps(report, indent=1) + "\n")
-    )
-    write_atomically(options.results / "gguf.md", lambda path: path.write_text(markdown(report)))
+    write_report(options.results, "gguf", report, markdown(report))
     print(markdown(report))
 
 

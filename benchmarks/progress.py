@@ -1,9 +1,9 @@
-"""Measurements that outlive a run that was cut off."""
+"""Measurements that outlive a run that was cut off, and the report that they become."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,3 +26,11 @@ class Progress:
     def put(self, key: str, value: Any) -> None:
         self.values[key] = value
         write_atomically(self.file, lambda path: path.write_text(json.dumps(self.values)))
+
+
+def write_report(folder: Path, name: str, report: Mapping[str, Any], text: str) -> None:
+    """Put ``report`` into ``name.json`` of a folder, and what people read of it into ``name.md``, each as a whole."""
+    write_atomically(
+        folder / f"{name}.json", lambda path: path.write_text(json.dumps(report, indent=1) + "\n")
+    )
+    write_atomically(folder / f"{name}.md", lambda path: path.write_text(text))

@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.machine import describe
-from benchmarks.progress import Progress
+from benchmarks.progress import Progress, write_report
 from benchmarks.worker import Worker, answer_all, medians
 from examples.data import cache_folder, smollm2_gguf, write_atomically
 from tokopt.kernels import cpu
@@ -220,8 +220,7 @@ def main() -> None:
             progress.once(f"{method}/{prompt}", lambda own=made: medians(own, options.rounds))
     report = json.loads(json.dumps({"machine": describe(options.threads), **progress.values}))
     text = markdown(report)
-    write_atomically(RESULTS / "rows.json", lambda path: path.write_text(json.dumps(report, indent=1) + "\n"))
-    write_atomically(RESULTS / "rows.md", lambda path: path.write_text(text))
+    write_report(RESULTS, "rows", report, text)
     write_atomically(RESULTS / "rows.png", lambda path: draw(report, path))
     print(text)
 

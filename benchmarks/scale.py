@@ -23,8 +23,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.machine import describe
-from benchmarks.progress import Progress
-from examples.data import cache_folder, write_atomically
+from benchmarks.progress import Progress, write_report
+from examples.data import cache_folder
 
 RESULTS = Path(__file__).parent / "results"
 PASSES = "rtn{bits=4}"
@@ -269,10 +269,7 @@ def main() -> None:
             found = progress.once(f"{name} {dtype}", lambda n=name, d=dtype: measure(n, d, root))
             print(row_of(f"{name} {dtype}", found), file=sys.stderr, flush=True)
     report = {"machine": describe(2), "models": progress.values}
-    write_atomically(
-        options.results / "scale.json", lambda path: path.write_text(json.dumps(report, indent=1) + "\n")
-    )
-    write_atomically(options.results / "scale.md", lambda path: path.write_text(markdown(report)))
+    write_report(options.results, "scale", report, markdown(report))
     print(markdown(report))
 
 

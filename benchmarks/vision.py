@@ -30,10 +30,10 @@ from rich.table import Table
 
 import tokopt
 from benchmarks.machine import describe
-from benchmarks.progress import Progress
+from benchmarks.progress import Progress, write_report
 from benchmarks.quality import fashion_features, photograph_features, predict
 from benchmarks.timing import Disturbed, Engine, Timing, compare
-from examples.data import cache_folder, fashion_mnist, write_atomically
+from examples.data import cache_folder, fashion_mnist
 from tokopt.runtime.numerics import cosines
 
 RESULTS = Path(__file__).parent / "results"
@@ -428,10 +428,7 @@ def main() -> int:
     console.print(summary(report))
     output = options.output or (benchmark.folder if options.quick else RESULTS)
     output.mkdir(parents=True, exist_ok=True)
-    write_atomically(
-        output / "vision.json", lambda path: path.write_text(json.dumps(report, indent=1) + "\n")
-    )
-    write_atomically(output / "vision.md", lambda path: path.write_text(markdown(report)))
+    write_report(output, "vision", report, markdown(report))
     console.print(f"written: {output / 'vision.json'} and vision.md")
     return 1 if benchmark.disturbed else 0
 

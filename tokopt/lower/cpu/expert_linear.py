@@ -11,10 +11,10 @@ import onnx_ir as ir
 from tokopt.kernels.cpu import DOMAIN
 from tokopt.lower.cpu.bodies import EXPERT_INPUTS, expert_linear
 from tokopt.lower.cpu.gate import gate_of
-from tokopt.lower.cpu.quantized_linear import GROUPS
-from tokopt.lower.onnx.nodes import array, input_at, maker, only_reader, other_input, reader_alone
+from tokopt.lower.cpu.quantized_linear import fitting_blocks
+from tokopt.lower.onnx.nodes import array, input_at, only_reader, other_input, reader_alone
 from tokopt.lower.onnx.rule import Candidate, Rule, Unfit
-from tokopt.lower.onnx.storage import Blocks, as_stored, blocks_of, is_product, stored_bytes
+from tokopt.lower.onnx.storage import Blocks, as_stored, is_product, stored_bytes
 from tokopt.lower.onnx.weights import put_initializer, take_over
 
 
@@ -54,14 +54,7 @@ class ExpertLinear(Rule[_Site]):
         product = every.producer()
         if product is None or not is_product(product) or reader_alone(every) is not taken:
             raise Unfit("what all experts made is read by something else, too")
-        blocks = blocks_of(maker(input_at(product, 1))) if input_at(product, 1).producer() else None
-        if blocks is None:
-            raise Unfit("its weight is not constant")
-        if blocks.group not in GROUPS:
-            raise Unfit(f"its weight has blocks of {blocks.group}, not of 32, 64 or 128")
-        if input_at(product, 0).dtype not in (ir.DataType.FLOAT, None):
-            raise Unfit("what it multiplies is not float32")
-        x = _rows(input_at(product, 0))
+        blocks, x = fitting_blocks(product), input_at(product, 0)
         gate = gate_of(taken)
         if gate is not None:
             return _Site(x, taken, gate.end, blocks, gate.activation, None)

@@ -12,7 +12,7 @@ import onnx_ir as ir
 from tokopt.kernels.cpu import DOMAIN
 from tokopt.lower.cpu.bodies import INPUTS, OP, overload, quantized_linear
 from tokopt.lower.cpu.gate import gate_of
-from tokopt.lower.onnx.nodes import array, input_at, maker
+from tokopt.lower.onnx.nodes import array, input_at
 from tokopt.lower.onnx.rule import Candidate, Rule, Unfit
 from tokopt.lower.onnx.storage import (
     Blocks,
@@ -48,6 +48,19 @@ class _Site:
     gate: str
 
 
+def fitting_blocks(product: ir.Node) -> Blocks:
+    """The blocks of a product's weight, as the kernels multiply with them; raises Unfit."""
+    made = input_at(product, 1).producer()
+    blocks = blocks_of(made) if made is not None else None
+    if blocks is None:
+        raise Unfit("its weight is not constant")
+    if blocks.group not in GROUPS:
+        raise Unfit(f"its weight has blocks of {blocks.group}, not of 32, 64 or 128")
+    if input_at(product, 0).dtype not in (ir.DataType.FLOAT, None):
+        raise Unfit("what it multiplies is not float32")
+    return blocks
+
+
 class QuantizedLinear(Rule[_Site]):
     """``x @ w``, the offsets of its blocks, the bias, and the activation by which one half of it gates the other."""
 
@@ -66,13 +79,7 @@ class QuantizedLinear(Rule[_Site]):
     def match(self, graph: ir.Graph, candidate: Candidate) -> _Site:
         """The parts of the weight, and what is added to the product."""
         (product,) = candidate
-        blocks = blocks_of(maker(input_at(product, 1)))
-        if blocks is None:
-            raise Unfit("its weight is not constant")
-        if blocks.group not in GROUPS:
-            raise Unfit(f"its weight has blocks of {blocks.group}, not of 32, 64 or 128")
-        if input_at(product, 0).dtype not in (ir.DataType.FLOAT, None):
-            raise Unfit("what it multiplies is not float32")
+        blocks = fitting_blocks(product)
         end, taken, bias = product, None, None
         offset = offset_of(product) if blocks.symmetric else None
         for total, other in added_to(product):
