@@ -54,7 +54,7 @@ class ExpertLinear(Rule[_Site]):
         product = every.producer()
         if product is None or not is_product(product) or reader_alone(every) is not taken:
             raise Unfit("what all experts made is read by something else, too")
-        blocks, x = fitting_blocks(product), input_at(product, 0)
+        blocks, x = fitting_blocks(product), _rows(input_at(product, 0))
         gate = gate_of(taken)
         if gate is not None:
             return _Site(x, taken, gate.end, blocks, gate.activation, None)
