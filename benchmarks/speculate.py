@@ -302,7 +302,8 @@ def draw(report: Mapping[str, Any], path: Path) -> None:
         axis.set_xticks(range(len(KINDS)), KINDS)
         axis.set_title(f"temperature {temperature:g}")
     axes[0].set_ylabel("speed over decoding without")
-    axes[0].legend(fontsize=7)
+    handles, labels = axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=len(names), fontsize=7)
     figure.savefig(path, dpi=110, format="png")
     pyplot.close(figure)
 

@@ -78,11 +78,13 @@ def opened(passes: str, *, biased: bool = False, kernels: bool = True) -> Langua
     return model
 
 
-def kinds(path: Path, form: str) -> collections.Counter[str]:
+def graph(path: Path, form: str) -> onnx.GraphProto:
     file = load(path, threads=1).manifest.programs["step"].files[form]
-    return collections.Counter(
-        node.op_type for node in onnx.load(path / file, load_external_data=False).graph.node
-    )
+    return onnx.load(path / file, load_external_data=False).graph
+
+
+def kinds(path: Path, form: str) -> collections.Counter[str]:
+    return collections.Counter(node.op_type for node in graph(path, form).node)
 
 
 @pytest.mark.parametrize("passes", ["rtn{bits=4}", "rtn{bits=8 symmetric=true}"])
@@ -91,6 +93,14 @@ def test_products_of_experts_are_one_op_with_their_gate_and_their_sum(passes: st
     assert portable["take_expert"] == 2 and portable["DequantizeLinear"] == 5  # all experts are one weight
     assert own["ExpertLinear"] == 2 and own["QuantizedLinear"] == 3
     assert not {"take_expert", "MatMul", "Sigmoid", "DequantizeLinear"} & set(own)
+
+
+def test_a_token_is_read_where_it_is_and_not_once_for_each_expert() -> None:
+    """The first product of an expert takes the rows of which the graph has a view, and the second the first's."""
+    nodes = graph(artifact("rtn{bits=4}"), OWN).node
+    makers = {name: node.op_type for node in nodes for name in node.output}
+    read = [makers[node.input[0]] for node in nodes if node.op_type == "ExpertLinear"]
+    assert len(read) == 2 and read[1] == "ExpertLinear" and read[0] not in ("Unsqueeze", "Expand")
 
 
 def test_other_gates_stay_outside() -> None:
