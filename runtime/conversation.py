@@ -190,9 +190,8 @@ class Chat:
             if self._request is None or not self._read:
                 raise InputError("nothing was read yet; say something, or call read, and save then")
             place = Place(self._read, self._request.snapshot())
-            parts = list(
-                takewhile(self._spelled, self._parts)
-            )  # a caller may have edited what messages gives
+            # A caller may have edited what messages gives.
+            parts = list(takewhile(self._spelled, self._parts))
             write_chat(check_path("path", path), self.model.path, Saved(place, self._messages, parts))
 
     @classmethod

@@ -262,10 +262,10 @@ class Quantization(Pass):
         return linears, refusals
 
     def _moments(self, site: Site, linears: list[Linear], context: Context) -> Known:
-        samples = context.samples(self.name) if self.needs_moments() else context.calibration
-        if samples is None or not self.uses_moments():
+        wanted = self.needs_moments() or context.calibration is not None
+        if not (wanted and self.uses_moments()):
             return {}
-        return collect(site, [linear.input for linear in linears], samples)
+        return collect(site, [linear.input for linear in linears], context.samples(self.name))
 
 
 @dataclass(frozen=True)

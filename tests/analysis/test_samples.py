@@ -22,6 +22,7 @@ from tokopt.analysis.samples import read_samples
 from tokopt.errors import InputError
 from tokopt.ir.bundle import Bundle
 from tokopt.passes.quantize.base import in_parts
+from tokopt.pipeline.base import Context
 
 IDS = [3, 1, 4, 1, 5, 9, 2, 6]
 OTHER = [5, 3, 5]
@@ -104,6 +105,7 @@ def test_optimize_takes_a_file_and_a_loader(tmp_path: Path) -> None:
         for samples in (path, DataLoader(TensorDataset(texts)))
     ]
     assert torch.equal(*made)
+    assert list(Context(calibration=path).samples("gptq")) == [path]
 
 
 @pytest.mark.parametrize(

@@ -45,7 +45,7 @@ class Context:
     strict: bool = False
     observers: tuple[Observer, ...] = ()
     reproducers: Path | None = None
-    calibration: Iterable[Sample] | None = None
+    calibration: Iterable[Sample] | Path | None = None
 
     def __post_init__(self) -> None:
         """Keep what can be iterated only once, and what is one sample; refuse fields of another type."""
@@ -57,7 +57,7 @@ class Context:
         if self.reproducers is not None:
             object.__setattr__(self, "reproducers", check_path("reproducers", self.reproducers))
         given = self.calibration
-        if isinstance(given, Mapping | str):
+        if isinstance(given, Mapping | str | Path):
             object.__setattr__(self, "calibration", [given])
         elif given is not None:
             check_iterable("calibration", given, "a list of inputs, or what gives them one by one")
@@ -70,6 +70,7 @@ class Context:
                 f"{name} needs inputs to calibrate with: pass calibration=[...] to optimize, or --calibrate on the "
                 "command line"
             )
+        assert not isinstance(self.calibration, Path)  # it became a list of one
         return self.calibration
 
 

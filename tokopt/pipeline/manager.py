@@ -167,9 +167,7 @@ def optimize(
     for arguments of another type.
     """
     check_bundle("bundle", bundle)
-    short = Context(
-        strict=strict, calibration=[calibration] if isinstance(calibration, Path) else calibration
-    )
+    short = Context(strict=strict, calibration=calibration)
     if check_context(context) is not None and (strict or calibration is not None):
         raise InputError("strict and calibration were given beside a context; set them in the context alone")
     return as_pipeline(passes).run(bundle, context or short)[0]
