@@ -200,6 +200,15 @@ def test_a_text_takes_its_row_of_what_is_read_beside_it() -> None:
 def test_a_search_counts_the_texts_that_hold_something(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="tuning needs at least two samples"):
         tokopt.tune(speaker(), ["", "abc"], tmp_path / "t", candidates=[["rtn"]])
+    assert not (tmp_path / "t").exists()
+
+
+def test_one_file_of_text_is_enough_for_a_search(tmp_path: Path) -> None:
+    """Its windows are the samples, of which half calibrate and half judge."""
+    path = tmp_path / "a.txt"
+    path.write_text("abcdefgh" * 300)
+    found = tokopt.tune(speaker(), [path], tmp_path / "t", candidates=[["rtn"]], minutes=0)
+    assert found.untried == ("rtn",)
 
 
 @pytest.mark.parametrize("shape", [(0, 32), (4, 0), (1, 32), (3, 1)])

@@ -148,11 +148,12 @@ def tune(
 ) -> Tuning:
     """Find the fastest pipeline for ``bundle`` whose quality on ``samples`` reaches ``floor``.
 
-    Samples of even places calibrate, the others judge. ``floor`` is a :class:`~tokopt.measure.judge.Floor` in words, by
-    default ``cosine>=0.99`` or ``KL<=0.05``. ``candidates`` replaces :func:`~tokopt.measure.space.default_space`: kinds
-    of methods, of which a pipeline takes at most one each; ``"verify --drafter suffix"`` is one for whose artifact the
-    host drafts. ``metric`` is called with the folder of every candidate's artifact, and a floor can speak of it:
-    ``metric>=0.8``. No trial begins after ``minutes``. ``progress`` is called with a line per step.
+    Samples of even places calibrate, the others judge; a long text is several. ``floor`` is a
+    :class:`~tokopt.measure.judge.Floor` in words, by default ``cosine>=0.99`` or ``KL<=0.05``. ``candidates`` replaces
+    :func:`~tokopt.measure.space.default_space`: kinds of methods, of which a pipeline takes at most one each;
+    ``"verify --drafter suffix"`` is one for whose artifact the host drafts. ``metric`` is called with the folder of
+    every candidate's artifact, and a floor can speak of it: ``metric>=0.8``. No trial begins after ``minutes``.
+    ``progress`` is called with a line per step.
 
     ``folder`` keeps what was measured (``trials.json``), so that the same search goes on where it stopped; the winner's
     artifact (``best.tokopt``), its pipeline (``pipeline.txt``, empty when nothing gains), the options with which
@@ -174,7 +175,11 @@ def tune(
         check_callable("metric", metric, "a function of the folder of an artifact")
     if progress is not None:
         check_callable("progress", progress, "a function of a line of text")
-    _check_count(samples)
+    inputs = [given for sample in samples for given in tensors_of(bundle, sample)]
+    if len(inputs) < 2:
+        raise InputError(
+            "tuning needs at least two samples, one to calibrate with and one to judge by; give more"
+        )
     generates = bundle.schedule.generates
     if generates and machine.batch not in (None, 1):
         raise InputError("tuning times a language model one text at a time; leave the batch out")
@@ -185,7 +190,7 @@ def tune(
     kinds = [[Candidate.parse(text) for text in kind] for kind in candidates or default_space(bundle)]
     say = progress or (lambda line: None)
     with alone(folder):
-        search = _Search(bundle, samples, folder, machine, metric, say)
+        search = _Search(bundle, inputs, folder, machine, metric, say)
         return _run(search, kinds, wanted, minutes)
 
 
@@ -224,20 +229,13 @@ def _reaches(trial: Trial, floor: Floor) -> bool:
     return trial.speedup is not None and trial.speedup >= 1.0 and floor.holds(trial.quality)
 
 
-def _check_count(samples: Sequence[object]) -> None:
-    if len(samples) < 2:
-        raise InputError(
-            "tuning needs at least two samples, one to calibrate with and one to judge by; give more"
-        )
-
-
 class _Search:
     """One search and its folder."""
 
     def __init__(
         self,
         bundle: Bundle,
-        samples: Sequence[Sample],
+        inputs: Sequence[dict[str, Tensor]],
         folder: Path,
         machine: Machine,
         metric: Metric | None,
@@ -245,11 +243,9 @@ class _Search:
     ) -> None:
         self.bundle, self.folder, self.machine, self.say = bundle, folder, machine, say
         self.metric = metric
-        named = [given for sample in samples for given in tensors_of(bundle, sample)]
-        _check_count(named)  # an empty text is no sample
-        self.calibration, self.judged = named[::2], named[1::2]
+        self.calibration, self.judged = inputs[::2], inputs[1::2]
         self.baseline, self.best = folder / "original.tokopt", ""
-        self.key = self._key(named)
+        self.key = self._key(inputs)
         self.trials = self._read()
         if not (folder / "trials.json").exists() or not self.baseline.exists():
             say("exporting the model as it is")
