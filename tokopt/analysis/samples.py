@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import cast
 
@@ -95,10 +96,16 @@ def _read(bundle: Bundle, text: Text) -> Iterator[dict[str, Tensor]]:
         )
     if isinstance(text, Path) or (text.lower().endswith(FILES) and "\n" not in text):
         text = read_text(text)
-    ids = Tokenizer(bundle.tokenizer, bundle.generation.vocabulary).encode(text)
+    ids = _tokenizer(bundle.tokenizer, bundle.generation.vocabulary).encode(text)
     window = min(WINDOW, bundle.generation.context)
     for start in range(0, len(ids), window):
         yield _named(bundle, {_tokens(bundle): ids[start : start + window]})
+
+
+@lru_cache(maxsize=1)
+def _tokenizer(text: str, vocabulary: int) -> Tokenizer:
+    """That of the last bundle: one takes longer to make than a text to read."""
+    return Tokenizer(text, vocabulary)
 
 
 def _masked(bundle: Bundle, given: Mapping[str, Array]) -> Iterator[dict[str, Tensor]]:
