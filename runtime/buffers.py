@@ -18,7 +18,7 @@ from tokopt.runtime.format.manifest import ProgramEntry
 from tokopt.runtime.format.signature import BATCH, Tensor, wiring
 from tokopt.runtime.format.state import State, slot_axis
 
-BLOCK = 16
+BLOCK = 64
 """Slots that a small cache grows by; larger ones grow by a sixteenth."""
 
 
@@ -32,7 +32,7 @@ class Buffers:
     """One ONNX Runtime value per state, for a batch of rows.
 
     Slot axes grow by free slots, filled with the state's initial value, and shrink by dropping slots from the end; the
-    programs never change their sizes.
+    programs never change their sizes. ``nbytes`` are allocated.
     """
 
     def __init__(self, states: Sequence[State], batch: int, slots: int, device: str = "cpu") -> None:
@@ -41,12 +41,8 @@ class Buffers:
         self.slots = self.fitting({axis: slots for axis in axes if axis is not None})
         self.batch, self.device = batch, device
         self._check_memory(self.slots)
+        self.nbytes = self.bytes_for(self.slots)
         self.values = {name: self._value(self._initial(s, self.slots)) for name, s in self.states.items()}
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes allocated."""
-        return self.bytes_for(self.slots)
 
     def bytes_for(self, slots: Mapping[str, int]) -> int:
         """Bytes that so many slots take, by axis."""
@@ -103,7 +99,7 @@ class Buffers:
             kept[state.axes.index(axis)] = slice(min(slots[axis], self.slots[axis]))
             new[tuple(kept)] = old[tuple(kept)]
             self.values[name] = self._value(new)
-        self.slots = dict(slots)
+        self.slots, self.nbytes = dict(slots), self.bytes_for(slots)
 
     def advance(self, session: Any, entry: ProgramEntry, feed: Mapping[str, np.ndarray]) -> None:
         """Run a program of nothing but states and ``feed``; what it does not write in place is in new memory."""

@@ -217,6 +217,7 @@ class Request:
         self._bound: dict[str, Any] = {}
         names = (*self.schedule.programs, *filter(None, (self.schedule.commit,)))
         self._roles = {name: _Roles.of(manifest.programs[name]) for name in names}
+        self._masks: dict[int, np.ndarray] = {}
         self._verified = 0
         self.neighbours: np.ndarray | None = None
         self._telling = [link for link in manifest.links if link.target.program == self.schedule.commit]
@@ -544,17 +545,22 @@ class Request:
         limit: np.ndarray | None,
     ) -> dict[str, np.ndarray]:
         """What a call is told, by role."""
-        count = tokens.shape[1]
-        causal = np.tril(np.ones((count, count), bool))
         return {
             "tokens": np.ascontiguousarray(tokens),
             "positions": np.ascontiguousarray(positions),
             "rows": rows,
             "parent": np.array(entry.tree, np.int64),
             "limit": np.full(self.batch, NO_LIMIT) if limit is None else limit,
-            "mask": np.ascontiguousarray(np.broadcast_to(causal, (self.batch, count, count))),
+            "mask": self._causal(tokens.shape[1]),
             **self.drawing,
         }
+
+    def _causal(self, count: int) -> np.ndarray:
+        """[batch, count, count] bool: each token sees itself and those before it."""
+        if count not in self._masks:
+            causal = np.tril(np.ones((count, count), bool))
+            self._masks[count] = np.ascontiguousarray(np.broadcast_to(causal, (self.batch, count, count)))
+        return self._masks[count]
 
     def _checked_mask(self, entry: Entry, mask: object, count: int) -> np.ndarray:
         if not any("mask" in self._roles[name].given for name in entry.programs):
@@ -627,15 +633,14 @@ class Request:
         assert emission.tokens is not None and emission.count is not None
         tokens, count = (cast("NDArray[np.int64]", array) for array in (emission.tokens, emission.count))
         most = tokens.shape[1]
-        wrong = (count < 0) | (count > most) | ((count == 0) & (limit is None or limit > 0))
-        if wrong.any():
-            row = int(wrong.argmax())
-            raise TokoptError(
-                f"program {entry.program!r} committed {count[row]} of {most} tokens in row {row}, which may have "
-                "one or more; the artifact is damaged"
-            )
-        for row, emitted in enumerate(count.tolist()):
-            if any(token < 0 for token in tokens[row, :emitted].tolist()):
+        allowed = [1] * self.batch if limit is None else limit.tolist()
+        for row, (given, may) in enumerate(zip(count.tolist(), allowed, strict=True)):
+            if not 0 <= given <= most or (given == 0 and may > 0):
+                raise TokoptError(
+                    f"program {entry.program!r} committed {given} of {most} tokens in row {row}, which may have one or "
+                    "more; the artifact is damaged"
+                )
+            if any(token < 0 for token in tokens[row, :given].tolist()):
                 raise TokoptError(
                     f"program {entry.program!r} found NaN or infinity where it draws a token of row {row}; its weights "
                     "or its input are damaged"

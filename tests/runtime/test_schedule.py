@@ -158,7 +158,7 @@ def test_a_call_runs_what_fits_its_nodes(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr(loop.Request, "emit", record)
     request = both.open(1, 1)
     made, got = request.prefill([[1, 2]], np.array([1])), list[int]()
-    for nodes in (1, 3, 1, 1, 2, None, 1) * 3:
+    for nodes in (1, 3, 1, 1, 2, None, 1) * 9:
         assert made.tokens is not None and made.count is not None
         got += made.tokens[0, : made.count[0]].tolist()
         made = request.step(np.array([got[-1:]]), np.array([[len(got)]]), limit=np.array([9]), nodes=nodes)
@@ -170,7 +170,7 @@ def test_a_call_runs_what_fits_its_nodes(tmp_path: Path, monkeypatch: pytest.Mon
         ("guess", (-1, 0)),
         ("guess", (-1, 0, 1)),
     ]
-    assert ran[1:] == [*wanted, ("go", ())] * 3
+    assert ran[1:] == [*wanted, ("go", ())] * 9
     assert got == text([2], 1, len(got))
     length = int(request.buffers.read("length")[0])
     assert length > loop.BLOCK  # the buffers grew
