@@ -36,9 +36,10 @@ class Buffers:
     """
 
     def __init__(self, states: Sequence[State], batch: int, slots: int, device: str = "cpu") -> None:
+        """``slots`` are those that are needed at first; there are some more."""
         self.states = {state.name: state for state in states}
         axes = [slot_axis(state.axes) for state in states]
-        self.slots = self.fitting({axis: slots for axis in axes if axis is not None})
+        self.slots = self.fitting(self.roomy({axis: slots for axis in axes if axis is not None}))
         self.batch, self.device = batch, device
         self._check_memory(self.slots)
         self.nbytes = self.bytes_for(self.slots)
@@ -80,6 +81,10 @@ class Buffers:
             new = self._initial(self.states[name], self.slots)
             new[tuple(map(slice, array.shape))] = array
             self.values[name] = self._value(new)
+
+    def roomy(self, slots: Mapping[str, int]) -> dict[str, int]:
+        """The sizes to allocate where so many slots are needed by axis, so that growing is rare."""
+        return {axis: capacity(count) for axis, count in slots.items()}
 
     def fitting(self, slots: Mapping[str, int]) -> dict[str, int]:
         """The sizes to allocate for at least so many slots by axis."""

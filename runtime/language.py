@@ -299,7 +299,7 @@ class LanguageModel:
                 f"{self.path} draws its tokens itself; leave samples out, or give every prompt so often"
             )
         longest = max(text.prompt for text in texts)
-        slots, size = prompt_slots(self.manifest, longest, checked.most), chunk_size(self.manifest)
+        slots, size = prompt_slots(self.manifest, longest), chunk_size(self.manifest)
         self.sessions.check_reading(1 if going else batch // shared, min(longest, size), slots)
         self.sessions.check_reading(batch, 1, slots)
         streams = Streams(sampling.seed, batch, alone=bool(going))

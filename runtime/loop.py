@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from tokopt.arguments import wrong
 from tokopt.errors import InputError, TokoptError
-from tokopt.runtime.buffers import BLOCK, capacity
+from tokopt.runtime.buffers import BLOCK
 from tokopt.runtime.encode import Encoded, carry, needed_slots
 from tokopt.runtime.engines.base import Stateful
 from tokopt.runtime.format.link import Port
@@ -165,12 +165,11 @@ def chunk_size(manifest: Manifest) -> int:
     )
 
 
-def prompt_slots(manifest: Manifest, longest: int, more: int) -> int:
-    """Slots to begin with for a prompt of ``longest`` tokens and ``more`` new ones, as far as they are not evicted."""
+def prompt_slots(manifest: Manifest, longest: int) -> int:
+    """Slots to begin with for a prompt of ``longest`` tokens, as far as they are not evicted."""
     schedule = manifest.schedule
     bounds = [trigger.every for trigger in schedule.triggers if trigger.prompt]
-    extra = _extra(schedule)
-    return min(longest, *bounds) + min(more, BLOCK) + extra if bounds else longest + min(more, BLOCK) + extra
+    return min([longest, *bounds]) + _extra(schedule)
 
 
 def _extra(schedule: Schedule) -> int:
@@ -203,7 +202,7 @@ class Request:
         self.manifest, self.programs, self.batch = manifest, programs, batch
         self.schedule = manifest.schedule
         self.drawing = Sampling().drawing(batch) if drawing is None else drawing
-        self.buffers: Any = programs.buffers(batch, capacity(slots))
+        self.buffers: Any = programs.buffers(batch, slots)
         self.links: dict[Port, np.ndarray] = {}
         self.used: dict[str, int] = dict.fromkeys(self.buffers.slots, 0)
         if encoded is not None:
@@ -585,8 +584,8 @@ class Request:
         if self._lacks(slots):
             self.used = self.buffers.occupied()
         if self._lacks(slots):
-            sizes = self.buffers.slots
-            self.buffers.resize({axis: max(capacity(self.used[axis] + slots), sizes[axis]) for axis in sizes})
+            sizes = self.buffers.roomy({axis: self.used[axis] + slots for axis in self.buffers.slots})
+            self.buffers.resize({axis: max(size, self.buffers.slots[axis]) for axis, size in sizes.items()})
             self._rebind()
 
     def _call(self, name: str, values: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:

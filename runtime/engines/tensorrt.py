@@ -316,6 +316,14 @@ class DeviceBuffers(Buffers):
         """New memory of the size of a value."""
         return DeviceArray(value.shape, value.dtype)
 
+    def roomy(self, slots: Mapping[str, int]) -> dict[str, int]:
+        """As many more as the engines have."""
+        most = {axis: self.ranges[axis].max for axis in slots}
+        return {
+            axis: count if (bound := most[axis]) is None else max(min(count, bound), slots[axis])
+            for axis, count in super().roomy(slots).items()
+        }
+
     def fitting(self, slots: Mapping[str, int]) -> dict[str, int]:
         """At least so many slots by axis; raises InputError when an engine holds fewer."""
         sizes: dict[str, int] = {}

@@ -31,8 +31,10 @@ from tokopt.errors import ArtifactError, InputError, LoweringError, MissingDepen
 from tokopt.lower.tensorrt.engine import EngineBuilder
 from tokopt.lower.tensorrt.profiles import choose_profiles, parse_profiles
 from tokopt.runtime import load
-from tokopt.runtime.engines.tensorrt import MODULES, Installed, check_engine, narrowed
+from tokopt.runtime.engines.tensorrt import MODULES, DeviceBuffers, Installed, check_engine, narrowed
 from tokopt.runtime.format.manifest import EngineEntry, Profile, read_manifest
+from tokopt.runtime.format.signature import BATCH, Range
+from tokopt.runtime.format.state import Occupancy, State
 
 AMPERE = EngineOptions("sm_86")
 
@@ -303,6 +305,28 @@ def test_engines_run_where_they_were_built_for(artifact: Path) -> None:
 def test_sizes_are_those_of_the_profiles(artifact: Path) -> None:
     ranges = narrowed(artifact, read_manifest(artifact)).programs["forward"].ranges
     assert (ranges["batch"].min, ranges["batch"].max) == (1, 16)
+
+
+class HostBuffers(DeviceBuffers):
+    """The states of an engine in the host's memory."""
+
+    def _free_bytes(self) -> int | None:
+        return None
+
+    def _value(self, array: np.ndarray) -> Any:
+        return array
+
+
+def test_a_cache_grows_up_to_the_slots_of_the_engines() -> None:
+    """Free slots are there as far as the engines have them; what is needed is refused beyond."""
+    states = [State("key", "key", "float32", (BATCH, 1, "slots", 2), occupancy=Occupancy("length"))]
+    states.append(State("length", "length", "int64", (BATCH,)))
+    buffers = HostBuffers(states, 1, 70, {"slots": Range(1, 100)})
+    assert buffers.slots == {"slots": 100} and buffers.nbytes == 100 * 2 * 4 + 8
+    assert buffers.roomy({"slots": 3}) == {"slots": 64} and buffers.roomy({"slots": 100}) == {"slots": 100}
+    with pytest.raises(InputError, match="the text needs 101 slots and the engines have 100; export with"):
+        buffers.resize(buffers.roomy({"slots": 101}))
+    assert HostBuffers(states, 1, 70, {"slots": Range(1, None)}).slots == {"slots": 128}
 
 
 def test_an_artifact_without_engines_is_refused(merged: tokopt.Bundle, tmp_path: Path) -> None:
