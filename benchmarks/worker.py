@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, closing
 from statistics import median
@@ -12,6 +13,9 @@ from typing import Any
 
 ANSWER = "answer: "
 """What a line of an engine begins with that is an answer; the others are the engine's own messages."""
+
+PAUSE = 0.05
+"""Seconds before a question: threads of the engine that answered last spin for a while, beside the next."""
 
 
 class Worker:
@@ -30,6 +34,7 @@ class Worker:
     def ask(self, question: object = None) -> Any:
         """The answer to a question, both as JSON; raises RuntimeError where the process has ended."""
         assert self.process.stdin and self.process.stdout
+        time.sleep(PAUSE)
         self.process.stdin.write(json.dumps(question) + "\n")
         self.process.stdin.flush()
         while (line := self.process.stdout.readline()) and not line.startswith(ANSWER):

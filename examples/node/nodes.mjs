@@ -5,7 +5,7 @@ const MEMORY = 128; // calls after which what was accepted counts e times less
 const DOUBT = 3; // calls that count as much as what is believed without experience
 const TIMES = 15; // calls of a size over which the lower quartile of the seconds is taken
 const ENOUGH = 3; // calls of a size without which its seconds are not known
-const STALE = 256; // calls after which a size is tried once more, times what it costs beside the cheapest; after fewer where fewer are known
+const STALE = 256; // calls after which a size is tried once more, times what it costs beside the cheapest; after far fewer where few are known
 
 const depthOf = (depths, size) => Math.max(...depths.slice(0, size));
 
@@ -95,7 +95,7 @@ export class MeasuredNodes {
     if (own) {
       const beside = Math.min(own / Math.min(...known.values()), size); // nodes cost no more than calls
       const count = this.seconds.get(size).length;
-      if (this.calls - this.last.get(size) < (STALE * beside * count) / TIMES) return own;
+      if (this.calls - this.last.get(size) < STALE * beside * (count / TIMES) ** 2) return own;
     }
     const fewer = [...known.keys()].filter((nodes) => nodes < size);
     const least = Math.min(...known.keys());

@@ -21,7 +21,7 @@ ENOUGH = 3
 
 STALE = 256
 """Calls, times what a size costs beside the cheapest, after which it is tried once more: the machine may change. After
-fewer where fewer of its calls are known: those may all have been disturbed."""
+far fewer where few of its calls are known: threads that still spin for another program disturb several in a row."""
 
 
 @dataclass(frozen=True)
@@ -145,7 +145,7 @@ class MeasuredNodes:
             return 1.0
         if size in known:
             beside = min(known[size] / min(known.values()), size)  # nodes cost no more than calls
-            if self.calls - self.last[size] < STALE * beside * len(self.seconds[size]) / TIMES:
+            if self.calls - self.last[size] < STALE * beside * (len(self.seconds[size]) / TIMES) ** 2:
                 return known[size]
         fewer = [nodes for nodes in known if nodes < size]
         return known[max(fewer)] if fewer else known[min(known)] * size / min(known)
