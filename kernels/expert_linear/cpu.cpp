@@ -1,5 +1,6 @@
-// tokopt.cpu::ExpertLinear: every row of x times the weights of the experts that were chosen for it; see
-// ../expert_linear/reference.py, and ../quantized_linear for how rows are rounded and multiplied.
+// tokopt.cpu::ExpertLinear and FloatExpertLinear: every row of x times the weights of the experts that were chosen for
+// it; see reference.py. The first has weights in blocks, and rounds and multiplies as ../quantized_linear says, the
+// second has weights of float32.
 //
 // Each expert's weight is packed by itself. A call sorts the rows by expert: a weight is read once for all the rows
 // that chose it, and not at all where none did.
@@ -8,6 +9,7 @@
 #include <string>
 #include <vector>
 
+#include "../cpu/calls.h"
 #include "../cpu/memory.h"
 #include "../cpu/node.h"
 #include "../cpu/op.h"
@@ -15,55 +17,84 @@
 #include "../cpu/ort.h"
 #include "../quantized_linear/call.h"
 #include "../quantized_linear/source.h"
+#include "call.h"
+#include "source.h"
 
 namespace tokopt {
 namespace {
 
-constexpr char NAME[] = "ExpertLinear";
-constexpr size_t CHOSEN = 1, FIRST = 2, SHARE = FIRST + CONSTANTS, INPUTS = SHARE + 1;
+constexpr size_t CHOSEN = 1, FIRST = 2;  // the first constant
 
+// What is special to an op: its weights, which are the constants of its node, and what multiplies with them.
+struct Blocks {
+    using Weight = tokopt::Weight;
+    using Call = tokopt::Call;
+    static constexpr char NAME[] = "ExpertLinear";
+    static constexpr size_t SHARE = FIRST + CONSTANTS;
+
+    static int type(size_t constant) { return type_of(static_cast<Constant>(constant)); }
+    static bool optional(size_t constant) { return constant >= ZERO; }
+
+    // Each expert's own part of the constants.
+    static std::vector<Source> sources(const Node& node, bool gated) {
+        const int64_t experts = node.integer("experts");
+        const Source all = source_of(node, FIRST, gated, experts);
+        const auto from = [](const uint8_t* data, size_t bytes) { return data ? data + bytes : nullptr; };
+        std::vector<Source> parts;
+        for (size_t e = 0; e < size_t(experts); ++e) {
+            const Sizes& sizes = all.sizes;
+            const size_t numbers = e * sizes.out * sizes.groups();
+            parts.push_back({sizes,
+                             all.codes + e * sizes.out * sizes.row_bytes(),
+                             all.scale + numbers * sizes.float_bytes(),
+                             from(all.zero, numbers),
+                             from(all.minimum, numbers * sizes.float_bytes()),
+                             from(all.bias, e * sizes.out * 4)});
+        }
+        return parts;
+    }
+};
+
+struct Floats {
+    using Weight = floats::Weight;
+    using Call = floats::Call;
+    static constexpr char NAME[] = "FloatExpertLinear";
+    static constexpr size_t SHARE = FIRST + floats::CONSTANTS;
+
+    static int type(size_t) { return FLOAT; }
+    static bool optional(size_t constant) { return constant == floats::BIAS; }
+    static std::vector<floats::Source> sources(const Node& node, bool gated) { return floats::sources_of(node, FIRST, gated); }
+};
+
+template <class Own>
 struct Kernel {
     Api api;
     Isa isa;
     Gate gate;
     bool shares;
-    std::vector<std::shared_ptr<const Weight>> experts;
+    std::vector<std::shared_ptr<const typename Own::Weight>> experts;
 
     size_t in() const { return experts[0]->sizes.in; }
     size_t width() const { return experts[0]->sizes.width(); }
 };
 
-// The source of expert `e` alone.
-Source part(const Source& all, size_t e) {
-    const Sizes& sizes = all.sizes;
-    const size_t numbers = e * sizes.out * sizes.groups();
-    const auto from = [](const uint8_t* data, size_t bytes) { return data ? data + bytes : nullptr; };
-    return {sizes,
-            all.codes + e * sizes.out * sizes.row_bytes(),
-            all.scale + numbers * sizes.float_bytes(),
-            from(all.zero, numbers),
-            from(all.minimum, numbers * sizes.float_bytes()),
-            from(all.bias, e * sizes.out * 4)};
-}
-
+template <class Own>
 OrtStatus* create(Isa isa, void* const* table, const OrtKernelInfo* info, void** kernel) {
     const Api api(table);
     return guarded(api, [&] {
-        const Node node(api, info, NAME);
+        const Node node(api, info, Own::NAME);
         const Gate gate = gate_of(api, info, node);
-        const int64_t experts = node.integer("experts");
-        const Source all = source_of(node, FIRST, gate != Gate::NONE, experts);
-        auto made = std::make_unique<Kernel>(Kernel{api, isa, gate, node.has(SHARE), {}});
-        for (size_t e = 0; e < size_t(experts); ++e) {
-            const Source own = part(all, e);
-            made->experts.push_back(shared<Weight>(own));
-            release(own);
+        auto made = std::make_unique<Kernel<Own>>(Kernel<Own>{api, isa, gate, node.has(Own::SHARE), {}});
+        for (const auto& source : Own::sources(node, gate != Gate::NONE)) {
+            made->experts.push_back(shared<typename Own::Weight>(source));
+            release(source);
         }
         *kernel = made.release();
     });
 }
 
 // The rows of a call, by expert. It keeps its memory for the next call of its thread.
+template <class Call>
 struct Sorted {
     std::vector<uint32_t> begins, from, to;
     std::vector<Call> calls;
@@ -100,21 +131,25 @@ void add_up(const char* made, Numbers<float> share, size_t tokens, size_t k, siz
     }
 }
 
+template <class Own>
 OrtStatus* compute(void* opaque, OrtKernelContext* context) {
-    const Kernel& kernel = *static_cast<Kernel*>(opaque);
+    using Call = typename Own::Call;
+    const Kernel<Own>& kernel = *static_cast<Kernel<Own>*>(opaque);
     const Api& api = kernel.api;
     return guarded(api, [&] {
-        static thread_local Sorted sorted;
+        static thread_local Sorted<Call> sorted;
         static thread_local Scratch memory;
-        const RowInput x(api, context, kernel.in(), NAME);
+        const RowInput x(api, context, kernel.in(), Own::NAME);
         const Argument chosen = argument(api, api.input(context, CHOSEN));
-        const auto refuse = [](const std::string& what) { throw Refused("tokopt.cpu::ExpertLinear: " + what + "."); };
+        const auto refuse = [](const std::string& what) {
+            throw Refused("tokopt.cpu::" + std::string(Own::NAME) + ": " + what + ".");
+        };
         if (chosen.rank != 2) refuse("chosen must be [tokens, k], got " + text(chosen));
         const size_t tokens = size_t(chosen.sizes[0]), k = size_t(chosen.sizes[1]), pairs = tokens * k;
         if (x.rows != tokens && x.rows != pairs)
             refuse("x has " + std::to_string(x.rows) + " rows, and must have one for each token or each chosen expert of " +
                    text(chosen));
-        const OrtValue* given = kernel.shares ? api.input(context, SHARE) : nullptr;
+        const OrtValue* given = kernel.shares ? api.input(context, Own::SHARE) : nullptr;
         const Argument share = given ? argument(api, given) : Argument();
         if (given && !share.is({chosen.sizes[0], chosen.sizes[1]}))
             refuse("share must be " + text(chosen) + ", got " + text(share));
@@ -130,36 +165,41 @@ OrtStatus* compute(void* opaque, OrtKernelContext* context) {
             const Places places = {x.data, made, sorted.from.data() + first, sorted.to.data() + first};
             if (sorted.count(e)) sorted.calls.emplace_back(kernel.isa, *kernel.experts[e], kernel.gate, places, sorted.count(e));
         }
-        if (!sorted.calls.empty()) Calls(api, context, sorted.calls.data(), sorted.calls.size()).run();
+        if (!sorted.calls.empty()) Calls<Call>(api, context, sorted.calls.data(), sorted.calls.size()).run();
         if (given) add_up(made, {share.data}, tokens, k, width, y);
     });
 }
 
-template <Isa ISA>
+template <Isa ISA, class Own>
 constexpr OrtCustomOp op() {
-    OrtCustomOp op = common_op<Kernel>();
-    op.GetName = [](const OrtCustomOp*) { return NAME; };
-    op.GetInputTypeCount = [](const OrtCustomOp*) { return INPUTS; };
+    OrtCustomOp op = common_op<Kernel<Own>>();
+    op.GetName = [](const OrtCustomOp*) -> const char* { return Own::NAME; };
+    op.GetInputTypeCount = [](const OrtCustomOp*) { return Own::SHARE + 1; };
     op.GetInputType = [](const OrtCustomOp*, size_t place) -> int {
-        if (place >= FIRST && place < SHARE) return type_of(static_cast<Constant>(place - FIRST));
+        if (place >= FIRST && place < Own::SHARE) return Own::type(place - FIRST);
         return place == CHOSEN ? INT64 : FLOAT;
     };
     op.GetInputCharacteristic = [](const OrtCustomOp*, size_t place) -> int {
-        return place >= FIRST + ZERO ? OPTIONAL : REQUIRED;
+        const bool optional = place == Own::SHARE || (place >= FIRST && Own::optional(place - FIRST));
+        return optional ? OPTIONAL : REQUIRED;
     };
     op.GetOutputTypeCount = [](const OrtCustomOp*) { return size_t(1); };
     op.GetOutputType = [](const OrtCustomOp*, size_t) -> int { return FLOAT; };
     op.CreateKernelV2 = [](const OrtCustomOp*, void* const* api, const OrtKernelInfo* info, void** kernel) {
-        return create(ISA, api, info, kernel);
+        return create<Own>(ISA, api, info, kernel);
     };
-    op.KernelComputeV2 = compute;
+    op.KernelComputeV2 = compute<Own>;
     return op;
+}
+
+template <class Own>
+const OrtCustomOp* of(Isa isa) {
+    return of_isa(isa, [](auto own) { return op<own.value, Own>(); });
 }
 
 }  // namespace
 
-const OrtCustomOp* expert_linear(Isa isa) {
-    return of_isa(isa, [](auto own) { return op<own.value>(); });
-}
+const OrtCustomOp* expert_linear(Isa isa) { return of<Blocks>(isa); }
+const OrtCustomOp* float_expert_linear(Isa isa) { return of<Floats>(isa); }
 
 }  // namespace tokopt
