@@ -95,12 +95,20 @@ def test_products_of_experts_are_one_op_with_their_gate_and_their_sum(passes: st
     assert not {"take_expert", "MatMul", "Sigmoid", "DequantizeLinear"} & set(own)
 
 
-def test_a_token_is_read_where_it_is_and_not_once_for_each_expert() -> None:
+def test_products_in_float_are_one_op_with_their_gate_and_their_sum() -> None:
+    portable, own = (kinds(artifact(""), form) for form in (PORTABLE, OWN))
+    assert portable["expert_linear"] == 2 and portable["Sigmoid"] == 1
+    assert own["FloatExpertLinear"] == 2 and not {"expert_linear", "Sigmoid"} & set(own)
+    assert own["ReduceSum"] == portable["ReduceSum"] - 1
+
+
+@pytest.mark.parametrize(("passes", "op"), [("rtn{bits=4}", "ExpertLinear"), ("", "FloatExpertLinear")])
+def test_a_token_is_read_where_it_is_and_not_once_for_each_expert(passes: str, op: str) -> None:
     """The first product of an expert takes the rows of which the graph has a view, and the second the first's."""
-    nodes = graph(artifact("rtn{bits=4}"), OWN).node
+    nodes = graph(artifact(passes), OWN).node
     makers = {name: node.op_type for node in nodes for name in node.output}
-    read = [makers[node.input[0]] for node in nodes if node.op_type == "ExpertLinear"]
-    assert len(read) == 2 and read[1] == "ExpertLinear" and read[0] not in ("Unsqueeze", "Expand")
+    read = [makers[node.input[0]] for node in nodes if node.op_type == op]
+    assert len(read) == 2 and read[1] == op and read[0] not in ("Unsqueeze", "Expand")
 
 
 def test_other_gates_stay_outside() -> None:
@@ -128,6 +136,13 @@ def test_many_tokens_and_single_ones_are_what_the_model_computes(biased: bool) -
 def test_the_kernel_computes_what_the_portable_form_does() -> None:
     own, other = (opened("rtn{bits=4}", kernels=kernels).score(PROMPTS[0]) for kernels in (True, False))
     assert nmse(other, own) < 1e-3
+
+
+@built
+@pytest.mark.parametrize("biased", [False, True])
+def test_the_kernel_in_float_computes_what_its_body_and_the_portable_form_do(biased: bool) -> None:
+    own, other = (opened("", biased=biased, kernels=kernels).score(PROMPTS[0]) for kernels in (True, False))
+    assert nmse(other, own) < 1e-10
 
 
 @built
