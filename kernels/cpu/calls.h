@@ -1,8 +1,10 @@
 // What products of rows and weights share out among the threads of a session.
 #pragma once
 
+#include <algorithm>
 #include <cstddef>
 #include <cstdint>
+#include <vector>
 
 #include "memory.h"
 #include "ort.h"
@@ -46,15 +48,16 @@ class Calls {
 
     // Item i of `all`, whichever call it belongs to.
     void item(size_t i) const {
-        const Call* own = calls;
-        for (; i >= (own->*of)(); ++own) i -= (own->*of)();
-        (own->*work)(i);
+        const size_t own = size_t(std::upper_bound(ends, ends + count, i) - ends);
+        (calls[own].*work)(own ? i - ends[own - 1] : i);
     }
 
     void all(Count items, Work does, bool alone) {
-        of = items, work = does;
+        static thread_local std::vector<size_t> sums;  // of the items of a call and of those before it
+        sums.resize(count);
         size_t total = 0;
-        for (size_t i = 0; i < count; ++i) total += (calls[i].*of)();
+        for (size_t i = 0; i < count; ++i) sums[i] = total += (calls[i].*items)();
+        ends = sums.data(), work = does;
         if (alone) {
             for (size_t i = 0; i < total; ++i) item(i);
         } else {
@@ -67,7 +70,7 @@ class Calls {
     const OrtKernelContext* context;
     Call* const calls;
     const size_t count;
-    Count of = nullptr;
+    const size_t* ends = nullptr;
     Work work = nullptr;
 };
 

@@ -111,9 +111,14 @@ def test_a_token_is_read_where_it_is_and_not_once_for_each_expert(passes: str, o
     assert len(read) == 2 and read[1] == op and read[0] not in ("Unsqueeze", "Expand")
 
 
-def test_other_gates_stay_outside() -> None:
-    own = kinds(artifact("rtn{bits=4}", biased=True), OWN)
-    assert own["ExpertLinear"] == 2 and own["Sigmoid"] == 1
+@pytest.mark.parametrize(("passes", "op"), [("rtn{bits=4}", "ExpertLinear"), ("", "FloatExpertLinear")])
+def test_biases_are_added_in_the_op_and_other_gates_stay_outside(passes: str, op: str) -> None:
+    own = graph(artifact(passes, biased=True), OWN)
+    found = collections.Counter(node.op_type for node in own.node)
+    assert found[op] == 2 and found["Sigmoid"] == 1
+    assert found["GatherND"] == 1  # of the rows of the logits: biases are not gathered
+    given = [node.overload.split("_") for node in own.node if node.op_type == op]
+    assert ["bias" in one for one in given] == [True, True] and "share" in given[1]
 
 
 @pytest.mark.parametrize("biased", [False, True])
@@ -134,8 +139,10 @@ def test_many_tokens_and_single_ones_are_what_the_model_computes(biased: bool) -
 
 @built
 def test_the_kernel_computes_what_the_portable_form_does() -> None:
-    own, other = (opened("rtn{bits=4}", kernels=kernels).score(PROMPTS[0]) for kernels in (True, False))
-    assert nmse(other, own) < 1e-3
+    for biased in (False, True):
+        forms = (opened("rtn{bits=4}", biased=biased, kernels=kernels) for kernels in (True, False))
+        own, other = (form.score(PROMPTS[0]) for form in forms)
+        assert nmse(other, own) < 1e-3
 
 
 @built

@@ -46,8 +46,9 @@ def quantized_linear(bits: int, given: Sequence[str], opset: int, gate: str = ""
 
 @dataclass(frozen=True)
 class Follows:
-    """What becomes of a product with chosen experts: it is gated, or summed by the experts' shares."""
+    """What becomes of a product with chosen experts: a bias is added, it is gated, or summed by the experts' shares."""
 
+    bias: bool = False
     gate: str = ""
     share: bool = False
 
@@ -102,14 +103,29 @@ def _experts_body(
 ) -> ir.Function:
     """The body of ``op`` with what follows the product ``y`` [tokens, k, out]; ``name`` says what the product is."""
     own = list(attributes)
+    if follows.bias:
+        y = _with_bias(body, y)
     if follows.gate:
         y = _gated(body, y, follows.gate)
         own.append(ir.Attr("gate", ir.AttributeType.STRING, None))
     if follows.share:
         share = body.op("Unsqueeze", [body.inputs["share"], body.constant((1,), np.int64)])
         y = body.op("Squeeze", [body.op("MatMul", [share, y]), body.constant((1,), np.int64)])
-    known = "_".join([*name, *filter(None, [follows.gate, "share" if follows.share else ""])])
+    own_name = ["bias" if follows.bias else "", follows.gate, "share" if follows.share else ""]
+    known = "_".join([*name, *filter(None, own_name)])
     return ir.Function(DOMAIN, op, known, graph=body.graph([y], opset), attributes=own)
+
+
+def _with_bias(body: Body, y: ir.Value) -> ir.Value:
+    """``y`` [tokens, k, out] and the biases of the chosen experts, of all [experts x out]; 0 where one is no expert."""
+    chosen, zero = body.inputs["chosen"], body.constant(0, np.int64)
+    shape = body.op("Concat", [body.constant((-1,), np.int64), body.op("Shape", [y], start=2, end=3)], axis=0)
+    bias = body.op("Reshape", [body.inputs["bias"], shape])
+    experts = body.op("Shape", [bias], start=0, end=1)
+    known = body.op("And", [body.op("GreaterOrEqual", [chosen, zero]), body.op("Less", [chosen, experts])])
+    added = body.op("Add", [y, body.op("Gather", [bias, body.op("Where", [known, chosen, zero])])])
+    wide = body.op("Unsqueeze", [known, body.constant((2,), np.int64)])
+    return body.op("Where", [wide, added, body.constant(0, np.float32)])
 
 
 def _product(body: Body, x: ir.Value, bits: int, given: Sequence[str]) -> ir.Value:

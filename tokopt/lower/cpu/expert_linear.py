@@ -29,12 +29,14 @@ from tokopt.lower.onnx.weights import put_initializer, take_over
 class _Product:
     """A product of ``x`` with chosen experts, and what follows it.
 
-    ``end`` is the node whose result the op gives; ``gate`` is empty and ``share`` None where there is none.
+    ``end`` is the node whose result the op gives. Where there is none, ``gate`` is empty, and ``bias`` [experts, out]
+    and ``share`` are None.
     """
 
     x: ir.Value
     chosen: ir.Value
     end: ir.Node
+    bias: ir.Value | None
     gate: str
     share: ir.Value | None
 
@@ -46,7 +48,7 @@ class _Product:
     @property
     def follows(self) -> Follows:
         """What a body of the op has to know."""
-        return Follows(self.gate, self.share is not None)
+        return Follows(self.bias is not None, self.gate, self.share is not None)
 
 
 @dataclass(frozen=True)
@@ -85,6 +87,10 @@ class ExpertLinear(Rule[_OfBlocks]):
         weight = {"codes": stored_bytes(graph, blocks), "scale": as_stored(blocks.scale)}
         if not blocks.symmetric:
             weight["zero"] = put_initializer(graph, f"{blocks.zero.name}_bytes", blocks.zeros())
+        if product.bias is not None:
+            weight["bias"] = put_initializer(
+                graph, f"{product.bias.name}_flat", array(product.bias).reshape(-1)
+            )
         version = self.model.opset_imports[""]
         body = expert_linear(blocks.bits, product.follows, version, zero="zero" in weight, flat=product.flat)
         experts = site.taken.attributes["experts"].as_int()
@@ -128,7 +134,7 @@ class FloatExpertLinear(Rule[_OfFloats]):
         """One node, whose body the file holds."""
         product = site.product
         body = float_expert_linear(product.follows, self.model.opset_imports[""], flat=product.flat)
-        weight = {"weight": input_at(site.call, 2)}
+        weight = {"weight": input_at(site.call, 2), "bias": product.bias}
         node = _node(body, product, dict.fromkeys(FLOAT_EXPERT_INPUTS) | weight, {})
         node.metadata_props.update(site.call.metadata_props)
         _put(self.model, body, node, product.end)
@@ -144,11 +150,12 @@ def _calls(graph: ir.Graph, function: str) -> Iterator[Candidate]:
 def _product(x: ir.Value, made: ir.Node) -> _Product:
     """The product of ``x`` that ``made`` is the result of, and what follows it."""
     x, chosen = _rows(x), input_at(made, 1)
+    made, bias = _biased(made, chosen) or (made, None)
     gate = gate_of(made)
     if gate is not None:
-        return _Product(x, chosen, gate.end, gate.activation, None)
-    end, share = _summed(made) or (made, None)
-    return _Product(x, chosen, end, "", share)
+        return _Product(x, chosen, gate.end, bias, gate.activation, None)
+    end, share = _summed(made, chosen) or (made, None)
+    return _Product(x, chosen, end, bias, "", share)
 
 
 def _node(
@@ -185,9 +192,48 @@ def _rows(x: ir.Value) -> ir.Value:
     return given if x.shape[1] == 1 and given.shape[1] == x.shape[2] else x
 
 
-def _summed(taken: ir.Node) -> tuple[ir.Node, ir.Value] | None:
+def _biased(product: ir.Node, chosen: ir.Value) -> tuple[ir.Node, ir.Value] | None:
+    """What adds to a product the biases [experts, out] of the ``chosen`` experts; None where nothing does.
+
+    It is ``where(chosen < experts, product + bias[min(chosen, experts - 1)], 0)``. A negative number is no expert for
+    the op, where this adds a bias: what comes from a top-k is none.
+    """
+    total = only_reader(product.outputs[0], "Add")
+    end = only_reader(total.outputs[0], "Where") if total is not None else None
+    if total is None or end is None or end.inputs[1] is not total.outputs[0]:
+        return None
+    own = other_input(total, product.outputs[0]).producer()
+    if own is None or own.op_type != "GatherND" or own.attributes.get_int("batch_dims", 0):
+        return None
+    bias = input_at(own, 0)
+    if bias.const_value is None or bias.const_value.shape.rank() != 2 or bias.dtype != ir.DataType.FLOAT:
+        return None
+    experts = len(array(bias))
+    least, below = _wide(own, 1, "Clip"), _wide(end, 0, "Less")
+    if least is None or below is None or len(least.inputs) != 3 or least.inputs[1] is not None:
+        return None
+    if least.inputs[0] is not chosen or below.inputs[0] is not chosen:
+        return None
+    numbers = {(least, 2): experts - 1, (below, 1): experts, (end, 2): 0}
+    return (end, bias) if all(_is_number(*place, number) for place, number in numbers.items()) else None
+
+
+def _wide(node: ir.Node, place: int, operation: str) -> ir.Node | None:
+    """The ``operation`` that makes what a node reads at ``place`` with one more axis; None for anything else."""
+    view = input_at(node, place).producer()
+    maker = input_at(view, 0).producer() if view is not None and view.op_type == "Unsqueeze" else None
+    return maker if maker is not None and maker.op_type == operation and not maker.domain else None
+
+
+def _is_number(node: ir.Node, place: int, number: float) -> bool:
+    """Whether what a node reads at ``place`` is a constant of this number alone."""
+    value = input_at(node, place)
+    return value.const_value is not None and bool((array(value) == number).all())
+
+
+def _summed(product: ir.Node, chosen: ir.Value) -> tuple[ir.Node, ir.Value] | None:
     """The sum over a token's experts of what they made times their shares [tokens, k]; None where there is none."""
-    made = taken.outputs[0]
+    made = product.outputs[0]
     scaled = only_reader(made, "Mul")
     if scaled is None:
         return None
@@ -196,7 +242,7 @@ def _summed(taken: ir.Node) -> tuple[ir.Node, ir.Value] | None:
     total = only_reader(scaled.outputs[0], "ReduceSum")
     if view is None or total is None or view.op_type not in ("Unsqueeze", "Reshape") or view.domain:
         return None
-    share, chosen = input_at(view, 0), input_at(taken, 1)
+    share = input_at(view, 0)
     if share.shape is None or wide.shape is None or share.dtype != ir.DataType.FLOAT:
         return None
     if (len(share.shape), len(wide.shape)) != (2, 3) or wide.shape[2] != 1 or share.shape != chosen.shape:
