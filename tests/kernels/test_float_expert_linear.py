@@ -116,6 +116,23 @@ def test_what_experts_made_is_summed_by_their_shares(isa: str) -> None:
     assert got.shape == (11, 38) and nmse(got, want) < 1e-12
 
 
+@pytest.mark.parametrize("gate", ["", "silu", "gelu_tanh"])
+def test_the_reference_says_the_same(gate: str) -> None:
+    import torch
+
+    from tokopt.kernels.float_expert_linear.reference import float_expert_linear
+
+    own, random = experts(4, bias=True, gate=gate), np.random.default_rng(0)
+    chosen, share = random.integers(-1, 6, (9, 2)), random.standard_normal((9, 2))
+    for x in (random.standard_normal((9, 40)), random.standard_normal((9, 2, 40))):
+        given = [torch.from_numpy(array) for array in (x, chosen)]
+        constants = {name: torch.from_numpy(array).double() for name, array in own.constants.items()}
+        got = float_expert_linear(*given, **constants, gate=gate or None)
+        assert nmse(got.numpy(), own.want(x, chosen)) < 1e-24
+        summed = float_expert_linear(*given, **constants, share=torch.from_numpy(share), gate=gate or None)
+        assert nmse(summed.numpy(), (own.want(x, chosen) * share[..., None]).sum(1)) < 1e-24
+
+
 @every_isa
 def test_a_token_gets_the_same_bits_beside_any_others(isa: str) -> None:
     """So a draft of many tokens is verified as one token would have been."""

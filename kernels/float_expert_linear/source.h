@@ -1,4 +1,4 @@
-// Reading the float32 weights of a node, of all experts.
+// Reading the weights of a node, of all experts.
 #pragma once
 
 #include <string>

@@ -1,4 +1,4 @@
-// The float32 weight of one expert: packed in the order of the kernels, and shared by all sessions of the process.
+// The weight of one expert: packed in the order of the kernels, and shared by all sessions of the process.
 #pragma once
 
 #include <cstdint>

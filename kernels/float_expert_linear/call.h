@@ -1,4 +1,4 @@
-// Rows of x times the float32 weight of one expert: what a call of the op shares out among threads, by ../cpu/calls.h.
+// Rows of x times the weight of one expert: what a call of the op shares out among threads, by ../cpu/calls.h.
 #pragma once
 
 #include <algorithm>
