@@ -24,6 +24,7 @@ OPS = frozenset(
         "CachedAttention",
         "DrawTokens",
         "ExpertLinear",
+        "FloatExpertLinear",
         "Int8Linear",
         "LatestRepeat",
         "MoveEntries",

@@ -21,6 +21,7 @@ OrtCustomOpDomain* domain(const tokopt::Api& api, tokopt::Isa isa) {
         OrtCustomOpDomain* made = api.create_domain("tokopt.cpu");
         api.add(made, tokopt::quantized_linear(isa));
         api.add(made, tokopt::expert_linear(isa));
+        api.add(made, tokopt::float_expert_linear(isa));
         for (bool codes : {false, true}) api.add(made, tokopt::cached_attention(isa, codes));
         api.add(made, tokopt::int8_linear(isa));
         api.add(made, tokopt::draw_tokens(isa));

@@ -16,6 +16,7 @@ void* const* registered();
 
 const OrtCustomOp* quantized_linear(Isa isa);
 const OrtCustomOp* expert_linear(Isa isa);
+const OrtCustomOp* float_expert_linear(Isa isa);
 const OrtCustomOp* cached_attention(Isa isa, bool codes);
 const OrtCustomOp* int8_linear(Isa isa);
 const OrtCustomOp* draw_tokens(Isa isa);

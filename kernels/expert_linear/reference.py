@@ -11,7 +11,8 @@ def expert_linear(x: Tensor, chosen: Tensor, weight: Tensor) -> Tensor:
 
     The op ``tokopt.cpu::ExpertLinear`` is this with the numbers of ``tokopt.cpu::QuantizedLinear``: weights in blocks
     of 4 or 8 bits, activations rounded to 8, optionally a bias [experts, out] and a gate; and optionally with the sum
-    over j of ``share[t, j] * y[t, j]``, ``share`` [tokens, k], in the place of y.
+    over j of ``share[t, j] * y[t, j]``, ``share`` [tokens, k], in the place of y. ``tokopt.cpu::FloatExpertLinear``
+    has a reference of its own.
 
     Args:
         x: [tokens, k, in], or [tokens, 1, in] where all experts of a token read the same.

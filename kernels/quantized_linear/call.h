@@ -1,26 +1,15 @@
-// Rows of x, rounded, times one weight: what a call of an op shares out among threads. Rows are worked on in blocks,
-// and the weight in tiles.
+// Rows of x, rounded, times one weight: what a call of an op shares out among threads, by ../cpu/calls.h. Rows are worked
+// on in blocks, and the weight in tiles.
 #pragma once
 
 #include <algorithm>
 #include <cstring>
-#include <vector>
 
-#include "../cpu/ort.h"
+#include "../cpu/calls.h"
 #include "code.h"
 #include "weight.h"
 
 namespace tokopt {
-
-// Where rows of x and y of float32 lie, at any address. Without lists, row r of x makes row r of y.
-struct Places {
-    const char* x;
-    char* y;
-    const uint32_t *from = nullptr, *to = nullptr;  // the rows of x and of y, one after another
-
-    size_t read(size_t r) const { return from ? from[r] : r; }
-    size_t written(size_t r) const { return to ? to[r] : r; }
-};
 
 class Call {
   public:
@@ -40,12 +29,11 @@ class Call {
         into.chunks = code.full;
     }
 
-    // What there is to do: all of the first, then all of the second, in any order and by any threads.
-    size_t roundings() const { return blocks; }
+    size_t preparations() const { return blocks; }
     size_t products() const { return (sizes.tiles() + strip - 1) / strip * parts; }
-    size_t numbers_of_x() const { return rows * sizes.in; }
+    size_t read() const { return rows * sizes.in; }
 
-    void quantize(size_t block) const {
+    void prepare(size_t block) const {
         const int added = code.offset[sizes.bits == 8];
         const int offset = sizes.zero || sizes.minimum ? added : added - (1 << (sizes.bits - 1));
         const size_t R = in_block(block), some = given(block);
@@ -120,55 +108,6 @@ class Call {
     const size_t rows;
     size_t blocks, parts, strip;
     Quantized into = {};
-};
-
-// Several calls at once, each with its own weight and rows, on all threads of the session.
-class Calls {
-  public:
-    Calls(const Api& api, const OrtKernelContext* context, Call* calls, size_t count)
-        : api(api), context(context), calls(calls), count(count) {}
-
-    void run() {
-        static thread_local Scratch scratch;
-        size_t bytes = 0, numbers = 0;
-        for (size_t i = 0; i < count; ++i) bytes += calls[i].bytes(), numbers += calls[i].numbers_of_x();
-        uint8_t* memory = scratch.of(bytes);
-        for (size_t i = 0; i < count; ++i) calls[i].use(memory), memory += calls[i].bytes();
-        all(&Call::roundings, &Call::quantize, numbers < SERIAL);
-        all(&Call::products, &Call::multiply, false);
-    }
-
-  private:
-    static constexpr size_t SERIAL = 16384;  // numbers that one thread rounds sooner than it could share them out
-
-    using Count = size_t (Call::*)() const;
-    using Work = void (Call::*)(size_t) const;
-
-    // Item i of `all`, whichever call it belongs to.
-    void item(size_t i) const {
-        const Call* own = calls;
-        for (; i >= (own->*of)(); ++own) i -= (own->*of)();
-        (own->*work)(i);
-    }
-
-    void all(Count items, Work does, bool alone) {
-        of = items, work = does;
-        size_t total = 0;
-        for (size_t i = 0; i < count; ++i) total += (calls[i].*of)();
-        if (alone) {
-            for (size_t i = 0; i < total; ++i) item(i);
-        } else {
-            api.parallel(
-                context, [](void* own, size_t i) { static_cast<Calls*>(own)->item(i); }, total, this);
-        }
-    }
-
-    const Api& api;
-    const OrtKernelContext* context;
-    Call* const calls;
-    const size_t count;
-    Count of = nullptr;
-    Work work = nullptr;
 };
 
 }  // namespace tokopt

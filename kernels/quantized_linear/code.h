@@ -7,6 +7,7 @@
 #include <limits>
 
 #include "../cpu/isa.h"
+#include "../cpu/outputs.h"
 #include "../cpu/vector.h"
 
 #if defined(__linux__) && defined(__x86_64__)
@@ -22,21 +23,13 @@ constexpr int MOST_ROWS = 16;  // that a kernel works on at once
 // What the first half of the outputs goes through before it is multiplied by the second.
 enum class Gate { NONE, SILU, GELU, GELU_TANH };
 
-struct Sizes {
-    size_t in, out, group;
+struct Sizes : Outputs<TILE> {
+    size_t in, group;
     int bits;
     bool half;           // scales and minima have 16 bits
     bool zero, minimum;  // one of them at most is there
-    bool gated = false;  // tiles of the first half of the outputs and of the second take turns
 
     size_t groups() const { return in / group; }
-    size_t halves() const { return gated ? 2 : 1; }
-    size_t width() const { return out / halves(); }  // of y
-    size_t tiles() const { return (width() + TILE - 1) / TILE * halves(); }
-    // The first output of a tile, of all or of one half, and how many there are.
-    size_t column(size_t t) const { return t / halves() * TILE; }
-    size_t valid(size_t t) const { return std::min<size_t>(TILE, width() - column(t)); }
-    size_t output(size_t t) const { return t % halves() * width() + column(t); }
     size_t row_bytes() const { return in * bits / 8; }
     size_t float_bytes() const { return half ? 2 : 4; }
 };

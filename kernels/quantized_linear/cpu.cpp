@@ -53,7 +53,7 @@ OrtStatus* compute(void* opaque, OrtKernelContext* context) {
         char* y = x.output(api, context, kernel.weight->sizes.width());
         if (!x.rows) return;
         Call call(kernel.isa, *kernel.weight, kernel.gate, {x.data, y}, x.rows);
-        Calls(api, context, &call, 1).run();
+        Calls<Call>(api, context, &call, 1).run();
     });
 }
 

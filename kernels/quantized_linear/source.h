@@ -63,14 +63,13 @@ inline Source source_of(const Node& node, size_t first, bool gated, int64_t expe
     if (zero.data) fit(node, ZERO, zero, UINT8, numbers);
     if (minimum.data) fit(node, MINIMUM, minimum, scale.element, numbers);
     if (bias.data) fit(node, BIAS, bias, FLOAT, {all});
-    const Sizes sizes = {size_t(in),
-                         size_t(out),
+    const Sizes sizes = {{size_t(out), gated},
+                         size_t(in),
                          size_t(group),
                          int(bits),
                          scale.element == FLOAT16,
                          zero.data != nullptr,
-                         minimum.data != nullptr,
-                         gated};
+                         minimum.data != nullptr};
     const auto bytes = [](const Tensor& given) { return reinterpret_cast<const uint8_t*>(given.data); };
     return {sizes, bytes(codes), bytes(scale), bytes(zero), bytes(minimum), bytes(bias)};
 }

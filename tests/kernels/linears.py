@@ -186,6 +186,36 @@ def one_node(
     return helper.make_model(graph, opset_imports=opsets, ir_version=10)
 
 
+def chosen_model(
+    op: str,
+    names: Sequence[str],
+    constants: Mapping[str, np.ndarray],
+    attributes: Mapping[str, Any],
+    *,
+    share: bool,
+) -> ModelProto:
+    """A model of one op of ``x``, of the experts that are ``chosen`` and of constants, ``names`` in their order."""
+    inputs = [
+        "x",
+        "chosen",
+        *(name if name in constants else "" for name in names),
+        *(["share"] if share else []),
+    ]
+    while not inputs[-1]:
+        inputs.pop()
+    node = helper.make_node(op, inputs, ["y"], name="experts", domain=cpu.DOMAIN, **attributes)
+    kinds = {"x": TensorProto.FLOAT, "chosen": TensorProto.INT64, "share": TensorProto.FLOAT}
+    graph = helper.make_graph(
+        [node],
+        "experts",
+        [helper.make_tensor_value_info(name, kind, None) for name, kind in kinds.items() if name in inputs],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, None)],
+        [numpy_helper.from_array(array, name) for name, array in constants.items()],
+    )
+    opsets = [helper.make_opsetid("", 21), helper.make_opsetid(cpu.DOMAIN, cpu.VERSION)]
+    return helper.make_model(graph, opset_imports=opsets, ir_version=10)
+
+
 def session(model: ModelProto | Path, isa: str = "", threads: int = 1) -> onnxruntime.InferenceSession:
     """A session of the library under test, of a model or its file; ``isa`` is forced."""
     options = onnxruntime.SessionOptions()

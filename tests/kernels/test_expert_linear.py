@@ -10,12 +10,13 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from onnx import ModelProto, TensorProto, helper, numpy_helper
+from onnx import ModelProto
 
 from tests.kernels.linears import (
     CONSTANTS,
     FAILURES,
     Linear,
+    chosen_model,
     naive,
     needs_library,
     nmse,
@@ -56,27 +57,8 @@ class Experts:
 
     def model(self, *, share: bool = False, **attributes: int) -> ModelProto:
         """One node of the op."""
-        constants = self.linear.constants
-        names = [name if name in constants else "" for name in CONSTANTS]
-        inputs = ["x", "chosen", *names, *(["share"] if share else [])]
-        while not inputs[-1]:
-            inputs.pop()
         given = {**self.linear.attributes, "experts": self.count, **attributes}
-        node = helper.make_node("ExpertLinear", inputs, ["y"], name="experts", domain=cpu.DOMAIN, **given)
-        kinds = {"x": TensorProto.FLOAT, "chosen": TensorProto.INT64, "share": TensorProto.FLOAT}
-        graph = helper.make_graph(
-            [node],
-            "experts",
-            [
-                helper.make_tensor_value_info(name, kind, None)
-                for name, kind in kinds.items()
-                if name in inputs
-            ],
-            [helper.make_tensor_value_info("y", TensorProto.FLOAT, None)],
-            [numpy_helper.from_array(array, name) for name, array in constants.items()],
-        )
-        opsets = [helper.make_opsetid("", 21), helper.make_opsetid(cpu.DOMAIN, cpu.VERSION)]
-        return helper.make_model(graph, opset_imports=opsets, ir_version=10)
+        return chosen_model("ExpertLinear", CONSTANTS, self.linear.constants, given, share=share)
 
     def run(self, given: Mapping[str, np.ndarray], isa: str = "", threads: int = 1) -> np.ndarray:
         (y,) = session(self.model(share="share" in given), isa, threads).run(None, dict(given))

@@ -15,8 +15,11 @@ import pytest
 import torch
 
 import tokopt
+from tests.kernels.linears import CONSTANTS, chosen_model, random_linear, session
 from tests.shared import once
 from tokopt.kernels import cpu
+from tokopt.kernels.expert_linear.onnx import FUNCTIONS
+from tokopt.lower.cpu.bodies import Follows, expert_linear, float_expert_linear
 from tokopt.lower.tensorrt.graph import rewrite_for_tensorrt
 from tokopt.runtime import LanguageModel, load
 from tokopt.runtime.format.manifest import OWN, PORTABLE
@@ -24,6 +27,7 @@ from tokopt.runtime.numerics import nmse
 from tokopt.runtime.sampling import log_probabilities
 
 EXPERTS, CHOSEN, VOCABULARY = 5, 2, 61
+TOKOPT = onnx.helper.make_opsetid("tokopt", 1)
 built = pytest.mark.skipif(cpu.library() is None, reason="the CPU kernels are not built")
 PROMPTS = [np.random.default_rng(seed).integers(0, VOCABULARY, 19).tolist() for seed in range(2)]
 
@@ -95,17 +99,30 @@ def test_products_of_experts_are_one_op_with_their_gate_and_their_sum(passes: st
     assert not {"take_expert", "MatMul", "Sigmoid", "DequantizeLinear"} & set(own)
 
 
-def test_a_token_is_read_where_it_is_and_not_once_for_each_expert() -> None:
+def test_products_in_float_are_one_op_with_their_gate_and_their_sum() -> None:
+    portable, own = (kinds(artifact(""), form) for form in (PORTABLE, OWN))
+    assert portable["expert_linear"] == 2 and portable["Sigmoid"] == 1
+    assert own["FloatExpertLinear"] == 2 and not {"expert_linear", "Sigmoid"} & set(own)
+    assert own["ReduceSum"] == portable["ReduceSum"] - 1
+
+
+@pytest.mark.parametrize(("passes", "op"), [("rtn{bits=4}", "ExpertLinear"), ("", "FloatExpertLinear")])
+def test_a_token_is_read_where_it_is_and_not_once_for_each_expert(passes: str, op: str) -> None:
     """The first product of an expert takes the rows of which the graph has a view, and the second the first's."""
-    nodes = graph(artifact("rtn{bits=4}"), OWN).node
+    nodes = graph(artifact(passes), OWN).node
     makers = {name: node.op_type for node in nodes for name in node.output}
-    read = [makers[node.input[0]] for node in nodes if node.op_type == "ExpertLinear"]
-    assert len(read) == 2 and read[1] == "ExpertLinear" and read[0] not in ("Unsqueeze", "Expand")
+    read = [makers[node.input[0]] for node in nodes if node.op_type == op]
+    assert len(read) == 2 and read[1] == op and read[0] not in ("Unsqueeze", "Expand")
 
 
-def test_other_gates_stay_outside() -> None:
-    own = kinds(artifact("rtn{bits=4}", biased=True), OWN)
-    assert own["ExpertLinear"] == 2 and own["Sigmoid"] == 1
+@pytest.mark.parametrize(("passes", "op"), [("rtn{bits=4}", "ExpertLinear"), ("", "FloatExpertLinear")])
+def test_biases_are_added_in_the_op_and_other_gates_stay_outside(passes: str, op: str) -> None:
+    own = graph(artifact(passes, biased=True), OWN)
+    found = collections.Counter(node.op_type for node in own.node)
+    assert found[op] == 2 and found["Sigmoid"] == 1
+    assert found["GatherND"] == 1  # of the rows of the logits: biases are not gathered
+    given = [node.overload.split("_") for node in own.node if node.op_type == op]
+    assert ["bias" in one for one in given] == [True, True] and "share" in given[1]
 
 
 @pytest.mark.parametrize("biased", [False, True])
@@ -126,8 +143,62 @@ def test_many_tokens_and_single_ones_are_what_the_model_computes(biased: bool) -
 
 @built
 def test_the_kernel_computes_what_the_portable_form_does() -> None:
-    own, other = (opened("rtn{bits=4}", kernels=kernels).score(PROMPTS[0]) for kernels in (True, False))
-    assert nmse(other, own) < 1e-3
+    for biased in (False, True):
+        forms = (opened("rtn{bits=4}", biased=biased, kernels=kernels) for kernels in (True, False))
+        own, other = (form.score(PROMPTS[0]) for form in forms)
+        assert nmse(other, own) < 1e-3
+
+
+@built
+@pytest.mark.parametrize("biased", [False, True])
+def test_the_kernel_in_float_computes_what_its_body_and_the_portable_form_do(biased: bool) -> None:
+    own, other = (opened("", biased=biased, kernels=kernels).score(PROMPTS[0]) for kernels in (True, False))
+    assert nmse(other, own) < 1e-10
+
+
+def in_blocks(follows: Follows) -> tuple[onnx.ModelProto, list[onnx.FunctionProto]]:
+    """A model of the op with a weight in blocks [3 x 8, 64], and the functions of its body."""
+    linear = random_linear(0, 3 * 8, 2, bias=follows.bias, gate=follows.gate)
+    given = {**linear.attributes, "experts": 3}
+    body = expert_linear(4, follows, 21, zero=False, flat=True)
+    model = chosen_model(body.name, CONSTANTS, linear.constants, given, share=follows.share)
+    return model, [ir.to_proto(body)]
+
+
+def in_floats(follows: Follows) -> tuple[onnx.ModelProto, list[onnx.FunctionProto]]:
+    """A model of the op with a weight in float32 [3, 64, 8], and the functions of its body."""
+    random = np.random.default_rng(0)
+    shapes = {"weight": (3, 64, 8), **({"bias": (3, 8)} if follows.bias else {})}
+    constants = {name: random.standard_normal(shape, np.float32) for name, shape in shapes.items()}
+    body = float_expert_linear(follows, 21, flat=True)
+    given = {"gate": follows.gate} if follows.gate else {}
+    model = chosen_model(body.name, ("weight", "bias"), constants, given, share=follows.share)
+    functions = [function.to_function_proto() for function in FUNCTIONS]
+    for function in functions:
+        function.opset_import.append(TOKOPT)  # which the body of a loop calls
+    return model, [ir.to_proto(body), *functions]
+
+
+@built
+@pytest.mark.parametrize(
+    "follows", [Follows(bias=True, gate="gelu"), Follows(bias=True, share=True), Follows()]
+)
+@pytest.mark.parametrize("make", [in_blocks, in_floats])
+def test_bodies_compute_what_the_kernels_do(make: Any, follows: Follows) -> None:
+    """Also where numbers that are no expert are chosen. Rows are integers, which the kernels round to themselves."""
+    model, functions = make(follows)
+    random = np.random.default_rng(0)
+    x = random.integers(-127, 128, (9, 64)).astype(np.float32)
+    x[:, ::32] = 127
+    given = {"x": x, "chosen": random.integers(-2, 5, (9, 2))}
+    if follows.share:
+        given["share"] = random.standard_normal((9, 2), np.float32)
+    (want,) = session(model).run(None, given)
+    model.functions.extend(functions)
+    model.graph.node[0].overload = functions[0].overload
+    model.opset_import.append(TOKOPT)
+    (got,) = onnxruntime.InferenceSession(model.SerializeToString()).run(None, given)
+    assert nmse(np.asarray(want), np.asarray(got)) < 1e-12
 
 
 @built

@@ -7,6 +7,7 @@ activations in float32, where the kernel rounds them to 8 bits: it says what the
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import onnx_ir as ir
@@ -43,30 +44,88 @@ def quantized_linear(bits: int, given: Sequence[str], opset: int, gate: str = ""
     )
 
 
+@dataclass(frozen=True)
+class Follows:
+    """What becomes of a product with chosen experts: a bias is added, it is gated, or summed by the experts' shares."""
+
+    bias: bool = False
+    gate: str = ""
+    share: bool = False
+
+
 EXPERT_INPUTS = ("x", "chosen", "codes", "scale", "zero", "minimum", "bias", "share")
 
 
-def expert_linear(bits: int, given: Sequence[str], opset: int, gate: str = "", *, flat: bool) -> ir.Function:
-    """The body of ``ExpertLinear`` with the optional inputs ``given``, of ``zero`` and ``share``.
+def expert_linear(bits: int, follows: Follows, opset: int, *, zero: bool, flat: bool) -> ir.Function:
+    """The body of ``ExpertLinear``, whose weight may have zero points.
 
     It multiplies with all experts. ``flat`` says that x is [tokens, in], and not [tokens, k or 1, in].
     """
     body = Body(EXPERT_INPUTS)
-    x, chosen = body.inputs["x"], body.inputs["chosen"]
-    if flat:
-        x = body.op("Unsqueeze", [x, body.constant((1,), np.int64)])
-    every = _product(body, x, bits, given)
-    attributes = [ir.Attr(name, ir.AttributeType.INT, None) for name in ("bits", "group", "experts")]
+    given = ["zero"] if zero else []
+    every = _product(body, _experts_rows(body, flat=flat), bits, given)
     experts = body.op("Constant", [], value_int=ir.RefAttr("value_int", "experts", ir.AttributeType.INT))
-    y = _taken(body, every, chosen, experts)
-    if gate:
-        y = _gated(body, y, gate)
-        attributes.append(ir.Attr("gate", ir.AttributeType.STRING, None))
-    if "share" in given:
+    y = _taken(body, every, body.inputs["chosen"], experts)
+    attributes = [ir.Attr(name, ir.AttributeType.INT, None) for name in ("bits", "group", "experts")]
+    name = [str(bits), *given, *(["flat"] if flat else [])]
+    return _experts_body("ExpertLinear", name, body, y, follows, opset, attributes)
+
+
+FLOAT_EXPERT_INPUTS = ("x", "chosen", "weight", "bias", "share")
+
+
+def float_expert_linear(follows: Follows, opset: int, *, flat: bool) -> ir.Function:
+    """The body of ``FloatExpertLinear``, which calls the function ``expert_linear`` of the domain ``tokopt``.
+
+    ``flat`` says that x is [tokens, in], and not [tokens, k or 1, in].
+    """
+    body = Body(FLOAT_EXPERT_INPUTS)
+    rows = _experts_rows(body, flat=flat)
+    y = body.call("expert_linear", [rows, body.inputs["chosen"], body.inputs["weight"]])
+    name = ["flat"] if flat else []
+    return _experts_body("FloatExpertLinear", name, body, y, follows, opset)
+
+
+def _experts_rows(body: Body, *, flat: bool) -> ir.Value:
+    """``x`` [tokens, k or 1, in], which is ``flat`` if it is given as [tokens, in]."""
+    x = body.inputs["x"]
+    return body.op("Unsqueeze", [x, body.constant((1,), np.int64)]) if flat else x
+
+
+def _experts_body(
+    op: str,
+    name: Sequence[str],
+    body: Body,
+    y: ir.Value,
+    follows: Follows,
+    opset: int,
+    attributes: Sequence[ir.Attr] = (),
+) -> ir.Function:
+    """The body of ``op`` with what follows the product ``y`` [tokens, k, out]; ``name`` says what the product is."""
+    own = list(attributes)
+    if follows.bias:
+        y = _with_bias(body, y)
+    if follows.gate:
+        y = _gated(body, y, follows.gate)
+        own.append(ir.Attr("gate", ir.AttributeType.STRING, None))
+    if follows.share:
         share = body.op("Unsqueeze", [body.inputs["share"], body.constant((1,), np.int64)])
         y = body.op("Squeeze", [body.op("MatMul", [share, y]), body.constant((1,), np.int64)])
-    name = "_".join([overload(bits, given, gate), *(["flat"] if flat else [])])
-    return ir.Function(DOMAIN, "ExpertLinear", name, graph=body.graph([y], opset), attributes=attributes)
+    own_name = ["bias" if follows.bias else "", follows.gate, "share" if follows.share else ""]
+    known = "_".join([*name, *filter(None, own_name)])
+    return ir.Function(DOMAIN, op, known, graph=body.graph([y], opset), attributes=own)
+
+
+def _with_bias(body: Body, y: ir.Value) -> ir.Value:
+    """``y`` [tokens, k, out] and the biases of the chosen experts, of all [experts x out]; 0 where one is no expert."""
+    chosen, zero = body.inputs["chosen"], body.constant(0, np.int64)
+    shape = body.op("Concat", [body.constant((-1,), np.int64), body.op("Shape", [y], start=2, end=3)], axis=0)
+    bias = body.op("Reshape", [body.inputs["bias"], shape])
+    experts = body.op("Shape", [bias], start=0, end=1)
+    known = body.op("And", [body.op("GreaterOrEqual", [chosen, zero]), body.op("Less", [chosen, experts])])
+    added = body.op("Add", [y, body.op("Gather", [bias, body.op("Where", [known, chosen, zero])])])
+    wide = body.op("Unsqueeze", [known, body.constant((2,), np.int64)])
+    return body.op("Where", [wide, added, body.constant(0, np.float32)])
 
 
 def _product(body: Body, x: ir.Value, bits: int, given: Sequence[str]) -> ir.Value:

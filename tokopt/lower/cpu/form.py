@@ -12,7 +12,7 @@ from tokopt.ir.program import Program
 from tokopt.kernels.cpu import DOMAIN, VERSION
 from tokopt.lower.cpu.cached_attention import CachedAttention
 from tokopt.lower.cpu.draw_tokens import DrawTokens
-from tokopt.lower.cpu.expert_linear import ExpertLinear
+from tokopt.lower.cpu.expert_linear import ExpertLinear, FloatExpertLinear
 from tokopt.lower.cpu.int8_linear import Int8Linear
 from tokopt.lower.cpu.latest_repeat import LatestRepeat
 from tokopt.lower.cpu.move_entries import MoveEntries
@@ -75,6 +75,7 @@ def fuse_for_kernels(model: ir.Model, program: Program, *, alike: bool = False) 
     attention = CachedAttention(model, program, alike=alike)
     outcomes = [
         apply_rule(ExpertLinear(model), model.graph),
+        apply_rule(FloatExpertLinear(model), model.graph),
         apply_rule(QuantizedLinear(model), model.graph),
         apply_rule(Int8Linear(model), model.graph),
         apply_rule(DrawTokens(model), model.graph),

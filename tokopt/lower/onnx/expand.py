@@ -31,6 +31,12 @@ class Body:
         self.nodes.append(node)
         return list(node.outputs)
 
+    def call(self, function: str, given: Sequence[ir.Value]) -> ir.Value:
+        """The output of a function of the domain ``tokopt``."""
+        value = self.op(function, given)
+        self.nodes[-1].domain = "tokopt"
+        return value
+
     def constant(self, number: float | Sequence[int], dtype: type[np.generic]) -> ir.Value:
         """A number, or a list of them."""
         return self.op("Constant", [], value=ir.tensor(np.array(number, dtype)))
@@ -76,4 +82,5 @@ class Body:
 
     def graph(self, outputs: Sequence[ir.Value], opset: int) -> ir.Graph:
         """The body, complete."""
-        return ir.Graph(list(self.inputs.values()), outputs, nodes=self.nodes, opset_imports={"": opset})
+        imports = {"": opset} | {node.domain: 1 for node in self.nodes if node.domain}
+        return ir.Graph(list(self.inputs.values()), outputs, nodes=self.nodes, opset_imports=imports)
