@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from tokopt.analysis.calibration import Moments, Site, collect
-from tokopt.analysis.linears import Experts, Linear, matches
+from tokopt.analysis.linears import Experts, Linear, Table, find_tables, matches
 from tokopt.analysis.weights import Weights
 from tokopt.errors import PassError, PassRefused
 from tokopt.ir.bundle import Bundle
@@ -165,13 +165,16 @@ def output_error(weight: Tensor, quantized: Tensor, moments: Moments | None) -> 
 class Quantization(Pass):
     """Linears in fewer bits; ``only`` and ``skip`` choose them by patterns of their module path.
 
-    A tied output projection is untied and quantized; embeddings, convolutions and routers, whose outputs choose experts
-    by rank, stay, and a note says so. Weights of other products (recurrent layers, and experts where the method does
-    not take them) are refused.
+    A tied output projection is untied and quantized; embeddings (where the method does not take them), convolutions and
+    routers, whose outputs choose experts by rank, stay, and a note says so. Weights of other products (recurrent layers,
+    and experts where the method does not take them) are refused.
     """
 
     takes_experts: ClassVar[bool] = False
     """Whether weights of experts are quantized, as one matrix of all of them."""
+
+    takes_tables: ClassVar[bool] = False
+    """Whether tables of embeddings are quantized; those that are unfit stay, as with other methods."""
 
     only: tuple[str, ...] = ()
     skip: tuple[str, ...] = ()
@@ -234,7 +237,8 @@ class Quantization(Pass):
             try:
                 quantized = self.apply(module, linear, bits[linear.node], moments)
             except PassRefused as reason:
-                refusals.append(Refusal(path, str(reason)))
+                if not isinstance(linear, Table):
+                    refusals.append(Refusal(path, str(reason)))
                 continue
             sizes[0] += 4 * weight.numel()
             sizes[1] += quantized.nbytes
@@ -243,7 +247,7 @@ class Quantization(Pass):
         if not errors:
             return PassResult(bundle, 0, weights.note, tuple(refusals))
         quantized_bundle = bundle.with_program(name, close_graph(program, module))
-        notes = (*_notes(errors, *sizes), *weights.note)
+        notes = (*_notes(errors, *sizes), *Weights.of(module.graph).note)
         return PassResult(quantized_bundle, len(errors), notes, tuple(refusals))
 
     def _sites(self, module: GraphModule, weights: Weights) -> tuple[list[Linear], list[Refusal]]:
@@ -259,6 +263,9 @@ class Quantization(Pass):
                 refusals.append(Refusal(linear.path, fault))
             else:
                 linears.append(linear)
+        if self.takes_tables:  # last: by then nothing multiplies with a tied one
+            tables = find_tables(module.graph)
+            linears += [one for one in tables if matches(one.path, self.only, self.skip)]
         return linears, refusals
 
     def _moments(self, site: Site, linears: list[Linear], context: Context) -> Known:

@@ -74,6 +74,8 @@ class Roofline:
         self.weight_bytes = sum(t.numel() * t.element_size() for t in self.module.state_dict().values())
         halved: set[int] = set()
         for node in self.module.graph.nodes:
+            if is_call(node, aten.embedding):  # of codes, too, rows alone are expanded
+                self.fused |= {operand_at(node, 0), *ancestors(operand_at(node, 0))}
             if (product := _product(self.module, node)) is None:
                 continue
             self.products[node] = product
