@@ -165,9 +165,9 @@ def output_error(weight: Tensor, quantized: Tensor, moments: Moments | None) -> 
 class Quantization(Pass):
     """Linears in fewer bits; ``only`` and ``skip`` choose them by patterns of their module path.
 
-    A tied output projection is untied and quantized; embeddings (where the method does not take them), convolutions and
-    routers, whose outputs choose experts by rank, stay, and a note says so. Weights of other products (recurrent layers,
-    and experts where the method does not take them) are refused.
+    A tied output projection is untied and quantized; convolutions, routers, whose outputs choose experts by rank, and
+    embeddings where the method does not take them stay, and a note says so. Weights of other products (recurrent
+    layers, and experts where the method does not take them) are refused.
     """
 
     takes_experts: ClassVar[bool] = False

@@ -76,7 +76,9 @@ class KeepGrid(Quantization):
 
     def apply(self, module: GraphModule, linear: Linear, bits: int, moments: Moments | None) -> BlockGrid:
         """Codes in the place of the weight, and the offset's product beside it."""
-        if isinstance(linear, Table) and not all(is_call(user, aten.embedding) for user in linear.weight.users):
+        if isinstance(linear, Table) and not all(
+            is_call(user, aten.embedding) for user in linear.weight.users
+        ):
             raise PassRefused("its table is multiplied in float, too")
         grid = find_grid(linear.matrix(module))
         if grid is None:

@@ -205,9 +205,13 @@ class Untied(nn.Module):
 def test_an_untied_table_is_gathered_from_its_own_codes(kind: str, tmp_path: Path) -> None:
     """Its rows are the file's bit for bit, with and without tokopt's kernels, and no table is expanded."""
     table = on_grid(kind, 40, 64, seed=0) if kind == "Q6_K" else full_grid(kind, 40, 64)
-    captured = tokopt.capture(Untied(table, full_grid("Q4_0", 40, 64, seed=1)), (torch.arange(10).view(2, 5),))
+    captured = tokopt.capture(
+        Untied(table, full_grid("Q4_0", 40, 64, seed=1)), (torch.arange(10).view(2, 5),)
+    )
     made = tokopt.optimize(captured, "keep_grid", strict=True)
-    assert made.history[-1].matches == 2 and not any("left in float" in note for note in made.history[-1].notes)
+    assert made.history[-1].matches == 2 and not any(
+        "left in float" in note for note in made.history[-1].notes
+    )
     path = tokopt.export(made, tmp_path / "model.tokopt")
     for file in path.glob("*.onnx"):
         graph = onnx.load(file, load_external_data=False).graph

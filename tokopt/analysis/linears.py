@@ -82,7 +82,10 @@ class Experts(Linear):
 
 @dataclass(frozen=True)
 class Table(Linear):
-    """``embedding(W, ids)`` with ``W`` [rows, channels], whose rows are read and not multiplied; ``node`` reads it first."""
+    """``embedding(W, ids)`` with ``W`` [rows, channels]: rows are read, and not multiplied.
+
+    ``node`` is the first that reads it, and ``input`` its ids.
+    """
 
     @property
     def given(self) -> Node:
