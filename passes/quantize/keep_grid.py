@@ -47,8 +47,9 @@ class BlockGrid:
         weight, minimum = self.weight, self.minimum
         if minimum is None:
             return weight.dequantized()
-        no_zero = torch.zeros_like(weight.zero)
-        return above_minimum(weight.codes, weight.scale, no_zero, minimum[..., None], weight.group)
+        steps = ops.dequantize_weight(weight.codes, weight.scale, torch.zeros_like(weight.zero), weight.group)
+        steps.unflatten(1, (-1, weight.group)).add_(minimum[..., None])  # in place: it may be large
+        return steps
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Tensors of GGUF files are what transformers makes of them, and are expanded one by one, in parts, when they are taken."""
+"""Tensors of GGUF files are what transformers makes of them, and are expanded one by one when they are taken."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def model_of(kind: str) -> Any:
 
 
 def written(path: Path, architecture: str, model: Any) -> Path:
-    """A file with a random tensor for every name of the model, of its shape, in blocks of 8 bits where it is a matrix."""
+    """A file with a random tensor of the right shape for every name of the model; matrices are in blocks of 8 bits."""
     writer = gguf.GGUFWriter(path, architecture)
     writer.add_head_count(4)
     writer.add_head_count_kv(2)

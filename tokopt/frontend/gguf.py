@@ -1,7 +1,7 @@
 """Weights of GGUF files, each mapped by itself and expanded when the model takes it.
 
 transformers expands all of a file before the first weight is put into the model, and each by several copies of it. It
-also reads the file's header, tokens and all, again for every question, and gguf's table of names again for every module.
+also reads the file's header, tokens and all, for every question anew, and makes gguf's table of names for every module.
 """
 
 # gguf and transformers leave most of what they return untyped.
