@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar, Protocol
 
 import torch
@@ -47,6 +47,10 @@ class StoredWeight(Protocol):
         """The weight [out, in] that it stands for."""
         ...
 
+    def rows(self, part: slice) -> StoredWeight:
+        """Some of its outputs."""
+        ...
+
 
 @dataclass(frozen=True)
 class QuantizedWeight:
@@ -70,6 +74,10 @@ class QuantizedWeight:
     def dequantized(self) -> Tensor:
         """The weight [out, in] that it stands for."""
         return expanded(self.codes, self.scale, self.zero, self.group, self.exponent)
+
+    def rows(self, part: slice) -> QuantizedWeight:
+        """Some of its outputs."""
+        return replace(self, codes=self.codes[part], scale=self.scale[part], zero=self.zero[part])
 
 
 @dataclass(frozen=True)
@@ -152,13 +160,24 @@ def fit_grid(weight: Tensor, bits: int, group: int, *, symmetric: bool, shrink: 
 
 def output_error(weight: Tensor, quantized: Tensor, moments: Moments | None) -> float:
     """Mean squared error of the layer's output over that output's mean square; of the weight without moments."""
+    return _error(weight, lambda part: quantized[part], moments)
 
+
+def stored_error(weight: Tensor, stored: StoredWeight, moments: Moments | None) -> float:
+    """:func:`output_error` of a stored weight, of which a few rows at a time are expanded."""
+    return _error(weight, lambda part: stored.rows(part).dequantized(), moments)
+
+
+def _error(weight: Tensor, rows: Callable[[slice], Tensor], moments: Moments | None) -> float:
     def energy(matrix: Tensor) -> float:
         return float(((matrix if moments is None else matrix @ moments.gram) * matrix).sum())
 
-    rows = list(zip(in_parts(weight), in_parts(quantized), strict=True))
-    wrong = math.fsum(energy(wanted - got) for wanted, got in rows)
-    return wrong / max(math.fsum(energy(wanted) for wanted, _ in rows), 1e-30)
+    wrong, whole, start = list[float](), list[float](), 0
+    for wanted in in_parts(weight):
+        wrong.append(energy(wanted - rows(slice(start, start + len(wanted)))))
+        whole.append(energy(wanted))
+        start += len(wanted)
+    return math.fsum(wrong) / max(math.fsum(whole), 1e-30)
 
 
 @dataclass(frozen=True)
@@ -242,7 +261,7 @@ class Quantization(Pass):
                 continue
             sizes[0] += 4 * weight.numel()
             sizes[1] += quantized.nbytes
-            errors.append((output_error(weight, quantized.dequantized(), moments), path))
+            errors.append((stored_error(weight, quantized, moments), path))
             trim()
         if not errors:
             return PassResult(bundle, 0, weights.note, tuple(refusals))

@@ -51,6 +51,10 @@ class BlockGrid:
         steps.unflatten(1, (-1, weight.group)).add_(minimum[..., None])  # in place: it may be large
         return steps
 
+    def rows(self, part: slice) -> BlockGrid:
+        """Some of its outputs."""
+        return BlockGrid(self.weight.rows(part), None if self.minimum is None else self.minimum[part])
+
 
 @dataclass(frozen=True)
 class KeepGrid(Quantization):
