@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar, Protocol
 
 import torch
@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from tokopt.analysis.calibration import Moments, Site, collect
-from tokopt.analysis.linears import Experts, Linear, matches
+from tokopt.analysis.linears import Experts, Linear, Table, find_tables, matches
 from tokopt.analysis.weights import Weights
 from tokopt.errors import PassError, PassRefused
 from tokopt.ir.bundle import Bundle
@@ -47,6 +47,10 @@ class StoredWeight(Protocol):
         """The weight [out, in] that it stands for."""
         ...
 
+    def rows(self, part: slice) -> StoredWeight:
+        """Some of its outputs."""
+        ...
+
 
 @dataclass(frozen=True)
 class QuantizedWeight:
@@ -70,6 +74,10 @@ class QuantizedWeight:
     def dequantized(self) -> Tensor:
         """The weight [out, in] that it stands for."""
         return expanded(self.codes, self.scale, self.zero, self.group, self.exponent)
+
+    def rows(self, part: slice) -> QuantizedWeight:
+        """Some of its outputs."""
+        return replace(self, codes=self.codes[part], scale=self.scale[part], zero=self.zero[part])
 
 
 @dataclass(frozen=True)
@@ -152,26 +160,40 @@ def fit_grid(weight: Tensor, bits: int, group: int, *, symmetric: bool, shrink: 
 
 def output_error(weight: Tensor, quantized: Tensor, moments: Moments | None) -> float:
     """Mean squared error of the layer's output over that output's mean square; of the weight without moments."""
+    return _error(weight, lambda part: quantized[part], moments)
 
+
+def stored_error(weight: Tensor, stored: StoredWeight, moments: Moments | None) -> float:
+    """:func:`output_error` of a stored weight, of which a few rows at a time are expanded."""
+    return _error(weight, lambda part: stored.rows(part).dequantized(), moments)
+
+
+def _error(weight: Tensor, rows: Callable[[slice], Tensor], moments: Moments | None) -> float:
     def energy(matrix: Tensor) -> float:
         return float(((matrix if moments is None else matrix @ moments.gram) * matrix).sum())
 
-    rows = list(zip(in_parts(weight), in_parts(quantized), strict=True))
-    wrong = math.fsum(energy(wanted - got) for wanted, got in rows)
-    return wrong / max(math.fsum(energy(wanted) for wanted, _ in rows), 1e-30)
+    wrong, whole, start = list[float](), list[float](), 0
+    for wanted in in_parts(weight):
+        wrong.append(energy(wanted - rows(slice(start, start + len(wanted)))))
+        whole.append(energy(wanted))
+        start += len(wanted)
+    return math.fsum(wrong) / max(math.fsum(whole), 1e-30)
 
 
 @dataclass(frozen=True)
 class Quantization(Pass):
     """Linears in fewer bits; ``only`` and ``skip`` choose them by patterns of their module path.
 
-    A tied output projection is untied and quantized; embeddings, convolutions and routers, whose outputs choose experts
-    by rank, stay, and a note says so. Weights of other products (recurrent layers, and experts where the method does
-    not take them) are refused.
+    A tied output projection is untied and quantized; convolutions, routers, whose outputs choose experts by rank, and
+    embeddings where the method does not take them stay, and a note says so. Weights of other products (recurrent
+    layers, and experts where the method does not take them) are refused.
     """
 
     takes_experts: ClassVar[bool] = False
     """Whether weights of experts are quantized, as one matrix of all of them."""
+
+    takes_tables: ClassVar[bool] = False
+    """Whether tables of embeddings are quantized; those that are unfit stay, as with other methods."""
 
     only: tuple[str, ...] = ()
     skip: tuple[str, ...] = ()
@@ -234,16 +256,17 @@ class Quantization(Pass):
             try:
                 quantized = self.apply(module, linear, bits[linear.node], moments)
             except PassRefused as reason:
-                refusals.append(Refusal(path, str(reason)))
+                if not isinstance(linear, Table):
+                    refusals.append(Refusal(path, str(reason)))
                 continue
             sizes[0] += 4 * weight.numel()
             sizes[1] += quantized.nbytes
-            errors.append((output_error(weight, quantized.dequantized(), moments), path))
+            errors.append((stored_error(weight, quantized, moments), path))
             trim()
         if not errors:
             return PassResult(bundle, 0, weights.note, tuple(refusals))
         quantized_bundle = bundle.with_program(name, close_graph(program, module))
-        notes = (*_notes(errors, *sizes), *weights.note)
+        notes = (*_notes(errors, *sizes), *Weights.of(module.graph).note)
         return PassResult(quantized_bundle, len(errors), notes, tuple(refusals))
 
     def _sites(self, module: GraphModule, weights: Weights) -> tuple[list[Linear], list[Refusal]]:
@@ -259,6 +282,9 @@ class Quantization(Pass):
                 refusals.append(Refusal(linear.path, fault))
             else:
                 linears.append(linear)
+        if self.takes_tables:  # last: by then nothing multiplies with a tied one
+            tables = find_tables(module.graph)
+            linears += [one for one in tables if matches(one.path, self.only, self.skip)]
         return linears, refusals
 
     def _moments(self, site: Site, linears: list[Linear], context: Context) -> Known:

@@ -33,6 +33,10 @@ class Float8Weight:
         """The weight [out, in] that it stands for."""
         return ops.dequantize_float8(self.codes, self.scale)
 
+    def rows(self, part: slice) -> Float8Weight:
+        """Some of its outputs."""
+        return Float8Weight(self.codes[part], self.scale[part])
+
 
 @dataclass(frozen=True)
 class FP8(ProductQuantization):

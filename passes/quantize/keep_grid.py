@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, cast
 
 import torch
 from torch import Tensor
@@ -13,8 +13,10 @@ from torch.nn.functional import avg_pool1d
 from torch.nn.functional import linear as linear_product
 
 from tokopt.analysis.calibration import Moments
-from tokopt.analysis.linears import Linear
+from tokopt.analysis.linears import Linear, Table
 from tokopt.errors import PassRefused
+from tokopt.ir.graph import aten, is_call
+from tokopt.kernels import ops
 from tokopt.passes.quantize.base import Quantization, QuantizedWeight, in_parts, joined, replace_weight
 from tokopt.rewrite.edit import after, call, put_parameter, redirect
 
@@ -24,24 +26,34 @@ CLOSE = 1e-6
 
 @dataclass(frozen=True)
 class BlockGrid:
-    """``(codes - zero) * scale + offset`` with ``offset`` [out, blocks], None where it is 0."""
+    """``(codes - zero) * scale``, or with ``minimum`` [out, blocks] ``codes * scale + minimum``."""
 
     weight: QuantizedWeight
-    offset: Tensor | None
+    minimum: Tensor | None
+
+    @property
+    def offset(self) -> Tensor | None:
+        """What a product with ``(codes - zero) * scale`` leaves out [out, blocks]; None where that is nothing."""
+        weight = self.weight
+        return None if self.minimum is None else self.minimum + weight.zero * weight.scale
 
     @property
     def nbytes(self) -> int:
-        """Bytes of an artifact: the codes, and a float32 offset per block."""
-        return self.weight.nbytes + (0 if self.offset is None else 4 * self.offset.numel())
+        """Bytes of an artifact: the codes, and a float32 minimum per block."""
+        return self.weight.nbytes + (0 if self.minimum is None else 4 * self.minimum.numel())
 
     def dequantized(self) -> Tensor:
         """The weight [out, in]."""
-        weight = self.weight.dequantized()
-        if self.offset is not None:
-            weight.unflatten(1, (-1, self.weight.group)).add_(
-                self.offset[..., None]
-            )  # in place: it may be large
-        return weight
+        weight, minimum = self.weight, self.minimum
+        if minimum is None:
+            return weight.dequantized()
+        steps = ops.dequantize_weight(weight.codes, weight.scale, torch.zeros_like(weight.zero), weight.group)
+        steps.unflatten(1, (-1, weight.group)).add_(minimum[..., None])  # in place: it may be large
+        return steps
+
+    def rows(self, part: slice) -> BlockGrid:
+        """Some of its outputs."""
+        return BlockGrid(self.weight.rows(part), None if self.minimum is None else self.minimum[part])
 
 
 @dataclass(frozen=True)
@@ -57,26 +69,58 @@ class KeepGrid(Quantization):
     The program is the one before up to rounding. It counts as approximate since engines multiply such weights with
     activations of 8 bits.
 
-    Rules. A linear whose weight is not reproduced to 1e-6 of each block's largest entry is refused.
+    Embeddings whose table lies on a grid are read from its codes, too: rows are gathered and then expanded.
+
+    Rules. A linear whose weight is not reproduced to 1e-6 of each block's largest entry is refused. Such a table of
+    embeddings stays as it is, and so does one that something multiplies with in float.
     """
+
+    takes_tables: ClassVar[bool] = True
 
     name: ClassVar[str] = "keep_grid"
 
     def apply(self, module: GraphModule, linear: Linear, bits: int, moments: Moments | None) -> BlockGrid:
         """Codes in the place of the weight, and the offset's product beside it."""
+        if isinstance(linear, Table) and not all(
+            is_call(user, aten.embedding) for user in linear.weight.users
+        ):
+            raise PassRefused("its table is multiplied in float, too")
         grid = find_grid(linear.matrix(module))
         if grid is None:
             raise PassRefused("its weights lie on no grid of 4 or 8 bits in blocks of 16 or 32")
+        if isinstance(linear, Table):
+            put_table(module, linear, grid)
+            return grid
         replace_weight(module, linear, grid.weight)
-        if grid.offset is not None:
+        offset = grid.offset
+        if offset is not None:
             node = linear.node
             group = grid.weight.group
-            table = put_parameter(module, node, None, group * grid.offset)
+            table = put_parameter(module, node, None, group * offset)
             users = list(node.users)
             with after(node):
                 whole = call(module.graph, add_offset, node, linear.input, table, group, like=node)
             redirect(users, node, whole)
         return grid
+
+
+def put_table(module: GraphModule, table: Table, grid: BlockGrid) -> None:
+    """Let embeddings read the rows of their table from codes."""
+    weight, before, readers = grid.weight, table.weight, list(table.weight.users)
+    parts = [weight.codes, weight.scale, weight.zero]
+    if grid.minimum is not None:
+        parts[2:] = [torch.zeros_like(weight.zero), grid.minimum[..., None]]
+    operands = [put_parameter(module, table.node, None, part) for part in parts]
+    expand = ops.dequantize_weight if grid.minimum is None else above_minimum
+    with module.graph.inserting_before(table.node):
+        made = call(module.graph, expand, *operands, weight.group, like=table.node)
+    redirect(readers, before, made)
+
+
+def above_minimum(codes: Tensor, scale: Tensor, zero: Tensor, minimum: Tensor, group: int) -> Tensor:
+    """The weight [out, in] of codes, of which 0 stands for ``minimum`` [out, blocks, 1]; ``zero`` is 0."""
+    steps = ops.dequantize_weight(codes, scale, zero, group)
+    return (steps.unflatten(1, (-1, group)) + minimum).flatten(1)
 
 
 def add_offset(product: Tensor, x: Tensor, offset: Tensor, group: int) -> Tensor:
@@ -99,20 +143,19 @@ def find_grid(weight: Tensor) -> BlockGrid | None:
 
 
 _Blocks = tuple[QuantizedWeight, Tensor]
-"""Codes, and the offset [out, blocks] that is added to what they stand for."""
+"""Codes, and what the code 0 stands for [out, blocks]."""
 
 
 def _grid_of(weight: Tensor, read: Callable[[Tensor], _Blocks | None]) -> BlockGrid | None:
     """What ``read`` finds in all rows of a weight."""
-    parts: list[QuantizedWeight] = []
-    offsets: list[Tensor] = []
+    found: list[_Blocks] = []
     for rows in in_parts(weight):
-        if (found := read(rows)) is None:
+        if (blocks := read(rows)) is None:
             return None
-        parts.append(found[0])
-        offsets.append(found[1])
-    offset = torch.cat(offsets)
-    return BlockGrid(joined(parts), offset if bool(offset.any()) else None)
+        found.append(blocks)
+    parts, minima = zip(*found, strict=True)
+    grid = BlockGrid(joined(parts), torch.cat(minima))
+    return grid if bool(cast(Tensor, grid.offset).any()) else BlockGrid(grid.weight, None)
 
 
 def _four_bits(weight: Tensor) -> _Blocks | None:
@@ -126,7 +169,7 @@ def _four_bits(weight: Tensor) -> _Blocks | None:
         return None
     scale, codes = found
     zero = torch.full_like(codes[..., 0], 8).byte()
-    return QuantizedWeight(codes.flatten(1).to(torch.uint8), scale, zero, 32), low + 8 * scale
+    return QuantizedWeight(codes.flatten(1).to(torch.uint8), scale, zero, 32), low
 
 
 def _eight_bits(group: int, steps: int) -> Callable[[Tensor], _Blocks | None]:
@@ -142,7 +185,7 @@ def _eight_bits(group: int, steps: int) -> Callable[[Tensor], _Blocks | None]:
         scale, codes = found
         codes = (codes + 128).flatten(1).to(torch.uint8)
         packed = QuantizedWeight(codes, scale, torch.full_like(scale, 128).byte(), group)
-        return packed, torch.zeros_like(scale)
+        return packed, -128 * scale
 
     return read
 

@@ -4,13 +4,16 @@ from pathlib import Path
 
 import gguf
 import numpy as np
+import onnx
 import pytest
 import torch
 from gguf import GGMLQuantizationType as Kind
 from tokenizers.pre_tokenizers import ByteLevel
 
 import tokopt
+from tokopt.analysis.constants import evaluate
 from tokopt.errors import CaptureError
+from tokopt.ir.graph import aten, is_call, operand_at
 from tokopt.runtime import load
 
 WIDTH, HEADS, INNER, LAYERS = 64, 2, 96, 2
@@ -20,10 +23,11 @@ TOKENS = ["<|end|>", *sorted(ByteLevel.alphabet()), "Ġa", "bc"]
 TEMPLATE = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
 
 
-@pytest.fixture(scope="module")
-def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A Llama of two layers whose linears lie in blocks of 4 bits with minima, and whose tokenizer is of bytes."""
-    path = tmp_path_factory.mktemp("gguf") / "tiny.Q4_1.gguf"
+def write(path: Path, head: Kind | None) -> Path:
+    """A Llama of two layers whose linears lie in blocks of 4 bits with minima, and whose tokenizer is of bytes.
+
+    ``head`` is the kind of the output projection's blocks; None: it is tied to the embedding.
+    """
     writer = gguf.GGUFWriter(path, "llama")
     writer.add_name("tiny")
     writer.add_context_length(128)
@@ -49,7 +53,9 @@ def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
         values = random.standard_normal(shape).astype(np.float32) * 0.2
         writer.add_tensor(name, gguf.quantize(values, kind), raw_dtype=kind)
 
-    add("token_embd.weight", len(TOKENS), WIDTH, kind=Kind.Q8_0)
+    add("token_embd.weight", len(TOKENS), WIDTH, kind=Kind.Q8_0 if head is None else Kind.Q4_1)
+    if head is not None:
+        add("output.weight", len(TOKENS), WIDTH, kind=head)
     writer.add_tensor("output_norm.weight", np.ones(WIDTH, np.float32))
     for layer in range(LAYERS):
         block = f"blk.{layer}"
@@ -68,6 +74,11 @@ def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     writer.write_tensors_to_file()
     writer.close()
     return path
+
+
+@pytest.fixture(scope="module")
+def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write(tmp_path_factory.mktemp("gguf") / "tiny.Q4_1.gguf", None)
 
 
 @pytest.fixture(scope="module")
@@ -101,6 +112,23 @@ def test_keep_grid_finds_every_block_and_the_artifact_talks(bundle: tokopt.Bundl
     model = load(tokopt.export(kept, tmp_path / "tiny.tokopt"))
     assert model.chat_prompt([{"role": "user", "content": " abc"}]) == model.tokenizer.encode(" abc")
     assert len(model.generate(" abc", max_tokens=4).tokens) <= 4
+
+
+def test_an_untied_embedding_is_gathered_from_its_blocks(tmp_path: Path) -> None:
+    """Nothing of the table is left in float32; its rows are those of the file, bit for bit."""
+    file = write(tmp_path / "untied.gguf", Kind.Q8_0)
+    kept = tokopt.optimize(tokopt.capture_lm(file), "keep_grid", strict=True)
+    assert not any("left in float" in note for note in kept.history[-1].notes)
+    (stored,) = (one for one in gguf.GGUFReader(file).tensors if one.name == "token_embd.weight")
+    (node,) = (node for node in kept.main.module.graph.nodes if is_call(node, aten.embedding))
+    table = evaluate(kept.main.module, operand_at(node, 0), {})
+    assert torch.equal(table, torch.from_numpy(np.array(gguf.dequantize(stored.data, stored.tensor_type))))
+    path = tokopt.export(kept, tmp_path / "untied.tokopt")
+    for form in path.glob("*.onnx"):
+        graph = onnx.load(form, load_external_data=False).graph
+        assert [node.op_type for node in graph.node].count("gather_weight_4_minimum") == 1
+        floats = [one for one in graph.initializer if one.data_type == onnx.TensorProto.FLOAT]
+        assert all(np.prod(one.dims) < len(TOKENS) * WIDTH for one in floats)
 
 
 def test_a_damaged_file_is_refused_in_a_sentence(tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ from tests.matrix.test_quantize import on_grid
 from tokopt.lower.onnx.embedding import expand_embeddings
 from tokopt.lower.onnx.rule import apply_rule
 from tokopt.lower.onnx.storage import StoreByOutput, blocks_of, load_constants, narrowed
+from tokopt.runtime import load
 
 KINDS = {"Q4_0": "gather_weight_4", "Q4_1": "gather_weight_4_minimum", "Q8_0": "gather_weight_8"}
 """Kind of block in GGUF files -> the function that gathers its rows."""
@@ -105,13 +106,12 @@ def test_engines_without_codes_get_the_table_again(kind: str, tmp_path: Path) ->
     np.testing.assert_allclose(run(str(path / "plain.onnx"), ids), wanted, atol=1e-5, rtol=1e-5)
 
 
-def test_a_head_of_other_numbers_leaves_the_table(tmp_path: Path) -> None:
+def test_other_passes_leave_the_table(tmp_path: Path) -> None:
     """Weights that were rounded to another grid: gathered from them, every token would begin from other numbers."""
-    _, path, lines = exported(full_grid("Q8_0", 40, 64), tmp_path, "rtn{group=32 symmetric=true}")
-    assert (
-        "forward: embeddings gathered from the head's codes: 0 of 1; left 1: its rows are not those of the quantized "
-        "weight of its size (embed)"
-    ) in lines
+    made, path, _ = exported(full_grid("Q8_0", 40, 64), tmp_path, "rtn{group=32 symmetric=true}")
+    assert made.history[-1].notes[-1] == "left in float: 0.01 MB of embeddings"
+    calls = collections.Counter(node.op_type for node in ir.load(path / "forward.onnx").graph)
+    assert calls["Gather"] == 1
     assert tokopt.verify(path).ok
 
 
@@ -176,11 +176,59 @@ def test_half_precision_is_taken_where_nothing_is_lost() -> None:
     assert narrowed(np.float32([70000.0])) is None and narrowed(np.float32([1e-9])) is None  # type: ignore[list-item]
 
 
-def test_minima_that_are_no_half_precision_stay_a_table(tmp_path: Path) -> None:
+def test_minima_that_are_no_half_precision_are_stored_in_full(tmp_path: Path) -> None:
     """Nothing is rounded to make it fit: in some of these blocks the smallest number is not the file's minimum."""
     _, path, lines = exported(on_grid("Q4_1", 40, 64, seed=0), tmp_path)
-    assert (
-        "forward: embeddings gathered from the head's codes: 0 of 1; left 1: the quantized weight of its size has "
-        "minima that are no numbers of 16 bits (embed)"
-    ) in lines
+    assert "forward: embeddings gathered from codes: 1 of 1" in lines
+    model = ir.load(path / "forward.onnx")
+    (gather,) = (node for node in model.graph if node.op_type == KINDS["Q4_1"])
+    minimum = gather.inputs[3]
+    assert minimum is not None and minimum.dtype == ir.DataType.FLOAT
     assert tokopt.verify(path).ok
+
+
+class Untied(nn.Module):
+    """ids [batch, tokens] -> embeddings, and logits by a head of its own; the numbers of both lie on a grid."""
+
+    def __init__(self, table: Tensor, head: Tensor) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(40, 64)
+        self.head = nn.Linear(64, 40, bias=False)
+        self.embed.weight.data, self.head.weight.data = table, head
+
+    def forward(self, ids: Tensor) -> tuple[Tensor, Tensor]:
+        rows = self.embed(ids)
+        return rows, self.head(rows.tanh())
+
+
+@pytest.mark.parametrize("kind", [*KINDS, "Q6_K"])
+def test_an_untied_table_is_gathered_from_its_own_codes(kind: str, tmp_path: Path) -> None:
+    """Its rows are the file's bit for bit, with and without tokopt's kernels, and no table is expanded."""
+    table = on_grid(kind, 40, 64, seed=0) if kind == "Q6_K" else full_grid(kind, 40, 64)
+    captured = tokopt.capture(
+        Untied(table, full_grid("Q4_0", 40, 64, seed=1)), (torch.arange(10).view(2, 5),)
+    )
+    made = tokopt.optimize(captured, "keep_grid", strict=True)
+    assert made.history[-1].matches == 2 and not any(
+        "left in float" in note for note in made.history[-1].notes
+    )
+    path = tokopt.export(made, tmp_path / "model.tokopt")
+    for file in path.glob("*.onnx"):
+        graph = onnx.load(file, load_external_data=False).graph
+        calls = collections.Counter(node.op_type for node in graph.node)
+        assert calls[KINDS.get(kind, "gather_weight_8")] == 1 and not calls["Gather"]
+        floats = [t for t in graph.initializer if t.data_type == onnx.TensorProto.FLOAT]
+        assert all(np.prod(t.dims) < 40 * 64 for t in floats)
+    ids = torch.tensor([[0, 39, 7, 7, 21]])
+    torch.testing.assert_close(made(ids)[0], table[ids], rtol=0, atol=0)
+    for kernels in (False, True):
+        rows = load(path, kernels=kernels)(ids.numpy())["output_0"]
+        np.testing.assert_array_equal(rows, table[ids].numpy())
+
+
+def test_a_table_is_left_where_the_head_is(tmp_path: Path) -> None:
+    """Codes would be stored beside the float table, which something multiplies with."""
+    made, path, _ = exported(full_grid("Q4_0", 40, 64), tmp_path, 'keep_grid{skip=["head"]}')
+    assert made.history[-1].matches == 0
+    calls = collections.Counter(node.op_type for node in ir.load(path / "forward.onnx").graph)
+    assert calls["Gather"] == calls["MatMul"] == 1

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import tokopt
+from tests.lower.test_storage import Untied, full_grid
 from tests.matrix.language import bundle as decoder
 from tests.matrix.test_matrix import captured
 from tokopt.analysis.cost import node_bytes
@@ -51,6 +52,17 @@ def test_a_quantized_weight_is_read_packed_and_expanded_by_nobody(name: str, pip
     one = {"batch": 1, "tokens": 1, "rows": 1, "slots": 16} if name == "llama" else {"batch": 1}
     assert Roofline(after.main).seconds(NARROW, one) < Roofline(before.main).seconds(NARROW, one)
     assert predict_seconds(after.main, FAST) == pytest.approx(predict_seconds(before.main, FAST), rel=1e-3)
+
+
+def test_of_a_quantized_table_rows_alone_are_read() -> None:
+    """A table of codes costs what one of float32 does: the rows, and nothing that grows with the table."""
+    model = Untied(full_grid("Q4_1", 40, 64), full_grid("Q4_1", 40, 64, seed=1))
+    before = tokopt.capture(model, (torch.arange(10).view(2, 5),))
+    table = tokopt.optimize(before, "keep_grid{only=[embed]}")
+    for machine in (FAST, NARROW):
+        assert predict_seconds(table.main, machine) == pytest.approx(predict_seconds(before.main, machine))
+    packed = 40 * 64 // 2 + 2 * 4 * 40 * 2 + 40 * 2  # codes, scales and minima, zero points
+    assert Roofline(before.main).weight_bytes - Roofline(table.main).weight_bytes == 4 * 40 * 64 - packed
 
 
 def test_the_rate_of_its_kind_decides() -> None:

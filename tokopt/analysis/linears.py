@@ -80,6 +80,29 @@ class Experts(Linear):
         return evaluate(module, self.weight, {}).flatten(0, 1)
 
 
+@dataclass(frozen=True)
+class Table(Linear):
+    """``embedding(W, ids)`` with ``W`` [rows, channels]: rows are read, and not multiplied.
+
+    ``node`` is the first that reads it, and ``input`` its ids.
+    """
+
+    @property
+    def given(self) -> Node:
+        """The node of the ids, as it is now."""
+        return operand_at(self.node, 1)
+
+
+def find_tables(graph: Graph) -> list[Table]:
+    """Every table of embeddings that is a parameter, or is computed from parameters alone, in execution order."""
+    known = float_constants(graph)
+    found: dict[Node, Table] = {}
+    for node in graph.nodes:
+        if is_call(node, aten.embedding) and operand_at(node, 0) in known and node not in known:
+            found.setdefault(operand_at(node, 0), Table(node, operand_at(node, 1), 0, transposed=False))
+    return list(found.values())
+
+
 def find_experts(graph: Graph) -> list[Experts]:
     """Every product with weights of chosen experts, in execution order, that are parameters or follow from them."""
     known = float_constants(graph)

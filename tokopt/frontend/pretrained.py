@@ -13,6 +13,7 @@ import torch
 
 from tokopt.errors import CaptureError
 from tokopt.extras import missing
+from tokopt.frontend.gguf import expanded_one_by_one
 from tokopt.frontend.stored import mapped_one_by_one
 from tokopt.frontend.texts import Texts, read_gguf_texts, read_texts
 from tokopt.ir.memory import trim
@@ -27,13 +28,15 @@ def load_pretrained(path: Path, tokenizer: str | None = None) -> tuple[Any, Text
     loads it is not installed.
     """
     if is_gguf(path):
-        model = _load(path.parent, ("transformers", "gguf", "accelerate"), gguf_file=path.name)
-        return model, read_gguf_texts(path, tokenizer)
+        _require("transformers", "gguf", "accelerate")
+        with expanded_one_by_one():
+            return _load(path.parent, gguf_file=path.name), read_gguf_texts(path, tokenizer)
     if not (path / "config.json").is_file():
         raise CaptureError(
             f"{path} has no config.json and is no .gguf file; give the folder of a Hugging Face model, or a GGUF file"
         )
-    return _load(path, ("transformers",)), read_texts(path, tokenizer)
+    _require("transformers")
+    return _load(path), read_texts(path, tokenizer)
 
 
 def is_gguf(path: Path) -> bool:
@@ -41,10 +44,13 @@ def is_gguf(path: Path) -> bool:
     return path.suffix.lower() == ".gguf" and path.is_file()
 
 
-def _load(folder: Path, packages: tuple[str, ...], **options: Any) -> Any:
+def _require(*packages: str) -> None:
     for package in packages:
         if find_spec(package) is None:
             raise missing(package)
+
+
+def _load(folder: Path, **options: Any) -> Any:
     from transformers import AutoModelForCausalLM
 
     try:

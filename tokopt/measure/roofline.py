@@ -20,7 +20,7 @@ from torch.fx import GraphModule, Node
 from tokopt.analysis.constants import evaluate
 from tokopt.analysis.cost import SizesOf, node_bytes, node_flops
 from tokopt.ir.bundle import Bundle
-from tokopt.ir.graph import aten, is_call, is_tensor, operand_at, sizes
+from tokopt.ir.graph import ancestors, aten, is_call, is_tensor, operand_at, sizes
 from tokopt.ir.program import Program
 from tokopt.ir.shapes import sizes_at, with_shapes
 from tokopt.kernels import declared, ops
@@ -74,6 +74,8 @@ class Roofline:
         self.weight_bytes = sum(t.numel() * t.element_size() for t in self.module.state_dict().values())
         halved: set[int] = set()
         for node in self.module.graph.nodes:
+            if is_call(node, aten.embedding):
+                self._read_rows(operand_at(node, 0))
             if (product := _product(self.module, node)) is None:
                 continue
             self.products[node] = product
@@ -84,6 +86,17 @@ class Roofline:
             if product.kind == "4 bits" and id(codes) not in halved:
                 halved.add(id(codes))
                 self.weight_bytes -= codes.numel() // 2
+
+    def _read_rows(self, table: Node) -> None:
+        """Of a table of codes, rows alone are expanded."""
+        made = {table, *ancestors(table)} - self.fused
+        if any(node.op == "placeholder" for node in made):
+            return
+        self.fused |= made
+        for node in made:
+            if is_call(node, ops.dequantize_weight):
+                codes = evaluate(self.module, operand_at(node, 0), {})
+                self.weight_bytes -= codes.numel() // 2 if int(codes.max()) < 16 else 0
 
     def seconds(self, machine: Machine, axes: Mapping[str, int] | None = None) -> float:
         """The time of one call with these sizes of the named axes, by default the example's."""

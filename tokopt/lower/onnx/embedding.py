@@ -1,4 +1,4 @@
-"""An embedding whose table is the head's: its rows are gathered from the head's codes, and the table is not stored."""
+"""Embeddings whose table is quantized: rows of codes are gathered and then expanded, and never the whole table."""
 
 from __future__ import annotations
 
@@ -10,126 +10,110 @@ import numpy as np
 import onnx_ir as ir
 
 from tokopt.lower.onnx.expand import LAST, Body
-from tokopt.lower.onnx.nodes import array, input_at
+from tokopt.lower.onnx.nodes import array, discard, input_at
 from tokopt.lower.onnx.rule import Candidate, Rule, Unfit
-from tokopt.lower.onnx.storage import (
-    Blocks,
-    Offset,
-    as_stored,
-    blocks_of,
-    minimum_of,
-    offset_of,
-    stored_bytes,
-)
+from tokopt.lower.onnx.storage import narrowed
 from tokopt.lower.onnx.weights import put_initializer, take_over
-
-CLOSE = 1e-6
-"""How far a row may be from the table's, relative to its block's largest entry: a few roundings of float32."""
-
-ROWS = 4096
-"""Rows that are compared at once."""
 
 GATHER = "gather_weight"
 """The function, whose name goes on with the bits of the codes."""
 
 
 @dataclass(frozen=True)
-class Head:
-    """A weight [out, in] in blocks, and what its codes of 0 stand for, where that is no multiple of the scale."""
+class Table:
+    """What expands a table: ``(codes - zero) * scale``, or ``codes * scale + minimum`` where zero is 0."""
 
-    blocks: Blocks
+    node: ir.Node
     minimum: ir.Value | None
 
-    def rows(self, part: slice) -> np.ndarray:
-        """Rows of the weight, float32."""
-        blocks = self.blocks
-        codes = array(blocks.codes)[part].astype(np.float32)
-        grouped = codes.reshape(len(codes), -1, blocks.group)
-        scale = blocks.scales()[part, :, None]
-        if self.minimum is None:
-            return ((grouped - np.float32(blocks.middle)) * scale).reshape(codes.shape)
-        low = array(self.minimum)[part, :, None].astype(np.float32)
-        return (grouped * scale + low).reshape(codes.shape)
+    @classmethod
+    def of(cls, value: ir.Value) -> Table | None:
+        """The table that ``value`` is; None where it is not made of codes."""
+        node, minimum = value.producer(), None
+        if node is not None and node.op_type == "Reshape" and not node.domain:
+            total = input_at(node, 0).producer()
+            if total is None or total.op_type != "Add" or total.domain:
+                return None
+            steps, minimum = input_at(total, 0).producer(), input_at(total, 1)
+            if steps is None or steps.op_type != "Reshape" or steps.domain:
+                return None
+            node = input_at(steps, 0).producer()
+        if node is None or (node.domain, node.op_type) != ("tokopt", "dequantize_weight"):
+            return None
+        return cls(node, minimum)
+
+    def operands(self) -> list[ir.Value]:
+        """Codes, scale and zero [rows, ...], and the minimum [rows, blocks, 1] where there is one."""
+        return [input_at(self.node, place) for place in range(3)] + ([self.minimum] if self.minimum else [])
 
 
 @dataclass(frozen=True)
 class _Site:
-    """An embedding and the head that its rows are those of."""
+    """An embedding, its table, and the bits of the codes."""
 
     gather: ir.Node
-    head: Head
+    table: Table
+    bits: int
 
 
-class EmbeddingOfHead(Rule[_Site]):
-    """``Gather(table, ids)`` with the numbers of a weight in blocks as what is gathered from that weight."""
+class GatherCodes(Rule[_Site]):
+    """``Gather(table, ids)`` of a quantized table as what gathers rows of codes and expands these.
 
-    name: ClassVar[str] = "embeddings gathered from the head's codes"
+    Engines would expand the whole table in every run, or hold it in float. A tied head has the same codes, which the
+    file of weights holds once.
+    """
+
+    name: ClassVar[str] = "embeddings gathered from codes"
 
     def __init__(self, model: ir.Model) -> None:
         self.model = model
 
     def candidates(self, graph: ir.Graph) -> Iterator[Candidate]:
-        """Every embedding with the sizes of a quantized weight."""
-        sizes = {blocks.size for blocks, _ in _heads(graph)}
+        """Every embedding whose table is made of codes."""
         for node in list(graph):
-            table = node.inputs[0] if node.op_type == "Gather" and not node.domain else None
-            if table is not None and table.const_value is not None and _size(table) in sizes:
+            if node.op_type == "Gather" and not node.domain and Table.of(input_at(node, 0)) is not None:
                 yield (node,)
 
     def match(self, graph: ir.Graph, candidate: Candidate) -> _Site:
-        """The weight whose rows are the table's."""
+        """The parts of the table, where they are constants that the function takes."""
         (gather,) = candidate
-        table = input_at(gather, 0)
-        if gather.attributes.get_int("axis", 0) or table.dtype != ir.DataType.FLOAT:
-            raise Unfit("it gathers no rows of float32")
-        if any(use.node.op_type != "Gather" for use in table.uses()):
-            raise Unfit("its table is multiplied too")
-        numbers = array(table)
-        reason = "its rows are not those of the quantized weight of its size"
-        for blocks, offset in _heads(graph):
-            if blocks.size != numbers.shape:
-                continue
-            head = Head(blocks, None if offset is None else minimum_of(offset))
-            if offset is not None and head.minimum is None:
-                reason = "the quantized weight of its size has minima that are no numbers of 16 bits"
-            elif _same(numbers, head):
-                return _Site(gather, head)
-        raise Unfit(reason)
+        table = Table.of(input_at(gather, 0))
+        assert table is not None
+        if gather.attributes.get_int("axis", 0) or any(one.const_value is None for one in table.operands()):
+            raise Unfit("it gathers no rows of a constant table")
+        codes, _, zero = map(array, table.node.inputs)
+        bits = 4 if codes.max(initial=0) < 16 else 8
+        if (zero != (1 << (bits - 1) if table.minimum is None else 0)).any():
+            raise Unfit("its zero points are not half the range")
+        return _Site(gather, table, bits)
 
     def fuse(self, graph: ir.Graph, site: _Site) -> None:
         """A call of the function, whose body the file holds."""
-        blocks, gather = site.head.blocks, site.gather
-        given = [stored_bytes(graph, blocks), as_stored(blocks.scale), input_at(gather, 1)]
-        if site.head.minimum is not None:
-            given.append(site.head.minimum)
-        body = _body(blocks.bits, site.head.minimum is not None, self.model.opset_imports[""])
+        gather, before = site.gather, input_at(site.gather, 0)
+        codes, scale, _, *minimum = site.table.operands()
+        given = [
+            put_initializer(graph, f"{codes.name}_rows", _bytes(array(codes), site.bits)),
+            _narrow(graph, scale),
+            input_at(gather, 1),
+            *(_narrow(graph, one) for one in minimum),
+        ]
+        body = _body(site.bits, bool(minimum), self.model.opset_imports[""])
         self.model.functions.setdefault(body.identifier(), body)
         _replace(graph, gather, ir.node(body.name, given, domain=body.domain))
+        discard(graph, before)
 
 
-def _size(table: ir.Value) -> tuple[int, ...]:
-    assert table.const_value is not None
-    return tuple(table.const_value.shape.numpy())
+def _bytes(codes: np.ndarray, bits: int) -> np.ndarray:
+    """Codes [rows, channels] as they are stored: of 4 bits two in a byte, the low one first."""
+    return codes if bits == 8 else codes[:, ::2] | codes[:, 1::2] << 4
 
 
-def _heads(graph: ir.Graph) -> Iterator[tuple[Blocks, Offset | None]]:
-    """The weights in blocks that are around half the range, or have minima."""
-    for node in graph:
-        weight = input_at(node, 1).producer() if node.op_type == "MatMul" and not node.domain else None
-        blocks = blocks_of(weight) if weight is not None else None
-        if blocks is not None and blocks.symmetric:
-            yield blocks, offset_of(node)
-
-
-def _same(table: np.ndarray, head: Head) -> bool:
-    """Whether every row of the table is that of the weight, up to rounding."""
-    return all(_rows_same(table, head, slice(start, start + ROWS)) for start in range(0, len(table), ROWS))
-
-
-def _rows_same(table: np.ndarray, head: Head, part: slice) -> bool:
-    wanted = table[part].reshape(-1, head.blocks.group)
-    found = head.rows(part).reshape(wanted.shape)
-    return bool((np.abs(found - wanted).max(1) <= CLOSE * np.abs(wanted).max(1)).all())
+def _narrow(graph: ir.Graph, value: ir.Value) -> ir.Value:
+    """A constant [rows, blocks] or [rows, blocks, 1] as [rows, blocks], in float16 where that is exact."""
+    numbers = array(value)
+    numbers = numbers.reshape(numbers.shape[:2])
+    half = narrowed(numbers)
+    return put_initializer(graph, f"{value.name}_rows", numbers if half is None else half)
 
 
 def _body(bits: int, has_minimum: bool, opset: int) -> ir.Function:

@@ -29,7 +29,7 @@ from tokopt.ir.bundle import fresh
 from tokopt.ir.export import axis_names, user_inputs
 from tokopt.ir.memory import trim
 from tokopt.ir.program import Program
-from tokopt.lower.onnx.embedding import EmbeddingOfHead
+from tokopt.lower.onnx.embedding import GatherCodes
 from tokopt.lower.onnx.experts import place_experts
 from tokopt.lower.onnx.fusions import MergeProducts, MergeSums
 from tokopt.lower.onnx.real_tokens import assume_real_tokens
@@ -71,11 +71,17 @@ class WeightFile:
         )
 
     def place_all(self, graph: ir.Graph) -> None:
-        """Let every large constant of a graph be a reference to where it lies."""
-        for value in graph.initializers.values():
+        """Let every large constant of a graph be a reference to where it lies; equal ones become one."""
+        known: dict[object, ir.Value] = {}
+        for name, value in list(graph.initializers.items()):
             tensor = value.const_value
             if tensor is not None and tensor.nbytes > 1024 and not isinstance(tensor, ir.ExternalTensor):
-                value.const_value = self.place(tensor)
+                tensor = value.const_value = self.place(tensor)
+            if isinstance(tensor, ir.ExternalTensor):
+                place = (tensor.offset, tensor.length, tensor.dtype, tuple(tensor.shape.numpy()))
+                if (first := known.setdefault(place, value)) is not value:
+                    value.replace_all_uses_with(first)
+                    del graph.initializers[name]
 
     def _append(self, data: bytes) -> int:
         with (self.directory / self.name).open("ab") as stream:
@@ -123,17 +129,16 @@ def lower(
         simplify(model)
     expand_rotary_tables(model)
     place_experts(model)
+    outcomes = [apply_rule(GatherCodes(model), model.graph)]
     pack_weights(model)
-    for outcome in (apply_rule(MergeProducts(), model.graph), apply_rule(MergeSums(), model.graph)):
+    outcomes += [apply_rule(MergeProducts(), model.graph), apply_rule(MergeSums(), model.graph)]
+    for outcome in outcomes:
         if report is not None and outcome.candidates:
             report(outcome)
     assume_real_tokens(model)
     passes.RemoveUnusedNodesPass()(model)
     apply_rule(StoreByOutput(), model.graph)
     apply_rule(StoreMinimum(), model.graph)
-    embeddings = apply_rule(EmbeddingOfHead(model), model.graph)
-    if report is not None and embeddings.candidates:
-        report(embeddings)
     passes.RemoveUnusedNodesPass()(model)
     # Only now: shape inference inside a body, where inputs have no shape, gets the rank of Max wrong.
     tokopt.kernels.attach_functions(model)
