@@ -235,8 +235,9 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "XmodForCausalLM": {"is_decoder": True, "default_language": "en_XX"},
     **{
         name: {"window_size": 4}
-        for name in ("SwinModel", "Swinv2Model", "Swin2SRModel", "DonutSwinModel", "MaskFormerSwinModel")
+        for name in ("Swinv2Model", "MaskFormerSwinModel")
     },
+    "Swin2SRModel": {"window_size": 4, "patch_size": 1},
     "BitModel": {"num_groups": 4},
     **{name: {"num_stages": 4} for name in ("ConvNextModel", "ConvNextV2Model")},
     **{
@@ -252,6 +253,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "projector_scale_factors": [1.0],
     },
     "Mask2FormerModel": {"backbone_config": Nested(out_features=["stage1", "stage2", "stage3", "stage4"])},
+    "RfDetrModel": {"num_queries": 10},  # of hundreds two are nearly as good, and change places
     "TextNetModel": {"stem_out_channels": 16},
     **{name: {"upsample_groups": 64} for name in ("MimiModel", "PocketTTSAudioTokenizerModel")},
     "GraniteSpeech5Encoder": {"num_key_value_heads": 4, "context_size": 8},
