@@ -150,7 +150,9 @@ def test_a_model_that_sets_bounds_is_exported_once(even: bool, monkeypatch: pyte
     monkeypatch.setattr(torch.export, "export", lambda *a, **k: (calls.append(a), export(*a, **k))[1])
     dynamic, example = {"tokens": ("batch", "tokens", None)}, (torch.randn(3, 6, 4),)
     if even:
-        with pytest.raises(CaptureError, match="axis 'tokens' dynamic: it fits only multiples of 2, .* leave 'tokens'"):
+        with pytest.raises(
+            CaptureError, match=r"axis 'tokens' dynamic: it fits only multiples of 2, .* leave 'tokens'"
+        ):
             tokopt.capture(model, example, dynamic=dynamic)
         return
     bundle = tokopt.capture(model, example, dynamic=dynamic)

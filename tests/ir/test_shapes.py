@@ -76,7 +76,7 @@ def test_that_a_size_divides_its_multiples_is_proved_for_all_sizes(expr: Any) ->
 )
 def test_what_holds_for_some_sizes_of_two_axes_is_refused_in_plain_words(expr: Any) -> None:
     with pytest.raises(
-        PassError, match="an edit fits only some sizes of the axes 'batch' and 'frames', .* one of them"
+        PassError, match=r"an edit fits only some sizes of the axes 'batch' and 'frames', .* one of them"
     ) as caught:
         _holding(expr, AXES, RANGES)
     assert "Mod" not in str(caught.value)

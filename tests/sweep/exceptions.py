@@ -233,10 +233,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     },
     "RoCBertForCausalLM": {"is_decoder": True, "pronunciation_vocab_size": 20, "shape_vocab_size": 20},
     "XmodForCausalLM": {"is_decoder": True, "default_language": "en_XX"},
-    **{
-        name: {"window_size": 4}
-        for name in ("Swinv2Model", "MaskFormerSwinModel")
-    },
+    **{name: {"window_size": 4} for name in ("Swinv2Model", "MaskFormerSwinModel")},
     "Swin2SRModel": {"window_size": 4, "patch_size": 1},
     "BitModel": {"num_groups": 4},
     **{name: {"num_stages": 4} for name in ("ConvNextModel", "ConvNextV2Model")},
@@ -244,7 +241,11 @@ SETTINGS: dict[str, dict[str, Any]] = {
         name: {"depths": (2, 1, 1, 1), "image_size": 128, "window_size": 4}
         for name in ("DonutSwinModel", "SwinModel")
     },
-    "EfficientLoFTRModel": {"out_features": [16, 16, 32, 64], "num_attention_heads": 8, "num_key_value_heads": 8},
+    "EfficientLoFTRModel": {
+        "out_features": [16, 16, 32, 64],
+        "num_attention_heads": 8,
+        "num_key_value_heads": 8,
+    },
     "HieraModel": {"image_size": [64, 64], "patch_size": [7, 7]},
     "LevitModel": {"image_size": 128, "patch_size": 16},
     "LwDetrModel": {
@@ -258,7 +259,10 @@ SETTINGS: dict[str, dict[str, Any]] = {
     **{name: {"upsample_groups": 64} for name in ("MimiModel", "PocketTTSAudioTokenizerModel")},
     "GraniteSpeech5Encoder": {"num_key_value_heads": 4, "context_size": 8},
     "MuseSparkAudioModel": {"num_hidden_layers": 4},
-    **{name: {"quantization_dim": 128, "num_key_value_heads": 4} for name in ("NeuCodecModel", "Xcodec2Model")},
+    **{
+        name: {"quantization_dim": 128, "num_key_value_heads": 4}
+        for name in ("NeuCodecModel", "Xcodec2Model")
+    },
     "Sam2HieraDetModel": _HIERA,
     "Sam2VisionModel": {
         "backbone_config": Nested(_HIERA),
@@ -312,9 +316,9 @@ _PATCHES, _COLOURS = 16, 48
 """Patches of a picture, and the colours of a patch."""
 
 SHAPES: dict[str, dict[str, tuple[int, ...]]] = {
-    **{name: {"pixel_values": (2, 1, 64, 64)} for name in ("EfficientLoFTRModel",)},
+    "EfficientLoFTRModel": {"pixel_values": (2, 1, 64, 64)},
     "LightGlueForKeypointMatching": {"pixel_values": (2, 3, 64, 64)},
-    "SegGptModel": {name: (3, 32, 32) for name in ("pixel_values", "prompt_pixel_values", "prompt_masks")},
+    "SegGptModel": dict.fromkeys(("pixel_values", "prompt_pixel_values", "prompt_masks"), (3, 32, 32)),
     "VibeVoiceAcousticTokenizerDecoderModel": {"hidden_states": (64, 5)},
     "VibeVoiceAcousticTokenizerEncoderModel": {"hidden_states": (1, 6400)},
     "GraniteSpeech5Encoder": {"input_features": (96, 64)},
@@ -333,8 +337,14 @@ SHAPES: dict[str, dict[str, tuple[int, ...]]] = {
         )
     },
     "Inkling2VisionModel": {"pixel_values": (_PATCHES, 8, 8, 3)},
-    **{name: {"pixel_values": (1, 3, 4, 4 * _PATCHES)} for name in ("MiniCPMOcrVisionModel", "MiniCPMV4_7VisionModel")},
-    **{name: {"pixel_values": (_PATCHES, 2 * _COLOURS)} for name in ("MuseGlimmerVisionModel", "MuseSparkVisionModel")},
+    **{
+        name: {"pixel_values": (1, 3, 4, 4 * _PATCHES)}
+        for name in ("MiniCPMOcrVisionModel", "MiniCPMV4_7VisionModel")
+    },
+    **{
+        name: {"pixel_values": (_PATCHES, 2 * _COLOURS)}
+        for name in ("MuseGlimmerVisionModel", "MuseSparkVisionModel")
+    },
     "Siglip2VisionModel": {"pixel_values": (1, _PATCHES, _COLOURS)},
 }
 """Class -> shapes of its inputs, of one row where it reads rows, where no configuration says them."""

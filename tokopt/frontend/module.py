@@ -368,14 +368,16 @@ def explain(
                 "independent of that size"
             )
     asked = re.search(r"Not all values of (\w+) = ", text)
-    tied = [axis for axis in axes if asked and asked[1] == axis or f"({axis})" in text or f"'{axis}'" in text]
+    tied = [
+        axis for axis in axes if (asked and asked[1] == axis) or f"({axis})" in text or f"'{axis}'" in text
+    ]
     if tied:
         axis = tied[0]
         multiple = re.search(rf"\b{axis} = (\d+)\*_{axis}\b", text)
         sizes = f"multiples of {multiple[1]}" if multiple else "some of its sizes"
         return (
-            f"{name} cannot be captured with axis {axis!r} dynamic{where}: it fits only {sizes}, or torch.export cannot "
-            f"prove that it fits all; {leave.format(repr(axis))}make the model independent of that size"
+            f"{name} cannot be captured with axis {axis!r} dynamic{where}: it fits only {sizes}, or torch.export "
+            f"cannot prove that it fits all; {leave.format(repr(axis))}make the model independent of that size"
         )
     where = where or place_in_model(error)
     if "expected to contain only concrete integers" in text:
