@@ -218,7 +218,8 @@ class KVEviction(Pass):
         if others := [str(layer.layer) for layer in layers if not layer.fused and self.memory(layer)]:
             raise PassRefused(
                 f"the attention of the layers {', '.join(others)} has capped logits or sinks, whose weights "
-                f"{self.name} does not know; take one that scores keys or positions (knorm, keydiff, streaming, random_kv)"
+                f"{self.name} does not know; take one that scores keys or positions (knorm, keydiff, streaming, "
+                "random_kv)"
             )
 
     def _schedule(self, bundle: Bundle, program: str) -> Schedule:

@@ -65,6 +65,19 @@ class Filled(WrittenOut):
         return logits.masked_fill(~mask, -torch.inf).softmax(-1) @ values
 
 
+class Gated(WrittenOut):
+    """Sinks as Granite has them: what a softmax beside them leaves of the sum, by its logarithm."""
+
+    def attended(
+        self, layer: int, queries: Tensor, new: tuple[Tensor, Tensor], mask: Tensor, cache: Cache
+    ) -> Tensor:
+        keys, values = (self.repeated(x) for x in cache.update(layer, *(x[:, ::SHARING] for x in new)))
+        logits = CAP * torch.tanh(queries @ keys.transpose(2, 3) * queries.shape[-1] ** -0.5 / CAP)
+        logits = logits + torch.where(mask, 0.0, torch.finfo(torch.float32).min)
+        share = torch.sigmoid(logits.logsumexp(-1) - self.sinks[layer].view(1, -1, 1))
+        return logits.softmax(-1) @ values * share[..., None]
+
+
 @dataclass
 class NaiveWrittenOut(NaiveDecoder):
     """One token at a time. Heads that share keys hold the same ones, and so keep the same."""
@@ -106,7 +119,7 @@ def naive(method: str, kind: type[WrittenOut] = WrittenOut) -> NaiveDecoder:
     [
         ("knorm", WrittenOut),
         ("keydiff", Filled),
-        ("streaming", WrittenOut),
+        ("streaming", Gated),
         ("adakv knorm", WrittenOut),
         ("adakv keydiff", Filled),
         ("chunk keydiff", WrittenOut),

@@ -1,8 +1,9 @@
 """Attention over a cache that is written out: capped logits (Gemma 2) and attention sinks (gpt-oss), which SDPA lacks.
 
 What is recognised is ``weights(cap(scale * query @ keys.T) hidden by mask [beside sinks]) @ values``, in which no step
-minds the order of slots: scaling and capping are pointwise, the mask is the cache's own and hides for good, since nothing
-caps after it, the softmax sums over all slots and the sinks, and heads of keys are repeated as a whole.
+minds the order of slots: scaling and capping are pointwise, the mask is the cache's own and hides for good (nothing
+caps after it), the softmax sums over all slots and the sinks, and heads of keys are repeated as a whole. What else
+reads the logits takes their largest or their sum over all slots (the sinks of Granite).
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from tokopt.ir.graph import (
 from tokopt.kernels import ops
 
 _NO_OPS = (aten.dropout, aten.clone, aten.contiguous, aten.alias, aten.detach)
-_WHOLE = (aten.unsqueeze, aten.expand, aten.reshape, aten.view, aten.slice, *_NO_OPS)
+_WHOLE = (aten.unsqueeze, aten.expand, aten.reshape, aten.view, aten._unsafe_view, aten.slice, *_NO_OPS)
 """What repeats heads."""
 
 
@@ -85,7 +86,7 @@ def _logits(node: Node) -> tuple[Node, Hiding, bool] | None:
     hiding, sinks = None, False
     while not is_call(node, aten.matmul):
         before = _less_largest(node)
-        if before is None and len(value_users(node)) > 1 + _takes_largest(node):
+        if before is None and sum(not _reduces(user) for user in value_users(node)) > 1:
             return None
         if before is not None:
             node = before
@@ -113,10 +114,11 @@ def _less_largest(node: Node) -> Node | None:
     if not is_call(node, aten.sub.Tensor) or len(node.args) != 2 or node.kwargs:
         return None
     logits, largest = operand_at(node, 0), node.args[1]
-    if is_call(largest, operator.getitem) and largest.args[1] == 0:
+    if is_call(largest, operator.getitem):
         largest = operand_at(largest, 0)
-    same = is_call(largest, aten.max.dim, aten.amax.default) and operand_at(largest, 0) is logits
-    return logits if same and _last(largest, _axis(largest)) and argument(largest, 2, "keepdim") else None
+    if not isinstance(largest, Node) or is_call(largest, aten.logsumexp.default) or not _reduces(largest):
+        return None
+    return logits if operand_at(largest, 0) is logits and argument(largest, 2, "keepdim") else None
 
 
 def _axis(node: Node) -> object:
@@ -124,9 +126,14 @@ def _axis(node: Node) -> object:
     return axis[0] if isinstance(axis, list | tuple) and len(axis) == 1 else axis
 
 
-def _takes_largest(node: Node) -> int:
-    """Whether one of the users of the logits is the largest of them."""
-    return sum(is_call(user, aten.max.dim, aten.amax.default) for user in value_users(node))
+def _reduces(node: Node) -> bool:
+    """Whether a node is the largest number along the last axis, or the sum of all in the logarithm."""
+    if not is_call(node, aten.max.dim, aten.amax.default, aten.logsumexp.default) or not _last(
+        node, _axis(node)
+    ):
+        return False
+    values = all(is_call(user, operator.getitem) and user.args[1] == 0 for user in node.users)
+    return values or not is_call(node, aten.max.dim)  # which also says where it is
 
 
 def _beside_sinks(node: Node) -> Node | None:
@@ -151,7 +158,7 @@ def _hidden(node: Node) -> tuple[Node, Hiding] | None:
     if is_call(node, aten.add.Tensor) and len(node.args) == 2 and not node.kwargs:
         logits, number = operand_at(node, 0), node.args[1]
         if is_call(number, aten.where.Scalar):
-            mask, shown, low = number.args
+            mask, shown, low = number.args[:3]
             if is_call(mask, ops.cache_mask) and shown == 0 and isinstance(low, float) and low <= HIDDEN:
                 return logits, Hiding(node, number, mask, partial(_added, low=low))
     if is_call(node, aten.masked_fill.Scalar):
