@@ -89,6 +89,7 @@ def trial(model: Any, folder: Path, passes: bool = True) -> Iterator[tuple[str, 
             return Ending(EQUAL, form.fixed) if ending.outcome == EQUAL else ending
 
         ending = ending_of(plain)
+        ending = replace(ending, detail=ending.detail.replace(_Holding.__name__, type(model).__name__))
         if ending.outcome != REFUSED:
             break
     yield "", ending

@@ -158,7 +158,7 @@ def _hidden(node: Node) -> tuple[Node, Hiding] | None:
     if is_call(node, aten.add.Tensor) and len(node.args) == 2 and not node.kwargs:
         logits, number = operand_at(node, 0), node.args[1]
         if is_call(number, aten.where.Scalar):
-            mask, shown, low = number.args[:3]
+            mask, shown, low = (number.args[place] for place in range(3))
             if is_call(mask, ops.cache_mask) and shown == 0 and isinstance(low, float) and low <= HIDDEN:
                 return logits, Hiding(node, number, mask, partial(_added, low=low))
     if is_call(node, aten.masked_fill.Scalar):
