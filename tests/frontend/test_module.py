@@ -162,6 +162,35 @@ def test_a_model_that_sets_bounds_is_exported_once(even: bool, monkeypatch: pyte
         assert torch.equal(bundle(tokens)[0], model(tokens))
 
 
+class Packed(nn.Module):
+    """Patches of pictures of given sizes [pictures, 2], each with its place in its picture."""
+
+    def __init__(self, held: bool) -> None:
+        super().__init__()
+        self.places, self.held = nn.Embedding(64, 4), held
+
+    def forward(self, patches: Tensor, sizes: Tensor | None = None) -> Tensor:
+        if self.held:
+            sizes = torch.tensor([[2, 3], [1, 2]])
+        assert sizes is not None
+        places = torch.cat([torch.arange(high * wide) for high, wide in sizes.tolist()])
+        starts = torch.repeat_interleave(sizes.prod(-1).cumsum(0), sizes.prod(-1))
+        return patches + self.places(places + starts)
+
+
+def test_what_follows_from_numbers_in_the_model_is_computed_at_capture() -> None:
+    """Values of an input are not known, and are refused as before."""
+    model, patches = Packed(held=True).eval(), torch.randn(3, 8, 4)
+    bundle = tokopt.capture(model, (patches,))
+    for batch in (1, 5):
+        x = torch.randn(batch, 8, 4)
+        assert torch.equal(bundle(x)[0], model(x))
+    with pytest.raises(
+        CaptureError, match=r"decides by the values of its inputs|a size of the values of its inputs"
+    ):
+        tokopt.capture(Packed(held=False).eval(), (patches, torch.tensor([[2, 3], [1, 2]])), dynamic={})
+
+
 class Fixed(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         return images.reshape(4, -1)

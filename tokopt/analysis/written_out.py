@@ -162,7 +162,7 @@ def _hidden(node: Node) -> tuple[Node, Hiding] | None:
             if is_call(mask, ops.cache_mask) and shown == 0 and isinstance(low, float) and low <= HIDDEN:
                 return logits, Hiding(node, number, mask, partial(_added, low=low))
     if is_call(node, aten.masked_fill.Scalar):
-        logits, hidden, low = node.args
+        logits, hidden, low = (node.args[place] for place in range(3))
         if (
             is_call(hidden, aten.bitwise_not, aten.logical_not)
             and isinstance(low, int | float)

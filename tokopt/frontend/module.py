@@ -22,6 +22,7 @@ from tokopt import errors
 from tokopt.arguments import check_path
 from tokopt.errors import ArtifactError, CaptureError, InputError
 from tokopt.frontend.arguments import check_axes, check_example, check_tokenizer
+from tokopt.frontend.from_numbers import FromNumbers
 from tokopt.frontend.imaginary import InReal
 from tokopt.frontend.normalize import normalize
 from tokopt.frontend.pt2 import load_pt2
@@ -50,6 +51,8 @@ class _Flat(torch.nn.Module):
         self._leaves = [None if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves]
         self._is_tensor = [isinstance(leaf, torch.Tensor) for leaf in leaves]
         self._spec = spec
+        self.mode: type[InReal] = InReal
+        """What the model is traced under."""
         self.overwritten: Sequence[bool] | None = None
         """Which inputs the model writes to: it gets copies of them."""
 
@@ -64,7 +67,7 @@ class _Flat(torch.nn.Module):
         return self.model(*args, **kwargs)
 
     def forward(self, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        with InReal():
+        with self.mode():
             made = self.call(tensors)
         return tuple(leaf for leaf in pytree.tree_leaves(made) if isinstance(leaf, torch.Tensor))
 
@@ -124,7 +127,7 @@ def capture(
         outputs = _outputs(flat, example, names)
         _check_dtypes({**dict(zip(names, example, strict=True)), **outputs}, type(module).__name__)
         try:
-            graph, bounds = export_flat(flat, example, inputs, bounds)
+            graph, bounds = _exported(flat, example, inputs, bounds)
         except CaptureError:
             raise
         except Exception as error:
@@ -136,6 +139,23 @@ def capture(
         check_captured(program, list(outputs.values()), type(module).__name__)
     program = normalize(program)
     return Bundle({"forward": program}, Schedule((Entry("forward", "encode"),)), tokenizer=tokenizer)
+
+
+def _exported(
+    flat: _Flat,
+    example: tuple[torch.Tensor, ...],
+    inputs: tuple[TensorSpec, ...],
+    bounds: Mapping[str, AxisRange],
+) -> tuple[torch.fx.GraphModule, Mapping[str, AxisRange]]:
+    """As :func:`export_flat`; where a size is read off values, those that follow from numbers are computed before."""
+    try:
+        return export_flat(flat, example, inputs, bounds)
+    except (CaptureError, GuardOnDataDependentSymNode) as error:
+        flat.mode = FromNumbers
+        try:
+            return export_flat(flat, example, inputs, bounds)
+        except Exception:
+            raise error from None  # the values are those of inputs
 
 
 def _as_module(
