@@ -189,6 +189,7 @@ class KVEviction(Pass):
         module = open_graph(step)
         try:
             layers = cached_attentions(step, module, bundle.states)
+            self._refuse_unknown_weights(layers)
             if self.needs_rotary or self.renumbers:
                 found = rotaries(step, module, layers)
                 layers = [replace(layer, rotary=rotary) for layer, rotary in zip(layers, found, strict=True)]
@@ -211,6 +212,15 @@ class KVEviction(Pass):
             schedule=self._schedule(bundle, added),
         )
         return PassResult(made, len(layers))
+
+    def _refuse_unknown_weights(self, layers: Sequence[CachedAttention]) -> None:
+        """Raise PassRefused where the method reads weights of attention with capped logits or sinks."""
+        if others := [str(layer.layer) for layer in layers if not layer.fused and self.memory(layer)]:
+            raise PassRefused(
+                f"the attention of the layers {', '.join(others)} has capped logits or sinks, whose weights "
+                f"{self.name} does not know; take one that scores keys or positions (knorm, keydiff, streaming, "
+                "random_kv)"
+            )
 
     def _schedule(self, bundle: Bundle, program: str) -> Schedule:
         """What drives the model now: ``program`` runs after the prompt, and then after every so many tokens."""

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from tokopt.analysis.cache import CachedAttention, cached_attentions
+from tokopt.analysis.cache import CachedAttention, fused_attentions
 from tokopt.analysis.calibration import Site, observe
 from tokopt.analysis.rotary import find_rotaries
 from tokopt.analysis.rotation import Rotary
@@ -56,7 +56,7 @@ class Int8KV(Pass):
         step = bundle.programs[program]
         module = open_graph(step)
         try:
-            layers = cached_attentions(step, module, bundle.states)
+            layers = fused_attentions(step, module, bundle.states)
             self._check(bundle, layers)
         except PassRefused as reason:
             return PassResult(bundle, 0, (), (Refusal(program, str(reason)),))

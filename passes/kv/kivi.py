@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from tokopt.analysis.cache import CachedAttention, cached_attentions
+from tokopt.analysis.cache import CachedAttention, fused_attentions
 from tokopt.errors import PassError, PassRefused
 from tokopt.ir.bundle import Bundle, fresh
 from tokopt.ir.format import BATCH, Occupancy, State, slot_axis
@@ -79,12 +79,12 @@ class KIVI(Pass):
         name, compact = language_program(self.name, bundle), compactor(bundle)
         try:
             if compact is None:  # the eviction was refused for a reason that is found again here
-                cached_attentions(bundle.main, open_graph(bundle.main), bundle.states)
+                fused_attentions(bundle.main, open_graph(bundle.main), bundle.states)
             assert compact is not None
             step = _longer_program(bundle, name, self.group)
             bundle = bundle.with_program(name, step)
             module = open_graph(step)
-            layers = cached_attentions(step, module, bundle.states)
+            layers = fused_attentions(step, module, bundle.states)
             if len({bundle.state(layer.key_state).occupancy for layer in layers}) > 1:
                 raise PassRefused("layers have budgets of their own; give all one budget")
             self._check(layers)

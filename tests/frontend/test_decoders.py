@@ -8,9 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import tokopt
-from tests.zoo.decoders import HandWritten
-from tokopt.errors import PassRefused
-from tokopt.frontend.decoder import Cache
+from tokopt.errors import CaptureError
 from tokopt.frontend.experts import experts_as_ops
 from tokopt.frontend.language import capture_lm
 from tokopt.frontend.sight import Sight
@@ -79,19 +77,18 @@ def test_keys_of_one_head_are_shared() -> None:
     torch.testing.assert_close(bundle(x)[0], OneKey()(x))
 
 
-class Capped(HandWritten):
-    """Logits between -2 and 2, as no fused attention has them."""
+def test_a_model_that_cannot_be_told_positions_is_refused_in_one_plain_sentence() -> None:
+    """RoFormer's rotary embeddings know no axis of rows; what it raised is the cause."""
+    from transformers import RoFormerConfig, RoFormerForCausalLM
 
-    def attended(
-        self, layer: int, queries: Tensor, new: tuple[Tensor, Tensor], mask: Tensor, cache: Cache
-    ) -> Tensor:
-        keys, values = cache.update(layer, *new)
-        logits = 2 * torch.tanh(queries @ keys.mT * queries.shape[-1] ** -0.5 / 2)
-        return logits.masked_fill(~mask, -torch.inf).softmax(-1) @ values
-
-
-def test_caches_that_are_read_in_another_way_are_left_alone() -> None:
-    """An eviction would move some layers' slots and not others'."""
-    bundle = capture_lm(Capped().eval(), generation=Capped.generation)
-    with pytest.raises(PassRefused, match="the caches of the layers 0, 1 are read by something else"):
-        tokopt.optimize(bundle, "knorm{budget=64}", strict=True)
+    small = RoFormerConfig(
+        vocab_size=40, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, is_decoder=True
+    )
+    sentence = (
+        r"RoFormerForCausalLM does not run with positions, a mask and a cache that are given to it "
+        r"\(at modeling_roformer.py:\d+\), so there is no step to capture; make it compute with those, or capture it "
+        "whole with tokopt.capture$"
+    )
+    with pytest.raises(CaptureError, match=sentence) as caught:
+        capture_lm(RoFormerForCausalLM(small).eval())
+    assert isinstance(caught.value.__cause__, RuntimeError)

@@ -150,7 +150,9 @@ def test_a_model_that_sets_bounds_is_exported_once(even: bool, monkeypatch: pyte
     monkeypatch.setattr(torch.export, "export", lambda *a, **k: (calls.append(a), export(*a, **k))[1])
     dynamic, example = {"tokens": ("batch", "tokens", None)}, (torch.randn(3, 6, 4),)
     if even:
-        with pytest.raises(CaptureError, match="tokens"):
+        with pytest.raises(
+            CaptureError, match=r"axis 'tokens' dynamic: it fits only multiples of 2, .* leave 'tokens'"
+        ):
             tokopt.capture(model, example, dynamic=dynamic)
         return
     bundle = tokopt.capture(model, example, dynamic=dynamic)
@@ -158,6 +160,35 @@ def test_a_model_that_sets_bounds_is_exported_once(even: bool, monkeypatch: pyte
     for count in (1, 5, 12):
         tokens = torch.randn(2, count, 4)
         assert torch.equal(bundle(tokens)[0], model(tokens))
+
+
+class Packed(nn.Module):
+    """Patches of pictures of given sizes [pictures, 2], each with its place in its picture."""
+
+    def __init__(self, held: bool) -> None:
+        super().__init__()
+        self.places, self.held = nn.Embedding(64, 4), held
+
+    def forward(self, patches: Tensor, sizes: Tensor | None = None) -> Tensor:
+        if self.held:
+            sizes = torch.tensor([[2, 3], [1, 2]])
+        assert sizes is not None
+        places = torch.cat([torch.arange(high * wide) for high, wide in sizes.tolist()])
+        starts = torch.repeat_interleave(sizes.prod(-1).cumsum(0), sizes.prod(-1))
+        return patches + self.places(places + starts)
+
+
+def test_what_follows_from_numbers_in_the_model_is_computed_at_capture() -> None:
+    """Values of an input are not known, and are refused as before."""
+    model, patches = Packed(held=True).eval(), torch.randn(3, 8, 4)
+    bundle = tokopt.capture(model, (patches,))
+    for batch in (1, 5):
+        x = torch.randn(batch, 8, 4)
+        assert torch.equal(bundle(x)[0], model(x))
+    with pytest.raises(
+        CaptureError, match=r"decides by the values of its inputs|a size of the values of its inputs"
+    ):
+        tokopt.capture(Packed(held=False).eval(), (patches, torch.tensor([[2, 3], [1, 2]])), dynamic={})
 
 
 class Fixed(nn.Module):

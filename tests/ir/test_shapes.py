@@ -9,7 +9,9 @@ import sympy
 from sympy.logic.boolalg import Boolean
 from torch.utils._sympy import functions
 
-from tokopt.ir.shapes import _at
+from tokopt.errors import PassError
+from tokopt.ir.program import AxisRange
+from tokopt.ir.shapes import _at, _holding
 
 SIZE: Any = sympy.Symbol("s0", integer=True, positive=True)
 TORCH: Any = functions
@@ -40,3 +42,41 @@ def test_what_is_computed_at_every_size_is_what_sympy_says(expr: Any) -> None:
     assert [int(value) for value in _at(expr, SIZE, sizes)] == [
         int(x == sympy.true if isinstance(expr, Boolean) else x) for x in wanted
     ]
+
+
+ROWS: Any = sympy.Symbol("s1", integer=True, positive=True)
+FRAMES: Any = TORCH.FloorDiv(TORCH.FloorDiv(SIZE, 80) - 3, 2)
+"""What convolutions leave of a sound."""
+
+AXES, RANGES = {SIZE: "frames", ROWS: "batch"}, {"frames": AxisRange(480, None), "batch": AxisRange()}
+
+
+@pytest.mark.parametrize(
+    "expr",
+    [
+        sympy.Eq(TORCH.Mod(4 * ROWS * (FRAMES + 1), 4 * FRAMES + 4), 0),
+        sympy.Eq(ROWS, 1) | sympy.Eq(TORCH.Mod(ROWS * FRAMES + FRAMES, FRAMES), 0),
+        (FRAMES + 4 > 0) & sympy.Eq(TORCH.Mod(ROWS * (FRAMES + 1) ** 2, FRAMES + 1), 0),
+    ],
+    ids=str,
+)
+def test_that_a_size_divides_its_multiples_is_proved_for_all_sizes(expr: Any) -> None:
+    assert _holding(expr, AXES, RANGES) == RANGES
+
+
+@pytest.mark.parametrize(
+    "expr",
+    [
+        sympy.Eq(TORCH.Mod(2 * ROWS * (FRAMES + 1), 4 * FRAMES + 4), 0),
+        sympy.Eq(TORCH.Mod(ROWS * FRAMES + 1, FRAMES), 0),
+        (ROWS > FRAMES) | sympy.Eq(TORCH.Mod(ROWS, FRAMES + 1), 0),
+        (ROWS > 1) & sympy.Eq(TORCH.Mod(ROWS, FRAMES + 1), 0),
+    ],
+    ids=str,
+)
+def test_what_holds_for_some_sizes_of_two_axes_is_refused_in_plain_words(expr: Any) -> None:
+    with pytest.raises(
+        PassError, match=r"an edit fits only some sizes of the axes 'batch' and 'frames', .* one of them"
+    ) as caught:
+        _holding(expr, AXES, RANGES)
+    assert "Mod" not in str(caught.value)

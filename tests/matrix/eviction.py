@@ -173,7 +173,7 @@ class NaiveDecoder:
         head.entries.append(Entry(position, k, self._turned(k, position), v))
         head.queries.append(q)
         logits = np.array([entry.key @ q for entry in head.entries]) / math.sqrt(len(q))
-        weights = softmax(logits)
+        weights = self._weights(layer, h, logits)
         noise = np.array([gumbel(position, slot, h, 0) for slot in range(len(logits))])
         noisy = softmax((logits + noise) / (1 + 0.01 * self.generated))
         for entry, weight, noised in zip(head.entries, weights, noisy, strict=True):
@@ -181,6 +181,9 @@ class NaiveDecoder:
             entry.noisy_mass += float(noised)
             entry.attended = float(weight)
         return weights @ np.array([entry.value for entry in head.entries])
+
+    def _weights(self, layer: int, h: int, logits: Vector) -> Vector:
+        return softmax(logits)
 
     def _turned(self, x: Vector, position: int) -> Vector:
         return turned(x, position) if isinstance(self.model, HandRotary) else x

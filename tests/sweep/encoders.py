@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 import tokopt
-from tests.sweep.exceptions import SIZES, VOCABULARY
+from tests.sweep.exceptions import HELD, SHAPES, SIZES, VOCABULARY
 from tests.sweep.outcome import EQUAL, REFUSED, UNBUILT, WRONG, Ending
 from tests.sweep.trial import ending_of, first_line, optimized
 from tokopt.ir.bundle import Bundle
@@ -44,7 +44,7 @@ class Form:
     """How a model may be called.
 
     ``make(rows, length)`` are its inputs, ``axes`` those that may vary, ``calls`` rows and lengths to compare at;
-    ``fixed`` says what does not vary.
+    ``fixed`` says what does not vary; ``held`` are inputs that the model itself holds, as numbers.
     """
 
     make: Callable[[int, int], Inputs]
@@ -52,6 +52,22 @@ class Form:
     example: tuple[int, int]
     calls: tuple[tuple[int, int], ...]
     fixed: str = ""
+    held: Mapping[str, Any] = field(default_factory=dict[str, Any])
+
+    def of(self, model: Any) -> Any:
+        """The model that is called so."""
+        return _Holding(model, self.held) if self.held else model
+
+
+class _Holding(nn.Module):
+    """A model that is given some of its inputs as numbers, inside the graph."""
+
+    def __init__(self, model: Any, held: Mapping[str, Any]) -> None:
+        super().__init__()
+        self.model, self.held = model, held
+
+    def forward(self, pixel_values: Tensor) -> object:
+        return self.model(pixel_values, **{name: torch.tensor(value) for name, value in self.held.items()})
 
 
 def trial(model: Any, folder: Path, passes: bool = True) -> Iterator[tuple[str, Ending]]:
@@ -66,12 +82,14 @@ def trial(model: Any, folder: Path, passes: bool = True) -> Iterator[tuple[str, 
 
         def plain(form: Form = form) -> Ending:
             nonlocal bundle
-            bundle = tokopt.capture(model, (), form.make(*form.example), dynamic=form.axes)
-            limit = max(_CLOSE, 4 * _noise(model, form))
-            ending = compared(_exported(bundle, folder / "plain.tokopt"), form, _eager(model), limit)
+            called = form.of(model)
+            bundle = tokopt.capture(called, (), form.make(*form.example), dynamic=form.axes)
+            limit = max(_CLOSE, 4 * _noise(called, form))
+            ending = compared(_exported(bundle, folder / "plain.tokopt"), form, _eager(called), limit)
             return Ending(EQUAL, form.fixed) if ending.outcome == EQUAL else ending
 
         ending = ending_of(plain)
+        ending = replace(ending, detail=ending.detail.replace(_Holding.__name__, type(model).__name__))
         if ending.outcome != REFUSED:
             break
     yield "", ending
@@ -86,8 +104,9 @@ def trial(model: Any, folder: Path, passes: bool = True) -> Iterator[tuple[str, 
         made = optimized(bundle, QUANTIZED)
         artifact = _exported(made, folder / "quantized.tokopt")
         same = _same(artifact, made, form, _FLIPPED)
-        limit = max(_QUANTIZED, 2 * _rounding(model, form))
-        return compared(artifact, form, _eager(model), limit) if same.outcome == EQUAL else same
+        called = form.of(model)
+        limit = max(_QUANTIZED, 2 * _rounding(called, form))
+        return compared(artifact, form, _eager(called), limit) if same.outcome == EQUAL else same
 
     yield MERGED, ending_of(merged)
     yield QUANTIZED, ending_of(quantized)
@@ -220,9 +239,9 @@ def _error(got: np.ndarray, wanted: Tensor, mask: Tensor | None) -> float:
 def _forms(model: Any) -> list[Form]:
     """The forms of the first kind of inputs that the model runs on, the freest first."""
     failed: Exception | None = None
-    for forms in _KINDS[model.main_input_name](model):
+    for forms in _kinds(model):
         try:
-            out = _eager(model)(forms[0].make(*forms[0].example))
+            out = _eager(forms[0].of(model))(forms[0].make(*forms[0].example))
         except Exception as error:
             failed = failed or error
             continue
@@ -230,6 +249,17 @@ def _forms(model: Any) -> list[Form]:
             raise ValueError("the small random model gives NaN")
         return forms
     raise failed or ValueError("there is nothing to run it on")
+
+
+def _kinds(model: Any) -> Iterator[list[Form]]:
+    name, parameters = type(model).__name__, list(inspect.signature(model.forward).parameters)
+    if name in HELD:
+        yield _held(SHAPES[name], HELD[name])
+    elif name in SHAPES:
+        yield [_fixed(SHAPES[name])]
+    else:
+        read = model.main_input_name
+        yield from _KINDS[read if read in parameters else parameters[0]](model)
 
 
 def _random(seed: int) -> torch.Generator:
@@ -269,14 +299,34 @@ def _images(model: Any) -> Iterator[list[Form]]:
         (channels, 64, 64),
         (channels, 224, 224),
     ):
-        yield [_fixed(name, shape)]
+        yield [_fixed({name: shape})]
 
 
-def _fixed(name: str, shape: tuple[int, ...], note: str = "") -> Form:
+def _fixed(shapes: Mapping[str, tuple[int, ...]], note: str = "") -> Form:
+    """Rows of inputs of these shapes."""
+
     def make(rows: int, _: int) -> Inputs:
-        return {name: torch.randn(rows, *shape, generator=_random(rows))}
+        return {
+            name: torch.randn(rows, *shape, generator=_random(rows + place))
+            for place, (name, shape) in enumerate(shapes.items())
+        }
 
-    return Form(make, {name: {0: "batch"}}, (BATCH, 0), ((1, 0), (3, 0)), note)
+    axes = {name: {0: "batch"} for name in shapes}
+    return Form(make, axes, (BATCH, 0), ((1, 0), (3, 0)), note)
+
+
+def _held(shapes: Mapping[str, tuple[int, ...]], held: Mapping[str, Any]) -> list[Form]:
+    """Patches of pictures in a row, and the sizes of the pictures: as inputs, or as numbers that the model holds."""
+
+    def patches(_: int, seed: int) -> Inputs:
+        return {name: torch.randn(shape, generator=_random(seed)) for name, shape in shapes.items()}
+
+    def both(rows: int, seed: int) -> Inputs:
+        return patches(rows, seed) | {name: torch.tensor(value) for name, value in held.items()}
+
+    calls = ((1, 1), (1, 2))
+    note = f"with {' and '.join(held)} as numbers in the model"
+    return [Form(both, {}, (1, 0), calls), Form(patches, {}, (1, 0), calls, note, held)]
 
 
 def _sound(model: Any) -> Iterator[list[Form]]:
@@ -290,25 +340,39 @@ def _sound(model: Any) -> Iterator[list[Form]]:
         ),
         SIZES["num_mel_bins"],
     )
+    bands *= getattr(config, "num_stacked_frames", 1)
     lengths = (
         getattr(config, "max_length", None),
         2 * (getattr(config, "max_source_positions", None) or 0),
         96,
+        200,
     )
     for length in [length for length in lengths if length]:
-        yield _varying(name, lambda n: (n, bands), length, 1)
-        yield _varying(name, lambda n: (bands, n), length, 2)
-    yield _varying(name, lambda n: (n,), 2400, 1)
-    yield _varying(name, lambda n: (1, n), 2400, 2)
+        for masked in (False, True):
+            yield _varying(name, lambda n: (n, bands), length, 1, masked)
+            yield _varying(name, lambda n: (bands, n), length, 2, masked)
+    for length in (2400, 3840, 6400):
+        yield _varying(name, lambda n: (n,), length, 1)
+        yield _varying(name, lambda n: (1, n), length, 2)
 
 
-def _varying(name: str, shape: Callable[[int], tuple[int, ...]], length: int, axis: int) -> list[Form]:
+def _varying(
+    name: str, shape: Callable[[int], tuple[int, ...]], length: int, axis: int, masked: bool = False
+) -> list[Form]:
     def make(rows: int, length: int) -> Inputs:
-        return {name: torch.randn(rows, *shape(length), generator=_random(rows + length))}
+        made = {name: torch.randn(rows, *shape(length), generator=_random(rows + length))}
+        if masked:
+            lengths = torch.tensor([length, length - 9, length // 2, length, length - 1])[:rows]
+            made[f"{name}_mask"] = (torch.arange(length) < lengths[:, None]).long()
+        return made
 
     free = {name: {0: "batch", axis: "frames"}}
+    if masked:
+        free[f"{name}_mask"] = {0: "batch", 1: "frames"}
     calls = ((1, length), (2, length // 2), (2, 3 * length))
-    still = _fixed(name, shape(length), "with a fixed number of frames")
+    rows = {one: {0: "batch"} for one in free}
+    note = "with a fixed number of frames"
+    still = Form(make, rows, (BATCH, length), ((1, length), (3, length)), note)
     return [Form(make, free, (BATCH, length), calls), still]
 
 

@@ -136,13 +136,59 @@ _CAUSAL = (
 )
 """Encoders that read from left to right only when they are told."""
 
+_HIERA: dict[str, Any] = {
+    "hidden_size": 16,
+    "embed_dim_per_stage": [16, 32, 48, 64],
+    "num_attention_heads_per_stage": [1, 2, 2, 2],
+    "blocks_per_stage": [1, 2, 1, 1],
+    "window_size_per_stage": [8, 4, 2, 2],
+    "global_attention_blocks": [2],
+}
+
+_LCNET = Nested(
+    out_features=["stage1", "stage2", "stage3", "stage4"],
+    stem_channels=[3, 8, 16],
+    block_configs=[
+        [[3, 16, 16, 1, True]],
+        [[3, 16, 24, 2, False]],
+        [[3, 24, 32, 2, True], [3, 32, 32, 1, False]],
+        [[3, 32, 48, 2, False]],
+    ],
+)
+"""A backbone of PP-OCR whose stages halve both sides of a picture."""
+
+_INTRACLASS = {
+    "reduce_channel": [1, 1, 0],
+    "return_channel": [1, 1, 0],
+    **{
+        f"{name}_{ratio}ratio": [
+            [size if axis in axes else 1 for axis in "vh"],
+            [1, 1],
+            [size // 2 if axis in axes else 0 for axis in "vh"],
+        ]
+        for name, axes in (
+            ("vertical_long_to_small_conv", "v"),
+            ("horizontal_small_to_long_conv", "h"),
+            ("symmetric_conv_long", "vh"),
+        )
+        for ratio, size in (("long", 7), ("mid", 5), ("short", 3))
+    },
+}
+"""Kernel, stride and padding of the convolutions of a block (PP-OCR)."""
+
 SETTINGS: dict[str, dict[str, Any]] = {
     **{name: {"is_decoder": True} for name in _CAUSAL},
     "BambaForCausalLM": {"attn_layer_indices": [1]},
     "BloomForCausalLM": {"n_layer": 3},
     "CodeGenForCausalLM": {"rotary_dim": 8},
     "CohereForCausalLM": {"logit_scale": 1.0},
-    "CohereCompassForCausalLM": {"layer_types": ["sliding_attention", "full_attention"]},
+    "CohereCompassForCausalLM": {
+        "layer_types": ["sliding_attention", "full_attention"],
+        "rope_parameters": {
+            kind: {"rope_type": "default", "rope_theta": 10000.0}
+            for kind in ("sliding_attention", "full_attention")
+        },
+    },
     "CpmAntForCausalLM": {"dim_ff": 80, "dim_head": 16, "prompt_length": 4},
     "DbrxForCausalLM": {
         "max_seq_len": CONTEXT,
@@ -187,12 +233,71 @@ SETTINGS: dict[str, dict[str, Any]] = {
     },
     "RoCBertForCausalLM": {"is_decoder": True, "pronunciation_vocab_size": 20, "shape_vocab_size": 20},
     "XmodForCausalLM": {"is_decoder": True, "default_language": "en_XX"},
+    **{name: {"window_size": 4} for name in ("Swinv2Model", "MaskFormerSwinModel")},
+    "Swin2SRModel": {"window_size": 4, "patch_size": 1},
+    "BitModel": {"num_groups": 4},
+    **{name: {"num_stages": 4} for name in ("ConvNextModel", "ConvNextV2Model")},
     **{
-        name: {"window_size": 4}
-        for name in ("SwinModel", "Swinv2Model", "Swin2SRModel", "DonutSwinModel", "MaskFormerSwinModel")
+        name: {"depths": (2, 1, 1, 1), "image_size": 128, "window_size": 4}
+        for name in ("DonutSwinModel", "SwinModel")
     },
+    "EfficientLoFTRModel": {
+        "out_features": [16, 16, 32, 64],
+        "num_attention_heads": 8,
+        "num_key_value_heads": 8,
+    },
+    "HieraModel": {"image_size": [64, 64], "patch_size": [7, 7]},
+    "LevitModel": {"image_size": 128, "patch_size": 16},
+    "LwDetrModel": {
+        "backbone_config": Nested(image_size=32, num_windows=4),
+        "num_queries": 10,
+        "projector_scale_factors": [1.0],
+    },
+    "Mask2FormerModel": {"backbone_config": Nested(out_features=["stage1", "stage2", "stage3", "stage4"])},
+    "RfDetrModel": {"num_queries": 10},  # of hundreds two are nearly as good, and change places
+    "TextNetModel": {"stem_out_channels": 16},
+    **{name: {"upsample_groups": 64} for name in ("MimiModel", "PocketTTSAudioTokenizerModel")},
+    "GraniteSpeech5Encoder": {"num_key_value_heads": 4, "context_size": 8},
+    "MuseSparkAudioModel": {"num_hidden_layers": 4},
+    **{
+        name: {"quantization_dim": 128, "num_key_value_heads": 4}
+        for name in ("NeuCodecModel", "Xcodec2Model")
+    },
+    "Sam2HieraDetModel": _HIERA,
+    "Sam2VisionModel": {
+        "backbone_config": Nested(_HIERA),
+        "backbone_channel_list": [64, 48, 32, 16],
+        "backbone_feature_sizes": [[8, 8], [4, 4], [2, 2]],
+        "fpn_hidden_size": 32,
+    },
+    "UVDocModel": {"backbone_config": Nested(out_features=[f"stage{i}" for i in range(1, 7)])},
+    "PPOCRV6SmallDetModel": {"backbone_config": _LCNET, "layer_list_out_channels": (16, 24, 32, 48)},
+    "PPOCRV6MediumDetModel": {
+        "backbone_config": _LCNET,
+        "intraclass_block_config": _INTRACLASS,
+        "scale_factor_list": [1, 2, 4, 8],
+        "kernel_list": [3, 2, 2],
+    },
+    "SegGptModel": {
+        "image_size": (64, 32),
+        "pretrain_image_size": 32,
+        "merge_index": 0,
+        "intermediate_hidden_state_indices": (0, 1),
+    },
+    "T5GemmaEncoderModel": {"is_encoder_decoder": False},
+    "BltForCausalLM": {"num_hidden_layers": 2},
+    "Gemma4AssistantForCausalLM": {"text_config": Nested(hidden_size_per_layer_input=0)},
+    "Qwen4ExpForCausalLM": {
+        "indexer_n_heads": 2,
+        "indexer_kv_heads": 1,
+        "indexer_head_dim": 16,
+        "indexer_budget": 8,
+        "indexer_compress_ratio": 4,
+    },
+    "xLSTMForCausalLM": {"qk_dim_factor": 1.0},
+    "ZambaForCausalLM": {"num_hidden_layers": 4, "attn_layer_period": 2, "attn_layer_offset": 1},
     "CLIPTextModel": {"eos_token_id": 2},
-    "EsmModel": {"vocab_size": VOCABULARY},
+    "EsmModel": {"vocab_size": VOCABULARY, "pad_token_id": PADDING},
     "EsmcModel": {"num_key_value_heads": 4},
     **{
         name: {"num_key_value_heads": 4}
@@ -206,6 +311,63 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "ZayaForCausalLM": {"num_experts_per_tok": 1},
 }
 """Class -> what its configuration needs beside :data:`SIZES`."""
+
+_PATCHES, _COLOURS = 16, 48
+"""Patches of a picture, and the colours of a patch."""
+
+SHAPES: dict[str, dict[str, tuple[int, ...]]] = {
+    "EfficientLoFTRModel": {"pixel_values": (2, 1, 64, 64)},
+    "LightGlueForKeypointMatching": {"pixel_values": (2, 3, 64, 64)},
+    "SegGptModel": dict.fromkeys(("pixel_values", "prompt_pixel_values", "prompt_masks"), (3, 32, 32)),
+    "VibeVoiceAcousticTokenizerDecoderModel": {"hidden_states": (64, 5)},
+    "VibeVoiceAcousticTokenizerEncoderModel": {"hidden_states": (1, 6400)},
+    "GraniteSpeech5Encoder": {"input_features": (96, 64)},
+    "Gemma4AudioModel": {"input_features": (96, 128)},
+    **{
+        name: {"input_values": (1, 6400), "input_features": (20, 160)}
+        for name in ("NeuCodecModel", "Xcodec2Model")
+    },
+    **{
+        name: {"pixel_values": (_PATCHES, _COLOURS)}
+        for name in (
+            "Cosmos3EdgeVisionModel",
+            "GlmImageVisionModel",
+            "HunYuanVLVisionTransformer",
+            "VideoLlama3VisionModel",
+        )
+    },
+    "Inkling2VisionModel": {"pixel_values": (_PATCHES, 8, 8, 3)},
+    **{
+        name: {"pixel_values": (1, 3, 4, 4 * _PATCHES)}
+        for name in ("MiniCPMOcrVisionModel", "MiniCPMV4_7VisionModel")
+    },
+    **{
+        name: {"pixel_values": (_PATCHES, 2 * _COLOURS)}
+        for name in ("MuseGlimmerVisionModel", "MuseSparkVisionModel")
+    },
+    "Siglip2VisionModel": {"pixel_values": (1, _PATCHES, _COLOURS)},
+}
+"""Class -> shapes of its inputs, of one row where it reads rows, where no configuration says them."""
+
+_GRID = [[1, 4, 4]]
+
+HELD: dict[str, dict[str, Any]] = {
+    **{
+        name: {"grid_thw": _GRID}
+        for name in (
+            "Cosmos3EdgeVisionModel",
+            "GlmImageVisionModel",
+            "HunYuanVLVisionTransformer",
+            "MuseGlimmerVisionModel",
+            "MuseSparkVisionModel",
+        )
+    },
+    "Inkling2VisionModel": {"image_grid_thw": _GRID},
+    "VideoLlama3VisionModel": {"grid_thw": _GRID, "merge_sizes": [2]},
+    **{name: {"target_sizes": [[4, 4]]} for name in ("MiniCPMOcrVisionModel", "MiniCPMV4_7VisionModel")},
+    "Siglip2VisionModel": {"pixel_attention_mask": [[1] * _PATCHES], "spatial_shapes": [[4, 4]]},
+}
+"""Class -> inputs that are the sizes of its pictures."""
 
 UNLIMITED = ("BloomForCausalLM",)
 """Classes whose configuration gives no context length."""

@@ -36,7 +36,7 @@ from tokopt.errors import CaptureError
 from tokopt.frontend.arguments import check_module, check_tokenizer
 from tokopt.frontend.hugging_face import HuggingFace, traceable
 from tokopt.frontend.imaginary import InReal
-from tokopt.frontend.module import evaluation, explain, place_in_model, says
+from tokopt.frontend.module import evaluation, explain, place_in_model
 from tokopt.frontend.normalize import normalize
 from tokopt.frontend.positions import first_position
 from tokopt.frontend.pretrained import load_pretrained
@@ -101,7 +101,7 @@ def capture_lm(
         wanted = _tried(model, lambda: readings(step.read, generation.vocabulary))
         with traceable(model) if hugging_face else nullcontext():
             if hugging_face:
-                _tried(model, lambda: decoder.settle(step.whole, wanted[0]))
+                _tried(model, lambda: decoder.settle(step.whole, wanted[0]), _UNTOLD)
             program, states = _export(step, generation, model)
         check_replay(type(model).__name__, program, states, wanted)
     schedule = Schedule((Entry("step", "prefill", "tokens"), Entry("step", "decode", "tokens")))
@@ -202,21 +202,25 @@ class _Real(TorchDispatchMode):
         return made
 
 
-def _tried(model: nn.Module, run: Callable[[], Result], when: str = "on a text of a few tokens") -> Result:
-    """What a run of the model gives; what goes wrong in it is a CaptureError of one sentence."""
+_UNREAD = "fails on a text of a few tokens{}; capture_lm takes models that run there as they are"
+_UNTOLD = (
+    "does not run with positions, a mask and a cache that are given to it{}, so there is no step to capture; make it "
+    "compute with those, or capture it whole with tokopt.capture"
+)
+
+
+def _tried(model: nn.Module, run: Callable[[], Result], fault: str = _UNREAD) -> Result:
+    """What a run of the model gives; what goes wrong in it is a CaptureError of one sentence, ``fault``."""
     try:
         return run()
     except CaptureError as error:
         raise CaptureError(f"{type(model).__name__} cannot be captured: {error}") from error
     except Exception as error:
-        raise CaptureError(
-            f"{type(model).__name__} fails {when}{place_in_model(error)}; capture_lm takes models that run there "
-            f"as they are ({says(error)})"
-        ) from error
+        raise CaptureError(f"{type(model).__name__} {fault.format(place_in_model(error))}") from error
 
 
 def _export(step: _Step, generation: Generation, model: nn.Module) -> tuple[Program, tuple[State, ...]]:
-    layers = _tried(model, step.layers, "where positions, masks and a cache are given to it")
+    layers = _tried(model, step.layers, _UNTOLD)
     if layers[0][0].dtype == torch.bfloat16:
         raise CaptureError(
             f"{type(model).__name__} computes in bfloat16, which numpy cannot hold; capture it in float32 "
@@ -246,7 +250,7 @@ def _export(step: _Step, generation: Generation, model: nn.Module) -> tuple[Prog
     except CaptureError:
         raise
     except Exception as error:
-        raise CaptureError(explain(error, model, inputs)) from error
+        raise CaptureError(explain(error, model, inputs, fixable=False)) from error
     aliases = {f"next_{state.name}": state.name for state in states if state.occupancy is not None}
     program = Program(graph, inputs, outputs, ranges, example, aliases)
     refuse_random(program.module, type(model).__name__)

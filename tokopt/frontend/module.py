@@ -22,6 +22,7 @@ from tokopt import errors
 from tokopt.arguments import check_path
 from tokopt.errors import ArtifactError, CaptureError, InputError
 from tokopt.frontend.arguments import check_axes, check_example, check_tokenizer
+from tokopt.frontend.from_numbers import FromNumbers
 from tokopt.frontend.imaginary import InReal
 from tokopt.frontend.normalize import normalize
 from tokopt.frontend.pt2 import load_pt2
@@ -50,6 +51,8 @@ class _Flat(torch.nn.Module):
         self._leaves = [None if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves]
         self._is_tensor = [isinstance(leaf, torch.Tensor) for leaf in leaves]
         self._spec = spec
+        self.mode: type[InReal] = InReal
+        """What the model is traced under."""
         self.overwritten: Sequence[bool] | None = None
         """Which inputs the model writes to: it gets copies of them."""
 
@@ -64,7 +67,7 @@ class _Flat(torch.nn.Module):
         return self.model(*args, **kwargs)
 
     def forward(self, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        with InReal():
+        with self.mode():
             made = self.call(tensors)
         return tuple(leaf for leaf in pytree.tree_leaves(made) if isinstance(leaf, torch.Tensor))
 
@@ -124,7 +127,7 @@ def capture(
         outputs = _outputs(flat, example, names)
         _check_dtypes({**dict(zip(names, example, strict=True)), **outputs}, type(module).__name__)
         try:
-            graph, bounds = export_flat(flat, example, inputs, bounds)
+            graph, bounds = _exported(flat, example, inputs, bounds)
         except CaptureError:
             raise
         except Exception as error:
@@ -136,6 +139,23 @@ def capture(
         check_captured(program, list(outputs.values()), type(module).__name__)
     program = normalize(program)
     return Bundle({"forward": program}, Schedule((Entry("forward", "encode"),)), tokenizer=tokenizer)
+
+
+def _exported(
+    flat: _Flat,
+    example: tuple[torch.Tensor, ...],
+    inputs: tuple[TensorSpec, ...],
+    bounds: Mapping[str, AxisRange],
+) -> tuple[torch.fx.GraphModule, Mapping[str, AxisRange]]:
+    """As :func:`export_flat`; where a size is read off values, those that follow from numbers are computed before."""
+    try:
+        return export_flat(flat, example, inputs, bounds)
+    except (CaptureError, GuardOnDataDependentSymNode) as error:
+        flat.mode = FromNumbers
+        try:
+            return export_flat(flat, example, inputs, bounds)
+        except Exception:
+            raise error from None  # the values are those of inputs
 
 
 def _as_module(
@@ -255,7 +275,8 @@ def _outputs(
             result = flat.call(copies)
         except Exception as error:
             raise CaptureError(
-                f"{type(flat.model).__name__} fails on the example inputs: {type(error).__name__}: {error}"
+                f"{type(flat.model).__name__} fails on the example inputs: {type(error).__name__}: "
+                f"{' '.join(str(error).split())}"
             ) from error
         overwritten[:] = [tensor._version != count for tensor, count in zip(copies, before, strict=True)]
         return result
@@ -338,8 +359,14 @@ _OWN = ("/imaginary.py",)
 """Files of tokopt that a model's functions run through."""
 
 
-def explain(error: Exception, model: torch.nn.Module, inputs: tuple[TensorSpec, ...]) -> str:
-    """One sentence from an error of ``torch.export``, naming the user's axis and the line of the model."""
+def explain(
+    error: Exception, model: torch.nn.Module, inputs: tuple[TensorSpec, ...], *, fixable: bool = True
+) -> str:
+    """One sentence from an error of ``torch.export``, naming the user's axis and the line of the model.
+
+    ``fixable`` says that whoever captures chose the axes that vary, and may fix one. What torch says itself is the
+    cause of the error that is raised with this sentence.
+    """
     if any(isinstance(part, torch.jit.ScriptModule) for part in model.modules()):
         return TORCHSCRIPT
     text = str(error)
@@ -347,6 +374,7 @@ def explain(error: Exception, model: torch.nn.Module, inputs: tuple[TensorSpec, 
     axes = sorted({axis for spec in inputs for axis in spec.axes if isinstance(axis, str)})
     line = [at for at in re.findall(r'File "([^"]+)", line (\d+)', text) if not at[0].endswith(_OWN)]
     where = f" (at {line[-1][0].rsplit('/', 1)[-1]}:{line[-1][1]})" if line else ""
+    leave = "leave {} out of dynamic, or " if fixable else ""
     if isinstance(error, GuardOnDataDependentSymNode):
         return (
             f"{name} cannot be captured{where}: it decides by the values of its inputs what to compute, and a graph "
@@ -354,32 +382,33 @@ def explain(error: Exception, model: torch.nn.Module, inputs: tuple[TensorSpec, 
             "of a loop over the chosen ones)"
         )
     for axis in axes:
-        if found := re.search(rf"\b{axis}\b\s*=\s*(\d+)\b", text):
+        if found := re.search(rf"\b{axis}\b\s*=\s*(\d+)\b(?!\*)", text):
             return (
-                f"{name} fixes axis {axis!r} to {found[1]}{where}; leave {axis!r} out of dynamic, or make "
-                "the model independent of that size"
+                f"{name} fixes axis {axis!r} to {found[1]}{where}; {leave.format(repr(axis))}make the model "
+                "independent of that size"
             )
-    if found := re.search(
-        r"Not all values of (\w+) = (\S+) in .* satisfy the generated guard (.+)\.$", text, re.M
-    ):
-        axis, size, guard = found.groups()
+    asked = re.search(r"Not all values of (\w+) = ", text)
+    tied = [
+        axis for axis in axes if (asked and asked[1] == axis) or f"({axis})" in text or f"'{axis}'" in text
+    ]
+    if tied:
+        axis = tied[0]
+        multiple = re.search(rf"\b{axis} = (\d+)\*_{axis}\b", text)
+        sizes = f"multiples of {multiple[1]}" if multiple else "some of its sizes"
         return (
-            f"{name} cannot be captured with axis {axis!r} dynamic{where}: torch.export takes for granted that "
-            f"{guard.replace(size, axis)}, which it cannot prove; leave {axis!r} out of dynamic"
+            f"{name} cannot be captured with axis {axis!r} dynamic{where}: it fits only {sizes}, or torch.export "
+            f"cannot prove that it fits all; {leave.format(repr(axis))}make the model independent of that size"
         )
-    for axis in axes:
-        if f"({axis})" in text or f"'{axis}'" in text:
-            first = text.strip().splitlines()[0]
-            return f"{name} cannot be captured with axis {axis!r} dynamic{where}: {first}"
     where = where or place_in_model(error)
     if "expected to contain only concrete integers" in text:
+        listed = ", ".join(map(repr, axes))
         return (
-            f"{name} cannot be captured{where}: an operator there takes sizes that are fixed alone; leave "
-            f"{', '.join(map(repr, axes))} out of dynamic"
+            f"{name} cannot be captured{where}: an operator there takes sizes that are fixed alone; "
+            f"{leave.format(listed)}do without that operator"
         )
     return (
         f"{name} cannot be captured{where}: torch.export does not follow what the model does there; write it in "
-        f"another way, or capture a part of the model without it ({says(error)})"
+        "another way, or capture a part of the model without it"
     )
 
 
@@ -394,8 +423,3 @@ def place_in_model(error: BaseException) -> str:
         if not frame.filename.startswith((ours, torchs, "<"))
     ]
     return lines[-1] if lines else ""
-
-
-def says(error: BaseException) -> str:
-    """The kind of an error and the beginning of what it says, in a line."""
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:120]}"

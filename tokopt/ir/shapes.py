@@ -371,10 +371,11 @@ def _holding(expr: Any, symbols: Mapping[Any, str], ranges: dict[str, AxisRange]
     known = {symbol: _value_range(ranges[axis]) for symbol, axis in symbols.items() if axis in ranges}
     if _is_true(expr, known):
         return ranges
-    spelled = expr.xreplace({symbol: sympy.Symbol(axis) for symbol, axis in symbols.items()})
     if len(expr.free_symbols) != 1:
+        axes = sorted(repr(symbols[symbol]) for symbol in expr.free_symbols)
         raise PassError(
-            f"an edit takes {spelled} for granted, which no range of an axis says; capture with fixed sizes"
+            f"an edit fits only some sizes of the axes {' and '.join(axes)}, and no range of one axis says which; "
+            "capture with one of them fixed"
         )
     (symbol,) = expr.free_symbols
     axis = symbols[symbol]
@@ -385,7 +386,8 @@ def _holding(expr: Any, symbols: Mapping[Any, str], ranges: dict[str, AxisRange]
         return ranges
     if failing[-1] == sizes[-1] or len(failing) != failing[-1] - low + 1:
         raise PassError(
-            f"an edit takes {spelled} for granted, which fails for {axis}={failing[0]}; fix that size"
+            f"an edit does not fit {axis}={failing[0]}, and no range leaves out all sizes that it does not fit; "
+            f"capture with a fixed {axis}"
         )
     return {**ranges, axis: AxisRange(failing[-1] + 1, high)}
 
@@ -399,6 +401,9 @@ def _is_true(expr: Any, known: Known) -> bool:
         expr = expr.replace(kind, partial(_remainder, kind, known))
     if _proved(expr, known):
         return True
+    if isinstance(expr, sympy.Or | sympy.And):
+        together = any if isinstance(expr, sympy.Or) else all
+        return together(_is_true(part, known) for part in expr.args)
     if not expr.is_Relational:
         return False
     if _proved(*_factors_bounded(expr, known)):
@@ -449,9 +454,17 @@ def _proved(expr: Any, known: Known) -> bool:
 
 
 def _remainder(kind: Any, known: Known, part: Any, whole: Any) -> Any:
-    """``part mod whole``, which is ``part`` where that is positive and the smaller one."""
+    """``part mod whole``: 0 for a multiple, and ``part`` where that is positive and the smaller one."""
+    if _is_multiple(part, whole):
+        return sympy.Integer(0)
     positive = [sympy.Gt(sympy.factor(x), 0) for x in (part, whole - part)]
     return part if all(_proved(one, known) for one in positive) else kind(part, whole)
+
+
+def _is_multiple(part: Any, whole: Any) -> bool:
+    """Whether ``part`` is ``whole`` times a polynomial of whole numbers."""
+    quotient: Any = sympy.expand(sympy.cancel(part / whole))
+    return quotient.is_polynomial() and all(n.is_integer for n in quotient.as_coefficients_dict().values())
 
 
 _LONGEST = 4096

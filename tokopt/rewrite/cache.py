@@ -20,7 +20,7 @@ from tokopt.errors import PassError
 from tokopt.ir.bundle import Bundle, fresh
 from tokopt.ir.export import placeholders
 from tokopt.ir.format import BATCH, Occupancy, State, slot_axis
-from tokopt.ir.graph import argument, drop_dead, is_call, results
+from tokopt.ir.graph import ancestors, aten, drop_dead, is_call, reaches, results, same_size
 from tokopt.ir.program import Axis, AxisRange, Program, TensorSpec
 from tokopt.ir.shapes import Shapes
 from tokopt.kernels import ops
@@ -292,7 +292,7 @@ class StepEdit(ProgramEdit):
         if self.layered:
             self._split_lengths()
         for place, layer in enumerate(self.layers):
-            position, mask = self.shared, layer.mask
+            position, mask = self.shared, layer.hiding.mask
             if self.own_slots(layer):
                 position, mask = self._add_slots(place, layer)
             memory = self._add_memory(layer, mask)
@@ -371,13 +371,28 @@ class StepEdit(ProgramEdit):
         slots = self.take(state, self.sample(self.shared).repeat(1, heads, 1, 1))
         groups = layer.query.meta["val"].shape[1] // heads if heads > 1 else 1
         operands = (slots, self.positions, self.of_role("mask"), self.lengths[place])
-        graph = self.module.graph
-        Shapes.attached(self.module).refresh(self.module, until=layer.node)
-        with graph.inserting_before(layer.node):
+        graph, hiding = self.module.graph, layer.hiding
+        if not layer.fused:
+            self._own_sizes(layer)
+        Shapes.attached(self.module).refresh(self.module, until=hiding.node)
+        with graph.inserting_before(hiding.node):
             written, mask = call(graph, _own_mask, *operands, layer.window, groups, like=layer.node)
+            spelled = mask if hiding.spelled is None else call(graph, hiding.spelled, mask, like=layer.node)
         self.give(state, written, written=True)
-        layer.node.replace_input_with(argument(layer.node, 3, "attn_mask"), mask)
+        hiding.node.replace_input_with(hiding.operand, spelled)
         return state.name, mask
+
+    def _own_sizes(self, layer: CachedAttention) -> None:
+        """What is made of a layer's cache takes the number of slots from it, and not from the slots of all layers."""
+        slots, graph = layer.keys.meta["val"].shape[2], self.module.graph
+        inside = (reaches(layer.keys) | reaches(layer.values)) & ancestors(layer.node)
+        for node in [node for node in graph.nodes if node in inside]:
+            for size in node.all_input_nodes:
+                if is_call(size, aten.sym_size.int) and same_size(size.meta["val"], slots):
+                    with graph.inserting_before(node):
+                        own = graph.call_function(aten.sym_size.int, (layer.keys, 2))
+                    own.meta["val"] = slots
+                    node.replace_input_with(size, own)
 
     def _add_memory(self, layer: CachedAttention, mask: Node) -> tuple[str, ...]:
         """The tap: the states of what it remembers of this attention."""
