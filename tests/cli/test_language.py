@@ -210,7 +210,7 @@ def test_other_verbs_know_language_models(
         ("generate", "full.tokopt", "a" * 400): "the prompt has 400 tokens and the model's context holds 320",
         ("generate", "full.tokopt", "a", "--temperature", "-1"): "temperature",
         ("generate", "full.tokopt", "a", "--chat"): "token id 97 of the prompt is outside",
-        ("generate", "nowhere.tokopt", "a"): "is no tokopt artifact",
+        ("generate", "nowhere.tokopt", "a"): "make one with: tokopt export",
         (
             "generate",
             "full.tokopt",
