@@ -273,7 +273,7 @@ def test_other_verbs_know_language_models(
             "x",
             "--calibrate",
             "photo.png",
-        ): "photo.png is no text",
+        ): "photo.png is no text (.txt, .md, .rst), of which the samples",
         (
             "optimize",
             "full.bundle.tokopt",
