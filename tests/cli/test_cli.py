@@ -179,6 +179,20 @@ def test_quantize_with_images_and_compare(
     )
 
 
+def test_tuning_that_has_no_time_says_that_nothing_was_tried(
+    capsys: pytest.CaptureFixture[str], folder: Path, tmp_path: Path
+) -> None:
+    files = [tmp_path / f"{i}.npy" for i in range(2)]
+    for file in files:
+        np.save(file, np.ones((1, 3, 24, 24), np.float32))
+    command = ["tune", folder / "plain.tokopt", *files, "-o", tmp_path / "t", "--candidates", "tome{r=1}"]
+    assert main([*map(str, command), "--minutes", "0"]) == 1
+    out = capsys.readouterr().out
+    assert (
+        "1 candidates were left for want of time" in out and "Nothing was tried; give more --minutes." in out
+    )
+
+
 def test_verify_passes_and_finds_damage(
     capsys: pytest.CaptureFixture[str], folder: Path, tmp_path: Path
 ) -> None:
