@@ -68,7 +68,7 @@ def run(artifact: Path) -> None:
             feed = {given["name"]: photographs[photograph]}
             (left,), seconds = timed(lambda feed=feed: session.run([depth], feed)[0])
             depths[photograph] = int(left)
-            print(f"{photograph:24} left after block {int(left):2} of {deepest}  {seconds * 1e3:6.1f} ms")
+            print(f"{photograph:24} left after {int(left):2} of {deepest} blocks  {seconds * 1e3:6.1f} ms")
     print(f"mean depth {np.mean(list(depths.values())):.1f} of {deepest}")
     print("torch and tokopt were " + ("" if {"torch", "tokopt"} & set(sys.modules) else "not ") + "imported")
     (artifact.parent / "depths.json").write_text(json.dumps(depths), encoding="utf-8")

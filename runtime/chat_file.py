@@ -86,6 +86,8 @@ def read_chat(path: Path, artifact: Path, manifest: Manifest) -> Saved:
         tokens, messages, parts = arrays["tokens"], json.loads(about["messages"]), about["parts"]
     except InputError:
         raise
+    except FileNotFoundError as error:
+        raise InputError(f"there is no file {path}; a chat is written by chat.save, or by /save") from error
     except (
         safetensors.SafetensorError,
         OSError,

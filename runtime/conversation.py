@@ -176,7 +176,7 @@ class Chat:
             places = [at for at, message in enumerate(self._messages) if message.get("role") == "user"]
             turns = check_integer("turns", turns, 0)
             if turns > len(places):
-                raise InputError(f"there are {len(places)} turns to go back; rewind by no more")
+                raise InputError(f"turns to go back to: {len(places)}; rewind by no more")
             if turns:
                 del self._messages[places[-turns] :]
             self._parts = tuple(part for part in self._parts if part.messages <= len(self._messages))

@@ -67,8 +67,8 @@ def load(
     for program, entry in manifest.programs.items():
         if PORTABLE not in entry.files:
             raise ArtifactError(
-                f"{folder} holds no ONNX form of program {program!r}, only {', '.join(entry.files)}; open it with "
-                "tokopt.open_bundle, or export the bundle with target='onnx'"
+                f"{folder} holds no ONNX form of program {program!r}, only {', '.join(entry.files)}; export it for the "
+                f"runtime with: tokopt export {folder} -o DIR, or open it with tokopt.open_bundle"
             )
     if verify:
         check_files(folder, manifest)

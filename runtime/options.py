@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, TypedDict
 
 from tokopt.arguments import check_callable, check_integer, check_items, check_kind
@@ -12,6 +12,9 @@ from tokopt.runtime.grammar import Grammar
 from tokopt.runtime.sampling import LogitsProcessor, Sampling
 from tokopt.runtime.speculation.drafters.base import Drafter
 from tokopt.runtime.speculation.rules.base import Rule
+
+_SAMPLING = frozenset(field.name for field in fields(Sampling))
+"""What says how a token is chosen, which other libraries take beside ``max_tokens``."""
 
 
 class ChoiceOptions(TypedDict, total=False):
@@ -87,6 +90,10 @@ class Options:
             if name == "samples":
                 raise TypeError(
                     "samples is an option of generate alone; here one text is written, so leave it out"
+                )
+            if name in _SAMPLING:
+                raise TypeError(
+                    f"{name} is an option of Sampling; write sampling=Sampling({name}={given[name]!r})"
                 )
             if name not in names:
                 raise TypeError(f"there is no option {name!r}; the options are {', '.join(sorted(names))}")

@@ -32,6 +32,8 @@ def read_text(path: str | Path) -> str:
     """A file of text; raises InputError for any other."""
     try:
         return Path(path).read_text(encoding="utf-8")
+    except FileNotFoundError as error:
+        raise InputError(f"there is no file {path}") from error
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{path} is no readable text: {error}") from error
 

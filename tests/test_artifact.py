@@ -119,7 +119,9 @@ def test_pt2_file_that_is_none(tmp_path: Path) -> None:
 
 
 def test_onnx_artifact_is_no_bundle(onnx_artifact: Path) -> None:
-    with pytest.raises(ArtifactError, match="exported for onnx, which cannot become a bundle again"):
+    with pytest.raises(
+        ArtifactError, match="exported for onnx, which cannot become a bundle again; give what it was"
+    ):
         tokopt.open_bundle(onnx_artifact)
 
 

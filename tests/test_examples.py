@@ -282,7 +282,7 @@ def test_photographs_leave_a_real_dinov2_in_bare_onnx_runtime(main: Main, tmp_pa
     """Small images; each leaves at an exit, or at the end, of one file that no torch and no tokopt has opened."""
     exits = ("--after", "4,7,9", "--tolerance", "0.2", "--size", "112", "--views", "120")
     out = main(early_exit, *exits, "--output", tmp_path)
-    left = re.findall(r"^(\w+) +left after block +(\d+) of 12 +[\d.]+ ms$", out, re.MULTILINE)
+    left = re.findall(r"^(\w+) +left after +(\d+) of 12 blocks +[\d.]+ ms$", out, re.MULTILINE)
     assert len(left) == 8 and {int(depth) for _, depth in left} <= {7, 9, 12}
     assert "of 60 inputs" in out and "with confidence 0.95 it is at most 0.2 on such inputs" in out
     assert "torch and tokopt were not imported" in out

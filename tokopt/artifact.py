@@ -481,8 +481,8 @@ def _load_program(path: Path, manifest: Manifest, name: str) -> Program:
     entry = manifest.programs[name]
     if "torch" not in entry.files:
         raise ArtifactError(
-            f"{path} was exported for {', '.join(entry.files)}, which cannot become a bundle again; export "
-            "the bundle with target='torch' too"
+            f"{path} was exported for {', '.join(entry.files)}, which cannot become a bundle again; give "
+            "what it was exported from, or export the bundle with target='torch' too"
         )
     import tokopt.kernels.registry  # noqa: F401  # registers the ops that the program may call
     from tokopt.frontend.pt2 import load_pt2

@@ -101,6 +101,10 @@ class Parts:
     held: Tensor
     promised: Tensor
 
+    def fit_at_least(self, rows: int) -> bool:
+        """Whether there are so many rows to fit to, and so many to choose by."""
+        return min(len(self.fitted), len(self.held)) >= rows
+
 
 def divide(count: int, *, fits: bool, promises: bool) -> Parts:
     """Rows by their parts; what nothing is fitted to, or promised by, leaves its rows to the others."""
@@ -119,6 +123,14 @@ def least(needed: int, *, fits: bool) -> int:
     """
     count = needed
     while len(divide(count, fits=fits, promises=True).promised) < needed:
+        count += 1
+    return count
+
+
+def least_to_fit(rows: int, *, promises: bool) -> int:
+    """The fewest rows of which so many are to fit to, and so many to choose by."""
+    count = 2 * rows
+    while not divide(count, fits=True, promises=promises).fit_at_least(rows):
         count += 1
     return count
 

@@ -24,6 +24,7 @@ from tokopt.passes.exit.calibrate import (
     collect,
     divide,
     least,
+    least_to_fit,
     left_at,
     scores,
     total_loss,
@@ -178,16 +179,13 @@ class Exit(Pass):
             temperatures = [fit_temperature(one[parts.held], classes) for one in answers.outputs]
             shown = ", ".join(f"{t:.2g}" for t in temperatures)
             notes.append(f"temperatures {shown} by {len(parts.held)} others")
-        return self._with_threshold(
-            rule, answers, parts, _Fit(rule, heads, temperatures, [], 0.0, tuple(notes))
-        )
+        fit = _Fit(rule, heads, temperatures, [], 0.0, tuple(notes))
+        return self._with_threshold(rule, answers, parts, fit, tail.outputs[tail.fitted[decides].place].name)
 
     def _parts(self, count: int) -> Parts:
         """The rows by what they are for; raises PassError where they are too few for the promise."""
         promises = self.threshold is None
         parts = divide(count, fits=self._fits, promises=promises)
-        if self._fits and min(len(parts.fitted), len(parts.held)) < FEWEST:
-            raise PassError(f"{self.name}: {count} calibration inputs are too few to fit heads to; give more")
         if promises:
             needed = Promise(self.tolerance, self.confidence).needed
             total = least(needed, fits=self._fits)
@@ -197,6 +195,11 @@ class Exit(Pass):
                     f"{needed} inputs without an error that fitted nothing, so {total} calibration inputs, and there "
                     f"are {count}; give more, allow more, or set threshold, which promises nothing"
                 )
+        if self._fits and not parts.fit_at_least(FEWEST):
+            raise PassError(
+                f"{self.name}: {count} calibration inputs are too few to fit heads to; give at least "
+                f"{least_to_fit(FEWEST, promises=promises)}"
+            )
         return parts
 
     def _heads(
@@ -221,8 +224,10 @@ class Exit(Pass):
                 made[-1].append(head)
         return made
 
-    def _with_threshold(self, rule: Rule, answers: Answers, parts: Parts, fit: _Fit) -> _Fit | Refusal:
-        """The threshold that is given, or the one that keeps the promise."""
+    def _with_threshold(
+        self, rule: Rule, answers: Answers, parts: Parts, fit: _Fit, output: str
+    ) -> _Fit | Refusal:
+        """The threshold that is given, or the one that keeps the promise; ``output`` is what the rule reads."""
         seen, losses = answers.seen(fit.temperatures), answers.losses(rule)
         held = [
             replace(one, output=one.output[parts.held], features=one.features[parts.held]) for one in seen
@@ -236,7 +241,7 @@ class Exit(Pass):
                 fit,
                 own=own,
                 threshold=choice.threshold,
-                notes=(*fit.notes, self._left(choice, len(parts.held)), self._unpromised),
+                notes=(*fit.notes, self._left(choice, len(parts.held), output), self._unpromised),
             )
         promise = Promise(self.tolerance, self.confidence)
         candidates = rule.thresholds(known[:, parts.held])
@@ -259,7 +264,7 @@ class Exit(Pass):
                 f"on {count} inputs that fitted nothing the mean cosine distance from the full model is "
                 f"{choice.loss / count:.2g}; {sure} it is at most {self.tolerance:g} on such inputs"
             )
-        notes = (*fit.notes, self._left(choice, count), bound)
+        notes = (*fit.notes, self._left(choice, count, output), bound)
         return replace(fit, own=own, threshold=choice.threshold, notes=notes)
 
     @property
@@ -267,11 +272,17 @@ class Exit(Pass):
         """What a threshold that is given means."""
         return f"the threshold {self.threshold:g} of {self.rule} was given, and promises nothing"
 
-    def _left(self, choice: Choice, count: int) -> str:
-        """Where rows left."""
+    def _left(self, choice: Choice, count: int, output: str) -> str:
+        """Where rows left, by which output."""
         places = [int((choice.left == e).sum()) for e in range(len(self.after) + 1)]
-        early = ", ".join(f"{n} after block {depth}" for n, depth in zip(places, self.after, strict=False))
-        return f"threshold {choice.threshold:.4g} of {self.rule}: of {count} inputs {early}, {places[-1]} at the end"
+        early = ", ".join(
+            f"{n} after {depth} block{'s' * (depth != 1)}"
+            for n, depth in zip(places, self.after, strict=False)
+        )
+        return (
+            f"threshold {choice.threshold:.4g} of {self.rule} on {output}: of {count} inputs {early}, {places[-1]} at "
+            "the end"
+        )
 
 
 @dataclass(frozen=True)

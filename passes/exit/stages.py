@@ -207,8 +207,8 @@ def cut_stages(
         )
     if after[-1] >= len(blocks):
         raise PassError(
-            f"exit: after={list(after)} is beyond block {len(blocks) - 1}, the last after which a row can leave early; "
-            f"the model has {len(blocks)} blocks"
+            f"exit: after={list(after)} goes too deep: the model has {len(blocks)} blocks, so that a row can leave "
+            f"early after {len(blocks) - 1} of them at most"
         )
     tail = find_tail(cut(program, module, blocks[-1].end))
     names = axis_names(placeholders(module), program.inputs)
@@ -219,7 +219,7 @@ def cut_stages(
         )
         if axes != wanted:
             raise PassRefused(
-                f"the stream is {axes} after block {depth} and {wanted} at the model's end, which an exit has to have "
-                "there too"
+                f"the stream is {axes} after {depth} of {len(blocks)} blocks and {wanted} at the model's end, which an "
+                "exit has to have there too"
             )
     return Stages(program, tuple(after), len(blocks), tail, reduce)

@@ -115,8 +115,7 @@ def read_manifest(folder: Path) -> Manifest:
                 f"{path} is a symbolic link, which may leave the artifact; copy the file itself"
             )
         if not path.is_file():
-            what = "has no manifest.json" if folder.is_dir() else "is not a folder"
-            raise ArtifactError(f"{folder} {what}: it is no tokopt artifact; make one with tokopt.export")
+            raise ArtifactError(f"{_no_artifact(folder)}; make one with: tokopt export MODEL -o DIR")
         if path.stat().st_size > _MAX_MANIFEST_BYTES:
             raise ArtifactError(
                 f"{path} is larger than {_MAX_MANIFEST_BYTES} bytes; export the artifact again"
@@ -125,6 +124,13 @@ def read_manifest(folder: Path) -> Manifest:
     except (OSError, ValueError) as error:
         raise ArtifactError(f"{path} cannot be read ({error}); check its permissions") from error
     return parse_manifest(data, str(path))
+
+
+def _no_artifact(folder: Path) -> str:
+    """Why ``folder``, in which there is no manifest, is no artifact."""
+    if folder.is_dir():
+        return f"{folder} has no {MANIFEST}: it is no tokopt artifact"
+    return f"{folder} is not a folder, as artifacts are" if folder.exists() else f"there is no {folder}"
 
 
 def parse_manifest(data: bytes, where: str = MANIFEST) -> Manifest:

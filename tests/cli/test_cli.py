@@ -7,6 +7,7 @@ import os
 import pkgutil
 import subprocess
 import sys
+import warnings
 from functools import cache
 from pathlib import Path
 
@@ -33,6 +34,11 @@ def vit() -> tuple:
 
 def module_alone() -> torch.nn.Module:
     return hugging_face("ViTModel", "ViTConfig", image_size=24, patch_size=4, num_hidden_layers=LAYERS)()
+
+
+def warning() -> torch.nn.Module:
+    warnings.warn("the weights are old", stacklevel=1)
+    return module_alone()
 
 
 def broken() -> None:
@@ -167,8 +173,23 @@ def test_quantize_with_images_and_compare(
     assert [step["matches"] > 0 for step in done["passes"]] == [True, True]
     found = answer(capsys, "compare", given, made, *files)
     assert 0.9 < found["smallest cosine"] <= found["cosine"] < 1
+    assert found["output"] == tokopt.open_bundle(given).main.outputs[0].name
     assert "needs inputs to calibrate" in complaint(
         capsys, 2, "optimize", given, pipeline, "-o", tmp_path / "b"
+    )
+
+
+def test_tuning_that_has_no_time_says_that_nothing_was_tried(
+    capsys: pytest.CaptureFixture[str], folder: Path, tmp_path: Path
+) -> None:
+    files = [tmp_path / f"{i}.npy" for i in range(2)]
+    for file in files:
+        np.save(file, np.ones((1, 3, 24, 24), np.float32))
+    command = ["tune", folder / "plain.tokopt", *files, "-o", tmp_path / "t", "--candidates", "tome{r=1}"]
+    assert main([*map(str, command), "--minutes", "0"]) == 1
+    out = capsys.readouterr().out
+    assert (
+        "1 candidates were left for want of time" in out and "Nothing was tried; give more --minutes." in out
     )
 
 
@@ -328,10 +349,20 @@ def test_factory_that_returns_a_module_needs_shapes(
     assert data["inputs"][0]["axes"] == ["batch", 3, 24, 24]
 
 
+def test_warnings_are_lines_as_errors_are(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    command = ["capture", "tests.cli.test_cli:warning", "-o", str(tmp_path / "out.tokopt")]
+    assert main(command) == 2
+    assert "\ntokopt: warning: the weights are old\ntokopt: error: " in capsys.readouterr().err
+    assert main([*command, "--shape", "2,3,24,24"]) == 0
+    assert capsys.readouterr().err.endswith("\ntokopt: warning: the weights are old\n")
+
+
 @pytest.mark.parametrize(
     ("model", "message"),
     [
-        ("nowhere", "names no model"),
+        ("nowhere", "names no model: nothing of that name is on this machine; give"),
+        ("tests/cli", "names no model: the folder has neither config.json nor manifest.json; give"),
+        ("pyproject.toml", "names no model: the file ends in neither .gguf nor .pt2; give"),
         ("no_such_module:factory", "No module named"),
         ("tests.cli.test_cli:missing", "has no attribute 'missing'"),
         ("tests.cli.test_cli:broken", "ValueError: no weights here"),

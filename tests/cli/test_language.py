@@ -135,7 +135,7 @@ def test_a_grammar_is_read_from_its_file(
     """These models have no end token, which a sentence says."""
     pytest.importorskip("llguidance")
     command = ("generate", artifacts / "full.tokopt", "hello")
-    assert "is no readable text" in complaint(capsys, 2, *command, option, tmp_path / "nope")
+    assert "there is no file" in complaint(capsys, 2, *command, option, tmp_path / "nope")
     (tmp_path / "file").write_text('{"type": "integer"}' if option == "--json-schema" else "start: /a/")
     assert "the model has none" in complaint(capsys, 2, *command, option, tmp_path / "file")
     if option == "--json-schema":
@@ -210,7 +210,7 @@ def test_other_verbs_know_language_models(
         ("generate", "full.tokopt", "a" * 400): "the prompt has 400 tokens and the model's context holds 320",
         ("generate", "full.tokopt", "a", "--temperature", "-1"): "temperature",
         ("generate", "full.tokopt", "a", "--chat"): "token id 97 of the prompt is outside",
-        ("generate", "nowhere.tokopt", "a"): "is no tokopt artifact",
+        ("generate", "nowhere.tokopt", "a"): "make one with: tokopt export",
         (
             "generate",
             "full.tokopt",
@@ -248,7 +248,7 @@ def test_other_verbs_know_language_models(
             "lookahead",
             "--corpus",
             "no.txt",
-        ): "no readable text",
+        ): "there is no file no.txt",
         (
             "generate",
             "verifying.tokopt",
@@ -273,8 +273,16 @@ def test_other_verbs_know_language_models(
             "x",
             "--calibrate",
             "photo.png",
-        ): "photo.png is no text",
-        ("optimize", "full.bundle.tokopt", "gptq", "-o", "x", "--calibrate", "no.txt"): "is no readable text",
+        ): "photo.png is no text (.txt, .md, .rst), of which the samples",
+        (
+            "optimize",
+            "full.bundle.tokopt",
+            "gptq",
+            "-o",
+            "x",
+            "--calibrate",
+            "no.txt",
+        ): "there is no file no.txt",
     }.items(),
 )
 def test_bad_input_is_one_sentence(

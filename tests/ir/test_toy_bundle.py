@@ -54,7 +54,7 @@ OPTIONS = {
 RESCHEDULED = ("split", "skipdecode")
 """Passes that let other programs run, with links of their own."""
 
-TWO_PROGRAMS = "works where one program reads prompts and decodes; here they are two$"
+TWO_PROGRAMS = "works where one program reads prompts and decodes; here they are two: put it before speculate"
 NO_GRID = "its weights lie on no grid"
 READ = "everything is read"
 ENCODERS = "exit is for encoders"

@@ -15,7 +15,7 @@ from tests.matrix.test_matrix import captured
 from tests.zoo import ZOO
 from tokopt.errors import PassError, PassRefused, PipelineSyntaxError
 from tokopt.ir.bundle import Bundle
-from tokopt.passes.exit.calibrate import collect
+from tokopt.passes.exit.calibrate import collect, divide, least_to_fit
 from tokopt.passes.exit.exit import Exit
 from tokopt.passes.exit.stages import cut_stages
 from tokopt.pipeline.base import Context
@@ -54,7 +54,7 @@ def test_a_tolerance_is_kept_on_rows_that_were_not_seen(rule: str) -> None:
     fitted, chosen, promised = made.history[-1].notes[-3:]
     counts = [
         int(n)
-        for n in re.findall(r"of 400 inputs (\d+) after block 1, (\d+) after block 2, (\d+) at", chosen)[0]
+        for n in re.findall(r"of 400 inputs (\d+) after 1 block, (\d+) after 2 blocks, (\d+) at", chosen)[0]
     ]
     assert sum(counts) == 400
     errors = int(re.match(r"of 400 inputs that fitted nothing (\d+) disagree", promised)[1])  # type: ignore[index]
@@ -68,7 +68,9 @@ def test_features_converge() -> None:
     full, early = captured(VIT)(*inputs.values())[1], made.staged(inputs)
     assert 1 - float(torch.cosine_similarity(full, early.outputs["pooler_output"]).mean()) <= 0.06
     assert set(early.depths.tolist()) <= {2, 3}  # there is nothing before the first exit to compare with
-    assert "the mean cosine distance from the full model is" in made.history[-1].notes[-1]
+    chosen, promised = made.history[-1].notes[-2:]
+    assert "of convergence on pooler_output: of" in chosen
+    assert "the mean cosine distance from the full model is" in promised
 
 
 @pytest.mark.parametrize("rule", RULES)
@@ -185,9 +187,20 @@ def test_calibration_is_asked_for() -> None:
         tokopt.optimize(captured(VIT), "exit{after=[1]}")
     with pytest.raises(PassError, match="the calibration data is empty"):
         tokopt.optimize(captured(VIT), "exit{after=[1]}", calibration=[])
-    with pytest.raises(PassError, match="3 calibration inputs are too few to fit heads to"):
-        few = [tuple(ZOO[VIT].inputs(batch=3).values())]
+    few = [tuple(ZOO[VIT].inputs(batch=3).values())]
+    with pytest.raises(
+        PassError, match=r"takes 59 inputs .* so 116 calibration inputs, and there are 3; give"
+    ):
+        tokopt.optimize(captured(VIT), "exit{after=[1] tolerance=0.05}", calibration=few)
+    with pytest.raises(PassError, match="3 calibration inputs are too few to fit heads to; give at least"):
         tokopt.optimize(captured(VIT), "exit{after=[1] threshold=0.5}", calibration=few)
+
+
+@pytest.mark.parametrize("promises", [False, True])
+def test_the_fewest_inputs_that_heads_are_fitted_to(promises: bool) -> None:
+    count = least_to_fit(2, promises=promises)
+    enough = [divide(n, fits=True, promises=promises).fit_at_least(2) for n in (count - 1, count)]
+    assert enough == [False, True]
 
 
 @pytest.mark.parametrize(
@@ -200,7 +213,10 @@ def test_calibration_is_asked_for() -> None:
         ("exit{after=[1] confidence=1.0}", "confidence=1.0 must be between 0 and 1"),
         ("exit{after=[1] rule=convergence fit=logistic}", "fit=logistic is for rules about classes"),
         ('exit{after=[1] labels="a"}', "labels are for fit=logistic"),
-        ("exit{after=[3] threshold=0 fit=own}", "the model has 3 blocks"),
+        (
+            "exit{after=[3] threshold=0 fit=own}",
+            "the model has 3 blocks, so that a row can leave early after 2 of them at most",
+        ),
         ("exit{after=[1] threshold=0 fit=own},exit{after=[1] threshold=0 fit=own}", "use the pass once"),
     ],
 )

@@ -488,8 +488,13 @@ def test_manifest_of_a_folder(tmp_path: Path) -> None:
     from tokopt.runtime.format.manifest import read_manifest
 
     assert read_manifest(doubling(tmp_path / "a.tokopt")).pipeline == "tome{r=16}"
-    with pytest.raises(ArtifactError, match="is not a folder"):
+    with pytest.raises(
+        ArtifactError, match=r"there is no .*absent; make one with: tokopt export MODEL -o DIR"
+    ):
         read_manifest(tmp_path / "absent")
+    (tmp_path / "photo.jpg").write_bytes(b"")
+    with pytest.raises(ArtifactError, match="is not a folder, as artifacts are; make one"):
+        read_manifest(tmp_path / "photo.jpg")
     with pytest.raises(ArtifactError, match="has no manifest"):
         read_manifest(tmp_path)
     (tmp_path / "manifest.json").write_bytes(b" " * (17 * 2**20))

@@ -347,6 +347,8 @@ def test_an_option_that_there_is_not_is_named(models: dict[str, LanguageModel]) 
     for call in (models[""].generate, models[""].stream, models[""].tokens, models[""].chat().say):
         with pytest.raises(TypeError, match="there is no option 'max_token'; the options are accept, "):
             call("abc", max_token=3)  # pyright: ignore[reportCallIssue]
+        with pytest.raises(TypeError, match=r"write sampling=Sampling\(top_p=0.9\)"):
+            call("abc", top_p=0.9)  # pyright: ignore[reportCallIssue]
         if call != models[""].generate:
             with pytest.raises(TypeError, match="samples is an option of generate alone"):
                 call("abc", samples=2)  # pyright: ignore[reportCallIssue]

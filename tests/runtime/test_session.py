@@ -169,7 +169,8 @@ def test_artifacts_that_are_not_for_this_runtime(tmp_path: Path) -> None:
         doc["programs"] = {"step": doc["programs"]["forward"]}  # the schedule still says forward
 
     with pytest.raises(
-        ArtifactError, match=r"no ONNX form of program 'forward', only torch; open it with tokopt.open_bundle"
+        ArtifactError,
+        match=r"no ONNX form of program 'forward', only torch; export it for the runtime with: tokopt",
     ):
         load(doubling(tmp_path / "a", torch_only))
     with pytest.raises(ArtifactError, match="names the program 'forward', which is not there"):

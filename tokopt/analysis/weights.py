@@ -124,9 +124,18 @@ class Weights:
         """What a pass that changes linear layers leaves in float by its rules."""
         uses: tuple[Use, ...] = ("embedding", "convolution")
         sizes = {use: sum(one.megabytes for one in self.others if one.use == use) for use in uses}
-        parts = [f"{size:.2g} MB of {use}s" for use, size in sizes.items() if size]
+        parts = [f"{_megabytes(size)} MB of {use}s" for use, size in sizes.items() if size]
         parts += [f"the router {linear.path}" for linear in self.routers]
         return (f"left in float: {', '.join(parts)}",) if parts else ()
+
+
+def _megabytes(size: float) -> str:
+    """Two digits, and all those before the point.
+
+    >>> _megabytes(0.0251), _megabytes(113.2)
+    ('0.025', '113')
+    """
+    return f"{size:.2g}" if size < 10 else f"{size:.0f}"
 
 
 def other_weights(graph: Graph, linears: Sequence[Linear]) -> tuple[OtherWeight, ...]:

@@ -11,7 +11,7 @@ import sys
 from collections.abc import Sequence
 
 from tokopt import __version__
-from tokopt.cli.screen import Screen
+from tokopt.cli.screen import Screen, warnings_said
 from tokopt.cli.verb import BAD_INPUT
 from tokopt.cli.verbs import VERBS, load_verb
 from tokopt.errors import PassRefused, TokoptError
@@ -42,7 +42,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(args: argparse.Namespace) -> int:
     """Run a verb; a package that one of the extras brings is named with its extra where it is missing."""
     try:
-        return load_verb(args.verb).run(args, Screen(args.json))
+        with warnings_said():
+            return load_verb(args.verb).run(args, Screen(args.json))
     except ModuleNotFoundError as error:
         raise explained(error) or error from error
 

@@ -61,7 +61,7 @@ def read_samples(
     for path in paths:
         if not path.lower().endswith(FILES):
             raise InputError(
-                f"{path} is no text ({', '.join(FILES)}), which a language model is calibrated with"
+                f"{path} is no text ({', '.join(FILES)}), of which the samples of a language model are"
             )
     return [Path(path) for path in paths]
 

@@ -76,8 +76,8 @@ def read_bundle(
         found = _from_factory(name, options)
     else:
         raise InputError(
-            f"{name!r} names no model; give the folder of a Hugging Face model, a .gguf or .pt2 file, an "
-            "artifact, or module:factory"
+            f"{name!r} names no model: {_why_no_model(path)}; give the folder of a Hugging Face model, a .gguf or .pt2 "
+            "file, an artifact, or module:factory"
         )
     return tokopt.capture(
         found.model,
@@ -86,6 +86,17 @@ def read_bundle(
         dynamic=found.dynamic,
         ranges=found.ranges,
         tokenizer=found.tokenizer,
+    )
+
+
+def _why_no_model(path: Path) -> str:
+    """What is there of that name, as the reason why it is no model."""
+    if path.is_dir():
+        return f"the folder has neither config.json nor {MANIFEST}"
+    return (
+        "the file ends in neither .gguf nor .pt2"
+        if path.exists()
+        else "nothing of that name is on this machine"
     )
 
 

@@ -24,7 +24,16 @@ class Run:
     def cells(self) -> tuple[str, str, str]:
         """Program, time, and where in the model that is."""
         leaving = ", rows may leave" if self.exit else ""
-        return self.program, self.when, f"after block {self.depth}{leaving}" if self.depth else ""
+        return self.program, self.when, f"after {blocks(self.depth)}{leaving}" if self.depth else ""
+
+
+def blocks(count: int) -> str:
+    """A number of blocks, as a depth is said: block 0 is the one that a depth of 1 ends after.
+
+    >>> blocks(1), blocks(6)
+    ('1 block', '6 blocks')
+    """
+    return f"{count} block{'s' * (count != 1)}"
 
 
 RUN_HEADERS = ("program", "runs", "ends")

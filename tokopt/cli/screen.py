@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from importlib.util import find_spec
 
 from tokopt.progress import stages
@@ -43,6 +44,17 @@ class Screen:
         """Print the answer as JSON when that was asked for."""
         if self.as_json:
             print(json.dumps(data, indent=1, default=str))
+
+
+@contextmanager
+def warnings_said() -> Iterator[None]:
+    """Warnings are lines on stderr when what gave them is over, so that none falls into a text as it is written."""
+    with warnings.catch_warnings(record=True) as said:
+        try:
+            yield
+        finally:
+            for warning in said:
+                print(f"tokopt: warning: {warning.message}", file=sys.stderr)
 
 
 def si(value: float) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from copy import deepcopy
@@ -147,7 +148,9 @@ def module_on(exported: ExportedProgram, device: str) -> Callable[..., Any]:
     """A program with its weights, and all tensors that it makes itself, on ``device``; the one given stays as it is."""
     from torch.export.passes import move_to_device_pass
 
-    return move_to_device_pass(deepcopy(exported), device).module(check_guards=False)
+    with warnings.catch_warnings():  # torch's own copying of its trees is deprecated by torch
+        warnings.simplefilter("ignore", FutureWarning)
+        return move_to_device_pass(deepcopy(exported), device).module(check_guards=False)
 
 
 def interleaved_times(

@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from types import UnionType
+from types import NoneType, UnionType
 from typing import Any, ClassVar, Literal, Union, get_args, get_origin, get_type_hints
 
 from tokopt.analysis.cost import Cost
@@ -123,7 +123,7 @@ class Pass:
             if not fits(value, hint):
                 raise PassError(
                     f"{self.name}: {option.name}={format_value(value)} is of the wrong type; "
-                    f"it takes {type_text(option)}"
+                    f"it takes {wanted_text(hint)}"
                 )
 
     @property
@@ -160,6 +160,32 @@ def options(cls: type[Pass]) -> list[dataclasses.Field[Any]]:
 def type_text(option: dataclasses.Field[Any]) -> str:
     """The type of an option, as the pass's author wrote it."""
     return option.type.__name__ if isinstance(option.type, type) else str(option.type)
+
+
+def wanted_text(hint: object) -> str:
+    """What an option of this type takes, in words for those who write a pipeline.
+
+    >>> wanted_text(tuple[int, ...] | None), wanted_text(Literal["avg", "max"])
+    ('a list such as [3,6] or none', 'avg or max')
+    """
+    if len(kinds(hint)) > 1:
+        return " or ".join(map(wanted_text, kinds(hint)))
+    inner = get_args(hint)
+    if get_origin(hint) is Literal:
+        return " or ".join(map(format_value, inner))
+    if get_origin(hint) is tuple:
+        return f"a list such as {_LISTS[inner[0]]}" if inner[0] in _LISTS else "a list in brackets"
+    return _WORDS.get(hint) or getattr(hint, "__name__", str(hint))
+
+
+_LISTS: Mapping[object, str] = {int: "[3,6]", float: "[0.5,0.25]", str: "[first,second]"}
+_WORDS: Mapping[object, str] = {
+    int: "an integer",
+    float: "a number",
+    bool: "true or false",
+    str: "a text",
+    NoneType: "none",
+}
 
 
 def option_text(cls: type[Pass], option: dataclasses.Field[Any]) -> str:

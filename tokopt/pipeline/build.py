@@ -8,7 +8,7 @@ from collections.abc import Collection
 from typing import get_args, get_origin, get_type_hints
 
 from tokopt.errors import PassError
-from tokopt.pipeline.base import Pass, fits, kinds, options, takes_pass, type_text
+from tokopt.pipeline.base import Pass, fits, kinds, options, takes_pass, wanted_text
 from tokopt.pipeline.text import Call, Place, Value
 
 
@@ -25,12 +25,12 @@ def build(call: Call) -> Pass:
             raise option.name_place.error(
                 f"pass {call.name} has no option {name!r}{_nearest(name, known)}; its options: {', '.join(known)}"
             )
+    hints = get_type_hints(cls)
     for name, field in known.items():
         if name not in call.options and field.default is dataclasses.MISSING:
             raise call.place.error(
-                f"pass {call.name} needs the option {name!r}, which takes {type_text(field)}"
+                f"pass {call.name} needs the option {name!r}, which takes {wanted_text(hints[name])}"
             )
-    hints = get_type_hints(cls)
     values = {
         name: _meant(option.value, hints[name], option.value_place) for name, option in call.options.items()
     }

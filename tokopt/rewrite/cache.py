@@ -71,7 +71,10 @@ def language_program(name: str, bundle: Bundle) -> str:
         raise PassError(f"{name} does not know how trees of tokens are taken back; put it before verify")
     names = [entry.program for entry in entries]
     if len(set(names)) > 1:
-        raise PassError(f"{name} works where one program reads prompts and decodes; here they are two")
+        raise PassError(
+            f"{name} works where one program reads prompts and decodes; here they are two: put it before speculate or "
+            "skipdecode if one of these made them so"
+        )
     return names[0]
 
 

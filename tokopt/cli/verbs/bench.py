@@ -50,7 +50,7 @@ def run(args: Namespace, screen: Screen) -> int:
     if args.rows:
         return _rows(args, screen, True in kinds)
     rounds = args.rounds or (TEXT_ROUNDS if True in kinds else ROUNDS)
-    with screen.step(f"Timing {len(args.artifacts)} artifacts, {rounds} rounds"):
+    with screen.step(f"Timing {', '.join(args.artifacts)}: {rounds} rounds"):
         results = _texts(args, rounds) if True in kinds else _encoders(args, rounds)
     (_show_texts if True in kinds else _show_encoders)(results, args, screen)
     if len(results) > 1:
@@ -89,7 +89,9 @@ def _show_encoders(results: Sequence[dict[str, Any]], args: Namespace, screen: S
     screen.table(("artifact", "min ms", "median ms", "speed-up"), rows)
     for path in args.artifacts:
         if left := _left(path):
-            screen.line(f"{path}: its stored inputs leave after blocks {left}; others take other times.")
+            screen.line(
+                f"{path}: its stored inputs leave after so many blocks: {left}; others take other times."
+            )
 
 
 def _left(path: str) -> str:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from tokopt.cli.generation import add_sampling, load_language_model, read_sampling
 from tokopt.cli.options import add_artifact, add_backend, add_threads, positive
-from tokopt.cli.screen import Screen
+from tokopt.cli.screen import Screen, warnings_said
 from tokopt.cli.verb import BAD_INPUT, OK, Verb
 from tokopt.errors import InputError, TokoptError
 
@@ -78,13 +78,14 @@ def _lines() -> Iterator[str]:
 
 def _answer(chat: Chat, message: str, most: int, sampling: Sampling, screen: Screen) -> None:
     """Show an answer as it comes; Ctrl-C ends it early."""
-    try:
-        for piece in chat.stream(message, max_tokens=most, sampling=sampling):
-            if not screen.as_json:
-                print(piece, end="", flush=True)
-    except KeyboardInterrupt:
-        pass
-    screen.line()
+    with warnings_said():
+        try:
+            for piece in chat.stream(message, max_tokens=most, sampling=sampling):
+                if not screen.as_json:
+                    print(piece, end="", flush=True)
+        except KeyboardInterrupt:
+            pass
+        screen.line()
 
 
 def _command(chat: Chat, line: str) -> str:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from tokopt.cli.models import read_bundle
 from tokopt.cli.options import add_model, add_pipeline, add_prompt, add_tokens
+from tokopt.cli.schedule import blocks
 from tokopt.cli.screen import Screen
 from tokopt.cli.tables import show_report, telling
 from tokopt.cli.verb import OK, Verb
@@ -128,7 +129,7 @@ def _predict(
         speedup = seconds[0] / taken
         needed = max((seconds[-1] - seconds[0]) / (seconds[-1] - taken), 0.0)
         screen.line(
-            f"a row that leaves after block {depth}: {_verdict(speedup)}; it pays where over {needed:.0%} of rows do"
+            f"a row that leaves after {blocks(depth)}: {_verdict(speedup)}; it pays where over {needed:.0%} of rows do"
         )
     records = [
         {**dataclasses.asdict(record), "predicted_speedup": speedup}

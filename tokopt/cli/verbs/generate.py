@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import sys
-import warnings
 from argparse import ArgumentParser, Namespace
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from itertools import zip_longest
 from typing import TYPE_CHECKING, Any
 
 from tokopt.cli.generation import add_sampling, load_language_model, read_sampling
 from tokopt.cli.options import add_artifact, add_backend, add_threads, natural, positive
-from tokopt.cli.screen import Screen, si
+from tokopt.cli.screen import Screen, si, warnings_said
 from tokopt.cli.verb import FAILED, OK, Verb
 from tokopt.errors import InputError
 
@@ -102,7 +100,7 @@ def run(args: Namespace, screen: Screen) -> int:
         texts = model.generate(prompt, samples=args.samples, sampling=sampling, **wanted, **drafting)
         return _show_samples(model, texts, args.logprobs is not None, screen)
     stream = model.stream(prompt, sampling=sampling, **wanted, **drafting)
-    with _warnings_said():
+    with warnings_said():
         for piece in stream:
             if args.stream and not args.json:
                 print(piece, end="", flush=True)
@@ -197,7 +195,7 @@ def check_lossless(
     """
     ways = _two_ways(model, drafting)
     sizes = (ways[0]["nodes"], 1)
-    with screen.step("write the text with and without speculation"), _warnings_said():
+    with screen.step("Writing the text with and without speculation"), warnings_said():
         for way in ways:  # the first calls allocate
             model.generate(prompt, sampling=sampling, max_tokens=min(wanted["max_tokens"], 8), **way)
         fast, plain = (model.generate(prompt, sampling=sampling, **wanted, **way) for way in ways)
@@ -270,15 +268,6 @@ def _took(done: Statistics, speculates: bool) -> str:
         f"{done.new_tokens} tokens in {done.decode_calls + 1} calls{gave}, {done.tokens_per_second:.1f} tokens/s, "
         f"prefill {1e3 * done.prefill_seconds:.0f} ms, cache {done.cache_slots} slots, {si(done.cache_bytes)}B"
     )
-
-
-@contextmanager
-def _warnings_said() -> Iterator[None]:
-    """Warnings are lines on stderr."""
-    with warnings.catch_warnings(record=True) as said:
-        yield
-    for warning in said:
-        print(f"tokopt: warning: {warning.message}", file=sys.stderr)
 
 
 VERB = Verb(

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from tokopt.cli.options import add_artifact, add_backend, add_colours, add_threads
+from tokopt.cli.schedule import blocks
 from tokopt.cli.screen import Screen
 from tokopt.cli.verb import OK, Verb
 from tokopt.errors import InputError
@@ -49,7 +50,7 @@ def run(args: Namespace, screen: Screen) -> int:
     ]
     screen.table(("output", "dtype", "shape", "mean", "std"), rows)
     if depths:
-        screen.line("rows left after block " + ", ".join(f"{depth}: {n}" for depth, n in depths.items()))
+        screen.line("rows left: " + ", ".join(f"{n} after {blocks(depth)}" for depth, n in depths.items()))
     if args.output is not None:
         screen.line(f"saved to {args.output}")
     keys = ("name", "dtype", "shape", "mean", "std")

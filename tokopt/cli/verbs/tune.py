@@ -80,7 +80,8 @@ def run(args: Namespace, screen: Screen) -> int:
     if found.untried:
         screen.line(f"{len(found.untried)} candidates were left for want of time; the same command goes on.")
     if found.winner is None:
-        screen.line(f"No gain: nothing reaches {found.floor} and is faster than the model itself.")
+        found_none = f"No gain: nothing reaches {found.floor} and is faster than the model itself."
+        screen.line(found_none if found.trials else "Nothing was tried; give more --minutes.")
     else:
         screen.line(f"{found.winner.pipeline}  ({args.output}/best.tokopt)")
         if found.winner.drafter:

@@ -94,8 +94,8 @@ def check_whole(bundle: Bundle, folder: Path, manifest: Manifest) -> None:
         assert want.depths is not None
         if got[depth.name].tolist() != want.depths.tolist():
             raise LoweringError(
-                f"row {row} of the example leaves the whole after block {got[depth.name][0]} and the stages after "
-                f"block {want.depths[0]}"
+                f"row {row} of the example leaves the whole after {got[depth.name][0]} blocks and the stages after "
+                f"{want.depths[0]}"
             )
         for name, value in want.outputs.items():
             found = check_output(name, value, got[name], LIMITS.get(str(value.dtype), 0.0))
