@@ -19,6 +19,7 @@ from tokopt.ir.bundle import Bundle
 from tokopt.ir.format import Schedule
 from tokopt.ir.graph import aten, is_call, sizes
 from tokopt.kernels import ops
+from tokopt.measure import machine as machines
 from tokopt.measure.forecast import forecast, occupied
 from tokopt.measure.machine import KINDS, ROWS, Machine
 from tokopt.measure.roofline import Roofline, predict_seconds
@@ -147,6 +148,15 @@ def test_forecasts_grow_with_the_prompt_and_with_the_rows() -> None:
     assert short.read < long.read and short.token < long.token and short.cache_bytes < long.cache_bytes
     costs = list(long.rows.values())
     assert list(long.rows) == [2, 4, 8, 16] and costs == sorted(costs) and costs[0] > 1 and costs[-1] < 16
+
+
+def test_fewer_rows_take_no_longer_on_a_machine_that_was_disturbed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A product of one row that took longer than one of four made sixteen tokens cheaper than one."""
+    monkeypatch.setattr(machines, "_shortest", lambda works: [1.0, *[4.0, 2.0, 3.0, 9.0] * len(KINDS)])
+    measured = machines.measure_machine()
+    for kind in KINDS:
+        times = [measured.product(kind, rows, machines.INPUTS * machines.OUTPUTS) for rows in ROWS]
+        assert times == pytest.approx([2.0, 2.0, 3.0, 9.0])
 
 
 def test_later_tokens_count_as_their_program_takes_them() -> None:
