@@ -111,7 +111,7 @@ def test_optimize_takes_a_file_and_a_loader(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("sample", "reason"),
     [
-        ("a.txt", "a.txt is no readable text"),
+        ("a.txt", "there is no file a.txt"),
         ({"input_ids": [IDS], "attention_mask": [[0] * 8]}, "is no text: give token ids below"),
         ({"input_ids": [IDS], "attention_mask": [[1] * 7]}, r"ids of shape \[1, 8\] and a mask of \[1, 7\]"),
         ({"labels": [IDS]}, "has labels, the model takes tokens"),
