@@ -37,9 +37,7 @@ def choose_kernels(manifest: Manifest, wanted: bool = True, on_cpu: bool = True)
     """
     versions = {entry.kernels for entry in manifest.programs.values()} - {None}
     if not versions:
-        return Kernels(
-            reason="the artifact has no attention, draw or product that they compute"
-        )
+        return Kernels(reason="the artifact has no attention, draw or product that they compute")
     if not wanted:
         return Kernels(reason="they were not asked for")
     if not on_cpu:

@@ -234,7 +234,9 @@ def test_what_is_left_is_said_and_has_no_form(pipeline: str, reason: str, tmp_pa
     assert any(line.startswith(name + reason) for line in lines)
     model: Model = load(path, threads=1)
     assert model.manifest.programs["forward"].kernels is None
-    assert str(model.kernels).startswith("none: the artifact has no attention, draw or product that they compute")
+    assert str(model.kernels).startswith(
+        "none: the artifact has no attention, draw or product that they compute"
+    )
 
 
 def test_a_program_in_float_has_no_other_form(tmp_path: Path) -> None:
