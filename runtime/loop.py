@@ -216,7 +216,7 @@ class Request:
         self._bound: dict[str, Any] = {}
         names = (*self.schedule.programs, *filter(None, (self.schedule.commit,)))
         self._roles = {name: _Roles.of(manifest.programs[name]) for name in names}
-        self._masks: dict[int, np.ndarray] = {}
+        self._mask = np.zeros((batch, 0, 0), bool)
         self._verified = 0
         self.neighbours: np.ndarray | None = None
         self._telling = [link for link in manifest.links if link.target.program == self.schedule.commit]
@@ -555,11 +555,11 @@ class Request:
         }
 
     def _causal(self, count: int) -> np.ndarray:
-        """[batch, count, count] bool: each token sees itself and those before it."""
-        if count not in self._masks:
+        """[batch, count, count] bool: each token sees itself and those before it. Made anew for another count."""
+        if self._mask.shape[1] != count:
             causal = np.tril(np.ones((count, count), bool))
-            self._masks[count] = np.ascontiguousarray(np.broadcast_to(causal, (self.batch, count, count)))
-        return self._masks[count]
+            self._mask = np.ascontiguousarray(np.broadcast_to(causal, (self.batch, count, count)))
+        return self._mask
 
     def _checked_mask(self, entry: Entry, mask: object, count: int) -> np.ndarray:
         if not any("mask" in self._roles[name].given for name in entry.programs):

@@ -318,10 +318,10 @@ class DeviceBuffers(Buffers):
 
     def roomy(self, slots: Mapping[str, int]) -> dict[str, int]:
         """As many more as the engines have."""
-        most = {axis: self.ranges[axis].max for axis in slots}
+        wanted = super().roomy(slots)
         return {
-            axis: count if (bound := most[axis]) is None else max(min(count, bound), slots[axis])
-            for axis, count in super().roomy(slots).items()
+            axis: max(needed, min(wanted[axis], self.ranges[axis].max or wanted[axis]))
+            for axis, needed in slots.items()
         }
 
     def fitting(self, slots: Mapping[str, int]) -> dict[str, int]:
