@@ -76,7 +76,7 @@ QUESTIONS = (
     "Explain how a bicycle stays upright.",
 )
 KINDS = ("code", "summary", "quote", "chat")
-NEW, PROMPTS, SHOWN, TEMPERATURES = 128, 5, 160, (0.0, 0.7)
+NEW, PROMPTS, SHOWN, TEMPERATURES = 128, 8, 160, (0.0, 0.7)
 """New tokens; prompts of a kind; tokens of a source or document that a prompt shows; temperatures."""
 
 
